@@ -1,0 +1,1 @@
+"""The Hydra tree: groups are the paper's axes, experiment/ has one file a figure or table."""

@@ -1,0 +1,1 @@
+"""A config in, a record out; records in, tables and figures out."""

@@ -1,0 +1,165 @@
+"""One cell: a config in, a record out."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, ProcessorMixin
+
+from experiments import probing, tower, training
+from experiments.config import Config, ScratchModel, identity
+from experiments.cost import forward_cost
+from experiments.data import Data, load_data
+from experiments.data.samples import Sample, TextGuess, single_questions
+from experiments.evaluation import Questions, as_digits, blank, correct, shuffled
+from experiments.models import build, choose_device
+from experiments.store import Store, code_version, provenance
+from llava_mini import LlavaMiniConfig
+
+log = logging.getLogger(__name__)
+GUESS_IMAGES = 5000
+GUESS_NOTE = f"most frequent answer to the same question text in {GUESS_IMAGES} training conversations"
+
+
+def run_cell(config: Config, resolved: dict[str, Any]) -> Path:
+    """Run a cell and write its record, or find it done. Returns the record's path.
+
+    Args:
+        config: The typed configuration.
+        resolved: The same as plain containers: what is hashed and recorded.
+    """
+    store = Store(config.results)
+    device = choose_device(config.device)
+    data = load_data(config.data)
+    name = identity(resolved, data.fingerprint, code_version())
+    if store.finished(name):
+        log.info("%s is done: %s", _label(config), store.path(name))
+        return store.path(name)
+    log.info("%s (%s)", _label(config), name)
+    started = time.monotonic()
+    begun = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    training.seed_everything(config.seed)
+    model, processor = build(config, data.train)
+    model.to(device)
+    log_history, train_seconds = _train(model, processor, config, data, store.work(name), device)
+
+    samples = list(single_questions(data.test.samples))
+    questions = Questions(samples, processor, config.batch_size, device)
+    some = Questions(samples[: config.probe.attention_questions], processor, config.batch_size, device)
+    record: dict[str, Any] = {
+        "schema": 1,
+        "id": name,
+        "experiment": config.name,
+        "name": _label(config),
+        "status": "finished",
+        "error": None,
+        "config": resolved,
+        "cost": forward_cost(model, questions),
+        "data": _data_part(config, data, samples),
+        "accuracy": _accuracy(model, processor, config, samples, questions, device),
+        **probing.analyse(model, questions, some, config.probe),
+        "train": {"log": log_history} if log_history else None,
+    }
+    record["model"] = _model_part(model, record["cost"]["visual_tokens"])
+    seconds = {"seconds": round(time.monotonic() - started, 1), "train_seconds": train_seconds}
+    record["provenance"] = {"started": begun, **seconds, **provenance(device)}
+    path = store.write(record)
+    if config.save:
+        _save(model, processor, Path(config.save))
+    shutil.rmtree(store.work(name), ignore_errors=True)
+    return path
+
+
+def _label(config: Config) -> str:
+    parts = [config.model.name]
+    if config.compressor.name != "none":
+        parts.append(f"{config.compressor.size**2} token by {config.compressor.name}".replace("1 tokens", "1 token"))
+    if config.prefusion.layers:
+        parts.append(f"{config.prefusion.layers} pre-fusion layers")
+    return ", ".join([*parts, f"seed {config.seed}"])
+
+
+def _train(
+    model: PreTrainedModel, processor: ProcessorMixin, config: Config, data: Data, work: Path, device: torch.device
+) -> tuple[list[dict[str, float]], float]:
+    if not config.train.steps:
+        return [], 0.0
+    if data.train is None:
+        raise ValueError(
+            f"data '{config.data.name}' has no training split to take train.steps={config.train.steps} from"
+        )
+    started = time.monotonic()
+    if isinstance(config.model, ScratchModel) and training.last_checkpoint(work) is None:
+        tower.pretrain(
+            model.model.vision_tower,
+            processor,
+            data.train.samples,
+            config.model.tower,
+            work / "tower",
+            config.seed,
+            device,
+        )
+    history = training.train(model, processor, data.train.samples, config.train, work, config.seed, device)
+    model.eval()
+    return history, round(time.monotonic() - started, 1)
+
+
+def _accuracy(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    config: Config,
+    samples: list[Sample],
+    questions: Questions,
+    device: torch.device,
+) -> dict[str, str]:
+    found = {"image": as_digits(correct(model, questions, "accuracy"))}
+    if config.probe.controls:
+        for condition in (blank, shuffled):
+            changed = Questions(condition(samples), processor, config.batch_size, device)
+            found[condition.__name__] = as_digits(correct(model, changed, f"{condition.__name__} pictures"))
+    return found
+
+
+def _data_part(config: Config, data: Data, samples: list[Sample]) -> dict[str, Any]:
+    part: dict[str, Any] = {
+        "name": config.data.name,
+        "split": data.test.name,
+        "fingerprint": data.fingerprint,
+        "examples": len(samples),
+        "kinds": [sample.kinds[0] for sample in samples],
+    }
+    if data.train is not None:
+        guess = TextGuess(data.train.samples[i] for i in range(min(GUESS_IMAGES, len(data.train))))
+        right = [guess(s.questions[0], s.kinds[0]) == s.answers[0] for s in samples]
+        part |= {"guess": as_digits(torch.tensor(right)), "guess_note": GUESS_NOTE}
+    return part
+
+
+def _model_part(model: PreTrainedModel, visual_tokens: int) -> dict[str, Any]:
+    mini = isinstance(model.config, LlavaMiniConfig)
+    return {
+        "label": "LLaVA-Mini" if mini else "LLaVA" if model.config.model_type == "llava" else type(model).__name__,
+        "layers": model.config.get_text_config().num_hidden_layers,
+        "visual_tokens": visual_tokens,
+        "patches": getattr(model.config, "image_seq_length", visual_tokens),
+        "prefusion_layers": model.config.prefusion_layers if mini else 0,
+        "compressor": model.config.compressor if mini else "none",
+        "parameters": model.num_parameters(),
+    }
+
+
+def _save(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
+    """Save aside, then rename: a folder that is there is whole."""
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside)
+    processor.save_pretrained(aside)
+    if folder.exists():
+        shutil.rmtree(folder)
+    aside.rename(folder)

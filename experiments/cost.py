@@ -1,0 +1,33 @@
+"""What a forward pass costs, counted by torch as it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from experiments.evaluation import Questions
+from probes import TokenMap
+
+
+def forward_cost(model: PreTrainedModel, questions: Questions) -> dict[str, Any]:
+    """FLOPs of the prefill of the first question alone: tower, projector, compressor, pre-fusion and language model.
+
+    Attention is run by its plain matrix products, since torch counts nothing inside fused kernels on a CPU; causal
+    attention counts in full, as torch does.
+    """
+    inputs = {name: tensor[:1] for name, tensor in next(questions.batches("cost")).items() if name != "labels"}
+    kept = inputs["attention_mask"][0].bool()
+    inputs |= {name: inputs[name][:, kept] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    visual = int(TokenMap.from_inputs(model, inputs).mask("vision").sum())
+    return {
+        "flops": float(counter.get_total_flops()),
+        "text_tokens": int(kept.sum()) - visual,
+        "visual_tokens": visual,
+        "convention": "multiply and add are 2; one question with its answer, all matrix products and attention, counted by torch",
+    }

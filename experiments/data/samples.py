@@ -1,0 +1,102 @@
+"""What a data set is here: images with conversations in LLaVA's format, and the guess that needs no image."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from PIL import Image
+
+IMAGE_SLOT = "<image>"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image and what is said about it, as LLaVA's training files have it.
+
+    `load` draws or reads the picture. `conversations` alternates `{"from": "human", "value": ...}` and `{"from": "gpt", "value": ...}`; the first human turn
+    holds `<image>` where there is an image. `kinds` names the type of each question, one an answer.
+    """
+
+    id: str
+    load: Callable[[], Image.Image] | None
+    conversations: list[dict[str, str]]
+    kinds: list[str]
+
+    @cached_property
+    def image(self) -> Image.Image | None:
+        """The picture, drawn or read when it is first asked for; None for text alone."""
+        return self.load() if self.load else None
+
+    @property
+    def questions(self) -> list[str]:
+        return [turn["value"].replace(IMAGE_SLOT, "").strip() for turn in self.conversations[::2]]
+
+    @property
+    def answers(self) -> list[str]:
+        return [turn["value"] for turn in self.conversations[1::2]]
+
+
+@dataclass(frozen=True)
+class Split:
+    """A part of a data set. `samples` may make its items when asked for; the fingerprint stands for all of their bytes."""
+
+    name: str
+    samples: Sequence[Sample]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def conversation(pairs: Iterable[tuple[str, str]], image: bool = True) -> list[dict[str, str]]:
+    """Question and answer pairs -> LLaVA turns, with the image slot before the first question."""
+    turns = []
+    for question, answer in pairs:
+        slot = f"{IMAGE_SLOT}\n" if image and not turns else ""
+        turns += [{"from": "human", "value": slot + question}, {"from": "gpt", "value": answer}]
+    return turns
+
+
+def single_questions(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """Each question as a conversation of its own, so that no earlier answer helps with a later one."""
+    for sample in samples:
+        for i, (question, answer) in enumerate(zip(sample.questions, sample.answers, strict=True)):
+            turns = conversation([(question, answer)], image=sample.load is not None)
+            yield Sample(f"{sample.id}.{i}", sample.load, turns, [sample.kinds[i]])
+
+
+class TextGuess:
+    """The best that can be done without the image by table look-up: the most frequent training answer.
+
+    To a question text that training had, its most frequent answer; else the most frequent answer to its kind.
+    """
+
+    def __init__(self, samples: Iterable[Sample]) -> None:
+        by_question: dict[str, Counter[str]] = defaultdict(Counter)
+        by_kind: dict[str, Counter[str]] = defaultdict(Counter)
+        for sample in samples:
+            for question, answer, kind in zip(sample.questions, sample.answers, sample.kinds, strict=True):
+                by_question[question][answer] += 1
+                by_kind[kind][answer] += 1
+        # ties go to the answer first in the alphabet, so that the guess does not hang on the order of the samples
+        self._by_question, self._by_kind = (
+            {key: min(counts, key=lambda a: (-counts[a], a)) for key, counts in table.items()}
+            for table in (by_question, by_kind)
+        )
+
+    def __call__(self, question: str, kind: str) -> str | None:
+        return self._by_question.get(question, self._by_kind.get(kind))
+
+
+def fingerprint(*parts: object) -> str:
+    """16 hex digits for bytes or anything that JSON can hold."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()[:16]

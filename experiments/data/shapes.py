@@ -1,0 +1,127 @@
+"""Questions about scenes of shapes: six kinds, answers balanced so that the text alone says little."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import permutations, product
+
+import numpy as np
+from PIL import Image
+
+from experiments.data import scenes as drawing
+from experiments.data.balanced import Pair, ask, beside, cell_name
+from experiments.data.samples import Sample, Split, conversation, fingerprint
+from experiments.data.scenes import COLOURS, GRID, SHAPES
+
+Thing = tuple[str, str] | None  # (colour, shape) of a cell, None where it is empty
+PLURAL = {"square": "squares", "triangle": "triangles", "ring": "rings", "cross": "crosses"}
+MOST_COUNTED = 4
+
+
+def place(cells: Sequence[Thing]) -> list[Pair]:
+    return [
+        (f"what {word} is at {cell_name(i, GRID)}?", answer)
+        for i, thing in enumerate(cells)
+        if thing
+        for word, answer in zip(("colour", "shape"), thing, strict=True)
+    ]
+
+
+def existence(cells: Sequence[Thing]) -> list[Pair]:
+    there = set(cells)
+    return [(f"is there a {c} {s}?", "yes" if (c, s) in there else "no") for c, s in product(COLOURS, SHAPES)]
+
+
+def _counts(cells: Sequence[Thing]) -> tuple[dict[str, int], dict[str, int]]:
+    found = Counter(word for thing in cells if thing for word in thing)
+    return {f"{c} shapes": found[c] for c in COLOURS}, {PLURAL[s]: found[s] for s in SHAPES}
+
+
+def count(cells: Sequence[Thing]) -> list[Pair]:
+    colours, shapes = _counts(cells)
+    return [(f"how many {k} are there?", str(n)) for k, n in (colours | shapes).items() if n <= MOST_COUNTED]
+
+
+def comparison(cells: Sequence[Thing]) -> list[Pair]:
+    return [
+        (f"are there more {a} than {b}?", "yes" if counts[a] > counts[b] else "no")
+        for counts in _counts(cells)
+        for a, b in permutations(counts, 2)
+    ]
+
+
+def _asked(template: str, reference: Thing, thing: Thing) -> list[Pair]:
+    assert reference and thing
+    name = f"the {reference[0]} {reference[1]}"
+    return [(template.format(w, name), answer) for w, answer in zip(("colour", "shape"), thing, strict=True)]
+
+
+def relation(cells: Sequence[Thing]) -> list[Pair]:
+    """What lies beside a thing that the scene has once."""
+    pairs = []
+    for i, thing in enumerate(cells):
+        if not thing or cells.count(thing) > 1:
+            continue
+        for word, j in beside(i, GRID):
+            if neighbour := cells[j]:
+                pairs += _asked(f"what {{}} is {word} {{}}?", thing, neighbour)
+    return pairs
+
+
+def reading(cells: Sequence[Thing]) -> list[Pair]:
+    """What comes two things later in reading order (empty cells do not count) than a thing that the scene has once."""
+    things = [thing for thing in cells if thing]
+    pairs = []
+    for thing, later in zip(things, things[2:], strict=False):
+        if things.count(thing) == 1:
+            pairs += _asked("in reading order, what {} comes two after {}?", thing, later)
+    return pairs
+
+
+KINDS: dict[str, Callable[[Sequence[Thing]], list[Pair]]] = {
+    "place": place,
+    "existence": existence,
+    "count": count,
+    "relation": relation,
+    "comparison": comparison,
+    "reading": reading,
+}
+
+
+class ShapeSamples(Sequence[Sample]):
+    """Samples made when asked for: a scene takes a few hundred bytes until it is drawn."""
+
+    def __init__(self, split: str, scenes: drawing.Scenes, seed: int, rounds: int) -> None:
+        self.split, self.scenes, self.seed, self.rounds = split, scenes, seed, rounds
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        kinds, questions, answers = zip(*self.asked(index), strict=True)
+        turns = conversation(zip(questions, answers, strict=True))
+        return Sample(f"shapes-{self.split}-{self.seed}-{index}", partial(self.draw, index), turns, list(kinds))
+
+    def draw(self, index: int) -> Image.Image:
+        return Image.fromarray(drawing.render(self.scenes[index : index + 1])[0])
+
+    def asked(self, index: int) -> list[tuple[str, str, str]]:
+        colours, shapes = list(COLOURS), SHAPES
+        cells: list[Thing] = [
+            None if c < 0 else (colours[c], shapes[s])
+            for c, s in zip(self.scenes.colour[index], self.scenes.shape[index], strict=True)
+        ]
+        rng = np.random.default_rng([self.seed, int(self.scenes.noise_seed[index])])
+        return ask({kind: candidates(cells) for kind, candidates in KINDS.items()}, self.rounds, rng)
+
+
+def shapes(split: str, count: int, seed: int = 0, rounds: int = 1) -> Split:
+    """`count` scenes of a split with `rounds` questions of each kind. The same arguments give the same bytes."""
+    scenes = drawing.draw(split, seed, count)
+    samples = ShapeSamples(split, scenes, seed, rounds)
+    drawn = [getattr(scenes, name).tobytes() for name in scenes.__dataclass_fields__]
+    return Split(split, samples, fingerprint("shapes", split, count, seed, rounds, *drawn))

@@ -1,0 +1,131 @@
+"""From a model config to a model and its processor."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from experiments import joined, tiny
+from experiments.config import CheckpointModel, CompressorConfig, Config, JoinedModel, PrefusionConfig, ScratchModel
+from experiments.data import scenes
+from experiments.data.samples import Split
+from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
+
+ASSETS = Path(__file__).parent / "assets"
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def build(config: Config, train: Split | None) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The model that a cell starts from, in eval mode, with its processor.
+
+    A model from scratch learns its vocabulary from the training split. A compressor or pre-fusion layers make a
+    LLaVA-Mini of the LLaVA that the model config names.
+
+    Raises:
+        FileNotFoundError: if a folder does not exist.
+        ValueError: if a checkpoint lacks weights, or a model from scratch has no training split.
+    """
+    model, processor = _llava(config, train)
+    compressor, prefusion = config.compressor, config.prefusion
+    if compressor.name != "none" or prefusion.layers:
+        model, processor = _mini(model, processor, compressor, prefusion)
+    model.eval()
+    return model, processor
+
+
+def _llava(config: Config, train: Split | None) -> tuple[PreTrainedModel, ProcessorMixin]:
+    source = config.model
+    dtype = getattr(torch, source.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"model.dtype: torch has no type '{source.dtype}'; use float32, bfloat16 or float16")
+    if isinstance(source, CheckpointModel):
+        return load(source.path, dtype, source.attention)
+    if isinstance(source, JoinedModel):
+        folders = [
+            _folder_or_hub_name(path, field)
+            for path, field in ((source.vision, "vision"), (source.language, "language"))
+        ]
+        return joined.join(*folders, vision_layer=source.vision_layer, dtype=dtype, attention=source.attention)
+    if isinstance(source, ScratchModel):
+        if train is None:
+            raise ValueError(
+                "model=scratch learns its vocabulary from training data, and this data set has no training split"
+            )
+        text = tiny.tokenizer((train.samples[i] for i in range(min(1000, len(train)))), source.vocabulary)
+        model = tiny.llava(text, scenes.SIDE, source.patch, source.width, source.layers)
+        return model, tiny.processor(text, scenes.SIDE, source.patch)
+    raise TypeError(f"no way to build a {type(source).__name__}")
+
+
+def _mini(
+    model: PreTrainedModel, processor: ProcessorMixin, compressor: CompressorConfig, prefusion: PrefusionConfig
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    if not isinstance(model, LlavaForConditionalGeneration) or isinstance(model, LlavaMiniForConditionalGeneration):
+        raise ValueError(
+            f"a compressor or pre-fusion is put into a LLaVA, and this model is a {type(model).__name__}; "
+            "choose a LLaVA, or compressor=none prefusion.layers=0"
+        )
+    mini = LlavaMiniForConditionalGeneration.from_llava(
+        model,
+        compressor=compressor.name,
+        compressor_size=compressor.size,
+        prefusion_layers=prefusion.layers,
+        prefusion_init=prefusion.init,
+    )
+    return mini, LlavaMiniProcessor.from_llava(processor, mini.config)
+
+
+def _folder_or_hub_name(path: str, field: str) -> str:
+    if not Path(path).is_dir() and (Path(path).is_absolute() or not _HUB_NAME.fullmatch(path)):
+        raise FileNotFoundError(f"model.{field}: no folder '{path}'")
+    return path
+
+
+def load(
+    path: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A saved model and its processor; every weight must come from the checkpoint."""
+    name = _folder_or_hub_name(path, "path")
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, attn_implementation=attention, output_loading_info=True, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model.path: '{path}' is neither a folder nor a hub name that holds a vision-language model: {first}"
+        ) from error
+    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if lacking:
+        raise ValueError(f"model.path: checkpoint '{path}' lacks {len(lacking)} weights, the first is {lacking[0]}")
+    return model, processor
+
+
+def choose_device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@contextlib.contextmanager
+def inference(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode without gradients."""
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        yield
+    model.train(was_training)

@@ -1,0 +1,126 @@
+"""The figures of a report in their order, each drawn with its caption, or a hole with the reason it was not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from experiments.report import figures
+from experiments.report.cells import Cell
+from experiments.report.records import Record, describe
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure of the report; `figure` is None where it could not be drawn, and `caption` then says why."""
+
+    stem: str
+    title: str
+    caption: str
+    figure: Figure | None
+
+
+def draw(probed: Sequence[Record], cells: Sequence[Cell]) -> Iterator[Drawing]:
+    """Draw every figure: the probes of the first of the probed records that holds them, the largest group of cells."""
+    for stem, title, needs, draw_record, caption in _PROBES:
+        record = next((record for record in probed if record.get(needs) is not None), None)
+        if record is None:
+            yield Drawing(stem, title, f"Not drawn: no finished record holds {needs} measurements.", None)
+        else:
+            yield Drawing(stem, title, f"{caption(record)} {_source(record)}", draw_record(record))
+    families = Counter(cell.family for cell in cells if cell.finished)
+    # Cells trained otherwise, or on other data, cannot share axes with these.
+    drawn = [cell for cell in cells if families and cell.family == families.most_common(1)[0][0]]
+    for stem, title, draw_cells, text in _SWEEPS:
+        try:
+            figure = draw_cells(drawn)
+        except ValueError as error:
+            yield Drawing(stem, title, f"Not drawn: {error}.", None)
+        else:
+            yield Drawing(stem, title, f"{text} {_sample(drawn)}{_left_out(len(families))}", figure)
+
+
+def _sample(cells: Sequence[Cell]) -> str:
+    finished = [cell for cell in cells if cell.finished]
+    runs = sorted({len(cell.finished) for cell in finished})
+    devices = sorted({r["provenance"].get("device") or "device unknown" for cell in finished for r in cell.finished})
+    return (
+        f"Bars are 95% bootstrap intervals over examples and seeds; n = {finished[0].examples} test examples a seed, "
+        f"{_span(runs)} seed{'s' if runs[-1] > 1 else ''} a cell; {', '.join(devices)}."
+    )
+
+
+def _left_out(families: int) -> str:
+    if families == 1:
+        return ""
+    return f" Drawn is the largest of {families} groups of cells trained alike on the same data; the table lists all."
+
+
+def _source(record: Record) -> str:
+    device = record["provenance"].get("device", "device unknown")
+    return f"Model: {describe(record)} (one seed), data {record['data']['name']}, {device}, record {record['id']}."
+
+
+def _mass(record: Record) -> str:
+    attention = record["attention"]
+    note = attention.get("queries_note")
+    return (
+        "Share of a query's attention that falls on a group of tokens, averaged over heads and queries"
+        f"{f' ({note})' if note else ''}. Line and band: mean and 95% bootstrap interval over "
+        f"n = {attention['samples']} samples. {_controls(record)}"
+    )
+
+
+def _entropy(record: Record) -> str:
+    return (
+        "Entropy in nats of the attention renormalised within a group of tokens: high where attention is spread "
+        "evenly, low where it falls on few tokens. Line and band: mean and 95% bootstrap interval over "
+        f"n = {record['attention']['samples']} samples. {_controls(record)}"
+    )
+
+
+def _controls(record: Record) -> str:
+    control = (record["attention"].get("control") or {}).get("name")
+    dashed = f"Dashed: {control}." if control else "No control model was recorded."
+    return f"{dashed} Dotted: attention spread evenly over all visible tokens."
+
+
+def _removal(record: Record) -> str:
+    random = record["removal"].get("random_inside")
+    control = "; open squares hide as many random text tokens instead" if random else ""
+    return (
+        f"Left: visual tokens hidden inside one block of layers and visible in all others{control}. Right: visual "
+        "tokens hidden from a layer onward, so that only the first layers see them; the shaded range is the 95% "
+        "interval of the fusion depth. "
+        f"Bars and band: 95% bootstrap intervals over n = {record['data']['examples']} examples."
+    )
+
+
+def _span(values: Sequence[int]) -> str:
+    return f"{values[0]}" if values[0] == values[-1] else f"{values[0]} to {values[-1]}"
+
+
+_PROBES: tuple[tuple[str, str, str, Callable[[Record], Figure], Callable[[Record], str]], ...] = (
+    ("removal_by_block", "Accuracy without visual tokens", "removal", figures.removal_figure, _removal),
+    ("attention_by_layer", "Attention mass by layer", "attention", figures.attention_figure, _mass),
+    ("entropy_by_layer", "Attention entropy by layer", "attention", figures.entropy_figure, _entropy),
+)
+_SWEEPS: tuple[tuple[str, str, Callable[[Sequence[Cell]], Figure], str], ...] = (
+    (
+        "ablation",
+        "Accuracy by visual tokens, pre-fusion depth and compressor",
+        figures.ablation_figure,
+        "Test accuracy of every ablation cell; horizontal lines are plain LLaVA and the controls without a picture; a "
+        "cross marks a cell that failed. Points are set apart sideways to keep bars readable.",
+    ),
+    (
+        "accuracy_vs_cost",
+        "Accuracy against cost",
+        figures.cost_figure,
+        "Test accuracy against the FLOPs of one prompt; the star is plain LLaVA.",
+    ),
+)
+STEMS = tuple(entry[0] for entry in (*_PROBES, *_SWEEPS))

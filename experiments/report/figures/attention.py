@@ -1,0 +1,59 @@
+"""Attention between groups of tokens by layer: its mass and its entropy (paper, Figs. 2 and 3), with controls."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from experiments.report.records import Record
+from experiments.report.statistics import mean_interval
+from experiments.report.style import BLACK, BLUE, CONTROL, MEASURED, legend, panels, styled
+
+
+def attention_figure(record: Record) -> Figure:
+    """Share of a query's attention that falls on a group of tokens, by layer; one panel for each pair of groups.
+
+    Line: mean over heads and samples, with a 95% bootstrap band over samples. Controls: the same model with random
+    weights, and attention spread evenly over all visible tokens. Raises ValueError if the record holds no attention.
+    """
+    return _by_layer(record, "mass", "Attention mass (%)", 100.0, "even attention")
+
+
+def entropy_figure(record: Record) -> Figure:
+    """Entropy (nats) of the attention within a group of tokens, by layer, drawn as `attention_figure` is.
+
+    The dotted line is the entropy of even attention over the group: the upper bound.
+    """
+    return _by_layer(record, "entropy", "Entropy (nats)", 1.0, "even attention (upper bound)")
+
+
+@styled
+def _by_layer(record: Record, key: str, label: str, scale: float, uniform_label: str) -> Figure:
+    attention = record.get("attention")
+    if attention is None:
+        raise ValueError(f"record {record['id']} holds no attention to draw")
+    values = np.asarray(attention[key], dtype=float) * scale
+    control = attention.get("control") or {}
+    uniform = attention.get(f"uniform_{key}")
+    pairs, layers, samples = values.shape
+    mean, low, high = (part.reshape(pairs, layers) for part in mean_interval(values.reshape(-1, samples)))
+    x = np.arange(1, layers + 1)
+    every = max(1, layers // 16)
+
+    figure, axes = panels(pairs, columns=3, height=2.5, label=label)
+    for index, (axis, (target, source)) in enumerate(zip(axes, attention["pairs"], strict=True)):
+        axis.fill_between(x, low[index], high[index], color=BLUE, alpha=0.22, linewidth=0)
+        axis.plot(x, mean[index], **MEASURED, markevery=every, label="measured, 95% band")
+        if control.get(key) is not None:
+            line = np.asarray(control[key][index], dtype=float) * scale
+            axis.plot(x, line, **CONTROL, markevery=every, label=f"control: {control.get('name', 'random weights')}")
+        if uniform is not None and uniform[index] is not None:
+            axis.axhline(uniform[index] * scale, color=BLACK, linestyle=":", linewidth=1.2, label=uniform_label)
+        axis.set_title(f"{target.capitalize()} → {source}", loc="left")
+        axis.set_xlabel("Layer of the language model")
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        axis.set_xlim(0.6, layers + 0.4)
+    axes[0].set_ylim(bottom=0)
+    legend(figure, axes, columns=3)
+    return figure

@@ -1,0 +1,78 @@
+"""A table as Markdown, LaTeX (booktabs) and CSV text."""
+
+from __future__ import annotations
+
+import re
+
+from experiments.report.tables import Table
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "\u2212": r"$-$",
+    "\u2192": r"$\to$",
+    "\u00d7": r"$\times$",
+}
+
+
+def markdown(table: Table) -> str:
+    """GitHub-flavoured Markdown: caption, table, notes."""
+    columns = list(table.text.columns)
+    rule = ["---:" if column in table.numeric else "---" for column in columns]
+    rows = [columns, rule, *([_markdown_cell(cell) for cell in row] for row in table.text.itertuples(index=False))]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([f"**{table.caption}**", "", *lines, *(f"\n{note}" for note in table.notes)]) + "\n"
+
+
+def latex(table: Table) -> str:
+    r"""A `table` environment with booktabs rules, to be \input as it is. Needs the packages booktabs
+    and graphicx, which shrinks a table wider than the line."""
+    columns = "".join("r" if column in table.numeric else "l" for column in table.text.columns)
+    rows = [[escape(str(cell)) for cell in row] for row in table.text.itertuples(index=False)]
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            r"\footnotesize",
+            r"\setlength{\tabcolsep}{4pt}",
+            rf"\caption{{{escape(table.caption)}}}",
+            rf"\label{{tab:{table.name.replace('_', '-')}}}",
+            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            " & ".join(escape(column) for column in table.text.columns) + r" \\",
+            r"\midrule",
+            # A row that opens with "[" would be read as the optional length of the \\ before it.
+            *(("{}" if row[0].startswith("[") else "") + " & ".join(row) + r" \\" for row in rows),
+            r"\bottomrule",
+            r"\end{tabular}}",
+            *(rf"\par\smallskip\raggedright {escape(note)}" for note in table.notes),
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def csv(table: Table) -> str:
+    """The plain numbers, comma-separated; accuracies from 0 to 1, six significant digits; empty where undefined."""
+    return table.data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+
+
+def escape(text: str) -> str:
+    """Text with every character that LaTeX treats specially written out."""
+    return re.sub("|".join(map(re.escape, _LATEX)), lambda match: _LATEX[match.group()], text)
+
+
+def _markdown_cell(cell: object) -> str:
+    return str(cell).replace("\\", "\\\\").replace("|", "\\|")

@@ -1,0 +1,43 @@
+"""The HTML page: one file that needs no network and no script."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jinja2
+
+from experiments.report.captions import Drawing
+from experiments.report.records import Records, describe
+from experiments.report.tables import Table
+from experiments.report.verdict import CLAIM, RULE, Headline, Verdict
+
+
+def render(
+    records: Records,
+    headline: Headline,
+    verdicts: Sequence[Verdict],
+    tables: Mapping[str, Table],
+    drawings: Sequence[Drawing],
+    pictures: Mapping[str, Path],
+) -> str:
+    """The page as HTML text. `pictures` maps the stem of every figure drawn to its PNG, which is embedded."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    uris = {stem: base64.b64encode(path.read_bytes()).decode() for stem, path in pictures.items()}
+    return environment.get_template("page.html.j2").render(
+        claim=CLAIM,
+        rule=RULE,
+        headline=headline,
+        verdicts=verdicts,
+        tables=tables,
+        figures=[(drawing, uris.get(drawing.stem)) for drawing in drawings],
+        records=records,
+        describe=describe,
+    )

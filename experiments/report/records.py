@@ -1,0 +1,232 @@
+"""Record files: what a well-formed record holds, and how a folder of them is read.
+
+A record is the JSON object that `experiments.run` writes for one cell, kept here as a plain mapping. Outcomes are
+strings with one character an example, "1" for a right answer. A file that cannot be used becomes a `Hole`: it is shown
+in the report with its reason, and never stops it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+SCHEMA = 1
+
+Record: TypeAlias = Mapping[str, Any]
+
+_ALWAYS: dict[str, Any] = {"id": str, "experiment": str, "name": str, "config": dict}
+_FINISHED: dict[str, Any] = {
+    "model.label": str,
+    "model.layers": int,
+    "model.visual_tokens": int,
+    "model.prefusion_layers": int,
+    "model.compressor": str,
+    "model.parameters": (int, float),
+    "data.name": str,
+    "data.fingerprint": str,
+    "data.examples": int,
+    "data.kinds": list,
+    "accuracy.image": str,
+    "provenance": dict,
+}
+_FUSION: dict[str, Any] = {
+    "depth": (int, type(None)),
+    "low": (int, float, type(None)),
+    "high": (int, float, type(None)),
+    "layers": int,
+}
+
+
+@dataclass(frozen=True)
+class Hole:
+    """Something that should be in the report and is not, with the reason."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Records:
+    """What a folder of records holds.
+
+    `superseded` are older records of a configuration and seed that a newer record has replaced (the code or the data
+    changed in between); they are named in the report and used nowhere.
+    """
+
+    finished: tuple[Record, ...]
+    failed: tuple[Record, ...]
+    unreadable: tuple[Hole, ...]
+    superseded: tuple[Hole, ...]
+
+    @property
+    def holes(self) -> tuple[Hole, ...]:
+        """All that is missing: failed cells first, then files that could not be read."""
+        return (*(Hole(describe(record), failure(record)) for record in self.failed), *self.unreadable)
+
+
+def load(folder: Path) -> Records:
+    """Read every `*.json` in `folder`, in the order of their names.
+
+    Raises:
+        FileNotFoundError: if `folder` does not exist or holds no `*.json` file.
+    """
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise FileNotFoundError(f"no records in {folder}: make some with `python -m experiments.run`")
+    newest: dict[str, Record] = {}
+    unreadable, superseded = [], []
+    for path in paths:
+        try:
+            record = read(path)
+        except (OSError, ValueError) as error:
+            unreadable.append(Hole(path.name, str(error)))
+            continue
+        key = json.dumps([record["experiment"], record["config"]], sort_keys=True)
+        other = newest.get(key)
+        if other is not None:
+            older, record = sorted((other, record), key=started)
+            superseded.append(Hole(f"{describe(older)} ({older['id']})", f"replaced by the newer {record['id']}"))
+        newest[key] = record
+    return Records(
+        finished=tuple(record for record in newest.values() if record["status"] == "finished"),
+        failed=tuple(record for record in newest.values() if record["status"] == "failed"),
+        unreadable=tuple(unreadable),
+        superseded=tuple(superseded),
+    )
+
+
+def read(path: Path) -> Record:
+    """Read and check one record file. Raises ValueError with one line that says what is wrong with it."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError("not a text file") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON (truncated?): {error.msg} at line {error.lineno}") from None
+    check(record)
+    return record
+
+
+def check(record: Any) -> None:
+    """Raise ValueError, in one line, for what is missing or inconsistent in a record."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a record is a JSON object, this is a {type(record).__name__}")
+    if record.get("schema") != SCHEMA:
+        raise ValueError(f"schema {record.get('schema')!r}, this report reads schema {SCHEMA}")
+    for path, kind in _ALWAYS.items():
+        _field(record, path, kind)
+    if record.get("status") not in ("finished", "failed"):
+        raise ValueError(f"status is {record.get('status')!r}, not 'finished' or 'failed'")
+    if record["status"] == "failed":
+        return
+    for path, kind in _FINISHED.items():
+        _field(record, path, kind)
+    if record.get("cost") is not None:
+        _field(record, "cost.flops", (int, float))
+    examples = record["data"]["examples"]
+    if len(record["data"]["kinds"]) != examples:
+        raise ValueError(f"data.kinds has {len(record['data']['kinds'])} entries for {examples} examples")
+    if record["data"].get("guess") is not None:
+        _check_outcomes(record["data"]["guess"], "data.guess", examples)
+    for view, outcomes in record["accuracy"].items():
+        if outcomes is not None:
+            _check_outcomes(outcomes, f"accuracy.{view}", examples)
+    if record.get("removal") is not None:
+        _check_removal(record)
+    if record.get("attention") is not None:
+        _check_attention(record)
+    for kind, depth in (record.get("fusion") or {}).items():
+        if depth is not None:
+            for key, type_ in _FUSION.items():
+                _field(depth, key, type_, f"fusion.{kind}.{key}")
+            if depth["depth"] is not None and (depth["low"] is None or depth["high"] is None):
+                raise ValueError(f"fusion.{kind} has a depth but no interval")
+
+
+def outcomes(text: str) -> np.ndarray:
+    """One character an example to one 0 or 1 an example, uint8."""
+    return np.frombuffer(text.encode("ascii"), dtype=np.uint8) - ord("0")
+
+
+def seed(record: Record) -> int | None:
+    """The training seed of a record, None where its configuration has none."""
+    return record["config"].get("seed")
+
+
+def describe(record: Record) -> str:
+    """A record's label with its seed, for people."""
+    return record["name"] if seed(record) is None else f"{record['name']}, seed {seed(record)}"
+
+
+def failure(record: Record) -> str:
+    """Why a failed record failed, in one line."""
+    return "failed: " + " ".join((record.get("error") or "no reason recorded").split())
+
+
+def started(record: Record) -> str:
+    """When a record's run began (ISO 8601), "" where it does not say."""
+    return (record.get("provenance") or {}).get("started") or ""
+
+
+def _field(mapping: Any, path: str, kind: Any, shown: str | None = None) -> Any:
+    value = mapping
+    for key in path.split("."):
+        if not isinstance(value, dict) or key not in value:
+            raise ValueError(f"{shown or path} is missing")
+        value = value[key]
+    # JSON's true would pass for the integer 1.
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{shown or path} is {value!r:.40}, of the wrong type")
+    return value
+
+
+def _check_outcomes(text: Any, path: str, examples: int) -> None:
+    if not isinstance(text, str) or set(text) - {"0", "1"}:
+        raise ValueError(f"{path} is not a string of 0 and 1")
+    if len(text) != examples:
+        raise ValueError(f"{path} has {len(text)} outcomes for {examples} examples")
+
+
+def _check_removal(record: Record) -> None:
+    layers, examples = record["model"]["layers"], record["data"]["examples"]
+    for part in ("inside", "onward", "random_inside"):
+        runs = record["removal"].get(part)
+        if runs is None and part == "random_inside":
+            continue
+        if not isinstance(runs, list) or not runs:
+            raise ValueError(f"removal.{part} is missing or empty")
+        for index, run in enumerate(runs):
+            _field(run, "layers", list, f"removal.{part}[{index}].layers")
+            _check_outcomes(run.get("correct"), f"removal.{part}[{index}].correct", examples)
+            if not set(run["layers"]) <= set(range(layers)):
+                raise ValueError(f"removal.{part}[{index}].layers goes beyond the model's {layers} layers")
+        if part != "onward" and not all(run["layers"] for run in runs):
+            raise ValueError(f"removal.{part} has a block without layers")
+    if len(record["removal"]["onward"]) != layers + 1:
+        raise ValueError(f"removal.onward has {len(record['removal']['onward'])} entries, not {layers} layers + 1")
+
+
+def _check_attention(record: Record) -> None:
+    attention, layers = record["attention"], record["model"]["layers"]
+    pairs = len(_field(attention, "pairs", list, "attention.pairs"))
+    samples = _field(attention, "samples", int, "attention.samples")
+    wanted: dict[str, tuple[int, ...]] = {"mass": (pairs, layers, samples), "entropy": (pairs, layers, samples)}
+    arrays = {f"attention.{key}": (attention.get(key), shape) for key, shape in wanted.items()}
+    for key in ("uniform_mass", "uniform_entropy"):
+        arrays[f"attention.{key}"] = (attention.get(key), (pairs,))
+    for key in ("mass", "entropy"):
+        arrays[f"attention.control.{key}"] = ((attention.get("control") or {}).get(key), (pairs, layers))
+    for path, (values, shape) in arrays.items():
+        if values is None and path not in ("attention.mass", "attention.entropy"):
+            continue
+        try:
+            found = np.asarray(values, dtype=float).shape
+        except (TypeError, ValueError):
+            raise ValueError(f"{path} is not a full array of numbers") from None
+        if found != shape:
+            raise ValueError(f"{path} has shape {found}, expected {shape}")

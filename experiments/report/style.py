@@ -1,0 +1,115 @@
+"""One look for every figure: sizes, a colour-blind-safe palette (Okabe and Ito), and line styles that survive grey."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+WIDTH = 7.2
+"""Width of a figure in inches: two columns of a paper."""
+
+BLACK, BLUE, ORANGE, GREEN, GREY = "#1a1a1a", "#0072b2", "#d55e00", "#009e73", "#767676"
+MEASURED: dict[str, Any] = {"color": BLUE, "marker": "o", "linestyle": "-"}
+SECOND: dict[str, Any] = {"color": GREEN, "marker": "D", "linestyle": "-"}
+CONTROL: dict[str, Any] = {"color": ORANGE, "marker": "s", "linestyle": "--", "markerfacecolor": "white"}
+REFERENCES: tuple[dict[str, Any], ...] = (
+    {"color": BLACK, "linestyle": "-"},
+    {"color": GREY, "linestyle": "-."},
+    {"color": BLACK, "linestyle": ":"},
+)
+# Light to dark, so that an ordered quantity keeps its order in grey.
+ORDERED = ("#5ab4e5", "#2f8ac4", "#0b5c9a", "#003a70", "#001f3f", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+LINESTYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
+
+_SETTINGS: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 7.5,
+    "legend.handlelength": 3.2,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4,
+    "pdf.fonttype": 42,
+    "savefig.dpi": 200,
+}
+
+
+def styled(function: Callable[P, T]) -> Callable[P, T]:
+    """Run a function under this style and leave matplotlib's own settings as they were."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with matplotlib.rc_context(_SETTINGS):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def panels(count: int, columns: int, height: float, label: str) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, `columns` in a row and `height` inches a row, with one common y axis: `label`."""
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for first in axes[:, 0]:
+        first.set_ylabel(label)
+    for unused in axes.flat[count:]:
+        unused.remove()
+    return figure, list(axes.flat[:count])
+
+
+def legend(figure: Figure, axes: list[Axes], columns: int) -> None:
+    """One legend below the panels, where it can cover no data: measurements first, then reference lines.
+
+    A label used in several panels appears once.
+    """
+    entries: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    labels = sorted(entries, key=lambda label: _is_reference(entries[label]))
+    handles = [entries[label] for label in labels]
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
+
+
+def _is_reference(handle: object) -> bool:
+    return isinstance(handle, Line2D) and "None" in (handle.get_marker(), handle.get_linestyle())
+
+
+@styled
+def save(figure: Figure, stem: Path | str) -> tuple[Path, Path]:
+    """Write `stem`.png (200 dots an inch) and `stem`.pdf and return their paths. Folders are made as needed."""
+    stem = Path(stem)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    png, pdf = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.pdf")
+    # Place the panels once: savefig would do it again for either file, which takes as long as drawing.
+    figure.draw_without_rendering()
+    figure.set_layout_engine(None)
+    figure.savefig(png)
+    # Without a date the same records give the same file.
+    figure.savefig(pdf, metadata={"CreationDate": None})
+    return png, pdf

@@ -1,0 +1,145 @@
+"""Does shallow-layer fusion reproduce? One rule, applied to every record that removed visual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from experiments.report.records import Record, Records, describe, outcomes, seed
+from experiments.report.statistics import paired_test
+
+REPRODUCES, FAILS, UNTOLD = "reproduces", "does not reproduce", "cannot be told"
+CLAIM = "Text takes in the picture in the first layers of the language model (LLaVA-Mini, ICLR 2025, section 3)."
+RULE = (
+    "A model reproduces the claim if both hold. (1) Depth: it needs to see the visual tokens only in its first d "
+    "layers to keep its accuracy, and the upper end of d's 95% interval is at most half of the layers. (2) First "
+    "block: hiding the visual tokens inside the first block of layers alone costs more accuracy than inside every "
+    "later block (exact paired tests, one-sided, each p < 0.05). It does not reproduce it if the lower end of d's "
+    "interval is above half of the layers, or if some later block costs more than the first (p < 0.05, corrected for "
+    "the number of later blocks). Otherwise it cannot be told. Attention is reported beside it and decides nothing: "
+    "where a model looks is no proof of what it uses. The headline counts language models without pre-fusion: with "
+    "pre-fusion, text has seen the picture before the first layer."
+)
+_ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The rule's answer for one record, with its reasons as sentences."""
+
+    record: Record
+    answer: str
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The rule's answer over all models without pre-fusion, in a sentence."""
+
+    answer: str
+    sentence: str
+
+    @property
+    def title(self) -> str:
+        """The answer as a heading."""
+        if self.answer == UNTOLD:
+            return "Whether shallow-layer fusion reproduces here cannot be told"
+        return f"Shallow-layer fusion {self.answer} here"
+
+
+def probed(records: Records) -> tuple[Record, ...]:
+    """Finished records with a probe, LLaVA (no pre-fusion) first, then by name and seed."""
+    found = [r for r in records.finished if any(r.get(key) is not None for key in ("attention", "removal", "fusion"))]
+    return tuple(sorted(found, key=lambda r: (r["model"]["prefusion_layers"], r["name"], str(seed(r)), r["id"])))
+
+
+def judge(record: Record) -> Verdict:
+    """Apply the rule to one record."""
+    conditions = (_depth(record), _first_block(record))
+    answers = [answer for answer, _ in conditions]
+    answer = next((answer for answer in (FAILS, UNTOLD) if answer in answers), REPRODUCES)
+    return Verdict(record, answer, (*(reason for _, reason in conditions), _agreement(record)))
+
+
+def headline(verdicts: Iterable[Verdict]) -> Headline:
+    """One answer over the models without pre-fusion; "cannot be told" where they disagree or there is none."""
+    verdicts = list(verdicts)
+    counted = [verdict for verdict in verdicts if verdict.record["model"]["prefusion_layers"] == 0]
+    if not counted:
+        reason = "only models with pre-fusion were probed" if verdicts else "no finished record holds a probe"
+        return Headline(UNTOLD, f"{reason.capitalize()}.")
+    answers = {verdict.answer for verdict in counted}
+    if len(answers) > 1:
+        tally = ", ".join(f"{sum(v.answer == a for v in counted)} x {a}" for a in (REPRODUCES, FAILS, UNTOLD))
+        return Headline(UNTOLD, f"The {len(counted)} probed models without pre-fusion disagree: {tally}.")
+    return Headline(answers.pop(), " ".join(_sentence(verdict.record) for verdict in counted))
+
+
+def depth_text(record: Record, kind: str) -> str:
+    """The fusion depth of one kind ("removal" or "attention") in words."""
+    depth = (record.get("fusion") or {}).get(kind)
+    if depth is None:
+        return "not measured"
+    if depth["depth"] is None:
+        return f"none: {_no_depth(record, kind)}"
+    return f"{depth['depth']} of {depth['layers']} layers ({interval_text(depth)})"
+
+
+def interval_text(depth: dict) -> str:
+    """The interval of a fusion depth with its sample count."""
+    return f"95% CI {depth['low']:g} to {depth['high']:g}, n = {depth['samples']}"
+
+
+def _sentence(record: Record) -> str:
+    removal, attention = depth_text(record, "removal"), depth_text(record, "attention")
+    return f"{describe(record)}: fusion depth {removal} by removal of visual tokens; {attention} by attention."
+
+
+def _no_depth(record: Record, kind: str) -> str:
+    if kind == "attention":
+        return "no attention on visual tokens was recorded"
+    blank = record["accuracy"].get("blank")
+    if record["model"]["prefusion_layers"] and blank is not None:
+        image = outcomes(record["accuracy"]["image"])[None]
+        if paired_test(image, outcomes(blank)[None]) < _ALPHA:
+            return "the language model's layers need no visual tokens (the picture reaches the text before them)"
+    return "this model's answers do not depend on the picture"
+
+
+def _depth(record: Record) -> tuple[str, str]:
+    depth = (record.get("fusion") or {}).get("removal")
+    text = f"Depth from removal: {depth_text(record, 'removal')}."
+    if depth is None or depth["depth"] is None:
+        return UNTOLD, text
+    half = depth["layers"] / 2
+    if depth["high"] <= half:
+        return REPRODUCES, f"{text} The interval ends at or below half of the layers ({half:g})."
+    if depth["low"] > half:
+        return FAILS, f"{text} The interval lies above half of the layers ({half:g})."
+    return UNTOLD, f"{text} The interval reaches beyond half of the layers ({half:g})."
+
+
+def _first_block(record: Record) -> tuple[str, str]:
+    removal = record.get("removal")
+    if removal is None:
+        return UNTOLD, "First block: no visual tokens were removed."
+    first, *later = [outcomes(run["correct"])[None] for run in removal["inside"]]
+    if not later:
+        return UNTOLD, "First block: the model has a single block, there is nothing to compare with."
+    if max(paired_test(block, first, "greater") for block in later) < _ALPHA:
+        return REPRODUCES, "First block: hiding the visual tokens there costs more than inside every later block."
+    # One of several later blocks is enough here, so their smallest p-value is corrected.
+    if min(paired_test(first, block, "greater") for block in later) * len(later) < _ALPHA:
+        return FAILS, "First block: hiding the visual tokens inside a later block costs more."
+    return UNTOLD, "First block: no significant difference from at least one later block."
+
+
+def _agreement(record: Record) -> str:
+    text = f"Depth from attention: {depth_text(record, 'attention')}."
+    removal, attention = ((record.get("fusion") or {}).get(kind) for kind in ("removal", "attention"))
+    if removal is None or attention is None or removal["depth"] is None or attention["depth"] is None:
+        return text
+    overlap = removal["low"] <= attention["high"] and attention["low"] <= removal["high"]
+    return (
+        f"{text} The two {'agree: their intervals overlap' if overlap else 'disagree: their intervals do not overlap'}."
+    )

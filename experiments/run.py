@@ -1,0 +1,62 @@
+"""Run one cell, or with `-m` a sweep of them: `python -m experiments.run experiment=attention model=tiny`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments import config as configuration
+
+log = logging.getLogger(__name__)
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+
+
+def asset(name: str) -> str:
+    """`${asset:tiny}` in a config: a folder that ships with the project."""
+    return str(Path(__file__).parent / "assets" / name)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
+def cell(config: DictConfig) -> None:
+    # torch and transformers are imported after the configuration has been accepted: a typing error costs no wait
+    from experiments.cell import run_cell
+    from experiments.drawing import draw_record
+
+    path = run_cell(OmegaConf.to_object(config), configuration.resolved(config))  # type: ignore[arg-type]
+    figures = draw_record(path)
+    log.info("record %s%s", path, "".join(f"\nfigure %s" % f for f in figures))
+
+
+def one_line(error: BaseException) -> str:
+    """What is wrong, without the stack and without the parts of Hydra's messages that repeat it."""
+    text = " ".join(str(cause).split("\nfull_key")[0] for cause in (error, error.__cause__) if cause is not None)
+    return " ".join(text.split())
+
+
+def main() -> Any:
+    configuration.register()
+    OmegaConf.register_new_resolver("asset", asset, replace=True)
+    traceback_wanted = os.environ.get(_FULL_ERROR) == "1"
+    os.environ[_FULL_ERROR] = "1"  # Hydra then raises instead of printing, and main alone decides what is shown
+    try:
+        return cell()
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+        if traceback_wanted:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted: the same command takes up where this one stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Compressors: the patches of an image in, C x C visual tokens out.
+
+A compressor is one file in this folder. It subclasses [`Compressor`] and puts itself into `COMPRESSORS` with
+`@register("name")`; every module of the folder is imported, so nothing else has to be edited.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import pkgutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..configuration import LlavaMiniConfig
+
+COMPRESSORS: dict[str, type[Compressor]] = {}
+
+CompressorClass = TypeVar("CompressorClass", bound="type[Compressor]")
+
+
+class Compressor(nn.Module):
+    """Base of every compressor; built from a [`LlavaMiniConfig`], works on vision features ahead of the projector."""
+
+    def __init__(self, config: LlavaMiniConfig):
+        super().__init__()
+        self.size = config.compressor_size
+
+    def reset_parameters(self) -> None:
+        """Initialises the parameters that are held by this module itself, not those of its children. Uses
+        `transformers.initialization`, whose functions leave loaded parameters alone."""
+
+    def forward(
+        self, features: Float[Tensor, "batch patches width"]
+    ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens patches"]]:
+        """Returns the C x C tokens, row-major, and the weight each patch has in each token (rows sum to one)."""
+        raise NotImplementedError
+
+
+def register(name: str) -> Callable[[CompressorClass], CompressorClass]:
+    """Class decorator that makes a compressor available as `LlavaMiniConfig(compressor=name)`."""
+
+    def decorator(cls: CompressorClass) -> CompressorClass:
+        if name == "none" or name in COMPRESSORS:
+            raise ValueError(f"the compressor name {name!r} is taken")
+        COMPRESSORS[name] = cls
+        return cls
+
+    return decorator
+
+
+def grid_side(patches: int) -> int:
+    """Side of the square grid that `patches` patches form; ValueError if they form none."""
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise ValueError(
+            f"a compressor needs a square grid of patches, got {patches}; "
+            "does vision_feature_select_strategy drop the CLS token exactly where the vision tower has one?"
+        )
+    return side
+
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

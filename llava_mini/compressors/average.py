@@ -1,0 +1,31 @@
+"""Average pooling: a token is the mean of the patches in one cell of a C x C grid."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from . import Compressor, grid_side, register
+
+
+@register("average")
+class AverageCompressor(Compressor):
+    """Adaptive average pooling, the parameter-free baseline of the paper's compressor ablation.
+
+    Cells follow `torch.nn.functional.adaptive_avg_pool2d`: where C does not divide the side of the patch grid,
+    neighbouring cells share patches.
+    """
+
+    def forward(
+        self, features: Float[Tensor, "batch patches width"]
+    ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens patches"]]:
+        side = grid_side(features.shape[1])
+        if self.size > side:
+            raise ValueError(f"compressor_size={self.size} exceeds the {side} x {side} grid of patches")
+        cell = torch.arange(self.size, device=features.device)[:, None]  # (size, 1)
+        patch = torch.arange(side, device=features.device)  # (side,)
+        inside = (patch >= cell * side // self.size) & (patch < -(-(cell + 1) * side // self.size))
+        axis = inside.to(features.dtype) / inside.sum(dim=1, keepdim=True)  # (size, side)
+        weights = torch.kron(axis, axis)  # (size * size, side * side)
+        return weights @ features, weights.expand(features.shape[0], -1, -1)

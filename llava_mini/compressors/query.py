@@ -1,0 +1,78 @@
+"""Query-based compression: C x C learned queries attend to the patches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from . import Compressor, grid_side, register
+
+if TYPE_CHECKING:
+    from ..configuration import LlavaMiniConfig
+
+
+@register("query")
+class QueryCompressor(Compressor):
+    """The `Resampler` of the official code (ictnlp/LLaVA-Mini, commit 47da113).
+
+    It differs from the paper's equation 2 in working ahead of the projector and in its layer norms, heads and linear
+    maps. The values carry no position, and there is no residual, feed-forward or output norm. With C = 1 the position
+    table is one vector, the same at every patch. The table is an ordinary parameter: the official code declares it
+    frozen, but its training gives the gradient back, so trained checkpoints hold a trained table.
+
+    Raises:
+        ValueError: If `compressor_heads` does not divide the width, or the width is no multiple of 4.
+    """
+
+    def __init__(self, config: LlavaMiniConfig):
+        super().__init__(config)
+        width, tokens = config.vision_width, config.compressor_size**2
+        if width % config.compressor_heads:
+            raise ValueError(f"compressor_heads={config.compressor_heads} does not divide the vision width {width}")
+        self.query = nn.Parameter(torch.empty(tokens, width))
+        self.pos_embed = nn.Parameter(torch.empty(tokens, width))
+        self.ln_q = nn.LayerNorm(width, eps=1e-5)
+        self.ln_kv = nn.LayerNorm(width, eps=1e-5)
+        self.attn = nn.MultiheadAttention(width, config.compressor_heads, batch_first=True)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.normal_(self.query, std=0.02)
+        init.copy_(self.pos_embed, sincos_table(self.size, self.pos_embed.shape[1]).to(self.pos_embed))
+
+    def forward(
+        self, features: Float[Tensor, "batch patches width"]
+    ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens patches"]]:
+        patches = self.ln_kv(features)
+        query = (self.ln_q(self.query) + self.pos_embed).expand(features.shape[0], -1, -1)  # (batch, tokens, width)
+        key = patches + resize_table(self.pos_embed, grid_side(features.shape[1]))  # (batch, patches, width)
+        return self.attn(query, key, patches)  # weights are averaged over the heads
+
+
+def sincos_table(side: int, width: int) -> Float[Tensor, "side*side width"]:
+    """The 2-D sine-cosine position table of MAE for a `side` x `side` grid, row-major.
+
+    The first half of the width encodes the column, the second half the row; each half holds all sines, then all
+    cosines, at frequencies 10000^(-4i/width).
+    """
+    if width % 4:
+        raise ValueError(f"a 2-D sine-cosine table needs a width that is a multiple of 4, got {width}")
+    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (side, width / 2)
+    columns, rows = axis.repeat(side, 1), axis.repeat_interleave(side, dim=0)
+    return torch.cat([columns, rows], dim=-1).float()
+
+
+def resize_table(table: Float[Tensor, "tokens width"], side: int) -> Float[Tensor, "side*side width"]:
+    """A square position table resampled to `side` x `side`, bicubically and in float32."""
+    source = grid_side(table.shape[0])
+    if source == side:
+        return table
+    grid = table.float().T.unflatten(1, (source, source))[None]  # (1, width, source, source)
+    grid = nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
+    return grid[0].flatten(1).T.to(table.dtype)

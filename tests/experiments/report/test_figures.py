@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from experiments.report import figures
+from experiments.report.captions import draw
+from experiments.report.cells import ablation_cells
+from experiments.report.figures.cost import unit
+from experiments.report.records import Records
+
+
+def loaded(records: list[dict[str, Any]]) -> Records:
+    parts = {status: tuple(r for r in records if r["status"] == status) for status in ("finished", "failed")}
+    return Records(parts["finished"], parts["failed"], (), ())
+
+
+def line(figure: Figure, panel: int, label: str) -> np.ndarray:
+    handles, labels = figure.axes[panel].get_legend_handles_labels()
+    handle = handles[labels.index(label)]
+    return np.asarray((handle[0] if isinstance(handle, tuple) else handle).get_ydata(), dtype=float)
+
+
+def labels(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_save_writes_png_and_pdf(probed: dict[str, Any], tmp_path: Path) -> None:
+    png, pdf = figures.save(figures.removal_figure(probed), tmp_path / "deep" / "fig.2")
+    assert (png.name, pdf.name) == ("fig.2.png", "fig.2.pdf")
+    header = png.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    assert int.from_bytes(header[16:20], "big") == round(7.2 * 200)
+    assert pdf.read_bytes()[:5] == b"%PDF-"
+    before = png.read_bytes(), pdf.read_bytes()
+    figures.save(figures.removal_figure(probed), tmp_path / "deep" / "fig.2")
+    assert (png.read_bytes(), pdf.read_bytes()) == before
+
+
+def test_attention_panels_show_mean_control_and_uniform(probed: dict[str, Any]) -> None:
+    figure = figures.attention_figure(probed)
+    assert [axis.get_title("left") for axis in figure.axes] == [
+        "Instruction \u2192 vision",
+        "Response \u2192 vision",
+        "Response \u2192 instruction",
+    ]
+    mass = np.array(probed["attention"]["mass"], dtype=float)
+    np.testing.assert_allclose(line(figure, 1, "measured, 95% band"), 100 * np.nanmean(mass[1], axis=-1))
+    np.testing.assert_allclose(line(figure, 0, "control: same model, random weights"), 60.0)
+    np.testing.assert_allclose(line(figure, 2, "even attention"), 22.0)
+    top = figure.axes[0].get_ylim()[1]
+    assert top > 100 * np.nanmean(mass, axis=-1).max()
+
+
+def test_entropy_is_in_nats(probed: dict[str, Any]) -> None:
+    figure = figures.entropy_figure(probed)
+    assert figure.axes[0].get_ylabel() == "Entropy (nats)"
+    np.testing.assert_allclose(line(figure, 0, "even attention (upper bound)"), 3.58)
+
+
+def test_attention_without_controls(probed: dict[str, Any]) -> None:
+    for key in ("control", "uniform_mass"):
+        del probed["attention"][key]
+    assert labels(figures.attention_figure(probed)) == ["measured, 95% band"]
+
+
+def test_removal_shows_the_curves_the_controls_and_the_depth(probed: dict[str, Any]) -> None:
+    figure = figures.removal_figure(probed)
+    rates = [100 * run["correct"].count("1") / 120 for run in probed["removal"]["inside"]]
+    np.testing.assert_allclose(line(figure, 0, "hidden inside one block"), rates)
+    assert len(line(figure, 1, "hidden from a layer onward")) == 7
+    np.testing.assert_allclose(line(figure, 0, "blank image"), 100 * probed["accuracy"]["blank"].count("1") / 120)
+    wanted = {"control: random text tokens hidden", "intact", "text-only guess", "fusion depth 2 (95% CI 2 to 3)"}
+    assert wanted <= set(labels(figure))
+
+
+def test_removal_in_blocks_of_layers(probed: dict[str, Any]) -> None:
+    removal = probed["removal"]
+    removal["inside"] = [{**run, "layers": [2 * i, 2 * i + 1]} for i, run in enumerate(removal["inside"][:3])]
+    removal["random_inside"] = None
+    probed["fusion"]["removal"] |= {"depth": None, "low": None, "high": None}
+    figure = figures.removal_figure(probed)
+    ticks = [text.get_text() for text in figure.axes[0].get_xticklabels()]
+    assert ticks == ["1\u20132", "3\u20134", "5\u20136"]
+    assert not any("fusion depth" in label for label in labels(figure))
+
+
+def test_a_record_without_the_probe_cannot_be_drawn(records: list[dict[str, Any]]) -> None:
+    with pytest.raises(ValueError, match="holds no attention to draw"):
+        figures.attention_figure(records[0])
+    with pytest.raises(ValueError, match="holds no removal of visual tokens to draw"):
+        figures.removal_figure(records[0])
+
+
+def test_ablation_marks_failed_cells_and_controls(records: list[dict[str, Any]]) -> None:
+    records[-2]["status"] = records[-3]["status"] = "failed"
+    figure = figures.ablation_figure(ablation_cells(loaded(records)))
+    assert [axis.get_title("left") for axis in figure.axes] == ["Average compressor", "Query compressor"]
+    wanted = {"failed", "no pre-fusion", "2 pre-fusion layers", "LLaVA, 36 tokens", "text-only guess"}
+    assert wanted | {"LLaVA, blank image"} == set(labels(figure))
+
+
+def test_series_differ_in_more_than_colour(records: list[dict[str, Any]]) -> None:
+    for draw_cells in (figures.ablation_figure, figures.cost_figure):
+        for axis in draw_cells(ablation_cells(loaded(records))).axes:
+            handles, names = axis.get_legend_handles_labels()
+            lines = [handle[0] if isinstance(handle, tuple) else handle for handle in handles]
+            filled = [str(h.get_markerfacecolor()) == "white" for h in lines]
+            looks = [(h.get_marker(), h.get_linestyle(), f) for h, f in zip(lines, filled, strict=True)]
+            assert len(set(looks)) == len(set(names))
+
+
+def test_the_legend_covers_no_data(probed: dict[str, Any]) -> None:
+    figure = figures.removal_figure(probed)
+    FigureCanvasAgg(figure).draw()
+    box = figure.legends[0].get_window_extent()
+    assert not any(box.overlaps(axis.get_tightbbox()) for axis in figure.axes)
+
+
+def test_drawing_leaves_matplotlib_as_it_was(probed: dict[str, Any]) -> None:
+    before = dict(matplotlib.rcParams)
+    figures.attention_figure(probed)
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_what_cannot_be_drawn_is_said(records: list[dict[str, Any]]) -> None:
+    drawings = list(draw([], ablation_cells(loaded(records[-1:]))))
+    assert [drawing.figure for drawing in drawings] == [None] * 5
+    assert all(drawing.caption.startswith("Not drawn: no finished ") for drawing in drawings)
+
+
+def test_captions_state_n_seeds_and_device(records: list[dict[str, Any]]) -> None:
+    drawings = {d.stem: d.caption for d in draw([records[-1]], ablation_cells(loaded(records)))}
+    assert "n = 40 samples" in drawings["attention_by_layer"]
+    assert "cpu (2 threads)" in drawings["attention_by_layer"]
+    assert "n = 120 test examples a seed, 1 to 2 seeds a cell" in drawings["ablation"]
+
+
+def test_cells_trained_otherwise_are_not_drawn_together(records: list[dict[str, Any]]) -> None:
+    longer = copy.deepcopy(records[4])
+    longer["config"]["train"]["steps"] = 400
+    drawings = {d.stem: d for d in draw([], ablation_cells(loaded([*records, longer])))}
+    assert "the largest of 2 groups" in drawings["ablation"].caption
+    figure = drawings["ablation"].figure
+    assert figure is not None
+    assert not any("train.steps=400" in label for label in labels(figure))
+
+
+def test_unit() -> None:
+    assert unit(2.5e9) == (1e9, "G")
+    assert unit(0.5) == (1.0, "")

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.report import captions, page
+from experiments.report.__main__ import main
+
+Records = list[dict[str, Any]]
+Write = Callable[[Records], Path]
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects references and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.tags: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.references += [value or "" for key, value in attrs if key in ("src", "href", "srcset", "action", "data")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, make_results: Callable[[Path], Path]) -> Path:
+    """The results folder of a whole report: drawing takes seconds, so it is made once."""
+    results = make_results(tmp_path_factory.mktemp("whole") / "results")
+    assert main(["--results", str(results)]) == 0
+    return results
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the figures out where they are not the point."""
+    monkeypatch.setattr(captions, "draw", lambda *_: iter(()))
+
+
+def read(results: Path) -> Page:
+    return Page((results / "report" / "index.html").read_text(encoding="utf-8"))
+
+
+def test_a_whole_report(whole: Path) -> None:
+    names, drawn = ("ablation", "accuracy_by_kind", "fusion_depth", "provenance"), captions.STEMS
+    tables = {f"tables/{name}.{suffix}" for name in names for suffix in ("md", "tex", "csv")}
+    wanted = {"index.html"} | tables | {f"figures/{stem}.{suffix}" for stem in drawn for suffix in ("png", "pdf")}
+    report = whole / "report"
+    found = {path.relative_to(report).as_posix(): path.stat().st_size for path in report.rglob("*") if path.is_file()}
+    assert set(found) == wanted
+    assert all(found.values())
+    assert sorted(path.name for path in whole.iterdir()) == ["records", "report"]
+
+
+def test_the_page_is_self_contained_and_links_to_files_that_exist(whole: Path) -> None:
+    found = read(whole)
+    assert {"script", "link", "iframe"}.isdisjoint(found.tags)
+    embedded = [reference for reference in found.references if reference.startswith("data:")]
+    assert len(embedded) == 5
+    for reference in set(found.references) - set(embedded):
+        assert (whole / "report" / reference).is_file()
+    raw = (whole / "report" / "index.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?://|@import|url\(", raw)
+    assert "Shallow-layer fusion reproduces here" in found.text
+    assert "tiny | average 2x2, 2 pre-fusion layers, seed 1 : failed: RuntimeError: out of memory" in found.text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_summary(records: Records, write_records: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    results = write_records(records)
+    assert main(["--results", str(results)]) == 0
+    said = capsys.readouterr()
+    assert "fusion depth from removal: 2 of 6 layers (95% CI 2 to 3, n = 120)" in said.out
+    assert "fusion depth from attention: 5 of 6 layers (95% CI 5 to 5, n = 40)" in said.out
+    assert "64.2 [55.4, 73.3]" in said.out
+    assert str(results / "report" / "index.html") in said.out.replace("\n", "")
+    assert said.err == ""
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_garbled_record_is_one_warning_and_a_hole(
+    records: Records, write_records: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = write_records(records)
+    (results / "records" / "broken.json").write_text('{"schema": 1, "id": "<b>')
+    assert main(["--results", str(results)]) == 0
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "broken.json" in error
+    assert "broken.json : not valid JSON" in read(results).text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_text_from_records_is_escaped(records: Records, write_records: Write) -> None:
+    records[-1]["name"] = "<script>alert(1)</script> & co"
+    results = write_records(records)
+    main(["--results", str(results)])
+    found = read(results)
+    assert "script" not in found.tags
+    assert "<script>alert(1)</script> & co" in found.text
+
+
+def test_failures_alone_make_a_page_of_holes(
+    records: Records, write_records: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = write_records([record for record in records if record["status"] == "failed"])
+    assert main(["--results", str(results)]) == 0
+    text = read(results).text
+    assert "cannot be told" in text
+    assert "Not drawn" in text
+    assert "out of memory" in text
+    assert "No finished record holds a probe" in capsys.readouterr().out
+
+
+def test_no_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--results", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(tmp_path / "records") in error
+    assert "python -m experiments.run" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_report_that_breaks_off_leaves_the_old_one(
+    records: Records, write_records: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = write_records(records)
+    main(["--results", str(results)])
+    before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
+    monkeypatch.setattr(page, "render", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["--results", str(results)])
+    assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_figure_that_is_no_longer_made_goes_away(records: Records, write_records: Write) -> None:
+    results = write_records(records)
+    figures = results / "report" / "figures"
+    figures.mkdir(parents=True)
+    for name in ("removal_by_block.png", "removal_by_block.pdf", "mine.png"):
+        (figures / name).write_bytes(b"old")
+    main(["--results", str(results)])
+    assert [path.name for path in figures.iterdir()] == ["mine.png"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_folder_that_cannot_be_written_is_one_line(
+    records: Records, write_records: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["--results", str(write_records(records)), "--out", str(tmp_path / "file" / "report")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_no_model_is_imported() -> None:
+    script = (
+        "import sys, experiments.report.__main__, experiments.report.figures\n"
+        "ours = [n for n in sys.modules if n.startswith('experiments.') and not n.startswith('experiments.report')]\n"
+        "heavy = {'torch', 'transformers', 'probes', 'llava_mini', 'matplotlib.pyplot'} & sys.modules.keys()\n"
+        "print(ours, sorted(heavy))"
+    )
+    root = Path(page.__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] []"

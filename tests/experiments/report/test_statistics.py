@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from experiments.report.statistics import accuracy_interval, difference_interval, holm, mean_interval, paired_test
+
+
+def bits(rng: np.random.Generator, *shape: int, rate: float = 0.5) -> np.ndarray:
+    return (rng.random(shape) < rate).astype(np.uint8)
+
+
+def test_mean_interval_is_the_normal_one_for_many_samples() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal([[3.0], [-1.0]], [[2.0], [0.5]], size=(2, 500))
+    mean, low, high = mean_interval(values)
+    error = values.std(axis=1) / np.sqrt(500)
+    np.testing.assert_allclose(mean, values.mean(axis=1))
+    np.testing.assert_allclose((low, high), (mean - 1.96 * error, mean + 1.96 * error), atol=0.15 * error.max())
+
+
+def test_mean_interval_ignores_undefined_values() -> None:
+    values = np.array([[1.0, np.nan, 3.0] * 20, [np.nan] * 60])
+    mean, low, high = mean_interval(values)
+    assert mean[0] == 2.0
+    assert 1.0 < low[0] < 2.0 < high[0] < 3.0
+    assert np.isnan([mean[1], low[1], high[1]]).all()
+
+
+def test_accuracy_interval_of_one_seed_has_binomial_quantiles() -> None:
+    outcomes = np.repeat([1, 0], [300, 100]).astype(np.uint8)[None]
+    interval = accuracy_interval(outcomes)
+    assert interval.mean == 0.75
+    expected = stats.binom(400, 0.75).ppf([0.025, 0.975]) / 400
+    np.testing.assert_allclose(interval[1:], expected, atol=0.005)
+
+
+def test_accuracy_interval_widens_where_seeds_differ() -> None:
+    rng = np.random.default_rng(1)
+    alike = np.repeat(bits(rng, 1, 400, rate=0.6), 3, axis=0)
+    apart = np.stack([bits(rng, 400, rate=rate) for rate in (0.3, 0.6, 0.9)])
+    width = [high - low for _, low, high in (accuracy_interval(alike), accuracy_interval(apart))]
+    assert width[1] > 2 * width[0]
+
+
+def test_difference_interval_is_zero_for_equal_outcomes_of_one_seed() -> None:
+    outcomes = bits(np.random.default_rng(2), 1, 50)
+    assert difference_interval(outcomes, outcomes) == (0.0, 0.0, 0.0)
+
+
+def test_difference_interval_uses_the_pairing() -> None:
+    rng = np.random.default_rng(3)
+    baseline = bits(rng, 1, 500)
+    better = np.maximum(baseline, bits(rng, 1, 500, rate=0.1))
+    paired = difference_interval(better, baseline)
+    unpaired = difference_interval(better, rng.permuted(baseline, axis=1))
+    assert paired.low > 0
+    assert paired.high - paired.low < 0.5 * (unpaired.high - unpaired.low)
+
+
+@given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 20))
+def test_paired_test_of_one_seed_is_mcnemar(gained: int, lost: int, same: int) -> None:
+    first = np.repeat([1, 0, 1], [gained, lost, same]).astype(np.uint8)[None]
+    second = np.repeat([0, 1, 1], [gained, lost, same]).astype(np.uint8)[None]
+    flips = gained + lost
+    for alternative in ("two-sided", "greater"):
+        expected = stats.binomtest(gained, flips, alternative=alternative).pvalue if flips else 1.0
+        assert paired_test(first, second, alternative) == pytest.approx(expected, rel=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 3), st.integers(1, 3))
+def test_paired_test_over_seeds_enumerates_every_sign(seed: int, seeds: int, others: int) -> None:
+    rng = np.random.default_rng(seed)
+    first, second = bits(rng, seeds, 9, rate=0.7), bits(rng, others, 9, rate=0.4)
+    differences = first.mean(0) - second.mean(0)
+    exact = stats.permutation_test(
+        (differences,), np.sum, permutation_type="samples", n_resamples=np.inf, alternative="greater"
+    )
+    assert paired_test(first, second, "greater") == pytest.approx(exact.pvalue, abs=1e-9)
+
+
+def test_paired_test_stays_exact_for_many_examples() -> None:
+    first, second = np.ones((2, 20_000), np.uint8), np.zeros((3, 20_000), np.uint8)
+    first[:, 10_100:], second[:, 10_100:] = 0, 1
+    assert paired_test(first, second) == pytest.approx(stats.binomtest(10_100, 20_000).pvalue, rel=1e-6)
+
+
+def test_holm_matches_the_worked_example() -> None:
+    # Four p-values, by hand: 0.005 x 4, then 0.01 x 3, then 0.03 x 2, then max(0.06, 0.04).
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []

@@ -1,0 +1,149 @@
+"""Tiny models, and the checkpoint that the official code was run on, made anew from its recipe of seeded numbers."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+from llava_mini import LlavaMiniConfig, LlavaMiniForConditionalGeneration
+
+IMAGE_TOKEN = 99
+
+VISION = {
+    "clip": lambda: CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=24, patch_size=6
+    ),
+    "siglip": lambda: SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=24, patch_size=6
+    ),
+}
+TEXT = {
+    "llama": lambda **fields: LlamaConfig(num_key_value_heads=2, **fields),
+    "qwen2": lambda **fields: Qwen2Config(num_key_value_heads=2, **fields),
+}
+
+
+@pytest.fixture
+def tiny_llava():
+    """Factory of LLaVAs with 16 patches an image, in evaluation mode, with weights large enough to matter."""
+
+    def build(text="llama", vision="clip", seed=0, attention="eager") -> LlavaForConditionalGeneration:
+        torch.manual_seed(seed)
+        config = LlavaConfig(
+            vision_config=VISION[vision](),
+            text_config=TEXT[text](
+                vocab_size=100,
+                hidden_size=24,
+                intermediate_size=40,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                initializer_range=0.2,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+            ),
+            image_token_index=IMAGE_TOKEN,
+            vision_feature_select_strategy="default" if vision == "clip" else "full",
+        )
+        model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attention)
+        return model.eval()
+
+    return build
+
+
+@pytest.fixture
+def tiny_mini(tiny_llava):
+    """Factory of LLaVA-Minis on `tiny_llava`: C = 2 and two pre-fusion layers unless told otherwise."""
+
+    def build(text="llama", vision="clip", seed=0, attention="eager", **fields) -> LlavaMiniForConditionalGeneration:
+        fields = {"compressor_size": 2, "prefusion_layers": 2} | fields
+        return LlavaMiniForConditionalGeneration.from_llava(tiny_llava(text, vision, seed, attention), **fields)
+
+    return build
+
+
+@pytest.fixture
+def sample():
+    """Factory of token ids with one image's placeholders after two text tokens, and of its pixels."""
+
+    def build(num_visual: int, text: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        words = torch.randint(3, IMAGE_TOKEN, (text,), generator=generator)
+        ids = torch.cat([words[:2], torch.full((num_visual,), IMAGE_TOKEN), words[2:]])
+        return ids, torch.randn(3, 24, 24, generator=generator)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def official() -> dict[str, torch.Tensor]:
+    """What the official code computed from `official_model(1, 4)`; see data/README.md."""
+    with np.load(Path(__file__).parent / "data" / "official_c1p4.npz") as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+@pytest.fixture(scope="session")
+def official_model() -> LlavaMiniForConditionalGeneration:
+    """LLaVA-Mini, C = 1 and four pre-fusion layers, with the seeded numbers of the official checkpoint."""
+    config = LlavaMiniConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=16,
+            image_size=56,
+            patch_size=14,
+            hidden_act="quick_gelu",
+        ),
+        text_config=LlamaConfig(
+            vocab_size=128,
+            hidden_size=64,
+            intermediate_size=160,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=3,
+        ),
+        image_token_index=127,
+    )
+    model = LlavaMiniForConditionalGeneration(config).eval()
+    weights = {name: seeded(official_name(name), tuple(w.shape)) for name, w in model.state_dict().items()}
+    model.load_state_dict(weights)
+    return model
+
+
+def seeded(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """N(0, 0.05^2) numbers fixed by name and shape; one-dimensional weights are centred on 1."""
+    numbers = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, dtype=np.float32)
+    numbers = numbers * np.float32(0.05)
+    return torch.from_numpy(numbers + np.float32(1) if name.endswith(".weight") and len(shape) == 1 else numbers)
+
+
+def official_name(name: str) -> str:
+    """The name under which the official checkpoint, or its CLIP folder, holds our parameter `name`."""
+    for ours, official in (
+        ("model.vision_tower.", "vision_model."),
+        ("model.multi_modal_projector.linear_1.", "model.mm_projector.0."),
+        ("model.multi_modal_projector.linear_2.", "model.mm_projector.2."),
+        ("model.prefusion.layers.", "model.prefusion_layers."),
+        ("model.language_model.", "model."),
+    ):
+        if name.startswith(ours):
+            return official + name.removeprefix(ours)
+    return name

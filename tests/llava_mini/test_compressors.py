@@ -1,0 +1,155 @@
+"""The contract of every registered compressor, and each compressor against an independent computation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig
+
+from llava_mini import LlavaMiniConfig
+from llava_mini.compressors import COMPRESSORS, register
+from llava_mini.compressors.query import resize_table, sincos_table
+
+
+def build(name, size=2, width=32, **fields):
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(hidden_size=width, num_attention_heads=2)
+    return COMPRESSORS[name](LlavaMiniConfig(vision_config=vision, compressor=name, compressor_size=size, **fields))
+
+
+@pytest.fixture
+def features():
+    return torch.randn(3, 36, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
+
+
+every_compressor = pytest.mark.parametrize("name", sorted(COMPRESSORS))
+
+
+@every_compressor
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ask_n_get_n(name, size, features):
+    tokens, weights = build(name, size)(features)
+    assert tokens.shape == (3, size**2, 32)
+    assert weights.shape == (3, size**2, 36)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, size**2))
+    assert (weights >= 0).all()
+
+
+@every_compressor
+def test_images_do_not_mix(name, features):
+    compressor, order = build(name), torch.tensor([2, 0, 1])
+    for permuted, result in zip(compressor(features[order]), compressor(features), strict=True):
+        torch.testing.assert_close(permuted, result[order])
+
+
+@every_compressor
+def test_gradients_reach_every_parameter_and_patch(name, features):
+    compressor = build(name)
+    compressor(features)[0].square().sum().backward()
+    assert (features.grad != 0).any(dim=-1).all()
+    assert [key for key, parameter in compressor.named_parameters() if parameter.grad is None] == []
+
+
+@every_compressor
+def test_patches_must_form_a_square(name):
+    with pytest.raises(ValueError, match="square grid of patches, got 37"):
+        build(name)(torch.randn(1, 37, 32))
+
+
+def test_names_are_unique():
+    with pytest.raises(ValueError, match="'query' is taken"):
+        register("query")(object)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 6])
+def test_average_is_adaptive_pooling(size, features):
+    expected = torch.nn.functional.adaptive_avg_pool2d(features.transpose(1, 2).unflatten(2, (6, 6)), size)
+    torch.testing.assert_close(build("average", size)(features)[0], expected.flatten(2).transpose(1, 2))
+
+
+def test_average_cannot_enlarge(features):
+    with pytest.raises(ValueError, match="compressor_size=7 exceeds the 6 x 6 grid"):
+        build("average", 7)(features)
+
+
+def test_query_is_multi_head_attention_by_hand(features):
+    compressor = build("query", 2)
+    with torch.no_grad():
+        for parameter in compressor.parameters():  # the zero biases and unit norms of a fresh module would hide errors
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+
+    def norm(x, layer):
+        return (x - x.mean(-1, keepdim=True)) / (
+            x.var(-1, correction=0, keepdim=True) + 1e-5
+        ).sqrt() * layer.weight + layer.bias
+
+    def heads(x):
+        return x.unflatten(-1, (8, 4)).transpose(-2, -3)
+
+    value = norm(features, compressor.ln_kv)
+    w_q, w_k, w_v = compressor.attn.in_proj_weight.chunk(3)
+    b_q, b_k, b_v = compressor.attn.in_proj_bias.chunk(3)
+    q = heads((norm(compressor.query, compressor.ln_q) + compressor.pos_embed) @ w_q.T + b_q)
+    k = heads((value + resize_table(compressor.pos_embed, 6)) @ w_k.T + b_k)
+    v = heads(value @ w_v.T + b_v)
+    attention = (q @ k.transpose(-1, -2) / 4**0.5).softmax(-1)
+    out = (attention @ v).transpose(-2, -3).flatten(
+        -2
+    ) @ compressor.attn.out_proj.weight.T + compressor.attn.out_proj.bias
+
+    tokens, weights = compressor(features)
+    torch.testing.assert_close(tokens, out)
+    torch.testing.assert_close(weights, attention.mean(1))
+
+
+def test_query_starts_from_the_sine_cosine_table():
+    assert torch.equal(build("query", 3).pos_embed.data, sincos_table(3, 32))
+    assert build("query").pos_embed.requires_grad
+
+
+def test_sincos_table_entries():
+    table = sincos_table(3, 16)  # row-major: entry 5 is row 1, column 2; four frequencies 10000^(-i/4)
+    for half, coordinate in ((0, 2), (8, 1)):
+        for i in range(4):
+            angle = torch.tensor(coordinate * 10000 ** (-i / 4))
+            torch.testing.assert_close(table[5, half + i], angle.sin())
+            torch.testing.assert_close(table[5, half + 4 + i], angle.cos())
+
+
+def test_one_token_has_one_position_for_all_patches():
+    resized = resize_table(sincos_table(1, 1024), 24)
+    expected = torch.cat([torch.zeros(256), torch.ones(256)]).repeat(2)
+    torch.testing.assert_close(resized, expected.expand(576, -1), atol=1e-6, rtol=0)
+
+
+def test_resizing_is_bicubic():
+    def weight(distance):  # Keys' kernel with a = -0.75
+        near = 1.25 * distance**3 - 2.25 * distance**2 + 1
+        far = -0.75 * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+        return near if distance <= 1 else far if distance < 2 else 0.0
+
+    axis = torch.zeros(5, 2)  # five pixels from two, aligned by their outer edges; beyond an edge its pixel repeats
+    for i in range(5):
+        centre = (i + 0.5) * 2 / 5 - 0.5
+        for j in range(-3, 5):
+            axis[i, min(max(j, 0), 1)] += weight(abs(centre - j))
+    table = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(resize_table(table, 5), torch.kron(axis, axis) @ table)
+
+
+def test_resized_table_keeps_rows_and_columns_apart():
+    grid = resize_table(sincos_table(4, 16), 8).unflatten(0, (8, 8))
+    assert (grid[..., :8] - grid[:1, :, :8]).abs().max() < 1e-6  # the first half depends on the column alone
+    assert (grid[..., 8:] - grid[:, :1, 8:]).abs().max() < 1e-6  # the second half on the row alone
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"compressor_heads": 5}, "compressor_heads=5 does not divide the vision width 32"),
+        ({"width": 30, "compressor_heads": 2}, "multiple of 4"),
+    ],
+)
+def test_query_names_a_wrong_width(fields, message):
+    with pytest.raises(ValueError, match=message):
+        build("query", **fields)

@@ -1,0 +1,151 @@
+"""Building, saving and loading: what comes from where."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForImageTextToText
+
+from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniModel
+
+NEW = ("model.compressor.", "model.prefusion.")
+
+
+def same(actual: dict, expected: dict) -> bool:
+    return actual.keys() == expected.keys() and all(torch.equal(actual[key], expected[key]) for key in expected)
+
+
+def old_parts(model) -> dict:
+    return {key: weight for key, weight in model.state_dict().items() if not key.startswith(NEW)}
+
+
+@pytest.mark.parametrize("text", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"compressor": "none"}, {"compressor": "average", "prefusion_init": "language_model"}]
+)
+def test_round_trip_bit_for_bit(tiny_mini, sample, tmp_path, text, fields):
+    model = tiny_mini(text, **fields)
+    with torch.no_grad():
+        for parameter in model.parameters():  # so that nothing equals what initialisation would give
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation="eager")
+    assert type(loaded) is LlavaMiniForConditionalGeneration
+    assert same(loaded.state_dict(), model.state_dict())
+    ids, pixels = sample(model.config.num_visual_tokens(16), 5)
+    with torch.no_grad():
+        logits = [m(input_ids=ids[None], pixel_values=pixels[None]).logits for m in (loaded, model)]
+    assert torch.equal(*logits)
+
+
+def test_base_model_from_a_full_checkpoint(tiny_mini, tmp_path):
+    model = tiny_mini()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert type(loaded) is LlavaMiniModel
+    assert same(loaded.state_dict(), model.model.state_dict())
+
+
+def test_from_llava_copies(tiny_llava):
+    llava = tiny_llava().to(torch.bfloat16)
+    llava.model.language_model.set_attn_implementation("sdpa")
+    mini = LlavaMiniForConditionalGeneration.from_llava(llava)
+    assert mini.dtype == torch.bfloat16
+    assert not mini.training
+    assert mini.model.language_model.config._attn_implementation == "sdpa"
+    assert mini.model.vision_tower.config._attn_implementation == "eager"
+    assert same(old_parts(mini), llava.state_dict())
+    before = {key: weight.clone() for key, weight in llava.state_dict().items()}
+    with torch.no_grad():
+        for parameter in mini.parameters():
+            parameter.zero_()
+    assert same(llava.state_dict(), before)
+    assert llava.config.model_type == "llava"
+
+
+def test_tied_embeddings_stay_tied(tiny_llava):
+    llava = tiny_llava()
+    llava.config.tie_word_embeddings = llava.config.text_config.tie_word_embeddings = True
+    llava.tie_weights()
+    mini = LlavaMiniForConditionalGeneration.from_llava(llava)
+    assert mini.lm_head.weight is mini.get_input_embeddings().weight
+    assert torch.equal(mini.lm_head.weight, llava.lm_head.weight)
+
+
+def test_the_generator_fixes_the_new_modules(tiny_llava):
+    llava, states = tiny_llava(), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        states.append(LlavaMiniForConditionalGeneration.from_llava(llava).state_dict())
+    assert same(states[0], states[1])
+    assert not torch.equal(states[0]["model.compressor.query"], states[2]["model.compressor.query"])
+    name = "model.prefusion.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(states[0][name], states[2][name])
+    assert abs(states[0][name].std() - 0.2) < 0.03  # the language model's initializer_range
+
+
+def ordinary_checkpoint(llava, folder, without=()):
+    """A LLaVA folder with the names that the released checkpoints have on disk."""
+    llava.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    assert "language_model.model.embed_tokens.weight" in weights
+    save_file({k: w for k, w in weights.items() if k not in without}, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_an_ordinary_llava_checkpoint_keeps_its_weights(tiny_llava, tmp_path):
+    llava = tiny_llava()
+    ordinary_checkpoint(llava, tmp_path)
+    mini, info = LlavaMiniForConditionalGeneration.from_pretrained(
+        tmp_path, compressor_size=2, prefusion_layers=1, output_loading_info=True
+    )
+    assert same(old_parts(mini), llava.state_dict())
+    assert info["missing_keys"] and all(key.startswith(NEW) for key in info["missing_keys"])
+    assert mini.model.compressor.query.shape == (4, 32)
+    assert torch.isfinite(torch.cat([p.flatten() for p in mini.parameters()])).all()
+
+
+def test_the_base_model_of_an_ordinary_llava_checkpoint(tiny_llava, tmp_path):
+    llava = tiny_llava()
+    ordinary_checkpoint(llava, tmp_path)
+    loaded = LlavaMiniModel.from_pretrained(tmp_path, compressor="none", prefusion_layers=0)
+    assert same(loaded.state_dict(), llava.model.state_dict())
+
+
+def test_what_is_made_of_an_ordinary_checkpoint_saves_as_ours(tiny_llava, tmp_path):
+    ordinary_checkpoint(tiny_llava(), tmp_path / "llava")
+    mini = LlavaMiniForConditionalGeneration.from_pretrained(tmp_path / "llava")
+    mini.save_pretrained(tmp_path / "mini")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "mini")
+    assert type(loaded) is LlavaMiniForConditionalGeneration
+    assert same(loaded.state_dict(), mini.state_dict())
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("mini", "llava"))
+    assert {key for key in ours if not key.startswith(NEW)} == theirs.keys()  # LLaVA's own names on disk
+
+
+def test_an_incomplete_llava_checkpoint_is_refused(tiny_llava, tmp_path):
+    ordinary_checkpoint(tiny_llava(), tmp_path, ["language_model.model.norm.weight", "language_model.lm_head.weight"])
+    with pytest.raises(ValueError, match=r"lacks 2 weights .* the first of them lm_head\.weight"):
+        LlavaMiniForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_fields_given_to_from_pretrained_are_checked(tiny_llava, tmp_path):
+    ordinary_checkpoint(tiny_llava(), tmp_path)
+    with pytest.raises(ValueError, match="compressor_size must be an integer of at least 1; got 0"):
+        LlavaMiniForConditionalGeneration.from_pretrained(tmp_path, compressor_size=0)
+
+
+@pytest.mark.parametrize("route", ["from_llava", "from_pretrained", "configuration"])
+def test_prefusion_may_start_from_the_language_model(tiny_llava, tmp_path, route):
+    llava, fields = tiny_llava(), {"prefusion_layers": 2, "prefusion_init": "language_model"}
+    if route == "from_llava":
+        mini = LlavaMiniForConditionalGeneration.from_llava(llava, **fields)
+    elif route == "from_pretrained":
+        ordinary_checkpoint(llava, tmp_path)
+        mini = LlavaMiniForConditionalGeneration.from_pretrained(tmp_path, **fields)
+    else:
+        config = LlavaMiniForConditionalGeneration.from_llava(llava, **fields).config
+        mini = LlavaMiniForConditionalGeneration(config)
+    layers = mini.model.language_model.layers
+    assert same(mini.model.prefusion.layers.state_dict(), layers.state_dict())
+    assert mini.model.prefusion.layers[0].mlp.up_proj.weight is not layers[0].mlp.up_proj.weight

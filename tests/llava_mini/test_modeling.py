@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, GPT2Config
+
+from llava_mini import LlavaMiniConfig, LlavaMiniForConditionalGeneration, LlavaMiniModel
+from llava_mini.compressors import COMPRESSORS
+
+IMAGE_TOKEN = 99  # as in conftest.py
+
+both_attentions = pytest.mark.parametrize("attention", ["eager", "sdpa"])
+every_compressor = pytest.mark.parametrize("compressor", ["none", *sorted(COMPRESSORS)])
+
+
+def num_visual(model):
+    return model.config.num_visual_tokens(16)
+
+
+def batch_of(samples, side):
+    """Token ids padded with 0 on `side`, their mask, and the stacked pixels."""
+    ids = torch.nn.utils.rnn.pad_sequence([ids for ids, _ in samples], batch_first=True, padding_side=side)
+    mask = torch.nn.utils.rnn.pad_sequence(
+        [torch.ones_like(i) for i, _ in samples], batch_first=True, padding_side=side
+    )
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.stack([pixels for _, pixels in samples])}
+
+
+def fused(model, **inputs):
+    """The language model's input embeddings, (batch, length, width)."""
+    seen = []
+    handle = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(**inputs)
+    handle.remove()
+    return seen[0]
+
+
+@both_attentions
+@pytest.mark.parametrize("text", ["llama", "qwen2"])
+@pytest.mark.parametrize("vision", ["clip", "siglip"])
+def test_without_compression_and_prefusion_it_is_llava(tiny_llava, sample, attention, text, vision):
+    llava = tiny_llava(text, vision, attention=attention)
+    mini = LlavaMiniForConditionalGeneration.from_llava(llava, compressor="none", prefusion_layers=0)
+    batch = batch_of([sample(16, 5, 1), sample(16, 8, 2)], "left")
+    labels = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE_TOKEN, -100)
+    with torch.no_grad():
+        ours, theirs = mini(**batch, labels=labels), llava(**batch, labels=labels)
+    assert torch.equal(ours.logits, theirs.logits)
+    assert torch.equal(ours.loss, theirs.loss)
+    assert torch.equal(ours.image_hidden_states.flatten(0, 1), theirs.image_hidden_states)
+
+
+@both_attentions
+@every_compressor
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_equals_the_sample_alone(tiny_mini, sample, attention, compressor, side):
+    model = tiny_mini(attention=attention, compressor=compressor)
+    samples = [sample(num_visual(model), length, length) for length in (4, 9, 6)]
+    batch = batch_of(samples, side)
+    with torch.no_grad():
+        together = model(**batch).logits
+        for row, (ids, pixels) in enumerate(samples):
+            alone = model(input_ids=ids[None], pixel_values=pixels[None]).logits[0]
+            torch.testing.assert_close(together[row][batch["attention_mask"][row] == 1], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("text", ["llama", "qwen2"])
+@pytest.mark.parametrize("compressor", ["none", "query"])
+def test_eager_and_sdpa_agree(tiny_mini, sample, text, compressor):
+    model = tiny_mini(text, compressor=compressor)
+    batch = batch_of([sample(num_visual(model), 4), sample(num_visual(model), 7)], "left")
+    seen = batch["attention_mask"] == 1
+    with torch.no_grad():
+        eager = model(**batch).logits[seen]
+        model.set_attn_implementation("sdpa")
+        assert model.model.prefusion.layers[0].self_attn.config._attn_implementation == "sdpa"
+        torch.testing.assert_close(model(**batch).logits[seen], eager, atol=1e-4, rtol=1e-4)
+
+
+def test_text_alone_is_the_plain_language_model(tiny_llava, sample):
+    llava = tiny_llava()
+    mini = LlavaMiniForConditionalGeneration.from_llava(llava)
+    ids = sample(0, 6)[0][None]
+    with torch.no_grad():
+        assert torch.equal(mini(input_ids=ids).logits, llava(input_ids=ids).logits)
+
+
+def test_text_rows_beside_image_rows_keep_raw_embeddings(tiny_mini, sample):
+    model = tiny_mini()
+    (with_image, pixels), (alone, _) = sample(4, 3), sample(0, 7)
+    embeds = fused(model, input_ids=torch.stack([alone, with_image]), pixel_values=pixels[None])
+    raw = model.get_input_embeddings()(torch.stack([alone, with_image]))
+    assert torch.equal(embeds[0], raw[0])
+    assert (embeds[1] != raw[1]).any(dim=-1).all()
+
+
+@pytest.mark.parametrize("compressor", ["none", "query"])
+def test_the_question_does_not_change_the_visual_tokens(tiny_mini, sample, compressor):
+    """Conformance 3: the visual tokens come first under a causal mask."""
+    model = tiny_mini(compressor=compressor)
+    (first, pixels), (second, _) = sample(num_visual(model), 6, 1), sample(num_visual(model), 6, 2)
+    assert not torch.equal(first, second)
+    with torch.no_grad():
+        visual = [model(input_ids=i[None], pixel_values=pixels[None]).image_hidden_states for i in (first, second)]
+        changed = model(input_ids=first[None], pixel_values=pixels[None] + 1).image_hidden_states
+    assert torch.equal(*visual)
+    assert not torch.allclose(visual[0], changed)
+
+
+def test_training_leaves_the_answer_raw_and_unseen(tiny_mini, sample):
+    """Conformance 4: answer positions are raw, and no other position depends on them."""
+    model = tiny_mini()
+    ids, pixels = sample(4, 8)
+    labels = ids.clone()
+    labels[:8] = -100
+    labels[9] = -100  # an instruction between two answers sees neither
+    other = torch.where(labels == -100, ids, (ids + 1) % IMAGE_TOKEN)
+    one, two = (
+        fused(model, input_ids=i[None], pixel_values=pixels[None], labels=labels[None])[0] for i in (ids, other)
+    )
+    answer = labels != -100
+    assert torch.equal(one[answer], model.get_input_embeddings()(ids[answer]))
+    assert torch.equal(one[~answer], two[~answer])
+    inference = fused(model, input_ids=ids[None], pixel_values=pixels[None])[0]
+    assert (inference[answer] != one[answer]).any(dim=-1).all()
+
+
+def test_every_instruction_position_is_fused(tiny_mini, sample):
+    model = tiny_mini()
+    ids, pixels = sample(4, 5)
+    first, second = (fused(model, input_ids=ids[None], pixel_values=p[None])[0] for p in (pixels, pixels + 1))
+    assert ((first - second).abs() > 1e-4).any(dim=-1).all()
+
+
+@both_attentions
+@pytest.mark.parametrize("text", ["llama", "qwen2"])
+@pytest.mark.parametrize("compressor", ["none", "query"])
+def test_generation_is_the_argmax_loop(tiny_mini, sample, attention, text, compressor):
+    model = tiny_mini(text, attention=attention, compressor=compressor)
+    batch = batch_of([sample(num_visual(model), 4, 3), sample(num_visual(model), 7, 4)], "left")
+    embeds, mask = fused(model, **batch), batch["attention_mask"]
+    new = []
+    with torch.no_grad():
+        for _ in range(6):
+            logits = model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits
+            new.append(logits[:, -1, :IMAGE_TOKEN].argmax(-1))  # a placeholder made up by the model is no image
+            embeds = torch.cat([embeds, model.get_input_embeddings()(new[-1])[:, None]], dim=1)
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+    for use_cache in (True, False):
+        generated = model.generate(
+            **batch,
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=None,
+            use_cache=use_cache,
+            suppress_tokens=[IMAGE_TOKEN],
+        )
+        assert generated[:, batch["input_ids"].shape[1] :].tolist() == torch.stack(new, dim=1).tolist()
+
+
+def test_the_vision_tower_and_prefusion_run_once_a_generation(tiny_mini, sample):
+    model = tiny_mini()
+    ids, pixels = sample(4, 5)
+    calls = []
+    for module in (model.model.vision_tower, model.model.prefusion):
+        module.register_forward_hook(lambda module, *_: calls.append(type(module).__name__))
+    output = model.generate(ids[None], pixel_values=pixels[None], max_new_tokens=4, return_dict_in_generate=True)
+    assert sorted(calls) == ["CLIPVisionModel", "Prefusion"]
+    assert len(output.past_key_values) == model.config.text_config.num_hidden_layers
+    assert output.past_key_values.get_seq_length() == output.sequences.shape[1] - 1
+
+
+def test_beam_search_matches_with_and_without_a_cache(tiny_mini, sample):
+    model = tiny_mini()
+    ids, pixels = sample(4, 5)
+    with_cache, without = (
+        model.generate(
+            ids[None],
+            pixel_values=pixels[None],
+            max_new_tokens=5,
+            num_beams=3,
+            suppress_tokens=[IMAGE_TOKEN],
+            use_cache=cache,
+        )
+        for cache in (True, False)
+    )
+    assert torch.equal(with_cache, without)
+
+
+@every_compressor
+@pytest.mark.parametrize("prefusion_layers", [0, 2])
+def test_gradients_reach_every_part(tiny_mini, sample, compressor, prefusion_layers):
+    model = tiny_mini(compressor=compressor, prefusion_layers=prefusion_layers).train()
+    model.model.vision_tower.requires_grad_(False)
+    ids, pixels = sample(num_visual(model), 8)
+    labels = ids.clone()
+    labels[:-3] = -100
+    model(input_ids=ids[None], pixel_values=pixels[None], labels=labels[None]).loss.backward()
+    without = [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]
+    assert without == []
+    for part in (model.model.compressor, model.model.prefusion, model.model.multi_modal_projector, model.lm_head):
+        for parameter in part.parameters() if part is not None else ():
+            assert torch.isfinite(parameter.grad).all()
+
+
+def test_recorded_states_are_the_language_models_alone(tiny_mini, sample):
+    ids, pixels = sample(4, 5)
+    output = tiny_mini()(
+        input_ids=ids[None], pixel_values=pixels[None], output_attentions=True, output_hidden_states=True
+    )
+    assert [tuple(a.shape) for a in output.attentions] == [(1, 4, 9, 9)] * 2
+    assert [tuple(h.shape) for h in output.hidden_states] == [(1, 9, 24)] * 3
+
+
+def test_several_vision_layers(tiny_llava, sample):
+    llava = tiny_llava()
+    config = LlavaMiniConfig(**(llava.config.to_dict() | {"vision_feature_layer": [-1, -3]}), prefusion_layers=1)
+    model = LlavaMiniForConditionalGeneration(config).eval()
+    ids, pixels = sample(1, 5)
+    hidden_states = model.model.vision_tower(pixels[None], output_hidden_states=True).hidden_states
+    features = model.model.get_vision_features(pixels[None])
+    assert torch.equal(features, torch.cat([hidden_states[-1], hidden_states[-3]], dim=-1)[:, 1:])
+    assert model(input_ids=ids[None], pixel_values=pixels[None]).logits.shape == (1, 6, 100)
+
+
+def test_bfloat16(tiny_mini, sample):
+    ids, pixels = sample(4, 5)
+    model = tiny_mini().to(torch.bfloat16)
+    assert model(input_ids=ids[None], pixel_values=pixels[None]).logits.dtype == torch.bfloat16
+
+
+def test_autocast_and_gradient_checkpointing_train(tiny_mini, sample):
+    model = tiny_mini().train()
+    ids, pixels = sample(4, 8)
+    labels = ids.clone()
+    labels[:-3] = -100
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            model(input_ids=ids[None], pixel_values=pixels[None], labels=labels[None]).loss.backward()
+        gradients.append(model.model.prefusion.layers[0].mlp.up_proj.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
+def test_an_image_without_text(tiny_mini, sample):
+    ids, pixels = sample(4, 0)
+    assert tiny_mini()(input_ids=ids[None], pixel_values=pixels[None]).logits.shape == (1, 4, 100)
+
+
+def test_return_dict_false_gives_a_tuple(tiny_mini, sample):
+    ids, pixels = sample(4, 5)
+    model = tiny_mini()
+    logits = model(input_ids=ids[None], pixel_values=pixels[None]).logits
+    assert torch.equal(model(input_ids=ids[None], pixel_values=pixels[None], return_dict=False)[0], logits)
+    assert isinstance(model.model(input_ids=ids[None], pixel_values=pixels[None], return_dict=False), tuple)
+
+
+@pytest.mark.parametrize(
+    ("counts", "images", "message"),
+    [
+        ((8,), 1, "takes 4 placeholders, or none; got rows with \\[8\\]"),
+        ((3,), 1, "takes 4 placeholders, or none; got rows with \\[3\\]"),
+        ((4,), 2, "got 2 images for 1 rows"),
+        ((0,), 1, "got 1 images for 0 rows"),
+    ],
+)
+def test_placeholders_must_match_the_images(tiny_mini, sample, counts, images, message):
+    ids = torch.stack([sample(count, 5)[0] for count in counts])
+    with pytest.raises(ValueError, match=message):
+        tiny_mini()(input_ids=ids, pixel_values=torch.randn(images, 3, 24, 24))
+
+
+def test_wrong_calls_are_refused(tiny_mini, sample):
+    model = tiny_mini()
+    ids, pixels = sample(4, 5)
+    ids, pixels = ids[None], pixels[None]
+    with pytest.raises(ValueError, match="need input_ids, not inputs_embeds"):
+        model(inputs_embeds=model.get_input_embeddings()(ids), pixel_values=pixels)
+    with pytest.raises(ValueError, match="2-D attention_mask \\(batch, length\\), got 4-D"):
+        model.generate(ids, pixel_values=pixels, cache_implementation="static", max_new_tokens=2)
+    with pytest.raises(TypeError, match="takes no vision_feature_layer in a call"):
+        model(input_ids=ids, pixel_values=pixels, vision_feature_layer=-1)
+
+
+def test_prefusion_needs_a_decoder_with_rotary_positions():
+    config = {"vision_config": CLIPVisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)}
+    config |= {"text_config": GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20)}
+    with pytest.raises(TypeError, match="GPT2Model has not: set prefusion_layers=0"):
+        LlavaMiniModel(LlavaMiniConfig(**config))
+    LlavaMiniModel(LlavaMiniConfig(**config, prefusion_layers=0))

@@ -1,0 +1,458 @@
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    MistralForCausalLM,
+    StaticCache,
+)
+
+from probes import TokenMap, record_attention, statistics
+
+Model = LlavaForConditionalGeneration
+Inputs = dict[str, torch.Tensor]
+
+
+def by_definition(
+    attentions: Sequence[torch.Tensor], tokens: TokenMap, targets: Sequence[str], visible: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """The statistics from full matrices, one query at a time, as the paper words them.
+
+    `visible` is `[batch, queries, keys]`; by default causal without pads.
+    """
+    weights = np.stack([layer.float().numpy() for layer in attentions])
+    layers, batch, heads, queries, keys = weights.shape
+    labels = tokens.labels.numpy()
+    if visible is None:
+        visible = np.tril(np.ones((queries, keys), dtype=bool)) & (labels != tokens.index("pad"))[:, None]
+    shape = (layers, batch, heads, len(targets), len(tokens.groups))
+    mass, entropy = np.full(shape, np.nan), np.full(shape, np.nan)
+    count = np.zeros((layers, batch, len(targets), len(tokens.groups)))
+    received = np.full((*shape[:-1], keys), np.nan)
+    for index in np.ndindex(shape):
+        layer, sample, head, target, source = index
+        of_source = labels[sample] == source
+        masses, entropies = [], []
+        for query in np.flatnonzero(labels[sample] == tokens.index(targets[target])):
+            seen = of_source & visible[sample, query]
+            if seen.any():
+                part = weights[layer, sample, head, query, seen].astype(np.float64)
+                share = part / part.sum()
+                masses.append(part.sum())
+                entropies.append(-(share * np.log(share)).sum())
+        if masses:
+            mass[index], entropy[index] = np.mean(masses), np.mean(entropies)
+        count[layer, sample, target, source] = len(masses)
+    for index in np.ndindex(received.shape):
+        layer, sample, head, target, position = index
+        of_target = labels[sample] == tokens.index(targets[target])
+        seeing = of_target & visible[sample, :, position]
+        if seeing.any():
+            received[index] = weights[layer, sample, head, seeing, position].mean()
+    return {"mass": mass, "entropy": entropy, "queries": count, "received": received}
+
+
+def check(record: Any, expected: dict[str, np.ndarray], atol: float = 1e-5) -> None:
+    for name, values in expected.items():
+        actual = getattr(record, name)
+        assert actual.dtype == torch.float32
+        np.testing.assert_allclose(actual.numpy(), values, atol=atol, rtol=0, err_msg=name)
+
+
+def labelled(inputs: Inputs, responses: int = 2) -> Inputs:
+    """Marks each row's last tokens as the response."""
+    last = inputs["attention_mask"].flip(1).cumsum(1).flip(1) <= responses
+    response = last & (inputs["attention_mask"] == 1)
+    return inputs | {"labels": inputs["input_ids"].masked_fill(~response, -100)}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_statistics_follow_their_definition(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], side: str, implementation: str
+) -> None:
+    inputs, model = labelled(make_inputs(side)), make_llava(implementation)
+    tokens = TokenMap.from_inputs(model, inputs)
+    with torch.no_grad():
+        attentions = make_llava("eager")(**inputs, output_attentions=True).attentions
+        plain = model(**inputs)
+        with record_attention(model, tokens) as attention:
+            recorded = model(**inputs)
+
+    assert attention.layers == (0, 1, 2)
+    assert attention.targets == ("system", "vision", "instruction", "response")
+    assert attention.sources == tokens.groups
+    check(attention, by_definition(attentions, tokens, attention.targets))
+    assert torch.equal(plain.logits, recorded.logits), "recording changes no bit of the output"
+    # The third row has no picture: its cells are undefined, not zero.
+    assert attention.mass[:, 2, :, attention.targets.index("instruction"), tokens.index("vision")].isnan().all()
+
+
+def test_received_attention_adds_up_to_mass(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
+    """Every instruction token behind the picture sees all of it, so both denominators are the same."""
+    inputs, model = make_inputs(), make_llava()
+    tokens = TokenMap.from_inputs(model, inputs)
+    with torch.no_grad(), record_attention(model, tokens, targets=["instruction"]) as attention:
+        model(**inputs)
+    received = attention.received[:, :2, :, 0].masked_fill(~tokens.mask("vision")[None, :2, None], 0.0).sum(-1)
+    torch.testing.assert_close(received, attention.mass[:, :2, :, 0, tokens.index("vision")])
+
+
+@pytest.mark.parametrize("scores", [1, 500])
+def test_chunks_do_not_change_the_statistics(
+    make_llava: Callable[..., Model],
+    make_inputs: Callable[..., Inputs],
+    monkeypatch: pytest.MonkeyPatch,
+    scores: int,
+) -> None:
+    """With room for one score a chunk is one query: no matrix of all queries can be needed."""
+    inputs, model = make_inputs(), make_llava()
+    tokens = TokenMap.from_inputs(model, inputs)
+    with torch.no_grad(), record_attention(model, tokens) as whole:
+        model(**inputs)
+    monkeypatch.setattr(statistics, "SCORES_PER_CHUNK", scores)
+    largest = 0
+    softmax = torch.Tensor.softmax
+
+    def watch(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, tensor.shape[2])
+        return softmax(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "softmax", watch)
+    with torch.no_grad(), record_attention(model, tokens) as chunked:
+        model(**inputs)
+    assert largest == max(scores // (3 * 4 * (3 + 4 + 7 + 4)), 1)
+    for name in ("mass", "entropy", "received", "queries"):
+        torch.testing.assert_close(getattr(chunked, name), getattr(whole, name), equal_nan=True)
+
+
+def test_chosen_layers_and_targets(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+    inputs, model = make_inputs(), make_llava()
+    tokens = TokenMap.from_inputs(model, inputs)
+    with torch.no_grad():
+        with record_attention(model, tokens) as everything:
+            model(**inputs)
+        with record_attention(model, tokens, layers=[2, 0], targets=["instruction", "system"]) as chosen:
+            model(**inputs)
+    assert (chosen.layers, chosen.targets) == ((0, 2), ("instruction", "system"))
+    places = [everything.targets.index(target) for target in chosen.targets]
+    torch.testing.assert_close(chosen.mass, everything.mass[[0, 2]][:, :, :, places], equal_nan=True)
+
+
+def test_targets_that_a_call_has_none_of(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+    """A prompt without response, then steps that are nothing else."""
+    inputs, model = make_inputs(), make_llava()
+    tokens = TokenMap.from_inputs(model, inputs)
+    with record_attention(model, tokens) as everything:
+        model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    for target in ("instruction", "response"):
+        with record_attention(model, tokens, targets=[target]) as one:
+            model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        place = everything.targets.index(target)
+        torch.testing.assert_close(one.mass[:, :, :, 0], everything.mass[:, :, :, place], equal_nan=True)
+        torch.testing.assert_close(one.received[:, :, :, 0], everything.received[:, :, :, place], equal_nan=True)
+
+
+def test_merged_groups_are_the_axes(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+    inputs, model = make_inputs(), make_llava("eager")
+    tokens = TokenMap.from_inputs(model, inputs).merge({"text": ["system", "instruction", "response"]})
+    with torch.no_grad(), record_attention(model, tokens) as attention:
+        attentions = model(**inputs, output_attentions=True).attentions
+    assert attention.targets == ("text", "vision")
+    check(attention, by_definition(attentions, tokens, attention.targets))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("side", ["left", "right", "none"])
+def test_decoding_counts_as_response(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], cache: str, side: str
+) -> None:
+    """Prompt, then two cached steps: the same as one eager pass over everything, steps labelled response.
+
+    Without padding sdpa gets no mask: in the prompt that means causal, in a step it means everything.
+    """
+    inputs, steps = make_inputs(side), torch.tensor([[5, 6], [7, 8], [9, 10]])
+    if side == "none":
+        inputs, steps = {name: values[:1] for name, values in inputs.items()}, steps[:1]
+    model = make_llava()
+    tokens = TokenMap.from_inputs(model, inputs)
+    mask, length = inputs["attention_mask"], inputs["input_ids"].shape[1]
+    past = StaticCache(config=model.config.text_config, max_cache_len=length + 5) if cache == "static" else None
+    with torch.no_grad(), record_attention(model, tokens) as attention:
+        past = model(**inputs, past_key_values=past, use_cache=True).past_key_values
+        for step in steps.split(1, dim=1):
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            model(input_ids=step, attention_mask=mask, past_key_values=past, use_cache=True)
+
+    full = {
+        "input_ids": torch.cat([inputs["input_ids"], steps], dim=1),
+        "attention_mask": mask,
+        "pixel_values": inputs["pixel_values"],
+    }
+    is_step = torch.arange(length + 2) >= length
+    full_map = TokenMap.from_inputs(
+        model, full | {"labels": full["input_ids"].masked_fill(~is_step.expand_as(full["input_ids"]), -100)}
+    )
+    eager = make_llava("eager")
+    with torch.no_grad():
+        attentions = eager(**full, output_attentions=True).attentions
+    check(attention, by_definition(attentions, full_map, attention.targets))
+
+
+def test_generate(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+    inputs, model = make_inputs(), make_llava()
+    tokens = TokenMap.from_inputs(model, inputs)
+    plain = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    with record_attention(model, tokens) as attention:
+        recorded = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert torch.equal(plain, recorded)
+    response = attention.targets.index("response")
+    # The last of the four tokens is never fed back.
+    assert (attention.queries[:, :2, response, tokens.index("vision")] == 3).all()
+    assert attention.received.shape[-1] == inputs["input_ids"].shape[1] + 3
+
+
+def test_bfloat16(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+    """Against the weights of eager attention, which it rounds to bfloat16 (8 bits) after bfloat16 scores."""
+    inputs, model = make_inputs(), make_llava().bfloat16()
+    eager = make_llava("eager").bfloat16()
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    tokens = TokenMap.from_inputs(model, inputs)
+    with torch.no_grad():
+        attentions = eager(**inputs, output_attentions=True).attentions
+        with record_attention(model, tokens) as attention:
+            model(**inputs)
+    expected = by_definition(attentions, tokens, attention.targets)
+    check(attention, {name: expected[name] for name in ("mass", "entropy", "received")}, atol=0.03)
+
+
+def test_autocast_does_not_reach_the_statistics(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
+    query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
+    labels = torch.zeros(1, 5, dtype=torch.long)
+    layout = statistics.Layout.build(labels, labels, (0,), (0,))
+    plain = statistics.group_statistics(query, key, None, True, 1.0, layout)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = statistics.group_statistics(query, key, None, True, 1.0, layout)
+    assert torch.equal(plain.entropy, cast.entropy)
+
+
+def test_attention_below_float32_has_an_entropy() -> None:
+    """A source that gets exp(-200) of the attention has mass 0 in float32; within it the entropy is still log 2."""
+    key = torch.tensor([[[[0.0], [0.0], [200.0]]]])
+    labels = torch.tensor([[0, 0, 1]])
+    layout = statistics.Layout.build(labels, labels, (1,), (0, 1))
+    sums = statistics.group_statistics(torch.ones(1, 1, 3, 1), key, None, True, 1.0, layout)
+    torch.testing.assert_close(sums.mass.flatten(), torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(sums.entropy.flatten(), torch.tensor([np.log(2.0), 0.0], dtype=torch.float32))
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_sliding_windows_hide_their_keys(steps: int) -> None:
+    """A window of 4 over 9 positions, and then with a cache that has dropped the oldest keys."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=4,
+        image_token_id=63,
+        eos_token_id=None,
+    )
+    model = MistralForCausalLM(config).eval()
+    ids = torch.tensor([[3, 63, 63, 4, 5, 6, 7, 8, 9, 10, 11, 12]])[:, : 9 + steps]
+    tokens = TokenMap.from_inputs(model, {"input_ids": ids[:, :9]})
+    with torch.no_grad(), record_attention(model, tokens) as attention:
+        past = model(ids[:, :9], use_cache=True).past_key_values
+        for step in range(9, 9 + steps):
+            model(ids[:, step : step + 1], past_key_values=past, use_cache=True)
+
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = model(ids, output_attentions=True, use_cache=False).attentions
+    labels = ids.masked_fill(torch.arange(9 + steps) < 9, -100)
+    full_map = TokenMap.from_inputs(model, {"input_ids": ids, "labels": labels})
+    distance = np.arange(9 + steps)[:, None] - np.arange(9 + steps)
+    visible = ((distance >= 0) & (distance < 4))[None]
+    check(attention, by_definition(attentions, full_map, attention.targets, visible))
+
+
+def test_layers_outside_the_decoder_are_not_recorded(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
+    """A copy of the first layer runs before the decoder on the decoder's config, as a pre-fusion layer does."""
+    inputs, model = make_inputs(), make_llava()
+    tokens = TokenMap.from_inputs(model, inputs)
+    with torch.no_grad(), record_attention(model, tokens) as alone:
+        model(**inputs)
+    decoder = model.get_decoder()
+    extra = type(decoder.layers[0])(decoder.config, layer_idx=0)
+    ran = 0
+
+    def prefuse(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal ran
+        hidden = kwargs["inputs_embeds"]
+        positions = torch.arange(hidden.shape[1])[None]
+        extra(hidden, position_embeddings=decoder.rotary_emb(hidden, positions), attention_mask=None)
+        ran += 1
+
+    decoder.register_forward_pre_hook(prefuse, with_kwargs=True)
+    with torch.no_grad(), record_attention(model, tokens) as beside:
+        model(**inputs)
+    assert ran == 1
+    assert torch.equal(alone.queries, beside.queries)
+    torch.testing.assert_close(alone.mass, beside.mass, equal_nan=True)
+
+
+def test_only_the_language_model_is_switched(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
+    inputs, model = make_inputs(), make_llava()
+    tokens = TokenMap.from_inputs(model, inputs)
+    registered = set(AttentionInterface()), set(AttentionMaskInterface())
+    with record_attention(model, tokens):
+        assert model.model.vision_tower.config._attn_implementation == "sdpa"
+        assert model.get_decoder().config._attn_implementation != "sdpa"
+    with pytest.raises(KeyError, match="from inside"), record_attention(model, tokens):
+        raise KeyError("from inside")
+    assert model.get_decoder().config._attn_implementation == "sdpa"
+    assert (set(AttentionInterface()), set(AttentionMaskInterface())) == registered
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    with torch.no_grad():
+        model(**inputs)
+
+
+def test_frame(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+    inputs, model = make_inputs(), make_llava()
+    tokens = TokenMap.from_inputs(model, inputs)
+    with torch.no_grad(), record_attention(model, tokens, layers=[1, 2]) as attention:
+        model(**inputs)
+    frame = attention.frame()
+    assert list(frame.columns) == ["layer", "sample", "head", "target", "source", "mass", "entropy", "queries"]
+    assert len(frame) == 2 * 3 * 4 * 4 * 5
+    row = frame.query("layer == 2 and sample == 1 and head == 3 and target == 'instruction' and source == 'vision'")
+    place = (1, 1, 3, attention.targets.index("instruction"), tokens.index("vision"))
+    assert row.mass.item() == attention.mass[place].item()
+    assert row.entropy.item() == attention.entropy[place].item()
+    assert row["queries"].item() == 4
+
+
+def test_importing_probes_leaves_pandas_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ("probes", "pandas"):
+            monkeypatch.delitem(sys.modules, name)
+    importlib.import_module("probes")
+    assert "probes.attention" in sys.modules
+    assert "pandas" not in sys.modules
+
+
+class TestErrors:
+    def test_nothing_ran(self, make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+        model = make_llava()
+        with record_attention(model, TokenMap.from_inputs(model, make_inputs())) as attention:
+            pass
+        with pytest.raises(RuntimeError, match="nothing was recorded"):
+            _ = attention.mass
+
+    @pytest.mark.parametrize("change", [slice(0, 2), (slice(None), slice(1, None))])
+    def test_tokens_that_do_not_fit(
+        self, make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], change: Any
+    ) -> None:
+        inputs, model = make_inputs(), make_llava()
+        tokens = TokenMap.from_inputs(model, {name: inputs[name][change] for name in ("input_ids", "attention_mask")})
+        refused = pytest.raises(ValueError, match="the language model was called with 3 x 13")
+        with refused, torch.no_grad(), record_attention(model, tokens):
+            model(**inputs)
+
+    def test_nested(self, make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+        inputs, model = make_inputs(), make_llava()
+        tokens = TokenMap.from_inputs(model, inputs)
+        with record_attention(model, tokens) as outer:
+            with pytest.raises(RuntimeError, match="being recorded already"), record_attention(model, tokens):
+                pass
+            with torch.no_grad():
+                model(**inputs)
+        assert outer.mass.isfinite().any(), "the outer record goes on"
+
+    def test_second_prompt(self, make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+        inputs, model = make_inputs(), make_llava()
+        with torch.no_grad(), record_attention(model, TokenMap.from_inputs(model, inputs)):
+            model(**inputs)
+            with pytest.raises(RuntimeError, match="second prompt"):
+                model(**inputs)
+
+    def test_unknown_layer_and_group(
+        self, make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+    ) -> None:
+        model = make_llava()
+        tokens = TokenMap.from_inputs(model, make_inputs())
+        with pytest.raises(ValueError, match=r"layers \[3\] are outside the model: it has 3 layers"):
+            record_attention(model, tokens, layers=[0, 3]).__enter__()
+        with pytest.raises(ValueError, match="unknown group 'answer'"):
+            record_attention(model, tokens, targets=["answer"]).__enter__()
+        with pytest.raises(ValueError, match="targets are empty"):
+            record_attention(model, tokens, targets=[]).__enter__()
+
+    def test_models_that_cannot_be_recorded(
+        self, make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+    ) -> None:
+        model = make_llava()
+        tokens = TokenMap.from_inputs(model, make_inputs())
+        model.get_decoder().config._attn_implementation = "flex_attention"
+        with pytest.raises(ValueError, match="'flex_attention' cannot be probed"):
+            record_attention(model, tokens).__enter__()
+        with pytest.raises(ValueError, match="CLIPVisionModel has no decoder layers"):
+            record_attention(model.model.vision_tower, tokens).__enter__()
+
+    def test_masks_that_cannot_be_read(
+        self, make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+    ) -> None:
+        """A bool mask under eager attention would not hide anything in the model itself."""
+        inputs, model = make_inputs(), make_llava("eager")
+        tokens = TokenMap.from_inputs(model, inputs)
+        inputs["attention_mask"] = torch.ones(3, 1, 13, 13, dtype=torch.bool).tril()
+        refused = pytest.raises(ValueError, match="eager attention adds its mask")
+        with refused, torch.no_grad(), record_attention(model, tokens):
+            model(**inputs)
+        inputs["attention_mask"] = torch.zeros(3, 4, 13, 13)
+        refused = pytest.raises(ValueError, match=r"mask of shape \[3, 4, 13, 13\]")
+        with refused, torch.no_grad(), record_attention(model, tokens):
+            model(**inputs)
+
+    def test_soft_capped_attention(self) -> None:
+        config = Gemma2Config(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            image_token_id=63,
+        )
+        model = Gemma2ForCausalLM(config).eval()
+        model.set_attn_implementation("eager")
+        ids = torch.tensor([[3, 63, 4]])
+        tokens = TokenMap.from_inputs(model, {"input_ids": ids})
+        refused = pytest.raises(ValueError, match="attention with softcap cannot be recorded")
+        with refused, record_attention(model, tokens):
+            model(ids)
