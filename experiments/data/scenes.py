@@ -19,7 +19,7 @@ GRID = 3  # cells a side
 CELL = 16  # pixels a side of a cell
 SIDE = GRID * CELL
 MIN_OBJECTS = 6
-SPLITS = {"train": range(2, 10), "validation": range(1, 2), "test": range(0, 1)}  # tenths of all layouts
+SPLITS = {"train": range(2, 10), "validation": range(1, 2), "test": range(1)}  # tenths of all layouts
 _BLOCK = 4096  # scenes drawn at once: a longer split begins with the shorter one
 _EMPTY = -1
 

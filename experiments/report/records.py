@@ -160,12 +160,18 @@ def seed(record: Record) -> int | None:
 
 def describe(record: Record) -> str:
     """A record's label with its seed, for people."""
-    return record["name"] if seed(record) is None else f"{record['name']}, seed {seed(record)}"
+    suffix = f"seed {seed(record)}"
+    return record["name"] if seed(record) is None or suffix in record["name"] else f"{record['name']}, {suffix}"
 
 
 def failure(record: Record) -> str:
     """Why a failed record failed, in one line."""
     return "failed: " + " ".join((record.get("error") or "no reason recorded").split())
+
+
+def first_layers(record: Record) -> list[int]:
+    """How many first layers still see the visual tokens, for each entry of `removal.onward`."""
+    return [record["model"]["layers"] - len(run["layers"]) for run in record["removal"]["onward"]]
 
 
 def started(record: Record) -> str:
@@ -207,8 +213,10 @@ def _check_removal(record: Record) -> None:
                 raise ValueError(f"removal.{part}[{index}].layers goes beyond the model's {layers} layers")
         if part != "onward" and not all(run["layers"] for run in runs):
             raise ValueError(f"removal.{part} has a block without layers")
-    if len(record["removal"]["onward"]) != layers + 1:
-        raise ValueError(f"removal.onward has {len(record['removal']['onward'])} entries, not {layers} layers + 1")
+    seen = first_layers(record)
+    tails = [list(range(count, layers)) for count in seen]
+    if tails != [run["layers"] for run in record["removal"]["onward"]] or sorted({0, layers, *seen}) != seen:
+        raise ValueError(f"removal.onward does not go from all {layers} layers to none, each time from a layer onward")
 
 
 def _check_attention(record: Record) -> None:

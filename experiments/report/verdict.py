@@ -17,8 +17,8 @@ RULE = (
     "later block (exact paired tests, one-sided, each p < 0.05). It does not reproduce it if the lower end of d's "
     "interval is above half of the layers, or if some later block costs more than the first (p < 0.05, corrected for "
     "the number of later blocks). Otherwise it cannot be told. Attention is reported beside it and decides nothing: "
-    "where a model looks is no proof of what it uses. The headline counts language models without pre-fusion: with "
-    "pre-fusion, text has seen the picture before the first layer."
+    "where a model looks is no proof of what it uses. The headline counts plain LLaVA (no compressor; no pre-fusion, "
+    "which would show text the picture before the first layer), of the attention experiment where that was run."
 )
 _ALPHA = 0.05
 
@@ -34,7 +34,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Headline:
-    """The rule's answer over all models without pre-fusion, in a sentence."""
+    """The rule's answer over all plain LLaVAs, in a sentence."""
 
     answer: str
     sentence: str
@@ -48,9 +48,9 @@ class Headline:
 
 
 def probed(records: Records) -> tuple[Record, ...]:
-    """Finished records with a probe, LLaVA (no pre-fusion) first, then by name and seed."""
+    """Finished records with a probe: the attention experiment first, plain LLaVA before others, then by name."""
     found = [r for r in records.finished if any(r.get(key) is not None for key in ("attention", "removal", "fusion"))]
-    return tuple(sorted(found, key=lambda r: (r["model"]["prefusion_layers"], r["name"], str(seed(r)), r["id"])))
+    return tuple(sorted(found, key=lambda r: (not _dedicated(r), not _plain(r), r["name"], str(seed(r)), r["id"])))
 
 
 def judge(record: Record) -> Verdict:
@@ -62,16 +62,17 @@ def judge(record: Record) -> Verdict:
 
 
 def headline(verdicts: Iterable[Verdict]) -> Headline:
-    """One answer over the models without pre-fusion; "cannot be told" where they disagree or there is none."""
+    """One answer over the plain LLaVAs; "cannot be told" where they disagree or there is none."""
     verdicts = list(verdicts)
-    counted = [verdict for verdict in verdicts if verdict.record["model"]["prefusion_layers"] == 0]
+    plain = [verdict for verdict in verdicts if _plain(verdict.record)]
+    counted = [verdict for verdict in plain if _dedicated(verdict.record)] or plain
     if not counted:
-        reason = "only models with pre-fusion were probed" if verdicts else "no finished record holds a probe"
-        return Headline(UNTOLD, f"{reason.capitalize()}.")
+        reason = "No plain LLaVA was probed" if verdicts else "No finished record holds a probe"
+        return Headline(UNTOLD, f"{reason}.")
     answers = {verdict.answer for verdict in counted}
     if len(answers) > 1:
         tally = ", ".join(f"{sum(v.answer == a for v in counted)} x {a}" for a in (REPRODUCES, FAILS, UNTOLD))
-        return Headline(UNTOLD, f"The {len(counted)} probed models without pre-fusion disagree: {tally}.")
+        return Headline(UNTOLD, f"The {len(counted)} probed LLaVAs disagree: {tally}.")
     return Headline(answers.pop(), " ".join(_sentence(verdict.record) for verdict in counted))
 
 
@@ -88,6 +89,14 @@ def depth_text(record: Record, kind: str) -> str:
 def interval_text(depth: dict) -> str:
     """The interval of a fusion depth with its sample count."""
     return f"95% CI {depth['low']:g} to {depth['high']:g}, n = {depth['samples']}"
+
+
+def _plain(record: Record) -> bool:
+    return record["model"]["compressor"] == "none" and record["model"]["prefusion_layers"] == 0
+
+
+def _dedicated(record: Record) -> bool:
+    return record["experiment"] == "attention"
 
 
 def _sentence(record: Record) -> str:

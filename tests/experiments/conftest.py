@@ -1,6 +1,7 @@
 """Small things that several tests of experiments build on."""
 
 import pytest
+
 from experiments import tiny
 from experiments.data.scenes import SIDE
 from experiments.data.shapes import shapes

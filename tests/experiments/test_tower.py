@@ -1,5 +1,6 @@
 import numpy as np
 import torch
+
 from experiments.data import scenes
 from experiments.data.scenes import CELL, GRID, SIDE
 from experiments.tower import patch_cells

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.report.records import Record, outcomes
+from experiments.report.records import Record, first_layers, outcomes
 from experiments.report.statistics import mean_interval
 from experiments.report.style import CONTROL, GREEN, MEASURED, REFERENCES, SECOND, legend, panels, styled
 
@@ -39,8 +39,7 @@ def removal_figure(record: Record) -> Figure:
     inside.set_xlim(-0.5, len(names) - 0.5)
     inside.set_xlabel("Layers in which visual tokens are hidden")
 
-    # onward[k] hides the visual tokens from layer k on (counted from 0): the first k layers see them.
-    seen = np.arange(len(removal["onward"]))
+    seen = np.asarray(first_layers(record))
     mean, low, high = _intervals(removal["onward"])
     onward.fill_between(seen, low, high, color=SECOND["color"], alpha=0.22, linewidth=0)
     onward.plot(seen, mean, **SECOND, label="hidden from a layer onward")

@@ -1,9 +1,10 @@
 import pytest
 import torch
+from PIL import Image
+
 from experiments.data.conversation import IGNORED, Collator, Encoder, messages
 from experiments.data.samples import Sample, conversation
 from experiments.joined import image_chat_template
-from PIL import Image
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"

@@ -1,9 +1,10 @@
 import json
 
 import pytest
+from PIL import Image
+
 from experiments.data.llava_json import llava_json
 from experiments.data.shapes import shapes
-from PIL import Image
 
 TURNS = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a cat"}]
 

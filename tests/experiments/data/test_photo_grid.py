@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+
 from experiments.data.photo_grid import photo_grid, questions
 
 CLASSES = ["airplane", "cat", "dog"]

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from experiments.data import scenes
 from experiments.data.scenes import CELL, COLOURS, GRID, SHAPES, Scenes, draw, render, split_of
 

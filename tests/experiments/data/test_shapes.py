@@ -2,6 +2,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
+
 from experiments.data.samples import IMAGE_SLOT, TextGuess, single_questions
 from experiments.data.shapes import KINDS, comparison, count, existence, place, reading, relation, shapes
 

@@ -84,11 +84,14 @@ def test_removal_shows_the_curves_the_controls_and_the_depth(probed: dict[str, A
 def test_removal_in_blocks_of_layers(probed: dict[str, Any]) -> None:
     removal = probed["removal"]
     removal["inside"] = [{**run, "layers": [2 * i, 2 * i + 1]} for i, run in enumerate(removal["inside"][:3])]
+    removal["onward"] = removal["onward"][::2]
     removal["random_inside"] = None
     probed["fusion"]["removal"] |= {"depth": None, "low": None, "high": None}
     figure = figures.removal_figure(probed)
     ticks = [text.get_text() for text in figure.axes[0].get_xticklabels()]
     assert ticks == ["1\u20132", "3\u20134", "5\u20136"]
+    handles, names = figure.axes[1].get_legend_handles_labels()
+    assert list(handles[names.index("hidden from a layer onward")].get_xdata()) == [0, 2, 4, 6]
     assert not any("fusion depth" in label for label in labels(figure))
 
 

@@ -81,6 +81,10 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (put("data.kinds", ["place"]), "data.kinds has 1 entries for 120 examples"),
         (put("cost.flops", None), "cost.flops is None, of the wrong type"),
         (put("removal.onward", []), "removal.onward is missing or empty"),
+        (
+            put("removal.onward", [{"layers": [0], "correct": "1" * 120}]),
+            "removal.onward does not go from all 6 layers",
+        ),
         (put("removal.inside", [{"layers": [9], "correct": "1" * 120}]), "goes beyond the model's 6 layers"),
         (put("attention.mass", [[[0.1]]]), r"attention.mass has shape \(1, 1, 1\), expected \(3, 6, 40\)"),
         (put("attention.entropy", [[1], [1, 2]]), "attention.entropy is not a full array of numbers"),

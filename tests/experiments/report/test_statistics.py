@@ -76,7 +76,8 @@ def test_paired_test_of_one_seed_is_mcnemar(gained: int, lost: int, same: int) -
 def test_paired_test_over_seeds_enumerates_every_sign(seed: int, seeds: int, others: int) -> None:
     rng = np.random.default_rng(seed)
     first, second = bits(rng, seeds, 9, rate=0.7), bits(rng, others, 9, rate=0.4)
-    differences = first.mean(0) - second.mean(0)
+    # Whole numbers: with thirds, rounding would break ties between sums.
+    differences = first.sum(0, dtype=float) * others - second.sum(0, dtype=float) * seeds
     exact = stats.permutation_test(
         (differences,), np.sum, permutation_type="samples", n_resamples=np.inf, alternative="greater"
     )

@@ -70,19 +70,22 @@ def test_missing_probes_are_said_to_be_missing(probed: dict[str, Any]) -> None:
     assert "no visual tokens were removed" in verdict.reasons[1]
 
 
-def test_headline_counts_models_without_prefusion(probed: dict[str, Any]) -> None:
+def test_headline_counts_plain_llava(probed: dict[str, Any]) -> None:
     yes = judge(probed)
     mini = copy.deepcopy(probed)
     mini["model"]["prefusion_layers"] = 2
     hide(mini, [90, 40])
     assert headline([yes, judge(mini)]).answer == REPRODUCES
     assert "2 of 6 layers (95% CI 2 to 3, n = 120)" in headline([yes]).sentence
-    assert headline([judge(mini)]).sentence == "Only models with pre-fusion were probed."
+    assert headline([judge(mini)]).sentence == "No plain LLaVA was probed."
     no = copy.deepcopy(probed)
     hide(no, [90, 40])
     mixed = headline([yes, judge(no)])
     assert mixed.answer == UNTOLD
     assert "disagree" in mixed.sentence
+    no["experiment"] = "ablation"
+    assert headline([yes, judge(no)]).answer == REPRODUCES
+    assert headline([judge(no)]).answer == FAILS
     assert headline([]).answer == UNTOLD
 
 

@@ -1,0 +1,58 @@
+import torch
+
+from experiments.config import TrainConfig
+from experiments.data.conversation import IGNORED, messages
+from experiments.data.samples import single_questions
+from experiments.evaluation import Questions, as_digits, blank, correct, greedy_matches, shuffled
+from experiments.training import train
+
+CPU = torch.device("cpu")
+
+
+def test_greedy_matches_by_hand():
+    labels = torch.tensor([[IGNORED, IGNORED, 2, 3], [IGNORED, IGNORED, 2, 3]])
+    logits = torch.zeros(2, 4, 5)
+    logits[:, 1, 2] = 1  # the position before the answer predicts it
+    logits[0, 2, 3] = 1
+    logits[1, 2, 4] = 1  # the second row ends wrongly
+    assert greedy_matches(logits, labels).tolist() == [True, False]
+
+
+def test_one_pass_tells_what_generate_would_write(llava, processor, few, tmp_path):
+    """After a little training, so that some answers are right: both ways call the same questions right."""
+    config = TrainConfig(steps=30, batch_size=8, learning_rate=3e-3, warmup=1, train_vision=True)
+    train(llava, processor, few.samples, config, tmp_path, 0, CPU)
+    samples = list(single_questions(few.samples))
+    found = correct(llava, Questions(samples, processor, 7, CPU), "test")
+    generated = []
+    for sample in samples:
+        text = processor.apply_chat_template(messages(sample)[:1], tokenize=False, add_generation_prompt=True)
+        inputs = processor(text=text, images=sample.image, return_tensors="pt")
+        ids = llava.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        end = ids.tolist().index(processor.tokenizer.eos_token_id) if processor.tokenizer.eos_token_id in ids else None
+        generated.append(end is not None and processor.tokenizer.decode(ids[:end]) == sample.answers[0])
+    assert found.tolist() == generated
+    assert 0 < sum(generated) < len(generated)
+
+
+def test_batches_do_not_change_answers(llava, processor, few):
+    samples = list(single_questions(few.samples))[:12]
+    with torch.no_grad():
+        for inputs in Questions(samples, processor, 12, CPU).batches("all"):
+            together = llava(**inputs).logits[:, -3:]
+        alone = [llava(**inputs).logits[0, -3:] for inputs in Questions(samples, processor, 1, CPU).batches("one")]
+    torch.testing.assert_close(together, torch.stack(alone), atol=1e-5, rtol=1e-4)
+
+
+def test_controls_change_the_picture_and_nothing_else(few):
+    samples = list(single_questions(few.samples))
+    for condition in (blank, shuffled):
+        changed = condition(samples)
+        assert [s.conversations for s in changed] == [s.conversations for s in samples]
+        assert all(a.image.tobytes() != b.image.tobytes() for a, b in zip(changed, samples, strict=True))
+    assert {s.image.getcolors()[0][1] for s in blank(samples)} == {(128, 128, 128)}
+    assert sorted(s.image.tobytes() for s in shuffled(samples)) == sorted(s.image.tobytes() for s in samples)
+
+
+def test_as_digits():
+    assert as_digits(torch.tensor([True, False, True])) == "101"

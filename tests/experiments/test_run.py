@@ -1,0 +1,81 @@
+"""The command line as a user meets it: what works, and how each kind of bad input ends."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from experiments import config as configuration
+from experiments.run import asset, one_line
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "experiments.run", *arguments]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def composed():
+    configuration.register()
+    OmegaConf.register_new_resolver("asset", asset, replace=True)
+    with initialize_config_module("conf", version_base="1.3"):
+        yield lambda *overrides: compose("config", list(overrides))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_and_is_typed(composed, experiment):
+    config = OmegaConf.to_object(composed(f"experiment={experiment}"))
+    assert isinstance(config, configuration.Config)
+    assert config.name == experiment
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_option_composes(composed, path):
+    required = {
+        "checkpoint": ["model.path=x"],
+        "llava_json": ["data.path=x", "data.images=x"],
+        "photo_grid": ["data.photos=x"],
+    }
+    resolved = configuration.resolved(composed(f"{path.parent.name}={path.stem}", *required.get(path.stem, [])))
+    assert yaml.safe_dump(resolved)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["seeed=1"], "seeed"),
+        (["train.steps=many"], "many"),
+        (["model=none"], "model"),
+        (["model=checkpoint"], "model.path"),
+        (["model=checkpoint", "model.path=./no/such/folder"], "no folder './no/such/folder'"),
+        (["data=llava_json", "data.path=none.json", "data.images=."], "data.path: no file 'none.json'"),
+        (["results=/proc/results"], "results folder '/proc/results' cannot be written"),
+        (["model.dtype=int7"], "int7"),
+    ],
+)
+def test_bad_input_ends_with_one_line_and_writes_nothing(tmp_path, arguments, said):
+    results = [] if any(a.startswith("results=") for a in arguments) else [f"results={tmp_path / 'results'}"]
+    ended = (
+        run(*arguments, "data.test=1", *results) if "data=llava_json" not in arguments else run(*arguments, *results)
+    )
+    assert ended.returncode == 1
+    *_, last = ended.stderr.strip().splitlines()
+    assert last.startswith("error: ")
+    assert said in last
+    assert "Traceback" not in ended.stderr
+    assert not list((tmp_path / "results").rglob("*.json"))
+
+
+def test_one_line_keeps_what_is_wrong():
+    error = ValueError("a\n  b")
+    error.__cause__ = KeyError("c")
+    assert one_line(error) == "a b 'c'"
