@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from experiments import probing, tower, training
 from experiments.config import Config, ScratchModel, identity
@@ -44,7 +44,7 @@ def run_cell(config: Config, resolved: dict[str, Any]) -> Path:
     log.info("%s (%s)", _label(config), name)
     started = time.monotonic()
     begun = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    training.seed_everything(config.seed)
+    set_seed(config.seed)
     model, processor = build(config, data.train)
     model.to(device)
     log_history, train_seconds = _train(model, processor, config, data, store.work(name), device)
@@ -96,15 +96,8 @@ def _train(
         )
     started = time.monotonic()
     if isinstance(config.model, ScratchModel) and training.last_checkpoint(work) is None:
-        tower.pretrain(
-            model.model.vision_tower,
-            processor,
-            data.train.samples,
-            config.model.tower,
-            work / "tower",
-            config.seed,
-            device,
-        )
+        eyes, recipe = model.model.vision_tower, config.model.tower
+        tower.pretrain(eyes, processor, data.train.samples, recipe, work / "tower", config.seed, device)
     history = training.train(model, processor, data.train.samples, config.train, work, config.seed, device)
     model.eval()
     return history, round(time.monotonic() - started, 1)

@@ -166,13 +166,14 @@ def register() -> None:
     """Make the classes known to Hydra, under the names that conf/ refers to."""
     store = ConfigStore.instance()
     store.store("schema", Config)
-    for group, nodes in {
+    groups: dict[str, dict[str, type]] = {
         "model": {"checkpoint": CheckpointModel, "joined": JoinedModel, "scratch": ScratchModel},
         "data": {"shapes": ShapesData, "llava_json": LlavaJsonData, "photo_grid": PhotoGridData},
         "compressor": {"": CompressorConfig},
         "prefusion": {"": PrefusionConfig},
         "train": {"": TrainConfig},
         "probe": {"": ProbeConfig},
-    }.items():
+    }
+    for group, nodes in groups.items():
         for name, node in nodes.items():
             store.store(f"schema_{name}" if name else "schema", node, group=group)

@@ -20,5 +20,6 @@ def draw_record(path: Path) -> list[Path]:
         ("removal", "removal", removal_figure),
     ):
         if record[part]:
-            drawn.append(save(figure(record), folder / f"{path.stem}-{name}"))
+            png, _ = save(figure(record), folder / f"{path.stem}-{name}")
+            drawn.append(png)
     return drawn

@@ -52,11 +52,9 @@ def _llava(config: Config, train: Split | None) -> tuple[PreTrainedModel, Proces
     if isinstance(source, CheckpointModel):
         return load(source.path, dtype, source.attention)
     if isinstance(source, JoinedModel):
-        folders = [
-            _folder_or_hub_name(path, field)
-            for path, field in ((source.vision, "vision"), (source.language, "language"))
-        ]
-        return joined.join(*folders, vision_layer=source.vision_layer, dtype=dtype, attention=source.attention)
+        vision = _folder_or_hub_name(source.vision, "vision")
+        language = _folder_or_hub_name(source.language, "language")
+        return joined.join(vision, language, source.vision_layer, dtype, source.attention)
     if isinstance(source, ScratchModel):
         if train is None:
             raise ValueError(

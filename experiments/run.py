@@ -32,7 +32,7 @@ def cell(config: DictConfig) -> None:
 
     path = run_cell(OmegaConf.to_object(config), configuration.resolved(config))  # type: ignore[arg-type]
     figures = draw_record(path)
-    log.info("record %s%s", path, "".join("\nfigure %s" % f for f in figures))
+    log.info("record %s%s", path, "".join(f"\nfigure {f}" for f in figures))
 
 
 def one_line(error: BaseException) -> str:

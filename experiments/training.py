@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from experiments.config import TrainConfig
@@ -34,6 +34,21 @@ class Conversations(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = self.samples[index]
         return {**self.encoder(sample), "image": sample.image}
+
+
+class ResumingTrainer(Trainer):
+    """A Trainer that resumes models whose weights are renamed when they are saved.
+
+    transformers writes LLaVA's weights under the names of its older layout, and Trainer reads them back by name without
+    the renaming that `from_pretrained` does: it would go on from the weights at hand, with a warning alone.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        model = self.model if model is None else model
+        if not isinstance(model, PreTrainedModel):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+        model.load_state_dict(saved.state_dict())
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -91,16 +106,12 @@ def fit(
             f"train.batch_size {config.batch_size} cannot be shared evenly by {arguments.world_size} processes"
         )
     arguments.per_device_train_batch_size = config.batch_size // arguments.world_size
-    trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=collate)
+    trainer = ResumingTrainer(model=model, args=arguments, train_dataset=data, data_collator=collate)
     found = last_checkpoint(work)
     if found:
         log.info("resuming from %s", found)
     trainer.train(resume_from_checkpoint=str(found) if found else None)
     return trainer.state.log_history
-
-
-def seed_everything(seed: int) -> None:
-    set_seed(seed)
 
 
 def train(

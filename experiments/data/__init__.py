@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from experiments.config import DataConfig, LlavaJsonData, PhotoGridData, ShapesData
-from experiments.data.llava_json import llava_json
-from experiments.data.photo_grid import photo_grid
+from experiments.data.llava_json import load_llava_json
+from experiments.data.photo_grid import load_photo_grid
 from experiments.data.samples import Split, fingerprint
-from experiments.data.shapes import shapes
+from experiments.data.shapes import load_shapes
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,19 @@ def load_data(config: DataConfig) -> Data:
         FileNotFoundError, ValueError: if a file is missing or is not what it should be; the message names the file.
     """
     if isinstance(config, ShapesData):
-        test = shapes("test", config.test, config.seed)
-        return Data(shapes("train", config.train, config.seed, config.rounds), test)
+        test = load_shapes("test", config.test, config.seed)
+        return Data(load_shapes("train", config.train, config.seed, config.rounds), test)
     if isinstance(config, PhotoGridData):
         splits = {
-            split: photo_grid(config.photos, split, count, config.seed, config.grid, config.cell)
+            split: load_photo_grid(config.photos, split, count, config.seed, config.grid, config.cell)
             for split, count in (("train", config.train), ("test", config.test))
         }
         return Data(**splits)
     if isinstance(config, LlavaJsonData):
         if config.test_path is None:
-            return Data(None, llava_json(config.path, config.images, "test", config.test))
+            return Data(None, load_llava_json(config.path, config.images, "test", config.test))
         return Data(
-            llava_json(config.path, config.images, "train", config.train),
-            llava_json(config.test_path, config.images, "test", config.test),
+            load_llava_json(config.path, config.images, "train", config.train),
+            load_llava_json(config.test_path, config.images, "test", config.test),
         )
     raise TypeError(f"no data set for a {type(config).__name__}")

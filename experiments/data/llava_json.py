@@ -72,7 +72,7 @@ class JsonSamples(Sequence[Sample]):
         return Sample(str(entry.get("id", index)), load, entry["conversations"], entry["kinds"])
 
 
-def llava_json(path: str, images: str, split: str, count: int = 0) -> Split:
+def load_llava_json(path: str, images: str, split: str, count: int = 0) -> Split:
     """The first `count` conversations of a LLaVA-format JSON file, or all for 0.
 
     Each entry has "conversations" (turns from "human" and "gpt", alternating), an "image" (a path below `images`) unless

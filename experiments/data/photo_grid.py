@@ -71,7 +71,7 @@ class PhotoGrids(Sequence[Sample]):
         return sheet
 
 
-def photo_grid(folder: str, split: str, count: int, seed: int, grid: int, cell: int) -> Split:
+def load_photo_grid(folder: str, split: str, count: int, seed: int, grid: int, cell: int) -> Split:
     """`count` grids of `grid` x `grid` photographs, each `cell` pixels a side.
 
     `folder` holds `train.npz` and `test.npz` (`images` uint8 [n, height, width, 3], `labels` int [n]) and `classes.json`

@@ -55,7 +55,7 @@ class Split:
 
 def conversation(pairs: Iterable[tuple[str, str]], image: bool = True) -> list[dict[str, str]]:
     """Question and answer pairs -> LLaVA turns, with the image slot before the first question."""
-    turns = []
+    turns: list[dict[str, str]] = []
     for question, answer in pairs:
         slot = f"{IMAGE_SLOT}\n" if image and not turns else ""
         turns += [{"from": "human", "value": slot + question}, {"from": "gpt", "value": answer}]

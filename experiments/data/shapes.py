@@ -53,7 +53,8 @@ def comparison(cells: Sequence[Thing]) -> list[Pair]:
 
 
 def _asked(template: str, reference: Thing, thing: Thing) -> list[Pair]:
-    assert reference and thing
+    assert reference
+    assert thing
     name = f"the {reference[0]} {reference[1]}"
     return [(template.format(w, name), answer) for w, answer in zip(("colour", "shape"), thing, strict=True)]
 
@@ -119,7 +120,7 @@ class ShapeSamples(Sequence[Sample]):
         return ask({kind: candidates(cells) for kind, candidates in KINDS.items()}, self.rounds, rng)
 
 
-def shapes(split: str, count: int, seed: int = 0, rounds: int = 1) -> Split:
+def load_shapes(split: str, count: int, seed: int = 0, rounds: int = 1) -> Split:
     """`count` scenes of a split with `rounds` questions of each kind. The same arguments give the same bytes."""
     scenes = drawing.draw(split, seed, count)
     samples = ShapeSamples(split, scenes, seed, rounds)

@@ -91,9 +91,9 @@ def ablation_table(cells: Sequence[Cell]) -> Table:
     for control in _controls(cells):
         data.append({**control[0], "status": "control"})
         text.append(control[1])
-    shown = pd.DataFrame(text)
-    if len(shown) and (shown["Settings"] == NONE).all():
-        shown = shown.drop(columns="Settings")
+    columns = pd.DataFrame(text)
+    if len(columns) and (columns["Settings"] == NONE).all():
+        columns = columns.drop(columns="Settings")
     conventions = sorted(
         {r["cost"].get("convention") or "unstated" for c in cells for r in c.finished if r.get("cost")}
     )
@@ -110,7 +110,7 @@ def ablation_table(cells: Sequence[Cell]) -> Table:
     )
     numeric = ("Tokens", "Pre-fusion", "Accuracy (%)", *_REST)
     return Table(
-        "ablation", "Ablation: accuracy and cost of every configuration.", pd.DataFrame(data), shown, numeric, notes
+        "ablation", "Ablation: accuracy and cost of every configuration.", pd.DataFrame(data), columns, numeric, notes
     )
 
 

@@ -4,13 +4,13 @@ import pytest
 
 from experiments import tiny
 from experiments.data.scenes import SIDE
-from experiments.data.shapes import shapes
+from experiments.data.shapes import load_shapes
 
 
 @pytest.fixture(scope="session")
 def few():
     """Eight scenes with six questions each."""
-    return shapes("train", 8)
+    return load_shapes("train", 8)
 
 
 @pytest.fixture(scope="session")

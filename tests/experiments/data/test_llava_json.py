@@ -3,8 +3,8 @@ import json
 import pytest
 from PIL import Image
 
-from experiments.data.llava_json import llava_json
-from experiments.data.shapes import shapes
+from experiments.data.llava_json import load_llava_json
+from experiments.data.shapes import load_shapes
 
 TURNS = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a cat"}]
 
@@ -22,7 +22,7 @@ def write(folder, entries) -> str:
 
 
 def test_what_shapes_makes_is_llava_json(tmp_path):
-    made = shapes("test", 3)
+    made = load_shapes("test", 3)
     for sample in made.samples:
         sample.image.save(tmp_path / f"{sample.id}.png")
     path = write(
@@ -32,7 +32,7 @@ def test_what_shapes_makes_is_llava_json(tmp_path):
             for s in made.samples
         ],
     )
-    for read, sample in zip(llava_json(path, str(tmp_path), "test").samples, made.samples, strict=True):
+    for read, sample in zip(load_llava_json(path, str(tmp_path), "test").samples, made.samples, strict=True):
         assert (read.id, read.conversations, read.kinds) == (sample.id, sample.conversations, sample.kinds)
         assert read.image.tobytes() == sample.image.tobytes()
 
@@ -42,7 +42,7 @@ def test_count_and_fingerprint(folder):
         folder,
         [{"image": "a.png", "conversations": TURNS}, {"conversations": [TURNS[1] | {"from": "human"}, TURNS[1]]}],
     )
-    both, one = llava_json(path, str(folder), "test"), llava_json(path, str(folder), "test", 1)
+    both, one = load_llava_json(path, str(folder), "test"), load_llava_json(path, str(folder), "test", 1)
     assert (len(both), len(one)) == (2, 1)
     assert both.samples[1].image is None
     assert both.fingerprint != one.fingerprint
@@ -65,7 +65,7 @@ def test_count_and_fingerprint(folder):
 )
 def test_wrong_files_are_refused_in_one_line(folder, entries, said):
     with pytest.raises(ValueError, match=said.replace("{", r"\{")) as error:
-        llava_json(write(folder, entries), str(folder), "test")
+        load_llava_json(write(folder, entries), str(folder), "test")
     assert "\n" not in str(error.value)
     assert "data.json" in str(error.value)
 
@@ -73,16 +73,18 @@ def test_wrong_files_are_refused_in_one_line(folder, entries, said):
 def test_missing_files(folder):
     path = write(folder, [{"image": "b.png", "conversations": TURNS}])
     with pytest.raises(FileNotFoundError, match=r"entry 0: no image '.*b.png'"):
-        llava_json(path, str(folder), "test")
+        load_llava_json(path, str(folder), "test")
     with pytest.raises(FileNotFoundError, match=r"data.path: no file"):
-        llava_json(str(folder / "none.json"), str(folder), "test")
+        load_llava_json(str(folder / "none.json"), str(folder), "test")
     with pytest.raises(FileNotFoundError, match=r"data.images: no folder"):
-        llava_json(path, str(folder / "none"), "test")
+        load_llava_json(path, str(folder / "none"), "test")
 
 
 @pytest.mark.parametrize("content", [b"no image", b"\x89PNG\r\n\x1a\n broken"])
 def test_an_image_that_is_none_is_named_when_it_is_read(folder, content):
     (folder / "a.png").write_bytes(content)
-    sample = llava_json(write(folder, [{"image": "a.png", "conversations": TURNS}]), str(folder), "test").samples[0]
+    sample = load_llava_json(write(folder, [{"image": "a.png", "conversations": TURNS}]), str(folder), "test").samples[
+        0
+    ]
     with pytest.raises(ValueError, match=r"a.png' cannot be read as an image"):
         _ = sample.image

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments.data.photo_grid import photo_grid, questions
+from experiments.data.photo_grid import load_photo_grid, questions
 
 CLASSES = ["airplane", "cat", "dog"]
 
@@ -37,7 +37,7 @@ def test_questions_about_a_known_grid():
 
 @pytest.mark.parametrize("grid", [2, 3])
 def test_photographs_lie_where_the_answers_say(folder, grid):
-    split = photo_grid(str(folder), "test", 5, 0, grid, 16)
+    split = load_photo_grid(str(folder), "test", 5, 0, grid, 16)
     for i in range(len(split)):
         pixels = np.asarray(split.samples[i].image)
         assert pixels.shape == (16 * grid, 16 * grid, 3)
@@ -49,20 +49,20 @@ def test_photographs_lie_where_the_answers_say(folder, grid):
 
 
 def test_deterministic(folder):
-    first, second = (photo_grid(str(folder), "train", 4, 1, 2, 16) for _ in range(2))
+    first, second = (load_photo_grid(str(folder), "train", 4, 1, 2, 16) for _ in range(2))
     assert first.fingerprint == second.fingerprint
     assert [s.conversations for s in first.samples] == [s.conversations for s in second.samples]
 
 
 def test_wrong_folders_are_refused(folder):
     with pytest.raises(ValueError, match="2 or more"):
-        photo_grid(str(folder), "test", 1, 0, 1, 16)
+        load_photo_grid(str(folder), "test", 1, 0, 1, 16)
     (folder / "classes.json").write_text('["cat"]')
     with pytest.raises(ValueError, match="labels run to 2"):
-        photo_grid(str(folder), "test", 1, 0, 2, 16)
+        load_photo_grid(str(folder), "test", 1, 0, 2, 16)
     (folder / "test.npz").write_bytes(b"garbled")
     with pytest.raises(ValueError, match="holds no images"):
-        photo_grid(str(folder), "test", 1, 0, 2, 16)
+        load_photo_grid(str(folder), "test", 1, 0, 2, 16)
     (folder / "train.npz").unlink()
     with pytest.raises(FileNotFoundError, match=r"no file '.*train.npz'"):
-        photo_grid(str(folder), "train", 1, 0, 2, 16)
+        load_photo_grid(str(folder), "train", 1, 0, 2, 16)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.data.samples import IMAGE_SLOT, TextGuess, single_questions
-from experiments.data.shapes import KINDS, comparison, count, existence, place, reading, relation, shapes
+from experiments.data.shapes import KINDS, comparison, count, existence, load_shapes, place, reading, relation
 
 # row 1: red ring, blue cross, nothing; row 2: blue cross, red square, green ring; row 3: nothing, nothing, red ring
 CELLS = [
@@ -73,7 +73,7 @@ def test_reading_order_passes_over_empty_cells():
 
 
 def test_samples_are_llava_conversations():
-    sample = shapes("train", 1).samples[0]
+    sample = load_shapes("train", 1).samples[0]
     assert [turn["from"] for turn in sample.conversations] == ["human", "gpt"] * len(KINDS)
     assert sample.conversations[0]["value"].startswith(f"{IMAGE_SLOT}\n")
     assert sum(turn["value"].count(IMAGE_SLOT) for turn in sample.conversations) == 1
@@ -82,14 +82,14 @@ def test_samples_are_llava_conversations():
 
 
 def test_deterministic_and_fingerprinted():
-    first, second, other = shapes("test", 20, 1), shapes("test", 20, 1), shapes("test", 20, 2)
+    first, second, other = load_shapes("test", 20, 1), load_shapes("test", 20, 1), load_shapes("test", 20, 2)
     assert [s.conversations for s in first.samples] == [s.conversations for s in second.samples]
     assert first.samples[3].image.tobytes() == second.samples[3].image.tobytes()
     assert first.fingerprint == second.fingerprint != other.fingerprint
 
 
 def test_single_questions_stand_alone():
-    sample = shapes("test", 1, rounds=2).samples[0]
+    sample = load_shapes("test", 1, rounds=2).samples[0]
     singles = list(single_questions([sample]))
     assert len(singles) == 12
     assert all(s.conversations[0]["value"].startswith(IMAGE_SLOT) and len(s.conversations) == 2 for s in singles)
@@ -98,10 +98,10 @@ def test_single_questions_stand_alone():
 
 def test_text_alone_says_little():
     """A table of the commonest training answers does little better on new scenes than a die with the answers' sides."""
-    guess = TextGuess(shapes("train", 3000).samples)
+    guess = TextGuess(load_shapes("train", 3000).samples)
     right: dict[str, list[bool]] = defaultdict(list)
     answers: dict[str, Counter] = defaultdict(Counter)
-    for sample in single_questions(shapes("test", 400).samples):
+    for sample in single_questions(load_shapes("test", 400).samples):
         kind, (question,), (answer,) = sample.kinds[0], sample.questions, sample.answers
         right[kind].append(guess(question, kind) == answer)
         answers[kind][answer] += 1
