@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
-from experiments import probing, tower, training
+from experiments import probing, schooling, training
 from experiments.config import Config, ScratchModel, identity
 from experiments.cost import forward_cost
 from experiments.data import Data, load_data
@@ -96,8 +96,7 @@ def _train(
         )
     started = time.monotonic()
     if isinstance(config.model, ScratchModel) and training.last_checkpoint(work) is None:
-        eyes, recipe = model.model.vision_tower, config.model.tower
-        tower.pretrain(eyes, processor, data.train.samples, recipe, work / "tower", config.seed, device)
+        schooling.school(model, processor, schooling.scenes_of(data.train), config.model, work, config.seed, device)
     history = training.train(model, processor, data.train.samples, config.train, work, config.seed, device)
     model.eval()
     return history, round(time.monotonic() - started, 1)

@@ -41,6 +41,7 @@ class TrainConfig:
     """What transformers' Trainer is given. `steps: 0` trains nothing."""
 
     steps: int = 0
+    optimizer: str = "adamw"  # adamw, or muon (experiments/optimizer.py)
     batch_size: int = 32  # images a step, over all devices and accumulation steps on one process
     learning_rate: float = 1e-3
     warmup: int = 20  # steps
@@ -60,10 +61,8 @@ class ScratchModel(ModelConfig):
     width: int = 128
     layers: int = 6
     vocabulary: int = 512  # at most
-    # what its vision tower learns before the language model looks (experiments/tower.py)
-    tower: TrainConfig = field(
-        default_factory=lambda: TrainConfig(steps=600, batch_size=64, learning_rate=1e-3, warmup=60, train_vision=True)
-    )
+    tower: TrainConfig = field(default_factory=TrainConfig)  # first it learns to see (experiments/tower.py),
+    describe: TrainConfig = field(default_factory=TrainConfig)  # then to say what is where (experiments/data/shapes.py)
 
 
 @dataclass

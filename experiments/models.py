@@ -16,7 +16,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from experiments import joined, tiny
+from experiments import joined, schooling, tiny
 from experiments.config import CheckpointModel, CompressorConfig, Config, JoinedModel, PrefusionConfig, ScratchModel
 from experiments.data import scenes
 from experiments.data.samples import Split
@@ -34,7 +34,7 @@ def build(config: Config, train: Split | None) -> tuple[PreTrainedModel, Process
 
     Raises:
         FileNotFoundError: if a folder does not exist.
-        ValueError: if a checkpoint lacks weights, or a model from scratch has no training split.
+        ValueError: if a checkpoint lacks weights, or a model from scratch has no scenes to learn from.
     """
     model, processor = _llava(config, train)
     compressor, prefusion = config.compressor, config.prefusion
@@ -56,11 +56,8 @@ def _llava(config: Config, train: Split | None) -> tuple[PreTrainedModel, Proces
         language = _folder_or_hub_name(source.language, "language")
         return joined.join(vision, language, source.vision_layer, dtype, source.attention)
     if isinstance(source, ScratchModel):
-        if train is None:
-            raise ValueError(
-                "model=scratch learns its vocabulary from training data, and this data set has no training split"
-            )
-        text = tiny.tokenizer((train.samples[i] for i in range(min(1000, len(train)))), source.vocabulary)
+        seen = schooling.scenes_of(train)
+        text = tiny.tokenizer((part[i] for part in (seen, seen.described()) for i in range(1000)), source.vocabulary)
         model = tiny.llava(text, scenes.SIDE, source.patch, source.width, source.layers)
         return model, tiny.processor(text, scenes.SIDE, source.patch)
     raise TypeError(f"no way to build a {type(source).__name__}")

@@ -19,7 +19,6 @@ from torch.utils.data import Dataset
 from transformers import CLIPVisionModel, ProcessorMixin
 
 from experiments.config import TrainConfig
-from experiments.data.samples import Sample
 from experiments.data.scenes import CELL, COLOURS, GRID, SHAPES, SIDE
 from experiments.data.shapes import ShapeSamples
 from experiments.training import fit
@@ -74,19 +73,13 @@ def patch_cells(patch: int) -> Int[Tensor, " patches"]:
 def pretrain(
     tower: CLIPVisionModel,
     processor: ProcessorMixin,
-    samples: Sequence[Sample],
+    samples: ShapeSamples,
     config: TrainConfig,
     work: Path,
     seed: int,
     device: torch.device,
 ) -> None:
-    """Train the tower in place.
-
-    Raises:
-        ValueError: if the samples are not scenes of shapes, whose cells are known.
-    """
-    if not isinstance(samples, ShapeSamples):
-        raise ValueError("model=scratch learns to see from scenes whose content is known; use it with data=shapes")
+    """Train the tower in place."""
 
     def collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         labels = {name: torch.stack([x[name] for x in items]) for name in ("colour", "shape")}

@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from experiments.config import TrainConfig
 from experiments.data.conversation import Collator, Encoder
 from experiments.data.samples import Sample
+from experiments.optimizer import MuonAdamW
 
 log = logging.getLogger(__name__)
 _TRAINER_STATE = "trainer_state.json"  # Trainer writes it last: a checkpoint that has it whole is whole
@@ -106,12 +107,27 @@ def fit(
             f"train.batch_size {config.batch_size} cannot be shared evenly by {arguments.world_size} processes"
         )
     arguments.per_device_train_batch_size = config.batch_size // arguments.world_size
-    trainer = ResumingTrainer(model=model, args=arguments, train_dataset=data, data_collator=collate)
+    trainer = ResumingTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        data_collator=collate,
+        optimizers=(_optimizer(model, config), None),
+    )
     found = last_checkpoint(work)
     if found:
         log.info("resuming from %s", found)
     trainer.train(resume_from_checkpoint=str(found) if found else None)
     return trainer.state.log_history
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer | None:
+    """None leaves the choice to Trainer, which takes AdamW."""
+    if config.optimizer == "muon":
+        return MuonAdamW(model, config.learning_rate, config.weight_decay, (0.9, config.adam_beta2))
+    if config.optimizer != "adamw":
+        raise ValueError(f"train.optimizer: no optimizer '{config.optimizer}'; use adamw or muon")
+    return None
 
 
 def train(

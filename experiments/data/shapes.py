@@ -110,14 +110,34 @@ class ShapeSamples(Sequence[Sample]):
     def draw(self, index: int) -> Image.Image:
         return Image.fromarray(drawing.render(self.scenes[index : index + 1])[0])
 
-    def asked(self, index: int) -> list[tuple[str, str, str]]:
+    def described(self) -> Descriptions:
+        return Descriptions(self.split, self.scenes, self.seed, self.rounds)
+
+    def things(self, index: int) -> list[Thing]:
         colours, shapes = list(COLOURS), SHAPES
-        cells: list[Thing] = [
+        return [
             None if c < 0 else (colours[c], shapes[s])
             for c, s in zip(self.scenes.colour[index], self.scenes.shape[index], strict=True)
         ]
+
+    def asked(self, index: int) -> list[tuple[str, str, str]]:
+        cells = self.things(index)
         rng = np.random.default_rng([self.seed, int(self.scenes.noise_seed[index])])
         return ask({kind: candidates(cells) for kind, candidates in KINDS.items()}, self.rounds, rng)
+
+
+class Descriptions(ShapeSamples):
+    """The same scenes, each with one long answer: what is where, cell by cell in random order.
+
+    Before any question is understood, this teaches a language model to find a place in the picture and to name what is
+    there: eighteen looks at the picture in one answer. LLaVA's first stage learns from captions for the same reason.
+    """
+
+    def asked(self, index: int) -> list[tuple[str, str, str]]:
+        cells = self.things(index)
+        order = np.random.default_rng([self.seed, int(self.scenes.noise_seed[index])]).permutation(len(cells))
+        told = [f"{cell_name(i, GRID)} {' '.join(cells[i] or ('nothing',))}" for i in order]
+        return [("description", "describe the picture", ", ".join(told))]
 
 
 def load_shapes(split: str, count: int, seed: int = 0, rounds: int = 1) -> Split:
