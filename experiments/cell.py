@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from experiments import probing, schooling, training
@@ -19,6 +20,7 @@ from experiments.data import Data, load_data
 from experiments.data.samples import Sample, TextGuess, single_questions
 from experiments.evaluation import Questions, as_digits, blank, correct, shuffled
 from experiments.models import build, choose_device
+from experiments.scores import by_kind
 from experiments.store import Store, code_version, provenance
 from llava_mini import LlavaMiniConfig
 
@@ -27,8 +29,8 @@ GUESS_IMAGES = 5000
 GUESS_NOTE = f"most frequent answer to the same question text in {GUESS_IMAGES} training conversations"
 
 
-def run_cell(config: Config, resolved: dict[str, Any]) -> Path:
-    """Run a cell and write its record, or find it done. Returns the record's path.
+def run_cell(config: Config, resolved: dict[str, Any]) -> Path | None:
+    """Run a cell and write its record, or find it done. Returns the record's path, None in a helping process.
 
     Args:
         config: The typed configuration.
@@ -48,6 +50,9 @@ def run_cell(config: Config, resolved: dict[str, Any]) -> Path:
     model, processor = build(config, data.train)
     model.to(device)
     log_history, train_seconds = _train(model, processor, config, data, store.work(name), device)
+    if log_history and not PartialState().is_main_process:
+        return None  # of several processes that train together, one measures and writes
+    model.to(device)
 
     samples = list(single_questions(data.test.samples))
     questions = Questions(samples, processor, config.batch_size, device)
@@ -70,6 +75,7 @@ def run_cell(config: Config, resolved: dict[str, Any]) -> Path:
     seconds = {"seconds": round(time.monotonic() - started, 1), "train_seconds": train_seconds}
     record["provenance"] = {"started": begun, **seconds, **provenance(device)}
     path = store.write(record)
+    log.info("percent right, %s:\n%s", record["data"]["split"], by_kind(record))
     if config.save:
         _save(model, processor, Path(config.save))
     shutil.rmtree(store.work(name), ignore_errors=True)
@@ -79,7 +85,8 @@ def run_cell(config: Config, resolved: dict[str, Any]) -> Path:
 def _label(config: Config) -> str:
     parts = [config.model.name]
     if config.compressor.name != "none":
-        parts.append(f"{config.compressor.size**2} token by {config.compressor.name}".replace("1 tokens", "1 token"))
+        tokens = config.compressor.size**2
+        parts.append(f"{tokens} token{'s' * (tokens > 1)} by {config.compressor.name}")
     if config.prefusion.layers:
         parts.append(f"{config.prefusion.layers} pre-fusion layers")
     return ", ".join([*parts, f"seed {config.seed}"])

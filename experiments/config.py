@@ -85,7 +85,7 @@ class PrefusionConfig:
 class DataConfig:
     name: str = MISSING
     train: int = 0  # images to train on; 0 takes all where the set is finite
-    test: int = 0  # images to test on
+    test: int = 0  # images to test on; 0 takes all where the set is finite
     seed: int = 0
 
 

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments import config as configuration
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("experiments.run")  # under `python -m` __name__ is "__main__"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
@@ -31,6 +31,8 @@ def cell(config: DictConfig) -> None:
     from experiments.drawing import draw_record
 
     path = run_cell(OmegaConf.to_object(config), configuration.resolved(config))  # type: ignore[arg-type]
+    if path is None:
+        return
     figures = draw_record(path)
     log.info("record %s%s", path, "".join(f"\nfigure {f}" for f in figures))
 

@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from experiments.config import DataConfig, LlavaJsonData, PhotoGridData, ShapesData
 from experiments.data.llava_json import load_llava_json
 from experiments.data.photo_grid import load_photo_grid
-from experiments.data.samples import Split, fingerprint
+from experiments.data.samples import OneQuestionEach, Split, fingerprint
 from experiments.data.shapes import load_shapes
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a cell trains and tests on; a set without a training split can only be tested on."""
+    """What a cell trains and tests on; a set without a training split can only be tested on.
+
+    Generated sets test one question a picture. A file of your own tests all of its questions: intervals then treat
+    questions about one picture as if they were independent.
+    """
 
     train: Split | None
     test: Split
@@ -23,6 +27,10 @@ class Data:
         return fingerprint(self.train.fingerprint if self.train else None, self.test.fingerprint)
 
 
+def _one_question_each(split: Split) -> Split:
+    return Split(split.name, OneQuestionEach(split.samples), split.fingerprint)
+
+
 def load_data(config: DataConfig) -> Data:
     """The splits that a data config names.
 
@@ -30,14 +38,14 @@ def load_data(config: DataConfig) -> Data:
         FileNotFoundError, ValueError: if a file is missing or is not what it should be; the message names the file.
     """
     if isinstance(config, ShapesData):
-        test = load_shapes("test", config.test, config.seed)
-        return Data(load_shapes("train", config.train, config.seed, config.rounds), test)
+        train = load_shapes("train", config.train, config.seed, config.rounds)
+        return Data(train, _one_question_each(load_shapes("test", config.test, config.seed)))
     if isinstance(config, PhotoGridData):
-        splits = {
-            split: load_photo_grid(config.photos, split, count, config.seed, config.grid, config.cell)
+        train, test = (
+            load_photo_grid(config.photos, split, count, config.seed, config.grid, config.cell)
             for split, count in (("train", config.train), ("test", config.test))
-        }
-        return Data(**splits)
+        )
+        return Data(train, _one_question_each(test))
     if isinstance(config, LlavaJsonData):
         if config.test_path is None:
             return Data(None, load_llava_json(config.path, config.images, "test", config.test))

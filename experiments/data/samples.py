@@ -70,6 +70,20 @@ def single_questions(samples: Iterable[Sample]) -> Iterator[Sample]:
             yield Sample(f"{sample.id}.{i}", sample.load, turns, [sample.kinds[i]])
 
 
+class OneQuestionEach(Sequence[Sample]):
+    """One question about each picture, the kinds in turn, so that no two outcomes of a test hang on the same picture."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
+        singles = sorted(single_questions([self.samples[index]]), key=lambda single: single.kinds)
+        return singles[index % len(singles)]
+
+
 class TextGuess:
     """The best that can be done without the image by table look-up: the most frequent training answer.
 

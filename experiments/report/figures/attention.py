@@ -41,7 +41,7 @@ def _by_layer(record: Record, key: str, label: str, scale: float, uniform_label:
     x = np.arange(1, layers + 1)
     every = max(1, layers // 16)
 
-    figure, axes = panels(pairs, columns=3, height=2.5, label=label)
+    figure, axes = panels(pairs, columns=2 if pairs == 4 else 3, height=2.5, label=label)
     for index, (axis, (target, source)) in enumerate(zip(axes, attention["pairs"], strict=True)):
         axis.fill_between(x, low[index], high[index], color=BLUE, alpha=0.22, linewidth=0)
         axis.plot(x, mean[index], **MEASURED, markevery=every, label="measured, 95% band")

@@ -3,7 +3,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from experiments.data.samples import IMAGE_SLOT, TextGuess, single_questions
+from experiments.data.samples import IMAGE_SLOT, OneQuestionEach, TextGuess, single_questions
 from experiments.data.shapes import KINDS, comparison, count, existence, load_shapes, place, reading, relation
 
 # row 1: red ring, blue cross, nothing; row 2: blue cross, red square, green ring; row 3: nothing, nothing, red ring
@@ -116,3 +116,13 @@ def test_text_alone_says_little():
     for kind, outcomes in right.items():
         assert np.mean(outcomes) == pytest.approx(chance[kind], abs=0.09), kind
         assert len(answers[kind]) == {"existence": 2, "comparison": 2, "count": 5}.get(kind, 9)
+
+
+def test_one_question_each_takes_the_kinds_in_turn():
+    split = load_shapes("test", 12)
+    singles = list(OneQuestionEach(split.samples))
+    assert Counter(s.kinds[0] for s in singles) == dict.fromkeys(KINDS, 2)
+    for single, whole in zip(singles, split.samples, strict=True):
+        at = whole.questions.index(single.questions[0])
+        assert (single.answers[0], single.kinds[0]) == (whole.answers[at], whole.kinds[at])
+        assert single.image.tobytes() == whole.image.tobytes()

@@ -1,0 +1,30 @@
+"""The compressor that CONTRIBUTING.md shows is real: it runs, and makes a model."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava_mini import LlavaMiniConfig
+from llava_mini.compressors import COMPRESSORS
+
+TEXT = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text()
+
+
+@pytest.fixture
+def example():
+    before = set(COMPRESSORS)
+    source = re.search(r"```python\n# llava_mini/compressors/first.py\n(.*?)```", TEXT, re.DOTALL).group(1)
+    exec(compile(source, "first.py", "exec"), {"__package__": "llava_mini.compressors", "__name__": "first"})
+    (name,) = set(COMPRESSORS) - before
+    yield name
+    del COMPRESSORS[name]
+
+
+def test_the_example_compresses(example):
+    features = torch.randn(2, 9, 8)
+    tokens, weights = COMPRESSORS[example](LlavaMiniConfig(compressor=example, compressor_size=2))(features)
+    assert torch.equal(tokens, features[:, :4])
+    torch.testing.assert_close(weights @ features, tokens)
+    assert weights.sum(-1).eq(1).all()
