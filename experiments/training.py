@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from experiments.config import TrainConfig
@@ -38,11 +38,16 @@ class Conversations(Dataset[dict[str, Any]]):
 
 
 class ResumingTrainer(Trainer):
-    """A Trainer that resumes models whose weights are renamed when they are saved.
+    """A Trainer that can lay its schedule out for more steps than it trains, and resumes models that rename weights.
 
     transformers writes LLaVA's weights under the names of its older layout, and Trainer reads them back by name without
     the renaming that `from_pretrained` does: it would go on from the weights at hand, with a warning alone.
     """
+
+    horizon = 0
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        return super().create_scheduler(max(self.horizon, num_training_steps), optimizer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.model if model is None else model
@@ -114,9 +119,14 @@ def fit(
         data_collator=collate,
         optimizers=(_optimizer(model, config), None),
     )
+    trainer.horizon = config.horizon
     found = last_checkpoint(work)
     if found:
         log.info("resuming from %s", found)
+        state = TrainerState.load_from_json(str(found / _TRAINER_STATE))
+        if state.global_step == config.steps:  # Trainer would take a step before it sees that it is done
+            trainer._load_from_checkpoint(str(found))
+            return state.log_history
     trainer.train(resume_from_checkpoint=str(found) if found else None)
     return trainer.state.log_history
 
