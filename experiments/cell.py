@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
@@ -46,8 +47,10 @@ def run_cell(config: Config, resolved: dict[str, Any]) -> Path | None:
     log.info("%s (%s)", _label(config), name)
     started = time.monotonic()
     begun = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    transformers.logging.set_verbosity_error()  # it tells of weights that are new on purpose; load() refuses missing ones
     set_seed(config.seed)
     model, processor = build(config, data.train)
+    probing.check(model, config.probe)
     model.to(device)
     log_history, train_seconds = _train(model, processor, config, data, store.work(name), device)
     if log_history and not PartialState().is_main_process:

@@ -98,17 +98,23 @@ def _nullable(values: np.ndarray) -> list[Any]:
     return np.where(np.isnan(rounded), None, rounded).tolist()  # type: ignore[call-overload]
 
 
+def check(model: PreTrainedModel, config: ProbeConfig) -> None:
+    """Before anything is measured: can it be?
+
+    Raises:
+        ValueError: if a block of layers to remove visual tokens from is larger than the model, or empty.
+    """
+    layers = model.config.get_text_config().num_hidden_layers
+    if not 1 <= config.block <= layers:
+        raise ValueError(f"probe.block: a block of {config.block} layers in a model of {layers}; use 1 to {layers}")
+
+
 def removal(model: PreTrainedModel, questions: Questions, block: int) -> dict[str, Any]:
     """The `removal` part of a record: answers without visual tokens inside each block of layers, and from it onward.
 
     The paper's Figure 5 drops "all vision tokens in layers a to b" and leaves open which of the two is meant.
-
-    Raises:
-        ValueError: if a block is larger than the model, or not positive.
     """
     layers = model.config.get_text_config().num_hidden_layers
-    if not 1 <= block <= layers:
-        raise ValueError(f"probe.block: {block} layers cannot be removed from a model of {layers}; use 1 to {layers}")
     starts = range(0, layers, block)
     inside = [_without(model, questions, range(a, min(a + block, layers))) for a in starts]
     onward = [_without(model, questions, range(a, layers)) for a in (*starts, layers)]

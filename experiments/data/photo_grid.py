@@ -13,7 +13,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from experiments.data.balanced import Pair, ask, beside, cell_name
-from experiments.data.samples import Sample, Split, conversation, fingerprint
+from experiments.data.samples import Sample, Split, at_least_one, conversation, fingerprint
 
 
 def _some(name: str) -> str:
@@ -108,7 +108,7 @@ def load_photo_grid(folder: str, split: str, count: int, seed: int, grid: int, c
         )
     if not 0 <= labels.min() <= labels.max() < len(classes):
         raise ValueError(f"'{source}': labels run to {labels.max()}, and '{names}' has {len(classes)} names")
-    samples = PhotoGrids(split, photos, labels, classes, count, seed, grid, cell)
+    samples = PhotoGrids(split, photos, labels, classes, at_least_one(count, split), seed, grid, cell)
     return Split(
         split, samples, fingerprint(photos.tobytes(), labels.tobytes(), classes, split, count, seed, grid, cell)
     )

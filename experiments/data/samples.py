@@ -107,6 +107,17 @@ class TextGuess:
         return self._by_question.get(question, self._by_kind.get(kind))
 
 
+def at_least_one(count: int, field: str) -> int:
+    """A number of pictures to make.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if count < 1:
+        raise ValueError(f"data.{field}: {count} pictures cannot be made; generated data has no end, so say how many")
+    return count
+
+
 def fingerprint(*parts: object) -> str:
     """16 hex digits for bytes or anything that JSON can hold."""
     digest = hashlib.sha256()

@@ -12,7 +12,7 @@ from PIL import Image
 
 from experiments.data import scenes as drawing
 from experiments.data.balanced import Pair, ask, beside, cell_name
-from experiments.data.samples import Sample, Split, conversation, fingerprint
+from experiments.data.samples import Sample, Split, at_least_one, conversation, fingerprint
 from experiments.data.scenes import COLOURS, GRID, SHAPES
 
 Thing = tuple[str, str] | None  # (colour, shape) of a cell, None where it is empty
@@ -184,7 +184,7 @@ def load_shapes(split: str, count: int, seed: int = 0, rounds: int = 1, walks: b
 
     With `walks` every other scene has one walk instead (see `Walks`).
     """
-    scenes = drawing.draw(split, seed, count)
+    scenes = drawing.draw(split, seed, at_least_one(count, split))
     samples = (Walks if walks else ShapeSamples)(split, scenes, seed, rounds)
     drawn = [getattr(scenes, name).tobytes() for name in scenes.__dataclass_fields__]
     return Split(split, samples, fingerprint("shapes", split, count, seed, rounds, walks, *drawn))
