@@ -18,6 +18,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from experiments.data.samples import IMAGE_SLOT, Sample
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+HEAD_DIM = 64
+ROPE_THETA = 1e6
 ROLES = ("<user>", "<assistant>")
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<' + message['role'] + '>' }}"
@@ -85,6 +87,9 @@ def llava(
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
+        # so few dimensions turn fast that most are left to match content over a whole conversation
+        head_dim=HEAD_DIM,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=text.bos_token_id,
