@@ -41,7 +41,6 @@ class TrainConfig:
     """What transformers' Trainer is given. `steps: 0` trains nothing."""
 
     steps: int = 0
-    horizon: int = 0  # steps that the schedule is laid out for, where they are more than are trained
     optimizer: str = "adamw"  # adamw, or muon (experiments/optimizer.py)
     batch_size: int = 32  # images a step, over all devices and accumulation steps on one process
     learning_rate: float = 1e-3
@@ -63,8 +62,7 @@ class ScratchModel(ModelConfig):
     layers: int = 6
     vocabulary: int = 512  # at most
     tower: TrainConfig = field(default_factory=TrainConfig)  # first it learns to see (experiments/tower.py),
-    describe: TrainConfig = field(default_factory=TrainConfig)  # then to say what is where,
-    ask: TrainConfig = field(default_factory=TrainConfig)  # then to answer; the cell's own training comes last
+    describe: TrainConfig = field(default_factory=TrainConfig)  # then to say what is where; the cell's training is last
 
 
 @dataclass
@@ -94,7 +92,6 @@ class DataConfig:
 @dataclass
 class ShapesData(DataConfig):
     rounds: int = 1  # questions of each kind about a training image
-    walks: bool = False  # every other training image has one walk from thing to thing instead of questions
 
 
 @dataclass

@@ -20,7 +20,6 @@ from experiments import joined, schooling, tiny
 from experiments.config import CheckpointModel, CompressorConfig, Config, JoinedModel, PrefusionConfig, ScratchModel
 from experiments.data import scenes
 from experiments.data.samples import Split
-from experiments.data.shapes import Descriptions, ShapeSamples
 from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
 
 ASSETS = Path(__file__).parent / "assets"
@@ -58,7 +57,7 @@ def _llava(config: Config, train: Split | None) -> tuple[PreTrainedModel, Proces
         return joined.join(vision, language, source.vision_layer, dtype, source.attention)
     if isinstance(source, ScratchModel):
         seen = schooling.scenes_of(train)
-        told = [seen.told_as(kind) for kind in (ShapeSamples, Descriptions)]
+        told = (seen, seen.described())
         text = tiny.tokenizer((samples[i] for samples in told for i in range(1000)), source.vocabulary)
         model = tiny.llava(text, scenes.SIDE, source.patch, source.width, source.layers)
         return model, tiny.processor(text, scenes.SIDE, source.patch)

@@ -1,4 +1,4 @@
-"""What a model from scratch learns before its cell trains it: to see, to say what is where, to answer."""
+"""What a model from scratch learns before its cell trains it: to see, then to say what is where."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import LlavaForConditionalGeneration, ProcessorMixin
 from experiments import tower, training
 from experiments.config import ScratchModel
 from experiments.data.samples import Split
-from experiments.data.shapes import Descriptions, ShapeSamples
+from experiments.data.shapes import ShapeSamples
 
 
 def scenes_of(train: Split | None) -> ShapeSamples:
@@ -36,6 +36,5 @@ def school(
     """Train in place, each stage in a folder of its own below `work` so that a cut run goes on where it was."""
     if config.tower.steps:
         tower.pretrain(model.model.vision_tower, processor, samples, config.tower, work / "tower", seed, device)
-    for name, kind, stage in (("describe", Descriptions, config.describe), ("ask", ShapeSamples, config.ask)):
-        if stage.steps:
-            training.train(model, processor, samples.told_as(kind), stage, work / name, seed, device)
+    if config.describe.steps:
+        training.train(model, processor, samples.described(), config.describe, work / "describe", seed, device)

@@ -26,7 +26,6 @@ from experiments.data.scenes import CELL, COLOURS, GRID, SHAPES, SIDE
 from experiments.data.shapes import ShapeSamples
 from experiments.training import fit
 
-
 VIEWS = 1 + len(NEIGHBOURS) + 2  # the cell itself, its neighbours, the next two things in reading order
 
 

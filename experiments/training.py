@@ -38,16 +38,11 @@ class Conversations(Dataset[dict[str, Any]]):
 
 
 class ResumingTrainer(Trainer):
-    """A Trainer that can lay its schedule out for more steps than it trains, and resumes models that rename weights.
+    """A Trainer that resumes models whose weights are renamed when they are saved.
 
     transformers writes LLaVA's weights under the names of its older layout, and Trainer reads them back by name without
     the renaming that `from_pretrained` does: it would go on from the weights at hand, with a warning alone.
     """
-
-    horizon = 0
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        return super().create_scheduler(max(self.horizon, num_training_steps), optimizer)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.model if model is None else model
@@ -119,7 +114,6 @@ def fit(
         data_collator=collate,
         optimizers=(_optimizer(model, config), None),
     )
-    trainer.horizon = config.horizon
     found = last_checkpoint(work)
     if found:
         log.info("resuming from %s", found)

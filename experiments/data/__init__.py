@@ -38,7 +38,7 @@ def load_data(config: DataConfig) -> Data:
         FileNotFoundError, ValueError: if a file is missing or is not what it should be; the message names the file.
     """
     if isinstance(config, ShapesData):
-        train = load_shapes("train", config.train, config.seed, config.rounds, config.walks)
+        train = load_shapes("train", config.train, config.seed, config.rounds)
         return Data(train, _one_question_each(load_shapes("test", config.test, config.seed)))
     if isinstance(config, PhotoGridData):
         train, test = (

@@ -18,7 +18,6 @@ from experiments.data.scenes import COLOURS, GRID, SHAPES
 Thing = tuple[str, str] | None  # (colour, shape) of a cell, None where it is empty
 PLURAL = {"square": "squares", "triangle": "triangles", "ring": "rings", "cross": "crosses"}
 MOST_COUNTED = 4
-MOST_STEPS = 10
 
 
 def place(cells: Sequence[Thing]) -> list[Pair]:
@@ -111,9 +110,9 @@ class ShapeSamples(Sequence[Sample]):
     def draw(self, index: int) -> Image.Image:
         return Image.fromarray(drawing.render(self.scenes[index : index + 1])[0])
 
-    def told_as(self, kind: type[ShapeSamples]) -> ShapeSamples:
+    def described(self) -> Descriptions:
         """The same scenes with other conversations."""
-        return kind(self.split, self.scenes, self.seed, self.rounds)
+        return Descriptions(self.split, self.scenes, self.seed, self.rounds)
 
     def things(self, index: int) -> list[Thing]:
         colours, shapes = list(COLOURS), SHAPES
@@ -126,43 +125,6 @@ class ShapeSamples(Sequence[Sample]):
         cells = self.things(index)
         rng = np.random.default_rng([self.seed, int(self.scenes.noise_seed[index])])
         return ask({kind: candidates(cells) for kind, candidates in KINDS.items()}, self.rounds, rng)
-
-
-class Walks(ShapeSamples):
-    """The same scenes, every other one with one long answer in place of questions: a walk from thing to thing.
-
-    Relations and reading order take two looks at the picture, one to find the thing that is named and one to go on from
-    there. A walk asks for as many such pairs of looks as the scene has.
-    """
-
-    def asked(self, index: int) -> list[tuple[str, str, str]]:
-        if index % 2:
-            return super().asked(index)
-        cells = self.things(index)
-        request, pairs = (
-            ("what is beside what?", _steps_beside(cells))
-            if index % 4
-            else ("what comes two after what?", _steps_two_after(cells))
-        )
-        order = np.random.default_rng([self.seed, int(self.scenes.noise_seed[index])]).permutation(len(pairs))
-        told = ", ".join(pairs[i] for i in order[:MOST_STEPS]) or "nothing"
-        return [("walk", request, told)]
-
-
-def _steps_beside(cells: Sequence[Thing]) -> list[str]:
-    return [
-        f"{word} the {' '.join(thing)} {' '.join(neighbour)}"
-        for i, thing in enumerate(cells)
-        if thing and cells.count(thing) == 1
-        for word, j in beside(i, GRID)
-        if (neighbour := cells[j])
-    ]
-
-
-def _steps_two_after(cells: Sequence[Thing]) -> list[str]:
-    things = [thing for thing in cells if thing]
-    pairs = zip(things, things[2:], strict=False)
-    return [f"two after the {' '.join(a)} {' '.join(b)}" for a, b in pairs if things.count(a) == 1]
 
 
 class Descriptions(ShapeSamples):
@@ -179,12 +141,9 @@ class Descriptions(ShapeSamples):
         return [("description", "describe the picture", ", ".join(told))]
 
 
-def load_shapes(split: str, count: int, seed: int = 0, rounds: int = 1, walks: bool = False) -> Split:
-    """`count` scenes of a split with `rounds` questions of each kind. The same arguments give the same bytes.
-
-    With `walks` every other scene has one walk instead (see `Walks`).
-    """
+def load_shapes(split: str, count: int, seed: int = 0, rounds: int = 1) -> Split:
+    """`count` scenes of a split with `rounds` questions of each kind. The same arguments give the same bytes."""
     scenes = drawing.draw(split, seed, at_least_one(count, split))
-    samples = (Walks if walks else ShapeSamples)(split, scenes, seed, rounds)
+    samples = ShapeSamples(split, scenes, seed, rounds)
     drawn = [getattr(scenes, name).tobytes() for name in scenes.__dataclass_fields__]
-    return Split(split, samples, fingerprint("shapes", split, count, seed, rounds, walks, *drawn))
+    return Split(split, samples, fingerprint("shapes", split, count, seed, rounds, *drawn))
