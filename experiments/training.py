@@ -101,6 +101,7 @@ def fit(
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
         report_to="none",
+        disable_tqdm=False,
     )
     if config.batch_size % arguments.world_size:
         raise ValueError(
