@@ -20,7 +20,7 @@ def test_greedy_matches_by_hand():
 
 def test_one_pass_tells_what_generate_would_write(llava, processor, few, tmp_path):
     """After a little training, so that some answers are right: both ways call the same questions right."""
-    config = TrainConfig(steps=30, batch_size=8, learning_rate=3e-3, warmup=1, train_vision=True)
+    config = TrainConfig(steps=100, batch_size=8, learning_rate=1e-2, warmup=1, train_vision=True)
     train(llava, processor, few.samples, config, tmp_path, 0, CPU)
     samples = list(single_questions(few.samples))
     found = correct(llava, Questions(samples, processor, 7, CPU), "test")
