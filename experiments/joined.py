@@ -11,7 +11,6 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedTokenizerBase,
 )
 
 from experiments.data.samples import IMAGE_SLOT
@@ -34,11 +33,6 @@ def image_chat_template(text_template: str) -> str:
     return _FLATTEN + text_template
 
 
-def _with_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    tokenizer.add_special_tokens({"image_token": IMAGE_SLOT})
-    return tokenizer
-
-
 def join(
     vision: str, language: str, vision_layer: int, dtype: torch.dtype, attention: str
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -49,7 +43,7 @@ def join(
     Raises:
         ValueError: if the language model's tokenizer has no chat template.
     """
-    tokenizer = _with_image_token(AutoTokenizer.from_pretrained(language))
+    tokenizer = AutoTokenizer.from_pretrained(language, extra_special_tokens={"image_token": IMAGE_SLOT})
     if not tokenizer.chat_template:
         raise ValueError(
             f"model.language: the tokenizer in '{language}' has no chat template; use an instruction-tuned model"
