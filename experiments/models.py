@@ -47,8 +47,10 @@ def build(config: Config, train: Split | None) -> tuple[PreTrainedModel, Process
 def _llava(config: Config, train: Split | None) -> tuple[PreTrainedModel, ProcessorMixin]:
     source = config.model
     dtype = getattr(torch, source.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"model.dtype: torch has no type '{source.dtype}'; use float32, bfloat16 or float16")
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(
+            f"model.dtype: '{source.dtype}' is no floating type of torch; use float32, bfloat16 or float16"
+        )
     if isinstance(source, CheckpointModel):
         return load(source.path, dtype, source.attention)
     if isinstance(source, JoinedModel):
