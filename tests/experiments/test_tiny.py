@@ -31,13 +31,16 @@ def test_size():
 
 
 def test_it_sees_every_kind_of_question_and_nothing_else():
-    """300 questions of other scenes than the card's (another seed): bounds leave three standard errors."""
+    """300 questions about other scenes than the card's (another seed).
+
+    Bounds leave three standard errors below the card's scores: 90% overall, 50% on relations, 96% or more elsewhere.
+    """
     model, processor = load(str(TINY))
     samples = list(OneQuestionEach(load_shapes("test", 300, seed=7).samples))
     right = correct(model, Questions(samples, processor, 100, CPU), "picture").float()
-    assert right.mean() > 0.85
+    assert right.mean() > 0.84
     for kind in KINDS:
-        assert right[[s.kinds[0] == kind for s in samples]].mean() > 0.65, kind
+        assert right[[s.kinds[0] == kind for s in samples]].mean() > (0.28 if kind == "relation" else 0.86), kind
     for condition in (blank, shuffled):
         changed = Questions(condition(samples), processor, 100, CPU)
         assert correct(model, changed, condition.__name__).float().mean() < 0.45
