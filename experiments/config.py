@@ -90,8 +90,20 @@ class DataConfig:
 
 
 @dataclass
+class ShapesRounds:
+    """How many questions of each kind are asked about a training image."""
+
+    place: int = 1
+    existence: int = 1
+    count: int = 1
+    relation: int = 1
+    comparison: int = 1
+    reading: int = 1
+
+
+@dataclass
 class ShapesData(DataConfig):
-    rounds: int = 1  # questions of each kind about a training image
+    rounds: ShapesRounds = field(default_factory=ShapesRounds)
 
 
 @dataclass

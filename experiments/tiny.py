@@ -83,7 +83,7 @@ def llava(
     language = LlamaConfig(
         vocab_size=len(text),
         hidden_size=width,
-        intermediate_size=3 * width,
+        intermediate_size=11 * width // 4,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from experiments.config import DataConfig, LlavaJsonData, PhotoGridData, ShapesData
 from experiments.data.llava_json import load_llava_json
@@ -38,7 +38,7 @@ def load_data(config: DataConfig) -> Data:
         FileNotFoundError, ValueError: if a file is missing or is not what it should be; the message names the file.
     """
     if isinstance(config, ShapesData):
-        train = load_shapes("train", config.train, config.seed, config.rounds)
+        train = load_shapes("train", config.train, config.seed, asdict(config.rounds))
         return Data(train, _one_question_each(load_shapes("test", config.test, config.seed)))
     if isinstance(config, PhotoGridData):
         train, test = (

@@ -22,8 +22,10 @@ def beside(cell: int, grid: int) -> Iterator[tuple[str, int]]:
             yield word, row * grid + column
 
 
-def ask(candidates: Mapping[str, Sequence[Pair]], rounds: int, rng: np.random.Generator) -> list[tuple[str, str, str]]:
-    """`rounds` questions of each kind in random order, as (kind, question, answer).
+def ask(
+    candidates: Mapping[str, Sequence[Pair]], rounds: Mapping[str, int], rng: np.random.Generator
+) -> list[tuple[str, str, str]]:
+    """`rounds[kind]` questions of each kind in random order, as (kind, question, answer).
 
     The answer is drawn first, evenly from those the picture allows, then a question that has it: a model that sees no
     picture finds all answers to a question about equally likely. A kind with no candidate is left out.
@@ -34,7 +36,7 @@ def ask(candidates: Mapping[str, Sequence[Pair]], rounds: int, rng: np.random.Ge
         for question, answer in pairs:
             by_answer.setdefault(answer, []).append(question)
         answers = list(by_answer)
-        for _ in range(rounds if answers else 0):
+        for _ in range(rounds[kind] if answers else 0):
             answer = answers[rng.integers(len(answers))]
             asked.append((kind, by_answer[answer][rng.integers(len(by_answer[answer]))], answer))
     return [asked[i] for i in rng.permutation(len(asked))]

@@ -57,7 +57,8 @@ class PhotoGrids(Sequence[Sample]):
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
         names = [self.classes[label] for label in self.labels[self.chosen[index]]]
-        asked = ask(questions(names, self.classes, self.grid), 1, np.random.default_rng([self.seed, index]))
+        candidates = questions(names, self.classes, self.grid)
+        asked = ask(candidates, dict.fromkeys(candidates, 1), np.random.default_rng([self.seed, index]))
         turns = conversation((question, answer) for _, question, answer in asked)
         kinds = [kind for kind, _, _ in asked]
         return Sample(f"photos-{self.split}-{self.seed}-{index}", partial(self.draw, index), turns, kinds)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import permutations, product
 
@@ -89,12 +89,13 @@ KINDS: dict[str, Callable[[Sequence[Thing]], list[Pair]]] = {
     "comparison": comparison,
     "reading": reading,
 }
+ONE_EACH = dict.fromkeys(KINDS, 1)
 
 
 class ShapeSamples(Sequence[Sample]):
     """Samples made when asked for: a scene takes a few hundred bytes until it is drawn."""
 
-    def __init__(self, split: str, scenes: drawing.Scenes, seed: int, rounds: int) -> None:
+    def __init__(self, split: str, scenes: drawing.Scenes, seed: int, rounds: Mapping[str, int]) -> None:
         self.split, self.scenes, self.seed, self.rounds = split, scenes, seed, rounds
 
     def __len__(self) -> int:
@@ -141,9 +142,9 @@ class Descriptions(ShapeSamples):
         return [("description", "describe the picture", ", ".join(told))]
 
 
-def load_shapes(split: str, count: int, seed: int = 0, rounds: int = 1) -> Split:
-    """`count` scenes of a split with `rounds` questions of each kind. The same arguments give the same bytes."""
+def load_shapes(split: str, count: int, seed: int = 0, rounds: Mapping[str, int] = ONE_EACH) -> Split:
+    """`count` scenes of a split with `rounds[kind]` questions of each kind. The same arguments give the same bytes."""
     scenes = drawing.draw(split, seed, at_least_one(count, split))
     samples = ShapeSamples(split, scenes, seed, rounds)
     drawn = [getattr(scenes, name).tobytes() for name in scenes.__dataclass_fields__]
-    return Split(split, samples, fingerprint("shapes", split, count, seed, rounds, *drawn))
+    return Split(split, samples, fingerprint("shapes", split, count, seed, dict(rounds), *drawn))

@@ -89,7 +89,7 @@ def test_deterministic_and_fingerprinted():
 
 
 def test_single_questions_stand_alone():
-    sample = load_shapes("test", 1, rounds=2).samples[0]
+    sample = load_shapes("test", 1, rounds=dict.fromkeys(KINDS, 2)).samples[0]
     singles = list(single_questions([sample]))
     assert len(singles) == 12
     assert all(s.conversations[0]["value"].startswith(IMAGE_SLOT) and len(s.conversations) == 2 for s in singles)
