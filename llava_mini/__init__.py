@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
-from .configuration import LlavaMiniConfig
+from .configuration import PRESETS, LlavaMiniConfig
 from .modeling import LlavaMiniForConditionalGeneration, LlavaMiniModel, LlavaMiniPreTrainedModel
 from .processing import LlavaMiniProcessor
 
@@ -19,10 +21,21 @@ AutoProcessor.register(LlavaMiniConfig, LlavaMiniProcessor)
 register_checkpoint_conversion_mapping("llava_mini", get_checkpoint_conversion_mapping("llava"))
 register_checkpoint_conversion_mapping("LlavaMiniModel", get_checkpoint_conversion_mapping("LlavaModel"))
 
+
+def __getattr__(name: str) -> Any:
+    if name == "convert_official":  # imported when asked for: it is also a program, `python -m llava_mini.convert`
+        from .convert import convert_official
+
+        return convert_official
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
+    "PRESETS",
     "LlavaMiniConfig",
     "LlavaMiniForConditionalGeneration",
     "LlavaMiniModel",
     "LlavaMiniPreTrainedModel",
     "LlavaMiniProcessor",
+    "convert_official",
 ]

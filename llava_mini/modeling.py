@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import Cache, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
+from transformers import Cache, LlavaConfig, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .compressors import COMPRESSORS, Compressor
 from .configuration import LlavaMiniConfig
+from .layout import Pixels, VisualLayout, pack
 from .prefusion import Prefusion
+from .tiles import stitch
 
 NEW_MODULES = re.compile(r"(^|\.)(compressor|prefusion)\.")
 
@@ -33,8 +37,13 @@ class LlavaMiniPreTrainedModel(LlavaPreTrainedModel):
         super().initialize_weights()
         # Transformers calls this while LlavaModel is being built too, ahead of pre-fusion.
         model: Any = self.base_model
-        if self.config.prefusion_init == "language_model" and getattr(model, "prefusion", None) is not None:
-            model.prefusion.copy_layers(model.language_model.layers)
+        prefusion = getattr(model, "prefusion", None)
+        if prefusion is None or self.config.prefusion_init == "fresh":
+            return
+        if self.config.prefusion_init == "language_model":
+            prefusion.copy_layers(model.language_model.layers)
+        elif not all(getattr(p, "_is_hf_initialized", False) for p in prefusion.parameters()):
+            prefusion.copy_file(self.config.prefusion_init)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
@@ -60,27 +69,30 @@ class LlavaMiniPreTrainedModel(LlavaPreTrainedModel):
 class LlavaMiniModel(LlavaMiniPreTrainedModel, LlavaModel):
     """LLaVA-Mini without the language modelling head.
 
-    The order is the official code's (ictnlp/LLaVA-Mini, commit 47da113): the compressor works on raw vision features,
-    the projector maps patches and compressed tokens alike, the pre-fusion layers see [patches | compressed tokens |
-    text], and the language model gets the pre-fusion output of the compressed tokens and of the text. With
-    `compressor="none"` the pre-fusion layers see [patches | text] and the language model gets the output of every
-    patch. With `prefusion_layers=0` as well, this is LLaVA.
+    In the official code's order (ictnlp/LLaVA-Mini, commit 47da113) the compressor works on raw vision features, the
+    projector maps patches and compressed tokens alike, the pre-fusion layers see [patches | compressed tokens | text],
+    and the language model gets the pre-fusion output of the compressed tokens and of the text. `LlavaMiniConfig` has a
+    field for everything the paper describes otherwise. With `compressor="none"` and `prefusion_layers=0` this is LLaVA.
 
-    Two departures from that code. It masks token id 0 in pre-fusion, in some vocabularies an ordinary token; here only
-    padding (by `attention_mask`), the image's placeholders and the answer are masked. And it detaches the text
-    embeddings; here they get gradients, as the paper trains everything but the vision tower.
+    A frame in tiles is compressed from the stitched features of its tiles; those of the whole picture follow them in
+    pre-fusion. Text is fused with every frame of its row's pictures by itself, and averaged over the frames, then over
+    the pictures; the official code knows one picture a row.
+
+    One departure from that code: it masks token id 0 in pre-fusion, in some vocabularies an ordinary token. Here only
+    padding (by `attention_mask`) and answers stay out.
     """
 
     def __init__(self, config: LlavaMiniConfig):
         config.check()
         super().__init__(config)
-        self.compressor = None if config.compressor == "none" else COMPRESSORS[config.compressor](config)
+        compresses = config.compressor != "none" and config.compressor_size > 0
+        self.compressor = COMPRESSORS[config.compressor](config) if compresses else None
         self.prefusion = Prefusion(self.language_model, config.prefusion_layers) if config.prefusion_layers else None
         self.post_init()
 
     def get_vision_features(
-        self, pixel_values: Float[Tensor, "images channels height width"]
-    ) -> Float[Tensor, "images patches vision_width"]:
+        self, pixel_values: Float[Tensor, "crops channels height width"]
+    ) -> Float[Tensor, "crops patches vision_width"]:
         """Raw features of the selected layers of the vision tower, ahead of the projector."""
         hidden_states = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
         selected = self.config.vision_feature_layer
@@ -88,81 +100,139 @@ class LlavaMiniModel(LlavaMiniPreTrainedModel, LlavaModel):
         features = torch.cat([hidden_states[layer] for layer in layers], dim=-1)
         return features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features
 
+    def encode(
+        self, pixels: Float[Tensor, "frames crops channels height width"]
+    ) -> tuple[Float[Tensor, "frames patches width"], Float[Tensor, "frames tokens width"]]:
+        """Frames -> what pre-fusion sees of them, and their visual tokens, both projected. A frame is one crop, or its
+        tiles in row-major order and then the whole picture. Without pre-fusion the first is empty."""
+        features = self.get_vision_features(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+        if pixels.shape[1] == 1:
+            patches = detail = features[:, 0]  # (frames, patches, vision_width)
+        else:
+            detail = stitch(
+                features[:, :-1], math.isqrt(pixels.shape[1])
+            )  # (frames, tiles * tiles * patches, vision_width)
+            patches = torch.cat([detail, features[:, -1]], dim=1)
+        count = self.config.num_visual_tokens(detail.shape[1])
+        if not self.config.compress_before_projection:
+            patches = self.multi_modal_projector(patches)
+            tokens = (
+                patches[:, :count] if self.compressor is None else self.compressor(patches[:, : detail.shape[1]])[0]
+            )
+            return patches, tokens
+        if self.compressor is None:
+            patches = self.multi_modal_projector(detail if self.prefusion is None else patches)
+            return patches, patches[:, :count]
+        tokens = self.compressor(detail)[0]
+        if self.prefusion is None:
+            patches = patches[:, :0]
+        both = self.multi_modal_projector(torch.cat([patches, tokens], dim=1))
+        return both[:, :-count], both[:, -count:]
+
     def fuse(
         self,
         input_ids: Int[Tensor, "batch length"],
-        pixel_values: Float[Tensor, "images channels height width"],
+        pixel_values: Pixels,
         attention_mask: Int[Tensor, "batch seen"] | None = None,
         answer_mask: Bool[Tensor, "batch ending"] | None = None,
-    ) -> tuple[Float[Tensor, "batch length width"], Float[Tensor, "images tokens width"]]:
-        """The language model's input embeddings, and the visual tokens among them.
-
-        Rows without placeholders are text alone and keep their raw embeddings; image i belongs to the i-th other row.
+        visual_layout: Int[Tensor, "pictures 3"] | None = None,
+        copies: int = 1,
+    ) -> tuple[Float[Tensor, "batch length width"], Float[Tensor, "tokens width"]]:
+        """The language model's input embeddings, and the visual tokens among them. Rows without pictures keep their raw
+        embeddings. Arguments as in `forward`.
 
         Raises:
-            ValueError: If a row has placeholders for anything but one image, or the images do not match the rows.
+            ValueError: If placeholders, pixels and layout do not fit each other.
         """
-        features = self.get_vision_features(pixel_values)  # (images, patches, vision_width)
-        compressed = features if self.compressor is None else self.compressor(features)[0]
-        num_images, num_tokens = compressed.shape[:2]
-        is_visual = input_ids == self.config.image_token_id  # (batch, length)
-        has_image = self._rows_with_image(is_visual, num_images, num_tokens)  # (batch,)
+        embeds = self.embed(input_ids)  # (batch, length, width)
+        is_visual = (input_ids == self.config.image_token_id)[::copies]  # (rows, length)
+        placeholders = is_visual.sum(dim=1)
+        layout = VisualLayout.read(visual_layout, placeholders, pixel_values)
+        frame_row, frame_weight = layout.frame_row.to(embeds.device), layout.frame_weight.to(embeds.device)
 
-        visual = compressed  # (images, tokens, vision_width)
-        if self.prefusion is not None and self.compressor is not None:
-            visual = torch.cat([features, compressed], dim=1)  # (images, patches + tokens, vision_width)
-        embeds = self.get_input_embeddings()(input_ids)  # (batch, length, width)
-        visual = self.multi_modal_projector(visual).to(embeds.device, embeds.dtype)
-
+        is_text = torch.zeros_like(is_visual)
         if self.prefusion is not None:
-            length = input_ids.shape[1]
-            fusable = torch.ones_like(is_visual) if attention_mask is None else attention_mask[:, -length:] > 0
-            if answer_mask is not None:  # padded or cropped at its start
-                fusable = fusable & ~nn.functional.pad(answer_mask, (length - answer_mask.shape[1], 0))
-            is_text = has_image[:, None] & ~is_visual  # (batch, length): the same number in every row with an image
-            rows = (num_images, length - num_tokens)
-            visual, text = self.prefusion(
-                visual,
-                embeds[is_text].unflatten(0, rows),  # (images, length - tokens, width)
-                fusable[is_text].unflatten(0, rows),  # (images, length - tokens)
-                self.language_model.rotary_emb,
-            )
-            embeds = embeds.masked_scatter(is_text[..., None], text)
-        tokens = visual[:, -num_tokens:]  # (images, tokens, width)
+            is_text[layout.row.unique()] = True  # rows with pictures
+            is_text &= ~is_visual
+            if attention_mask is not None:
+                is_text &= attention_mask[::copies, -is_text.shape[1] :] > 0
+            if answer_mask is not None:  # may start later than the row, or with what the cache holds already
+                answer_mask = answer_mask[::copies]
+                is_text &= ~nn.functional.pad(answer_mask, (is_text.shape[1] - answer_mask.shape[1], 0))
+        text, filled = pack(embeds[::copies], is_text)  # (rows, most, width)
+        fused = torch.zeros_like(text, dtype=torch.float32)
+
+        visual, frame_tokens = [], []
+        for frames, pixels in layout.chunks(pixel_values, self.config.frames_per_chunk):
+            patches, tokens = self.encode(pixels.to(self.vision_tower.device, self.vision_tower.dtype))
+            patches, tokens = (x.to(embeds.device, embeds.dtype) for x in (patches, tokens))
+            if self.prefusion is not None:
+                tokens, chunk_text = self._prefuse(patches, tokens, text[frame_row[frames]])
+                weighted = chunk_text.float() * frame_weight[frames, None, None]
+                fused = fused.index_add(0, frame_row[frames], weighted)
+            visual.append(tokens.flatten(0, 1))
+            frame_tokens += [tokens.shape[1]] * tokens.shape[0]
+        layout.check_placeholders(placeholders, torch.tensor(frame_tokens))
+
+        tokens = torch.cat(visual)  # (tokens, width)
+        is_visual, is_text, filled = (x.repeat_interleave(copies, dim=0) for x in (is_visual, is_text, filled))
+        fused = fused.to(embeds.dtype).repeat_interleave(copies, dim=0)
+        embeds = embeds.masked_scatter(is_text[..., None], fused[filled])
+        if copies > 1:
+            tokens = tokens.split(placeholders.tolist())
+            tokens = torch.cat([row for row in tokens for _ in range(copies)])
         return embeds.masked_scatter(is_visual[..., None], tokens), tokens
 
-    @staticmethod
-    def _rows_with_image(
-        is_visual: Bool[Tensor, "batch length"], num_images: int, num_tokens: int
-    ) -> Bool[Tensor, " batch"]:
-        counts = is_visual.sum(dim=1)
-        has_image = counts > 0
-        if not ((counts == num_tokens) | ~has_image).all():
-            raise ValueError(
-                f"a row holds one image, which takes {num_tokens} placeholders, or none; "
-                f"got rows with {counts.tolist()} placeholders"
-            )
-        if has_image.sum() != num_images:
-            raise ValueError(f"got {num_images} images for {int(has_image.sum())} rows with placeholders")
-        return has_image
+    def _prefuse(
+        self,
+        patches: Float[Tensor, "frames patches width"],
+        tokens: Float[Tensor, "frames tokens width"],
+        text: Float[Tensor, "frames length width"],
+    ) -> tuple[Float[Tensor, "frames tokens width"], Float[Tensor, "frames length width"]]:
+        """The visual tokens that the language model gets, and the text fused with each frame."""
+        through = self.config.prefuse_visual_tokens
+        among_patches = self.compressor is None  # the visual tokens are the first of the patches
+        visual = torch.cat([patches, tokens], dim=1) if through and not among_patches else patches
+        visual, text = cast(Prefusion, self.prefusion)(visual, text, self.language_model.rotary_emb)
+        if through:
+            start = 0 if among_patches else patches.shape[1]
+            tokens = visual[:, start : start + tokens.shape[1]]
+        return tokens, text
+
+    def embed(self, input_ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length width"]:
+        """Raw text embeddings. A placeholder's own embedding is never used, so its id may lie past the vocabulary."""
+        is_visual = input_ids == self.config.image_token_id
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_visual, 0))
+        return embeds.detach() if self.config.detach_embeddings else embeds
 
     @can_return_tuple
     def forward(
         self,
         input_ids: Int[Tensor, "batch length"] | None = None,
-        pixel_values: Float[Tensor, "images channels height width"] | None = None,
+        pixel_values: Pixels | None = None,
         attention_mask: Int[Tensor, "batch seen"] | None = None,
         inputs_embeds: Float[Tensor, "batch length width"] | None = None,
         answer_mask: Bool[Tensor, "batch ending"] | None = None,
+        visual_layout: Int[Tensor, "pictures 3"] | None = None,
+        padding_mask: Int[Tensor, "batch seen"] | None = None,
+        copies: int = 1,
         **kwargs: Any,
     ) -> LlavaModelOutputWithPast:
-        """As `LlavaModel.forward`, with text and image fused first where there are `pixel_values`.
+        """As `LlavaModel.forward`, with text and pictures fused first where there are `pixel_values`.
 
         Args:
+            pixel_values: The crops of all pictures in the order of the text; or a stream that yields the crops of one
+                frame at a time, so that a long video is never held whole.
             answer_mask: True at the tokens that pre-fusion leaves alone. May be shorter than the row: it ends with it.
+            visual_layout: A line for each picture, in order: the row it belongs to, its frames, its tiles a side.
+                Without it every crop is an image.
+            padding_mask: The 2-D mask, where `attention_mask` is not: `generate` makes 4-D ones for a static cache.
+            copies: Each prompt stands in the batch that many times, one after the other, and its pictures are given
+                once. `generate` sets it for beams.
 
         Raises:
-            ValueError: If `pixel_values` come without `input_ids`, or with an `attention_mask` that is not 2-D.
+            ValueError: If placeholders and `pixel_values` do not fit each other, or `pixel_values` come without
+                `input_ids` or with nothing but a mask that is not 2-D.
             TypeError: If an argument is given that only LLaVA itself supports.
         """
         for name in ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes", "mm_encoder_outputs"):
@@ -171,16 +241,17 @@ class LlavaMiniModel(LlavaMiniPreTrainedModel, LlavaModel):
         visual = None
         if pixel_values is not None:
             if input_ids is None or inputs_embeds is not None:
-                raise ValueError("pixel_values need input_ids, not inputs_embeds, to find the image's placeholders")
-            if attention_mask is not None and attention_mask.ndim != 2:
-                raise ValueError(
-                    f"pre-fusion needs a 2-D attention_mask (batch, length), got {attention_mask.ndim}-D; "
-                    "a static cache makes 4-D ones: generate with the dynamic cache"
-                )
-            inputs_embeds, visual = self.fuse(input_ids, pixel_values, attention_mask, answer_mask)
-            input_ids = None
+                raise ValueError("pixel_values need input_ids, not inputs_embeds, to find the placeholders")
+            mask = attention_mask if padding_mask is None else padding_mask
+            if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+                raise ValueError("pre-fusion needs a 2-D mask (batch, length): give it as padding_mask")
+            inputs_embeds, visual = self.fuse(input_ids, pixel_values, mask, answer_mask, visual_layout, copies)
+        elif input_ids is not None and inputs_embeds is None:
+            if input_ids.shape[1] > 1 and (input_ids == self.config.image_token_id).any():
+                raise ValueError("input_ids have placeholders for pictures, but there are no pixel_values")
+            inputs_embeds = self.embed(input_ids)
         outputs = super().forward(
-            input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **kwargs
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **kwargs
         )
         outputs.image_hidden_states = visual
         return outputs
@@ -198,52 +269,52 @@ class LlavaMiniForConditionalGeneration(LlavaMiniPreTrainedModel, LlavaForCondit
         self.post_init()
 
     @classmethod
-    def from_llava(
-        cls,
-        llava: LlavaForConditionalGeneration,
-        *,
-        compressor: str = "query",
-        compressor_size: int = 1,
-        compressor_heads: int = 8,
-        prefusion_layers: int = 4,
-        prefusion_init: str = "fresh",
-    ) -> LlavaMiniForConditionalGeneration:
+    def from_llava(cls, llava: LlavaForConditionalGeneration, **fields: Any) -> LlavaMiniForConditionalGeneration:
         """A LLaVA-Mini on copies of a LLaVA's vision tower, projector and language model, in its dtype, on its device
-        and in evaluation mode. Only the new modules draw random numbers: `torch.manual_seed` fixes them."""
-        fields = llava.config.to_dict() | {
-            "compressor": compressor,
-            "compressor_size": compressor_size,
-            "compressor_heads": compressor_heads,
-            "prefusion_layers": prefusion_layers,
-            "prefusion_init": prefusion_init,
-        }
-        model = cls.from_pretrained(
-            None,
-            config=LlavaMiniConfig(**fields),
-            state_dict={name: tensor.clone() for name, tensor in llava.state_dict().items()},
-            dtype=llava.dtype,
-            attn_implementation={
-                "vision_config": llava.model.vision_tower.config._attn_implementation,
-                "text_config": llava.model.language_model.config._attn_implementation,
-            },
-        )
+        and in evaluation mode. Only the new modules draw random numbers: `torch.manual_seed` fixes them.
+
+        Args:
+            fields: Fields of [`LlavaMiniConfig`] that LLaVA's configuration has not, `**PRESETS["paper"]` for example.
+
+        Raises:
+            TypeError: If there is no such field.
+        """
+        known = LlavaMiniConfig.__dataclass_fields__.keys() - LlavaConfig.__dataclass_fields__.keys()
+        if unknown := sorted(fields.keys() - known):
+            raise TypeError(f"from_llava: no field {unknown[0]!r}; there are {', '.join(sorted(known))}")
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # the report of weights that are new, as they are meant to be
+        try:
+            model = cls.from_pretrained(
+                None,
+                config=LlavaMiniConfig(**(llava.config.to_dict() | fields)),
+                state_dict={name: tensor.clone() for name, tensor in llava.state_dict().items()},
+                dtype=llava.dtype,
+                attn_implementation={
+                    "vision_config": llava.model.vision_tower.config._attn_implementation,
+                    "text_config": llava.model.language_model.config._attn_implementation,
+                },
+            )
+        finally:
+            logging.set_verbosity(verbosity)
         return model.to(llava.device)
 
     def forward(
         self,
         input_ids: Int[Tensor, "batch length"] | None = None,
-        pixel_values: Float[Tensor, "images channels height width"] | None = None,
+        pixel_values: Pixels | None = None,
         attention_mask: Int[Tensor, "batch seen"] | None = None,
         position_ids: Int[Tensor, "batch length"] | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Float[Tensor, "batch length width"] | None = None,
         labels: Int[Tensor, "batch length"] | None = None,
         answer_mask: Bool[Tensor, "batch ending"] | None = None,
+        visual_layout: Int[Tensor, "pictures 3"] | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> LlavaCausalLMOutputWithPast:
-        """As `LlavaForConditionalGeneration.forward`; `image_hidden_states` are the visual tokens that the language
-        model got, (images, tokens, width).
+        """As `LlavaMiniModel.forward`; `image_hidden_states` are the visual tokens that the language model got, in the
+        order of the text, (visual tokens, width).
 
         Without `labels` all text is fused. With them the supervised tokens, those whose label is not -100, are not.
 
@@ -261,9 +332,25 @@ class LlavaMiniForConditionalGeneration(LlavaMiniPreTrainedModel, LlavaForCondit
             inputs_embeds=inputs_embeds,
             labels=labels,
             answer_mask=answer_mask,
+            visual_layout=visual_layout,
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+        if inputs.get("pixel_values") is not None:
+            # for a static cache the attention mask is 4-D by now
+            inputs["padding_mask"] = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        # Pictures are not repeated for beams: the text is fused with them once, whatever comes of it.
+        pictures = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "visual_layout")}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, model_kwargs | pictures | {"copies": expand_size}
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, is_encoder_decoder=False, num_new_tokens=1):
         model_kwargs = super()._update_model_kwargs_for_generation(

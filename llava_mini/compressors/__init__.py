@@ -24,7 +24,7 @@ CompressorClass = TypeVar("CompressorClass", bound="type[Compressor]")
 
 
 class Compressor(nn.Module):
-    """Base of every compressor; built from a [`LlavaMiniConfig`], works on vision features ahead of the projector."""
+    """Base of every compressor; built from a [`LlavaMiniConfig`], works on features of `config.compressor_width`."""
 
     def __init__(self, config: LlavaMiniConfig):
         super().__init__()

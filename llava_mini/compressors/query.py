@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 
 @register("query")
 class QueryCompressor(Compressor):
-    """The `Resampler` of the official code (ictnlp/LLaVA-Mini, commit 47da113).
+    """Learned queries that attend to the patches, in one of two forms (`config.compressor_attention`).
 
-    It differs from the paper's equation 2 in working ahead of the projector and in its layer norms, heads and linear
-    maps. The values carry no position, and there is no residual, feed-forward or output norm. With C = 1 the position
-    table is one vector, the same at every patch. The table is an ordinary parameter: the official code declares it
-    frozen, but its training gives the gradient back, so trained checkpoints hold a trained table.
+    "multi_head" is the `Resampler` of the official code (ictnlp/LLaVA-Mini, commit 47da113): layer norms, heads and
+    linear maps; the values carry no position, and there is no residual, feed-forward or output norm. "bare" is the
+    paper's equation 2: softmax((Q + PE)(H + PE)^T) H, unscaled, without further weights.
+
+    The positions (`config.compressor_positions`) are a C x C table resized to the patches' grid, which with C = 1 is
+    one vector, the same at every patch; or a fixed table for each grid. The first is an ordinary parameter: the official
+    code declares it frozen, but its training gives the gradient back, so trained checkpoints hold a trained table.
 
     Raises:
         ValueError: If `compressor_heads` does not divide the width, or the width is no multiple of 4.
@@ -30,27 +33,43 @@ class QueryCompressor(Compressor):
 
     def __init__(self, config: LlavaMiniConfig):
         super().__init__(config)
-        width, tokens = config.vision_width, config.compressor_size**2
-        if width % config.compressor_heads:
-            raise ValueError(f"compressor_heads={config.compressor_heads} does not divide the vision width {width}")
+        width, tokens = config.compressor_width, config.compressor_size**2
         self.query = nn.Parameter(torch.empty(tokens, width))
-        self.pos_embed = nn.Parameter(torch.empty(tokens, width))
-        self.ln_q = nn.LayerNorm(width, eps=1e-5)
-        self.ln_kv = nn.LayerNorm(width, eps=1e-5)
-        self.attn = nn.MultiheadAttention(width, config.compressor_heads, batch_first=True)
+        self.pos_embed = (
+            nn.Parameter(torch.empty(tokens, width)) if config.compressor_positions == "query_grid" else None
+        )
+        self.attn = None
+        if config.compressor_attention == "multi_head":
+            if width % config.compressor_heads:
+                raise ValueError(f"compressor_heads={config.compressor_heads} does not divide the width {width}")
+            self.ln_q = nn.LayerNorm(width, eps=1e-5)
+            self.ln_kv = nn.LayerNorm(width, eps=1e-5)
+            self.attn = nn.MultiheadAttention(width, config.compressor_heads, batch_first=True)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         init.normal_(self.query, std=0.02)
-        init.copy_(self.pos_embed, sincos_table(self.size, self.pos_embed.shape[1]).to(self.pos_embed))
+        if self.pos_embed is not None:
+            init.copy_(self.pos_embed, sincos_table(self.size, self.pos_embed.shape[1]).to(self.pos_embed))
+
+    def positions(self, side: int) -> tuple[Float[Tensor, "tokens width"], Float[Tensor, "side*side width"]]:
+        """What is added to the queries and to the patches of a `side` x `side` grid."""
+        if self.pos_embed is not None:
+            return self.pos_embed, resize_table(self.pos_embed, side)
+        width = self.query.shape[1]
+        return sincos_table(self.size, width).to(self.query), sincos_table(side, width).to(self.query)
 
     def forward(
         self, features: Float[Tensor, "batch patches width"]
     ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens patches"]]:
+        query_positions, patch_positions = self.positions(grid_side(features.shape[1]))
+        if self.attn is None:
+            scores = (self.query + query_positions) @ (features + patch_positions).transpose(1, 2)
+            weights = scores.softmax(dim=-1, dtype=torch.float32).to(features.dtype)  # (batch, tokens, patches)
+            return weights @ features, weights
         patches = self.ln_kv(features)
-        query = (self.ln_q(self.query) + self.pos_embed).expand(features.shape[0], -1, -1)  # (batch, tokens, width)
-        key = patches + resize_table(self.pos_embed, grid_side(features.shape[1]))  # (batch, patches, width)
-        return self.attn(query, key, patches)  # weights are averaged over the heads
+        query = (self.ln_q(self.query) + query_positions).expand(features.shape[0], -1, -1)  # (batch, tokens, width)
+        return self.attn(query, patches + patch_positions, patches)  # weights are averaged over the heads
 
 
 def sincos_table(side: int, width: int) -> Float[Tensor, "side*side width"]:

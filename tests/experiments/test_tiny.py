@@ -27,20 +27,20 @@ def test_transformers_alone_loads_it_and_it_answers():
 
 
 def test_size():
-    assert sum(path.stat().st_size for path in TINY.rglob("*.safetensors")) < 8 * 2**20
+    assert sum(path.stat().st_size for path in TINY.rglob("*.safetensors")) < 8e6
 
 
 def test_it_sees_every_kind_of_question_and_nothing_else():
     """300 questions about other scenes than the card's (another seed).
 
-    Bounds leave three standard errors below the card's scores: 90% overall, 50% on relations, 96% or more elsewhere.
+    Bounds leave three standard errors below the card's scores: 94% overall, 86% on comparisons, 91% or more elsewhere.
     """
     model, processor = load(str(TINY))
     samples = list(OneQuestionEach(load_shapes("test", 300, seed=7).samples))
     right = correct(model, Questions(samples, processor, 100, CPU), "picture").float()
-    assert right.mean() > 0.84
+    assert right.mean() > 0.90
     for kind in KINDS:
-        assert right[[s.kinds[0] == kind for s in samples]].mean() > (0.28 if kind == "relation" else 0.86), kind
+        assert right[[s.kinds[0] == kind for s in samples]].mean() > 0.72, kind
     for condition in (blank, shuffled):
         changed = Questions(condition(samples), processor, 100, CPU)
         assert correct(model, changed, condition.__name__).float().mean() < 0.45

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -147,3 +150,86 @@ def official_name(name: str) -> str:
         if name.startswith(ours):
             return official + name.removeprefix(ours)
     return name
+
+
+OFFICIAL_CONFIG = {
+    "architectures": ["LlavaMiniLlamaForCausalLM"],
+    "model_type": "llava_mini_llama",
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": None,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 3,
+    "tie_word_embeddings": False,
+    "mm_hidden_size": 1024,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -2,
+    "mm_vision_select_feature": "patch",
+    "mm_use_im_start_end": False,
+    "mm_use_im_patch_token": False,
+    "use_mm_proj": True,
+    "compressor_size": 1,
+    "prefusion_layer_num": 4,
+    "resolution_ratio": 1,
+}
+
+
+def official_weights(config: LlavaMiniConfig, tower: bool) -> dict[str, torch.Tensor]:
+    """The seeded numbers of the vision tower, or of all else, under their official names."""
+    with torch.device("meta"):
+        model = LlavaMiniForConditionalGeneration(config)
+    names = {official_name(name): tuple(weight.shape) for name, weight in model.state_dict().items()}
+    return {name: seeded(name, shape) for name, shape in names.items() if name.startswith("vision_model.") == tower}
+
+
+@pytest.fixture(scope="session")
+def official_clip(official_model, tmp_path_factory) -> Path:
+    """Folder of the CLIPVisionModel that the official checkpoint sees with, in the names of CLIP's own releases."""
+    folder = tmp_path_factory.mktemp("clip")
+    save_file(official_weights(official_model.config, tower=True), folder / "model.safetensors")
+    official_model.config.vision_config.save_pretrained(folder)
+    crop = {"height": 56, "width": 56}
+    CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=crop, image_mean=[0.1] * 3).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def official_checkpoint(official_model, official_clip, tmp_path):
+    """Factory of folders in the official layout, with the seeded numbers but for the given `edit` of them.
+
+    Args:
+        suffix: "safetensors" or "bin".
+        shards: Files that the weights are spread over; more than one have an index.
+        fields: Of config.json; None leaves one out.
+    """
+
+    def write(suffix="safetensors", shards=1, edit=lambda weights: weights, **fields) -> Path:
+        values = OFFICIAL_CONFIG | {"mm_vision_tower": str(official_clip)} | fields
+        ours = official_model.config.to_dict()
+        ours |= {"compressor_size": values["compressor_size"] or 1}
+        ours |= {"prefusion_layers": 4 if values["prefusion_layer_num"] is None else values["prefusion_layer_num"]}
+        weights = edit(official_weights(LlavaMiniConfig(**ours), tower=False))
+        folder = tmp_path / "official"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+        whole = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}[suffix]
+        stem, index = whole.split(".")[0], {}
+        for i in range(shards):
+            file = whole if shards == 1 else f"{stem}-{i + 1:05}-of-{shards:05}.{suffix}"
+            part = dict(list(weights.items())[i::shards])
+            index |= dict.fromkeys(part, file)
+            (save_file if suffix == "safetensors" else torch.save)(part, folder / file)
+        if shards > 1:
+            (folder / f"{whole}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        return folder
+
+    return write

@@ -146,7 +146,7 @@ def test_resized_table_keeps_rows_and_columns_apart():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"compressor_heads": 5}, "compressor_heads=5 does not divide the vision width 32"),
+        ({"compressor_heads": 5}, "compressor_heads=5 does not divide the width 32"),
         ({"width": 30, "compressor_heads": 2}, "multiple of 4"),
     ],
 )

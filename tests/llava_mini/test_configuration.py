@@ -31,11 +31,13 @@ def test_vision_width_counts_the_selected_layers(layers, width):
     ("fields", "message"),
     [
         ({"compressor": "qurey"}, "compressor must be 'none' or one of .*query.*; got 'qurey'"),
-        ({"compressor_size": 0}, "compressor_size must be an integer of at least 1; got 0"),
+        ({"compressor_size": -1}, "compressor_size must be an integer of at least 0; got -1"),
+        ({"compressor_size": 0, "prefusion_layers": 0}, "leaves the picture no way to the language model"),
+        ({"compressor_attention": "eager"}, "compressor_attention must be one of multi_head, bare; got 'eager'"),
         ({"compressor_heads": 0}, "compressor_heads must be an integer of at least 1; got 0"),
         ({"prefusion_layers": -1}, "prefusion_layers must be an integer of at least 0; got -1"),
         ({"prefusion_layers": "4"}, "prefusion_layers must be an integer of at least 0; got '4'"),
-        ({"prefusion_init": "lm"}, "prefusion_init must be 'fresh' or 'language_model'; got 'lm'"),
+        ({"prefusion_init": "lm"}, "prefusion_init must be 'fresh', 'language_model' or a .safetensors file; got 'lm'"),
         ({"prefusion_init": "language_model", "prefusion_layers": 33}, "at most the language model's 32 layers"),
     ],
 )

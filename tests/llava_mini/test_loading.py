@@ -132,8 +132,8 @@ def test_an_incomplete_llava_checkpoint_is_refused(tiny_llava, tmp_path):
 
 def test_fields_given_to_from_pretrained_are_checked(tiny_llava, tmp_path):
     ordinary_checkpoint(tiny_llava(), tmp_path)
-    with pytest.raises(ValueError, match="compressor_size must be an integer of at least 1; got 0"):
-        LlavaMiniForConditionalGeneration.from_pretrained(tmp_path, compressor_size=0)
+    with pytest.raises(ValueError, match="compressor_size must be an integer of at least 0; got -1"):
+        LlavaMiniForConditionalGeneration.from_pretrained(tmp_path, compressor_size=-1)
 
 
 @pytest.mark.parametrize("route", ["from_llava", "from_pretrained", "configuration"])

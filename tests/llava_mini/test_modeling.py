@@ -50,7 +50,7 @@ def test_without_compression_and_prefusion_it_is_llava(tiny_llava, sample, atten
         ours, theirs = mini(**batch, labels=labels), llava(**batch, labels=labels)
     assert torch.equal(ours.logits, theirs.logits)
     assert torch.equal(ours.loss, theirs.loss)
-    assert torch.equal(ours.image_hidden_states.flatten(0, 1), theirs.image_hidden_states)
+    assert torch.equal(ours.image_hidden_states, theirs.image_hidden_states)
 
 
 @pytest.fixture
@@ -159,14 +159,9 @@ def test_generation_is_the_argmax_loop(tiny_mini, sample, attention, text, compr
             new.append(logits[:, -1, :IMAGE_TOKEN].argmax(-1))  # a placeholder made up by the model is no image
             embeds = torch.cat([embeds, model.get_input_embeddings()(new[-1])[:, None]], dim=1)
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-    for use_cache in (True, False):
+    for cache in ({"use_cache": True}, {"use_cache": False}, {"cache_implementation": "static"}):
         generated = model.generate(
-            **batch,
-            max_new_tokens=6,
-            do_sample=False,
-            eos_token_id=None,
-            use_cache=use_cache,
-            suppress_tokens=[IMAGE_TOKEN],
+            **batch, max_new_tokens=6, do_sample=False, eos_token_id=None, suppress_tokens=[IMAGE_TOKEN], **cache
         )
         assert generated[:, batch["input_ids"].shape[1] :].tolist() == torch.stack(new, dim=1).tolist()
 
@@ -276,14 +271,16 @@ def test_return_dict_false_gives_a_tuple(tiny_mini, sample):
 @pytest.mark.parametrize(
     ("counts", "images", "message"),
     [
-        ((8,), 1, "takes 4 placeholders, or none; got rows with \\[8\\]"),
-        ((3,), 1, "takes 4 placeholders, or none; got rows with \\[3\\]"),
-        ((4,), 2, "got 2 images for 1 rows"),
-        ((0,), 1, "got 1 images for 0 rows"),
+        ((8,), 1, "row 0 has 8 placeholders, but its 1 pictures become 4 visual tokens"),
+        ((3,), 1, "row 0 has 3 placeholders, but its 1 pictures become 4"),
+        ((4,), 2, "row 0 has 4 placeholders, but its 2 pictures become 8"),
+        ((0,), 1, "row 0 has 0 placeholders, but its 1 pictures become 4"),
+        ((4, 0), 2, "row 0 has 4 placeholders, but its 2 pictures become 8"),
+        ((5, 1), 2, "got 2 images for rows with \\[5, 1\\] placeholders"),
     ],
 )
 def test_placeholders_must_match_the_images(tiny_mini, sample, counts, images, message):
-    ids = torch.stack([sample(count, 5)[0] for count in counts])
+    ids = torch.stack([sample(count, 12 - count)[0] for count in counts])
     with pytest.raises(ValueError, match=message):
         tiny_mini()(input_ids=ids, pixel_values=torch.randn(images, 3, 24, 24))
 
@@ -294,8 +291,12 @@ def test_wrong_calls_are_refused(tiny_mini, sample):
     ids, pixels = ids[None], pixels[None]
     with pytest.raises(ValueError, match="need input_ids, not inputs_embeds"):
         model(inputs_embeds=model.get_input_embeddings()(ids), pixel_values=pixels)
-    with pytest.raises(ValueError, match="2-D attention_mask \\(batch, length\\), got 4-D"):
-        model.generate(ids, pixel_values=pixels, cache_implementation="static", max_new_tokens=2)
+    with pytest.raises(ValueError, match="needs a 2-D mask"):
+        model(input_ids=ids, pixel_values=pixels, attention_mask=torch.zeros(1, 1, 9, 9))
+    with pytest.raises(ValueError, match="there are no pixel_values"):
+        model(input_ids=ids)
+    with pytest.raises(TypeError, match="no field 'compresor'; there are compress_before_projection, compressor,"):
+        LlavaMiniForConditionalGeneration.from_llava(model, compresor="average")
     with pytest.raises(TypeError, match="takes no vision_feature_layer in a call"):
         model(input_ids=ids, pixel_values=pixels, vision_feature_layer=-1)
 

@@ -57,11 +57,35 @@ def test_prefusion_and_logits(model, inputs, official, mode):
     visual, text = seen["prefusion"]
     is_text = official["input_ids"] != -200
     close(visual[:, -1:], official["image.prefused_vision"])
-    close(output.image_hidden_states, official["image.prefused_vision"])
-    close(text, official[f"image.fused_text_{mode}"][is_text].unflatten(0, (2, -1)))
+    close(output.image_hidden_states, official["image.prefused_vision"].flatten(0, 1))
+    kept = is_text & (official["labels"] == -100 if mode == "train" else is_text)
+    for row in range(2):
+        close(text[row, : kept[row].sum()], official[f"image.fused_text_{mode}"][row, kept[row]])
     close(output.logits, official[f"image.logits_{mode}"])
     if mode == "train":
         close(output.loss, official["image.loss_train"])
+
+
+def test_high_resolution(model, inputs, official):
+    """Four tiles and the whole picture; one visual token."""
+    given = {"input_ids": inputs["input_ids"][:1], "pixel_values": official["pixels_hd"][0]}
+    output, seen = run(model, given | {"visual_layout": torch.tensor([[0, 1, 2]])})
+    visual, text = seen["prefusion"]
+    close(visual[:, -1:], official["hd.prefused_vision"])
+    close(text[0], official["hd.fused_text_infer"][0, official["input_ids"][0] != -200])
+    close(output.logits, official["hd.logits_infer"])
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 32])
+def test_video(model, inputs, official, chunk):
+    """Three frames: a visual token each, and text averaged over them."""
+    ids = inputs["input_ids"][0]
+    slot = int((ids == 127).nonzero())
+    ids = torch.cat([ids[:slot], ids.new_full((3,), 127), ids[slot + 1 :]])
+    model.config.frames_per_chunk = chunk
+    given = {"input_ids": ids[None], "pixel_values": official["pixels_video"].flatten(0, 2)}
+    output, _ = run(model, given | {"visual_layout": torch.tensor([[0, 3, 1]])})
+    close(output.logits, official["video.logits_infer"])
 
 
 def test_generation(model, inputs, official):

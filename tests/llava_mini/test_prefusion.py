@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
+from safetensors.torch import save_file
+from transformers import Gemma3TextConfig, Gemma3TextModel, LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
 
 from llava_mini.prefusion import Prefusion
 
@@ -36,32 +37,20 @@ def tokens(count, seed):
 def test_it_is_the_decoder_without_its_norm(decoder, prefusion):
     """With the decoder's own layers, what pre-fusion returns is the decoder's last state ahead of the final norm."""
     visual, text = tokens(5, 1), tokens(4, 2)
-    fused = torch.cat(prefusion(visual, text, torch.ones(2, 4, dtype=torch.bool), decoder.rotary_emb), dim=1)
+    fused = torch.cat(prefusion(visual, text, decoder.rotary_emb), dim=1)
     expected = decoder(inputs_embeds=torch.cat([visual, text], dim=1)).last_hidden_state
     torch.testing.assert_close(decoder.norm(fused), expected)
     assert not torch.allclose(fused, expected)
 
 
-def test_positions_count_fusable_tokens(decoder, prefusion):
-    """Conformance 5: the first fusable text position follows the visual tokens; the count skips what is masked."""
-    seen = []
-    prefusion.layers[0].register_forward_pre_hook(
-        lambda layer, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
-    )
-    fusable = torch.tensor([[True, True, False, True], [False, False, True, True]])
-    prefusion(tokens(5, 1), tokens(4, 2), fusable, decoder.rotary_emb)
-    assert seen[0].tolist() == [[0, 1, 2, 3, 4, 5, 6, 1, 7], [0, 1, 2, 3, 4, 1, 1, 5, 6]]
-
-
 @torch.no_grad()
-def test_masked_text_is_as_if_absent(decoder, prefusion):
+def test_what_comes_later_is_not_seen(decoder, prefusion):
     visual, text = tokens(5, 1), tokens(4, 2)
-    fusable = torch.tensor([[True, False, True, False]] * 2)
-    fused_visual, fused_text = prefusion(visual, text, fusable, decoder.rotary_emb)
-    kept_visual, kept_text = prefusion(visual, text[:, [0, 2]], fusable[:, [0, 2]], decoder.rotary_emb)
-    assert torch.equal(fused_text[:, [1, 3]], text[:, [1, 3]])
-    torch.testing.assert_close(fused_text[:, [0, 2]], kept_text)
-    torch.testing.assert_close(fused_visual, kept_visual)
+    other = torch.cat([text[:, :2], tokens(2, 3)], dim=1)
+    one, two = prefusion(visual, text, decoder.rotary_emb), prefusion(visual, other, decoder.rotary_emb)
+    assert torch.equal(one[0], two[0])
+    assert torch.equal(one[1][:, :2], two[1][:, :2])
+    assert not torch.equal(one[1][:, 2:], two[1][:, 2:])
 
 
 @torch.no_grad()
@@ -69,5 +58,58 @@ def test_it_may_be_deeper_than_the_decoder():
     """Qwen2's layers read their kind from a list as long as the decoder."""
     fields = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     decoder = Qwen2Model(Qwen2Config(num_attention_heads=2, num_key_value_heads=2, **fields))
-    visual, text = Prefusion(decoder, 5)(tokens(5, 1), tokens(4, 2), torch.ones(2, 4) > 0, decoder.rotary_emb)
+    visual, text = Prefusion(decoder, 5)(tokens(5, 1), tokens(4, 2), decoder.rotary_emb)
     assert (visual.shape, text.shape) == ((2, 5, 16), (2, 4, 16))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_windows_and_rotations_by_layer(attention):
+    """Gemma 3 alternates windows and full attention, each with its own rotation."""
+    torch.manual_seed(0)
+    fields = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "head_dim": 8}
+    fields |= {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 4, "initializer_range": 0.3}
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = Gemma3TextConfig(**fields, layer_types=kinds)
+    decoder = Gemma3TextModel._from_config(config, attn_implementation=attention).eval()
+    prefusion = Prefusion(decoder, 3).eval()
+    prefusion.copy_layers(decoder.layers)
+    visual, text = tokens(5, 1), tokens(4, 2)
+    fused = torch.cat(prefusion(visual, text, decoder.rotary_emb), dim=1)
+    expected = decoder(inputs_embeds=torch.cat([visual, text], dim=1)).last_hidden_state
+    torch.testing.assert_close(decoder.norm(fused), expected)
+
+
+def test_layers_from_a_file(decoder, tmp_path):
+    source = Prefusion(decoder, 2)
+    weights = {name: torch.randn_like(p) for name, p in source.layers.named_parameters()}
+    save_file(weights, tmp_path / "layers.safetensors")
+    prefusion = Prefusion(decoder, 2)
+    prefusion.copy_file(tmp_path / "layers.safetensors")
+    for name, parameter in prefusion.layers.named_parameters():
+        assert torch.equal(parameter, weights[name])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda weights: weights.pop("1.mlp.up_proj.weight"), "holds no 1.mlp.up_proj.weight"),
+        (lambda weights: weights.update({"0.input_layernorm.weight": torch.ones(3)}), r"is \[3\], not \[16\]"),
+    ],
+)
+def test_a_wrong_file_is_refused(decoder, tmp_path, damage, message):
+    prefusion = Prefusion(decoder, 2)
+    weights = dict(prefusion.layers.state_dict())
+    damage(weights)
+    save_file(weights, tmp_path / "layers.safetensors")
+    with pytest.raises(ValueError, match=message):
+        prefusion.copy_file(tmp_path / "layers.safetensors")
+
+
+def test_no_file_and_no_safetensors(decoder, tmp_path):
+    prefusion = Prefusion(decoder, 1)
+    with pytest.raises(FileNotFoundError, match="no file"):
+        prefusion.copy_file(tmp_path / "none.safetensors")
+    (tmp_path / "text.safetensors").write_text("hello")
+    with pytest.raises(ValueError, match="no whole safetensors file"):
+        prefusion.copy_file(tmp_path / "text.safetensors")

@@ -10,11 +10,12 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoProcessor, CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from llava_mini import LlavaMiniConfig, LlavaMiniProcessor
+from llava_mini.video import Video
 
 IMAGE_TOKEN = 99  # as in conftest.py
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }} : {% for part in message.content %}"
-    "{% if part.type == 'image' %}<image> {% else %}{{ part.text }} {% endif %}{% endfor %}{% endfor %}"
+    "{% if part.type == 'text' %}{{ part.text }} {% else %}<{{ part.type }}> {% endif %}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}assistant :{% endif %}"
 )
 
@@ -97,3 +98,137 @@ def test_chat_template_to_generation(llava_processor, image, tiny_mini):
 def test_text_without_images(llava_processor):
     processor = LlavaMiniProcessor.from_llava(llava_processor, LlavaMiniConfig())
     assert processor(text="what is this")["input_ids"] == [[4, 5, 6]]
+
+
+def picture(seed: int, size: tuple[int, int] = (24, 24)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+def pixels_of(processor, *images) -> torch.Tensor:
+    return processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+
+
+@pytest.fixture
+def processor(llava_processor):
+    return LlavaMiniProcessor.from_llava(llava_processor, LlavaMiniConfig(compressor_size=2))
+
+
+def test_pictures_follow_the_order_of_the_text(processor):
+    """Images and videos share the placeholder; rows are told apart by the layout."""
+    a, b, c = picture(1), picture(2), picture(3)
+    video = Video([picture(4), picture(5), picture(6)])
+    batch = processor(
+        text=["what <image> is <video> this", "what is this", "<image> this <image> what"],
+        images=[a, [b, c]],
+        videos=[video],
+        padding=True,
+        return_tensors="pt",
+    )
+    assert placeholders(batch) == [4 + 12, 0, 8]
+    assert batch["visual_layout"].tolist() == [[0, 1, 1], [0, 3, 1], [2, 1, 1], [2, 1, 1]]
+    assert torch.equal(batch["pixel_values"], pixels_of(processor, a, *video, b, c))
+    seen = batch["attention_mask"][0] == 1
+    assert batch["input_ids"][0][seen].tolist() == [4, *[IMAGE_TOKEN] * 4, 5, *[IMAGE_TOKEN] * 12, 6]
+
+
+def test_tiles_and_padding(llava_processor):
+    """Crops row by row, the whole picture last; padded as a whole before it is cut."""
+    config = LlavaMiniConfig(compressor="none")
+    processor = LlavaMiniProcessor.from_llava(llava_processor, config, tiles=2, pad_to_square=True)
+    wide = picture(1, (48, 24))
+    batch = processor(text="<image> what", images=wide, return_tensors="pt")
+    assert batch["visual_layout"].tolist() == [[0, 1, 2]]
+    assert placeholders(batch) == [4 * 16]
+    square = Image.new("RGB", (48, 48), tuple(int(255 * x) for x in processor.image_processor.image_mean))
+    square.paste(wide, (0, 12))
+    boxes = [(0, 0, 24, 24), (24, 0, 48, 24), (0, 24, 24, 48), (24, 24, 48, 48), (0, 0, 48, 48)]
+    assert torch.equal(batch["pixel_values"], pixels_of(processor, *(square.crop(box) for box in boxes)))
+
+
+def test_frames_are_squashed_and_images_cropped(processor):
+    wide = Image.new("RGB", (48, 24), "red")
+    wide.paste("blue", (0, 0, 12, 24))  # the left quarter: cropped away from an image, kept in a frame
+    batch = processor(text="<image> <video>", images=wide, videos=Video([wide]), return_tensors="pt")
+    image, frame = batch["pixel_values"]
+    assert (image[0] == image[0, 0, 0]).all()
+    assert torch.equal(frame[0, :, :6], frame[0, :1, :1].expand(24, 6))
+    assert (frame[0, :, 6:] == image[0, 0, 0]).all()
+
+
+def test_a_stream_gives_the_same_pixels(processor, tiny_mini):
+    given = {"text": "<image> what <video>", "images": picture(1), "videos": Video([picture(i) for i in range(5)])}
+    whole = processor(**given, return_tensors="pt")
+    stream = processor(**given, return_tensors="pt", stream=True).to("cpu")
+    for _ in range(2):
+        assert torch.equal(torch.cat(list(stream["pixel_values"])), whole["pixel_values"])
+    model = tiny_mini()
+    settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "num_beams": 2}
+    assert torch.equal(model.generate(**stream, **settings), model.generate(**whole, **settings))
+
+
+CHAT = [
+    {"role": "user", "content": [{"type": "image", "image": picture(1)}, {"type": "text", "text": "what is"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "this is"}]},
+    {"role": "user", "content": [{"type": "text", "text": "this"}]},
+]
+SETTINGS = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_earlier_answers_are_marked(processor, side):
+    chats = [CHAT, CHAT[:1]]
+    batch = processor.apply_chat_template(chats, **SETTINGS, padding=True, padding_side=side)
+    first = [7, 9, *[IMAGE_TOKEN] * 4, 4, 5, 8, 9, 6, 5, 7, 9, 6, 8, 9]
+    assert batch["input_ids"][0].tolist() == first
+    answers = torch.zeros(len(first), dtype=torch.bool)
+    answers[10:12] = True  # "this is"
+    assert torch.equal(batch["answer_mask"], torch.stack([answers, torch.zeros_like(answers)]))
+    assert "answer_mask" not in processor.apply_chat_template(CHAT[:1], **SETTINGS)
+
+
+def test_earlier_answers_are_fused_only_on_demand(processor, tiny_mini):
+    model = tiny_mini()
+    marked = processor.apply_chat_template(CHAT, **SETTINGS)
+    processor.fuse_answers = True
+    unmarked = processor.apply_chat_template(CHAT, **SETTINGS)
+    assert "answer_mask" not in unmarked
+    raw = model.get_input_embeddings()(marked["input_ids"])
+    with torch.no_grad():
+        kept, fused = model.model.fuse(**marked)[0], model.model.fuse(**unmarked)[0]
+    answers = marked["answer_mask"]
+    assert torch.equal(kept[answers], raw[answers])
+    assert (fused[answers] != raw[answers]).any(dim=-1).all()
+    settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "suppress_tokens": [IMAGE_TOKEN]}
+    new = [model.generate(**marked, **settings, use_cache=cache) for cache in (True, False)]
+    assert torch.equal(*new)
+
+
+def test_pictures_without_text(processor):
+    batch = processor(images=[picture(1), picture(2)])
+    assert batch["visual_layout"].tolist() == [[0, 1, 1], [1, 1, 1]]
+    assert set(batch) == {"pixel_values", "visual_layout"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"text": "<image> what", "images": []}, "has 1 <image> slots, but 0 images are given"),
+        ({"text": "what", "images": [picture(1)]}, "has 0 <image> slots, but 1 images are given"),
+        ({"text": "<video>", "images": [picture(1)]}, "has 0 <image> slots, but 1 images are given"),
+        ({"text": "<video>"}, "has 1 <video> slots, but 0 videos are given"),
+    ],
+)
+def test_slots_must_match_the_pictures(processor, given, message):
+    with pytest.raises(ValueError, match=message):
+        processor(**given)
+
+
+def test_a_message_without_its_picture(processor):
+    with pytest.raises(ValueError, match="a part of type 'image' without a picture"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], tokenize=True)
+
+
+def test_a_template_that_rewrites_earlier_turns(processor):
+    processor.chat_template = "{{ messages | length }} " + TEMPLATE
+    with pytest.raises(ValueError, match="turn by turn: set fuse_answers=True"):
+        processor.apply_chat_template(CHAT, **SETTINGS)

@@ -1,0 +1,37 @@
+"""Chat templates for the two families of language models that LLaVA-Mini was trained with."""
+
+from __future__ import annotations
+
+# A message's content is a string, or a list of parts among which images and videos stand as their placeholders.
+_CONTENT = (
+    "{%- macro show(content) -%}{%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}"
+    "{%- if part['type'] in ('image', 'video') -%}{{ '<' + part['type'] + '>\\n' }}"
+    "{%- else -%}{{ part['text'] }}{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+)
+# The conversation `llava_llama_3_1` of the official code, written as the tokenizer of Llama 3 writes a chat.
+LLAMA_3_TEMPLATE = (
+    _CONTENT
+    + "{%- macro header(role) -%}{{ '<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' }}{%- endmacro -%}"
+    "{{ bos_token }}"
+    "{%- if messages[0]['role'] != 'system' -%}{{ header('system') + 'You are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, and assist the user with a variety of tasks "
+    "using natural language.<|eot_id|>' }}{%- endif -%}"
+    "{%- for message in messages -%}{{ header(message['role']) }}{%- if message['role'] == 'assistant' -%}"
+    "{% generation %}{{ show(message['content']) | trim + '<|eot_id|>' }}{% endgeneration %}"
+    "{%- else -%}{{ show(message['content']) | trim + '<|eot_id|>' }}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ header('assistant') }}{%- endif -%}"
+)
+# The conversation `vicuna_v1` of LLaVA. Without the start token, which the tokenizer adds: where it stands in the text,
+# Llama 2's tokenizer would not begin the word after it with a space.
+VICUNA_TEMPLATE = (
+    _CONTENT
+    + "{%- if messages[0]['role'] != 'system' -%}{{ 'A chat between a curious user and an artificial intelligence "
+    "assistant. The assistant gives helpful, detailed, and polite answers to the user\\'s questions. ' }}{%- endif -%}"
+    "{%- for message in messages -%}{%- if message['role'] == 'system' -%}{{ show(message['content']) + ' ' }}"
+    "{%- elif message['role'] == 'user' -%}{{ 'USER: ' + show(message['content']) + ' ' }}"
+    "{%- else -%}{{ 'ASSISTANT:' }}{% generation %}{{ ' ' + show(message['content']) + eos_token }}{% endgeneration %}"
+    "{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
+)
+
+
+__all__ = ["LLAMA_3_TEMPLATE", "VICUNA_TEMPLATE"]

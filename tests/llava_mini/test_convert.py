@@ -1,0 +1,508 @@
+"""The official layout in, ours out: every number, every count, every fault named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split, WhitespaceSplit
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedTokenizerFast
+
+from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniModel, LlavaMiniProcessor, checkpoint
+from llava_mini.templates import LLAMA_3_TEMPLATE, VICUNA_TEMPLATE
+from llava_mini.convert import check_official, convert_official, main
+
+LLAMA_3_1_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+}
+VICUNA_7B = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "rope_theta": None,
+}
+
+
+def half(weights):
+    return {name: weight.half() for name, weight in weights.items()}
+
+
+def without(*names):
+    return lambda weights: {name: weight for name, weight in weights.items() if name not in names}
+
+
+# Every number
+
+
+@pytest.mark.parametrize(("suffix", "shards"), [("safetensors", 1), ("safetensors", 3), ("bin", 1), ("bin", 2)])
+def test_every_tensor_arrives(official_checkpoint, official_model, tmp_path, suffix, shards):
+    convert_official(official_checkpoint(suffix, shards), tmp_path / "ours")
+    model, info = LlavaMiniForConditionalGeneration.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    expected = official_model.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_the_names_on_disk_are_those_that_saving_gives(official_checkpoint, official_model, tmp_path):
+    convert_official(official_checkpoint(), tmp_path / "ours")
+    official_model.save_pretrained(tmp_path / "saved")
+    names = []
+    for folder in ("ours", "saved"):
+        with safe_open(tmp_path / folder / "model.safetensors", "pt") as file:
+            names.append((sorted(file.keys()), file.metadata()))
+    assert names[0] == names[1]
+
+
+def test_the_official_logits(official_checkpoint, official, tmp_path):
+    convert_official(official_checkpoint(), tmp_path / "ours")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    assert model.config.image_token_id == 128  # one past the last row of the embeddings
+    ids = official["input_ids"].masked_fill(official["input_ids"] == -200, 128)
+    with torch.no_grad():
+        logits = model(input_ids=ids, pixel_values=official["pixels_image"].squeeze(1)).logits
+    torch.testing.assert_close(logits, official["image.logits_infer"], atol=1e-4, rtol=0)
+
+
+def test_other_sizes(official_checkpoint, tmp_path):
+    counts = convert_official(official_checkpoint(compressor_size=2, prefusion_layer_num=2), tmp_path / "ours")
+    model = LlavaMiniForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    assert model.model.compressor.query.shape == (4, 1024)
+    assert len(model.model.prefusion.layers) == 2
+    assert sum(counts.values()) == sum(parameter.numel() for parameter in model.parameters())
+    assert type(LlavaMiniModel.from_pretrained(tmp_path / "ours")) is LlavaMiniModel
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_dtype_stays(official_checkpoint, official_clip, tmp_path, dtype):
+    src = official_checkpoint(edit=lambda weights: {name: weight.to(dtype) for name, weight in weights.items()})
+    convert_official(src, tmp_path / "ours")
+    ours = load_file(tmp_path / "ours" / "model.safetensors")
+    tower = {name: weight for name, weight in ours.items() if name.startswith("vision_tower.")}
+    assert {weight.dtype for weight in tower.values()} == {torch.float32}  # as in its own folder
+    assert {weight.dtype for name, weight in ours.items() if name not in tower} == {dtype}
+    assert LlavaMiniForConditionalGeneration.from_pretrained(tmp_path / "ours").dtype == dtype
+
+
+def test_shards_are_bounded_and_only_one_is_held(official_checkpoint, official_model, tmp_path, monkeypatch):
+    limit, held = 5 * 2**20, []
+    save = checkpoint.save_file
+
+    def watched(tensors, *args, **kwargs):
+        held.append(sum(tensor.nbytes for tensor in tensors.values()))
+        save(tensors, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", limit)
+    monkeypatch.setattr(checkpoint, "save_file", watched)
+    convert_official(official_checkpoint("bin", 2), tmp_path / "ours")
+    largest = max(weight.nbytes for weight in official_model.state_dict().values())
+    assert max(held) <= max(limit, largest)
+    index = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text())
+    shards = {path.name: load_file(path).keys() for path in (tmp_path / "ours").glob("model-*.safetensors")}
+    assert len(shards) == len(held) > 5
+    assert index["weight_map"] == {name: shard for shard, names in shards.items() for name in names}
+    assert index["metadata"]["total_size"] == sum(held)
+    loaded = LlavaMiniForConditionalGeneration.from_pretrained(tmp_path / "ours").state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in official_model.state_dict().items())
+
+
+def test_tied_embeddings_need_no_head(official_checkpoint, tmp_path):
+    src = official_checkpoint(edit=without("lm_head.weight"), tie_word_embeddings=True)
+    counts = convert_official(src, tmp_path / "ours")
+    model = LlavaMiniForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert counts["language model"] == sum(p.numel() for p in model.model.language_model.parameters())
+
+
+# Where the vision tower comes from
+
+
+def embedded(clip):
+    """An edit that puts the tower among the checkpoint's weights, all ones more."""
+    tower = load_file(clip / "model.safetensors")
+    return lambda weights: weights | {f"model.vision_tower.vision_tower.{k}": w + 1 for k, w in tower.items()}
+
+
+def tower_of(folder):
+    return load_file(folder / "model.safetensors")["vision_tower.pre_layrnorm.weight"]
+
+
+def test_the_folder_goes_before_the_weights_in_the_checkpoint(official_checkpoint, official_clip, tmp_path):
+    def edit(weights):
+        return embedded(official_clip)(weights) | {"model.vision_tower.of_no_use": torch.ones(1)}
+
+    convert_official(official_checkpoint(edit=edit), tmp_path / "ours")
+    own = load_file(official_clip / "model.safetensors")["vision_model.pre_layrnorm.weight"]
+    assert torch.equal(tower_of(tmp_path / "ours"), own)
+
+
+def test_the_tower_in_the_checkpoint_itself(official_checkpoint, official_clip, tmp_path):
+    bare = tmp_path / "bare"  # a configuration without weights
+    bare.mkdir()
+    shutil.copy(official_clip / "config.json", bare)
+    convert_official(official_checkpoint(edit=embedded(official_clip)), tmp_path / "ours", vision_tower=bare)
+    own = load_file(official_clip / "model.safetensors")["vision_model.pre_layrnorm.weight"]
+    assert torch.equal(tower_of(tmp_path / "ours"), own + 1)
+
+
+@pytest.mark.parametrize("form", ["whole CLIP", "saved by transformers", "relative to the checkpoint"])
+def test_forms_of_the_towers_folder(official_checkpoint, official_clip, tmp_path, form):
+    src = official_checkpoint(mm_vision_tower="tower")
+    weights = load_file(official_clip / "model.safetensors")
+    own = weights["vision_model.pre_layrnorm.weight"]
+    tower = src / "tower" if form == "relative to the checkpoint" else tmp_path / "elsewhere"
+    shutil.copytree(official_clip, tower)
+    weights["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    if form == "whole CLIP":
+        weights |= {"text_model.final_layer_norm.weight": torch.ones(4), "logit_scale": torch.ones(())}
+        config = {"model_type": "clip", "vision_config": json.loads((tower / "config.json").read_text())}
+        (tower / "config.json").write_text(json.dumps(config))
+    elif form == "saved by transformers":
+        weights = {name.removeprefix("vision_model."): weight for name, weight in weights.items()}
+    save_file(weights, tower / "model.safetensors")
+    convert_official(src, tmp_path / "ours", None if form == "relative to the checkpoint" else tower)
+    assert torch.equal(tower_of(tmp_path / "ours"), own)
+
+
+def test_without_a_tower_the_error_names_the_three_ways(official_checkpoint, tmp_path):
+    src = official_checkpoint(mm_vision_tower="openai/clip-vit-large-patch14-336")
+    with pytest.raises(FileNotFoundError, match=r"--vision-tower.*mm_vision_tower in .*model\.vision_tower\.\*"):
+        convert_official(src, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+# Counts (paper.md gives them from the official code's modules)
+
+
+@pytest.mark.parametrize(
+    ("fields", "layer", "without_tower"),
+    [(LLAMA_3_1_8B, 218_112_000, 8_927_893_504), (VICUNA_7B, 202_383_360, 7_573_133_312)],
+)
+def test_parameters_of_the_released_sizes(tmp_path, fields, layer, without_tower):
+    official = {
+        "model_type": "llava_mini_llama",
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "compressor_size": 1,
+    }  # without prefusion_layer_num, whose default is 4
+    (tmp_path / "config.json").write_text(json.dumps(official | {k: v for k, v in fields.items() if v is not None}))
+    counts = check_official(tmp_path)
+    assert counts["pre-fusion"] == 4 * layer
+    assert counts["projector"] == 20_979_712
+    assert counts["compressor"] == 4_204_544
+    assert counts["vision tower"] == 303_507_456
+    assert sum(counts.values()) - counts["vision tower"] == without_tower
+
+
+def test_the_compressor_of_the_high_resolution_model(official_checkpoint):
+    assert check_official(official_checkpoint(compressor_size=8))["compressor"] == 4_333_568
+
+
+# Configuration
+
+
+def test_rope_scaling_in_its_old_name(official_checkpoint, tmp_path):
+    old = LLAMA_3_1_8B["rope_scaling"] | {"original_max_position_embeddings": 1024}
+    convert_official(official_checkpoint(rope_scaling=old), tmp_path / "ours")
+    text = AutoModelForImageTextToText.from_pretrained(tmp_path / "ours").config.text_config
+    assert text.rope_parameters == old | {"rope_theta": 500000.0}
+
+
+def test_generation_configuration(official_checkpoint, tmp_path):
+    src = official_checkpoint(eos_token_id=[2, 5])
+    convert_official(src, tmp_path / "made")
+    assert GenerationConfig.from_pretrained(tmp_path / "made").eos_token_id == [2, 5]
+    GenerationConfig(eos_token_id=7, do_sample=True, temperature=0.5).save_pretrained(src)
+    convert_official(src, tmp_path / "copied")
+    names = [folder / "generation_config.json" for folder in (src, tmp_path / "copied")]
+    assert names[0].read_text() == names[1].read_text()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "llava_llama"}, "model_type is 'llava_llama', and only 'llava_mini_llama' can be converted"),
+        ({"mm_projector_type": "linear"}, "mm_projector_type is 'linear', and only 'mlp2x_gelu' can be converted"),
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end is True, and only False can be converted"),
+        ({"compressor_size": None}, "has no compressor_size: the official code makes plain LLaVA of this"),
+        ({"mm_vision_select_layer": None}, "has no mm_vision_select_layer"),
+        ({"compressor_size": "one"}, "compressor_size"),
+    ],
+)
+def test_other_configurations_are_refused(official_checkpoint, fields, message):
+    src = official_checkpoint()
+    config = json.loads((src / "config.json").read_text()) | fields
+    (src / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    with pytest.raises(ValueError, match=message) as caught:
+        check_official(src)
+    assert "\n" not in str(caught.value)
+
+
+# Tokenizer and processor
+
+LLAMA_3_WORDS = [
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|finetune_right_pad_id|>",
+]
+VICUNA_WORDS = ["<unk>", "<s>", "</s>"]
+CHAT = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
+    {"role": "assistant", "content": "A cat."},
+    {"role": "user", "content": "Why?"},
+]
+
+
+def tokenizer_of(words, special, pieces):
+    """A tokenizer without a chat template that has exactly these words and cuts text by `pieces`."""
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pieces
+    bos, eos = ("<s>", "</s>") if special is VICUNA_WORDS else ("<|begin_of_text|>", "<|eot_id|>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
+
+
+@pytest.mark.parametrize(("special", "llama_3"), [(LLAMA_3_WORDS, True), (VICUNA_WORDS, False)])
+def test_the_tokenizer_gains_one_token_at_its_end(official_checkpoint, tmp_path, special, llama_3):
+    src = official_checkpoint(compressor_size=2, image_aspect_ratio="pad", resolution_ratio=2)
+    words = ["!", *special, "What", "is", "this?"]
+    tokenizer_of(words, special, WhitespaceSplit()).save_pretrained(src)
+    convert_official(src, tmp_path / "ours")
+    processor = AutoProcessor.from_pretrained(tmp_path / "ours")
+    config = AutoModelForImageTextToText.from_pretrained(tmp_path / "ours").config
+    assert type(processor) is LlavaMiniProcessor
+    assert processor.tokenizer.get_vocab() == {word: i for i, word in enumerate([*words, "<image>"])}
+    assert config.image_token_id == processor.image_token_id == len(words)
+    assert processor.tokenizer.pad_token == ("<|finetune_right_pad_id|>" if llama_3 else None)
+    assert (processor.num_visual_tokens, processor.patch_size, processor.num_additional_image_tokens) == (4, 14, 1)
+    assert (processor.tiles, processor.pad_to_square) == (2, True)
+    assert list(processor.image_processor.image_mean) == [0.1] * 3  # from the tower's folder
+    assert processor.chat_template == processor.tokenizer.chat_template
+    assert processor.chat_template == (LLAMA_3_TEMPLATE if llama_3 else VICUNA_TEMPLATE)
+    batch = processor(images=Image.new("RGB", (20, 30)), text="What is <image>", return_tensors="pt")
+    assert batch["input_ids"].tolist() == [[words.index("What"), words.index("is"), *[len(words)] * 4]]
+
+
+def test_without_a_tokenizer_there_is_no_processor(official_checkpoint, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        convert_official(official_checkpoint(), tmp_path / "ours")
+    assert "has no tokenizer" in caplog.text
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
+
+
+def render(template, special, chat=CHAT, **options):
+    tokenizer = tokenizer_of(special, special, WhitespaceSplit())
+    return tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, **options)
+
+
+def test_llama_3_chat():
+    text = render(LLAMA_3_TEMPLATE, LLAMA_3_WORDS)
+    head = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+    system, *turns = text.removeprefix(head).split("<|eot_id|>")
+    assert text.startswith(head)
+    assert hashlib.sha256(system.encode()).hexdigest().startswith("790f4cfc05523b0e")  # of the official sentence
+    assert turns == [
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is this?",
+        "<|start_header_id|>assistant<|end_header_id|>\n\nA cat.",
+        "<|start_header_id|>user<|end_header_id|>\n\nWhy?",
+        "",
+    ]
+    asked = render(LLAMA_3_TEMPLATE, LLAMA_3_WORDS, add_generation_prompt=True)
+    assert asked == text + "<|start_header_id|>assistant<|end_header_id|>\n\n"
+
+
+def test_vicuna_chat():
+    assert render(VICUNA_TEMPLATE, VICUNA_WORDS, add_generation_prompt=True) == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: <image>\nWhat is this? ASSISTANT: A cat.</s>"
+        "USER: Why? ASSISTANT:"
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "special", "answer"),
+    [(LLAMA_3_TEMPLATE, LLAMA_3_WORDS, "A cat.<|eot_id|>"), (VICUNA_TEMPLATE, VICUNA_WORDS, " A cat.</s>")],
+)
+def test_assistant_masks_cover_the_answer_and_its_end(template, special, answer):
+    characters = [*special, *sorted(set(render(template, special)))]
+    tokenizer = tokenizer_of(characters, special, Split(Regex("."), "isolated"))
+    data = tokenizer.apply_chat_template(
+        CHAT, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+    )
+    marked = [i for i, hit in zip(data["input_ids"], data["assistant_masks"], strict=True) if hit]
+    assert "".join(characters[i] for i in marked) == answer
+
+
+@pytest.mark.parametrize(("template", "special"), [(LLAMA_3_TEMPLATE, LLAMA_3_WORDS), (VICUNA_TEMPLATE, VICUNA_WORDS)])
+def test_a_system_message_takes_the_place_of_the_default(template, special):
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "video"}]}]
+    text = render(template, special, chat)
+    assert text.count("Be brief.") == 1
+    assert "<video>" in text
+    assert "helpful" not in text
+
+
+# Faults
+
+
+def test_keys_that_do_not_fit_are_listed_together(official_checkpoint, tmp_path):
+    def edit(weights):
+        weights = without("model.norm.weight", "model.prefusion_layers.3.mlp.up_proj.weight")(weights)
+        query = torch.zeros(4, 1024)
+        return weights | {"model.compressor.query": query, "model.image_newline": torch.zeros(64)}
+
+    with pytest.raises(ValueError, match="are not those of its config") as caught:
+        convert_official(official_checkpoint(edit=edit), tmp_path / "ours")
+    message = str(caught.value)
+    assert "2 missing (model.norm.weight [64]; model.prefusion_layers.3.mlp.up_proj.weight [160, 64])" in message
+    assert "1 unexpected (model.image_newline [64])" in message
+    assert "1 misshapen (model.compressor.query [4, 1024], not [1, 1024])" in message
+    assert "\n" not in message
+    assert not (tmp_path / "ours").exists()
+
+
+def test_long_lists_are_cut(official_checkpoint):
+    with pytest.raises(ValueError, match=r"9 unexpected \([^;]*; [^;]*; [^;]*; \.\.\.\)"):
+        check_official(official_checkpoint(edit=lambda w: w | {f"model.x{i}": torch.ones(1) for i in range(9)}))
+
+
+def test_buffers_of_older_versions_are_dropped(official_checkpoint, tmp_path):
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    convert_official(official_checkpoint(edit=lambda weights: weights | extra), tmp_path / "ours")
+    assert not any("inv_freq" in name for name in load_file(tmp_path / "ours" / "model.safetensors"))
+
+
+def test_another_dtype_is_refused(official_checkpoint, tmp_path):
+    src = official_checkpoint(edit=lambda weights: weights | {"lm_head.weight": torch.zeros(128, 64, dtype=torch.int8)})
+    with pytest.raises(ValueError, match=r"1 of another dtype \(lm_head\.weight in model\.safetensors\)"):
+        convert_official(src, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("left", [0, 5, 100_000])
+def test_a_truncated_file_is_one_line(official_checkpoint, tmp_path, capsys, suffix, left):
+    src = official_checkpoint(suffix, edit=half)
+    file = next(src.glob(f"*.{suffix}"))
+    file.write_bytes(file.read_bytes()[:left])
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert main([str(src), str(tmp_path / "ours")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{file} cannot be read" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_what_fails_while_writing_leaves_nothing(official_checkpoint, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    src = official_checkpoint(edit=half)
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        convert_official(src, tmp_path / "ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["official"]
+
+
+def test_an_existing_folder_is_not_written_over(official_checkpoint, tmp_path, capsys):
+    src = official_checkpoint(edit=half)
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "precious").touch()
+    assert main([str(src), str(tmp_path / "ours")]) == 1
+    assert "exists and is no empty folder" in capsys.readouterr().err
+    (tmp_path / "ours" / "precious").unlink()
+    assert main([str(src), str(tmp_path / "ours")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("absent", "message"),
+    [
+        ("config.json", "config.json does not exist"),
+        ("model.safetensors", "holds no model.safetensors or pytorch_model.bin"),
+        (".", "config.json does not exist"),
+    ],
+)
+def test_what_is_not_there_is_named(official_checkpoint, tmp_path, absent, message):
+    src = official_checkpoint(edit=half)
+    shutil.rmtree(src) if absent == "." else (src / absent).unlink()
+    with pytest.raises(FileNotFoundError, match=message):
+        convert_official(src, tmp_path / "ours")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors.index.json"])
+def test_broken_files_are_named(official_checkpoint, tmp_path, capsys, name):
+    src = official_checkpoint(shards=2, edit=half)
+    (src / name).write_text("{")
+    assert main([str(src), str(tmp_path / "ours")]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "tokenizer" in error if name == "tokenizer.json" else str(src / name) in error
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_shard_that_is_not_there(official_checkpoint, tmp_path):
+    src = official_checkpoint(shards=2, edit=half)
+    (src / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="names 1 files that do not exist, the first model-00002-of-00002"):
+        convert_official(src, tmp_path / "ours")
+    check_official(src)  # the index says what would be in it
+
+
+# Dry run and command line
+
+
+def test_a_dry_run_checks_and_writes_nothing(official_checkpoint, tmp_path, capsys):
+    src = official_checkpoint(edit=half)
+    assert main([str(src), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "compressor" in printed
+    assert "4,204,544" in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["official"]
+    weights = load_file(src / "model.safetensors")
+    save_file({name: w for name, w in weights.items() if name != "lm_head.weight"}, src / "model.safetensors")
+    assert main([str(src), "--dry-run"]) == 1
+    assert "1 missing (lm_head.weight [128, 64])" in capsys.readouterr().err
+
+
+def test_a_dry_run_reads_the_names_from_an_index_alone(official_checkpoint):
+    src = official_checkpoint(shards=2, edit=lambda weights: half(without("model.norm.weight")(weights)))
+    for file in src.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"1 missing \(model\.norm\.weight \[64\]\)"):
+        check_official(src)
+
+
+def test_a_destination_is_needed(official_checkpoint, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["somewhere"])
+    assert caught.value.code == 2
+    assert "DST" in capsys.readouterr().err

@@ -1,0 +1,78 @@
+"""The paper's equations where the released code does something else, against the equations written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llava_mini import PRESETS, LlavaMiniConfig
+from llava_mini.compressors.query import sincos_table
+
+
+def test_the_code_is_the_default():
+    config = LlavaMiniConfig()
+    assert {name: getattr(config, name) for name in PRESETS["code"]} == PRESETS["code"]
+    assert PRESETS["code"].keys() == PRESETS["paper"].keys()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 2])
+def test_paper(tiny_mini, sample, size):
+    """Equation 2: H projected, softmax((Q + PE)(H + PE)^T) H straight to the language model; equation 3: pre-fusion of
+    [H | text] gives the text."""
+    mini = tiny_mini(compressor_size=size, **PRESETS["paper"])
+    ids, pixels = sample(size * size, 5)
+    embeds, tokens = mini.model.fuse(ids[None], pixels[None])
+
+    model, width = mini.model, 24
+    h = model.multi_modal_projector(model.get_vision_features(pixels[None]))[0]
+    scores = (model.compressor.query + sincos_table(size, width)) @ (h + sincos_table(4, width)).T
+    expected = scores.softmax(-1) @ h
+    torch.testing.assert_close(tokens, expected)
+    torch.testing.assert_close(embeds[0, 2 : 2 + size * size], expected)
+    text = ids[ids != 99]
+    states = torch.cat([h, mini.get_input_embeddings()(text)])[None]
+    rotary = model.language_model.rotary_emb(states, position_ids=torch.arange(states.shape[1])[None])
+    causal = torch.full((states.shape[1],) * 2, float("-inf")).triu(1)[None, None]
+    for layer in model.prefusion.layers:
+        states = layer(states, attention_mask=causal, position_embeddings=rotary)
+    torch.testing.assert_close(embeds[0, ids != 99], states[0, 16:])
+    assert [name for name, _ in model.compressor.named_parameters()] == ["query"]
+
+
+@torch.no_grad()
+def test_each_switch_changes_the_output(tiny_mini, sample):
+    ids, pixels = sample(4, 5)
+    logits = [tiny_mini()(input_ids=ids[None], pixel_values=pixels[None]).logits]
+    for name, value in PRESETS["paper"].items():
+        model = tiny_mini(**{name: value})
+        assert getattr(model.config, name) == value
+        logits.append(model(input_ids=ids[None], pixel_values=pixels[None]).logits)
+    for i, one in enumerate(logits):
+        assert all(not torch.allclose(one, other, atol=1e-4) for other in logits[:i])
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_text_embeddings_may_be_detached(tiny_mini, sample, detach):
+    """Conformance 4: in the released training code no gradient reaches the embeddings; in the paper all are trained."""
+    model = tiny_mini(detach_embeddings=detach).train()
+    ids, pixels = sample(4, 8)
+    labels = ids.clone()
+    labels[:-3] = -100
+    for inputs in ({"input_ids": ids[None], "pixel_values": pixels[None], "labels": labels[None]},):
+        model(**inputs).loss.backward()
+    gradient = model.get_input_embeddings().weight.grad
+    assert (gradient is None or not gradient.any()) is detach
+
+
+def test_pre_fusion_may_start_from_a_file(tiny_mini, tmp_path):
+    from safetensors.torch import save_file
+
+    weights = {name: torch.randn_like(p) for name, p in tiny_mini().model.prefusion.layers.named_parameters()}
+    save_file(weights, tmp_path / "layers.safetensors")
+    model = tiny_mini(prefusion_init=str(tmp_path / "layers.safetensors"))
+    for name, parameter in model.model.prefusion.layers.named_parameters():
+        assert torch.equal(parameter, weights[name])
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "layers.safetensors").unlink()
+    assert type(model).from_pretrained(tmp_path / "model")  # what is saved does not need the file

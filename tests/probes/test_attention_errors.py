@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlavaForConditionalGeneration,
+)
+
+from probes import TokenMap, record_attention
+
+Model = LlavaForConditionalGeneration
+Inputs = dict[str, torch.Tensor]
+
+
+class TestErrors:
+    def test_nothing_ran(self, make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+        model = make_llava()
+        with record_attention(model, TokenMap.from_inputs(model, make_inputs())) as attention:
+            pass
+        with pytest.raises(RuntimeError, match="nothing was recorded"):
+            _ = attention.mass
+
+    @pytest.mark.parametrize("change", [slice(0, 2), (slice(None), slice(1, None))])
+    def test_tokens_that_do_not_fit(
+        self, make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], change: Any
+    ) -> None:
+        inputs, model = make_inputs(), make_llava()
+        tokens = TokenMap.from_inputs(model, {name: inputs[name][change] for name in ("input_ids", "attention_mask")})
+        refused = pytest.raises(ValueError, match="the language model was called with 3 x 13")
+        with refused, torch.no_grad(), record_attention(model, tokens):
+            model(**inputs)
+
+    def test_nested(self, make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+        inputs, model = make_inputs(), make_llava()
+        tokens = TokenMap.from_inputs(model, inputs)
+        with record_attention(model, tokens) as outer:
+            with pytest.raises(RuntimeError, match="being recorded already"), record_attention(model, tokens):
+                pass
+            with torch.no_grad():
+                model(**inputs)
+        assert outer.mass.isfinite().any(), "the outer record goes on"
+
+    def test_second_prompt(self, make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+        inputs, model = make_inputs(), make_llava()
+        with torch.no_grad(), record_attention(model, TokenMap.from_inputs(model, inputs)):
+            model(**inputs)
+            with pytest.raises(RuntimeError, match="second prompt"):
+                model(**inputs)
+
+    def test_unknown_layer_and_group(
+        self, make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+    ) -> None:
+        model = make_llava()
+        tokens = TokenMap.from_inputs(model, make_inputs())
+        with pytest.raises(ValueError, match=r"layers \[3\] are outside the model: it has 3 layers"):
+            record_attention(model, tokens, layers=[0, 3]).__enter__()
+        with pytest.raises(ValueError, match="unknown group 'answer'"):
+            record_attention(model, tokens, targets=["answer"]).__enter__()
+        with pytest.raises(ValueError, match="targets are empty"):
+            record_attention(model, tokens, targets=[]).__enter__()
+
+    def test_models_that_cannot_be_recorded(
+        self, make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+    ) -> None:
+        model = make_llava()
+        tokens = TokenMap.from_inputs(model, make_inputs())
+        model.get_decoder().config._attn_implementation = "flex_attention"
+        with pytest.raises(ValueError, match="'flex_attention' cannot be probed"):
+            record_attention(model, tokens).__enter__()
+        with pytest.raises(ValueError, match="CLIPVisionModel has no decoder layers"):
+            record_attention(model.model.vision_tower, tokens).__enter__()
+
+    def test_masks_that_cannot_be_read(
+        self, make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+    ) -> None:
+        """A bool mask under eager attention would not hide anything in the model itself."""
+        inputs, model = make_inputs(), make_llava("eager")
+        tokens = TokenMap.from_inputs(model, inputs)
+        inputs["attention_mask"] = torch.ones(3, 1, 13, 13, dtype=torch.bool).tril()
+        refused = pytest.raises(ValueError, match="eager attention adds its mask")
+        with refused, torch.no_grad(), record_attention(model, tokens):
+            model(**inputs)
+        inputs["attention_mask"] = torch.zeros(3, 4, 13, 13)
+        refused = pytest.raises(ValueError, match=r"mask of shape \[3, 4, 13, 13\]")
+        with refused, torch.no_grad(), record_attention(model, tokens):
+            model(**inputs)
+
+    def test_soft_capped_attention(self) -> None:
+        config = Gemma2Config(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            image_token_id=63,
+        )
+        model = Gemma2ForCausalLM(config).eval()
+        model.set_attn_implementation("eager")
+        ids = torch.tensor([[3, 63, 4]])
+        tokens = TokenMap.from_inputs(model, {"input_ids": ids})
+        refused = pytest.raises(ValueError, match="attention with softcap cannot be recorded")
+        with refused, record_attention(model, tokens):
+            model(ids)
