@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from typing import Any, cast
@@ -9,7 +10,14 @@ from typing import Any, cast
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import Cache, LlavaConfig, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
+from transformers import (
+    BitsAndBytesConfig,
+    Cache,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    LlavaPreTrainedModel,
+)
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
@@ -26,6 +34,8 @@ NEW_MODULES = re.compile(r"(^|\.)(compressor|prefusion)\.")
 class LlavaMiniPreTrainedModel(LlavaPreTrainedModel):
     config: LlavaMiniConfig
     config_class = LlavaMiniConfig
+    # queries and linear maps of a compressor work on one device
+    _no_split_modules = sorted({compressor.__name__ for compressor in COMPRESSORS.values()})
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -48,11 +58,15 @@ class LlavaMiniPreTrainedModel(LlavaPreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
         """As in transformers; takes LLaVA-Mini checkpoints and ordinary LLaVA ones, whose compressor and pre-fusion
-        layers are then initialised.
+        layers are then initialised. Those and the projector stay unquantised in 8 and 4 bits.
 
         Raises:
             ValueError: If the checkpoint lacks weights of the vision tower, the projector or the language model.
         """
+        quantization = kwargs.get("quantization_config")
+        if isinstance(quantization, BitsAndBytesConfig) and quantization.llm_int8_skip_modules is None:
+            kwargs["quantization_config"] = quantization = copy.copy(quantization)
+            quantization.llm_int8_skip_modules = ["compressor", "prefusion", "multi_modal_projector", "lm_head"]
         loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )

@@ -10,13 +10,23 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    Dinov2Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
     SiglipVisionConfig,
 )
 
@@ -31,11 +41,25 @@ VISION = {
     "siglip": lambda: SiglipVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=24, patch_size=6
     ),
+    "dinov2": lambda: Dinov2Config(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=24, patch_size=6
+    ),
 }
 TEXT = {
     "llama": lambda **fields: LlamaConfig(num_key_value_heads=2, **fields),
     "qwen2": lambda **fields: Qwen2Config(num_key_value_heads=2, **fields),
+    "qwen3": lambda **fields: Qwen3Config(num_key_value_heads=2, head_dim=6, **fields),
+    "gemma": lambda **fields: GemmaConfig(num_key_value_heads=1, head_dim=6, **fields),
+    "gemma2": lambda **fields: Gemma2Config(num_key_value_heads=2, head_dim=6, sliding_window=8, **fields),
+    "gemma3": lambda **fields: Gemma3TextConfig(num_key_value_heads=2, head_dim=6, sliding_window=8, **fields),
 }
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }} : {% for part in message.content %}"
+    "{% if part.type == 'text' %}{{ part.text }} {% else %}<{{ part.type }}> {% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant :{% endif %}"
+)
 
 
 @pytest.fixture
@@ -58,7 +82,7 @@ def tiny_llava():
                 eos_token_id=2,
             ),
             image_token_index=IMAGE_TOKEN,
-            vision_feature_select_strategy="default" if vision == "clip" else "full",
+            vision_feature_select_strategy="full" if vision == "siglip" else "default",
         )
         model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attention)
         return model.eval()
@@ -75,6 +99,30 @@ def tiny_mini(tiny_llava):
         return LlavaMiniForConditionalGeneration.from_llava(tiny_llava(text, vision, seed, attention), **fields)
 
     return build
+
+
+@pytest.fixture
+def llava_processor():
+    words = ["<pad>", "<s>", "</s>", "<unk>", "what", "is", "this", "user", "assistant", ":"]
+    tokenizer = Tokenizer(
+        WordLevel({word: i for i, word in enumerate(words)} | {"<image>": IMAGE_TOKEN}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    size = {"height": 24, "width": 24}
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=size),
+        tokenizer=fast,
+        patch_size=6,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=1,
+    )
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from tokenizers.pre_tokenizers import Split, WhitespaceSplit
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedTokenizerFast
 
 from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniModel, LlavaMiniProcessor, checkpoint
-from llava_mini.templates import LLAMA_3_TEMPLATE, VICUNA_TEMPLATE
 from llava_mini.convert import check_official, convert_official, main
+from llava_mini.templates import LLAMA_3_TEMPLATE, VICUNA_TEMPLATE
 
 LLAMA_3_1_8B = {
     "vocab_size": 128256,

@@ -3,45 +3,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoProcessor, CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import AutoProcessor
 
 from llava_mini import LlavaMiniConfig, LlavaMiniProcessor
 from llava_mini.video import Video
 
 IMAGE_TOKEN = 99  # as in conftest.py
-TEMPLATE = (
-    "{% for message in messages %}{{ message.role }} : {% for part in message.content %}"
-    "{% if part.type == 'text' %}{{ part.text }} {% else %}<{{ part.type }}> {% endif %}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}assistant :{% endif %}"
-)
-
-
-@pytest.fixture
-def llava_processor():
-    words = ["<pad>", "<s>", "</s>", "<unk>", "what", "is", "this", "user", "assistant", ":"]
-    tokenizer = Tokenizer(
-        WordLevel({word: i for i, word in enumerate(words)} | {"<image>": IMAGE_TOKEN}, unk_token="<unk>")
-    )
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
-    size = {"height": 24, "width": 24}
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=size),
-        tokenizer=fast,
-        patch_size=6,
-        vision_feature_select_strategy="default",
-        chat_template=TEMPLATE,
-        num_additional_image_tokens=1,
-    )
 
 
 @pytest.fixture
@@ -229,6 +199,23 @@ def test_a_message_without_its_picture(processor):
 
 
 def test_a_template_that_rewrites_earlier_turns(processor):
-    processor.chat_template = "{{ messages | length }} " + TEMPLATE
+    processor.chat_template = "{{ messages | length }} " + processor.chat_template
     with pytest.raises(ValueError, match="turn by turn: set fuse_answers=True"):
         processor.apply_chat_template(CHAT, **SETTINGS)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    size=st.one_of(
+        st.tuples(st.integers(1, 60), st.integers(1, 60)), st.sampled_from([(4000, 20), (20, 4000), (1, 900)])
+    ),
+    mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I;16", "I", "F"]),
+    tiles=st.integers(1, 3),
+    pad=st.booleans(),
+)
+def test_any_picture_becomes_pixels(llava_processor, size, mode, tiles, pad):
+    config = LlavaMiniConfig()
+    processor = LlavaMiniProcessor.from_llava(llava_processor, config, tiles=tiles, pad_to_square=pad)
+    batch = processor(text="<image> what <video>", images=Image.new(mode, size), videos=Video([Image.new(mode, size)]))
+    assert batch["pixel_values"].shape == (2 * (1 if tiles == 1 else tiles**2 + 1), 3, 24, 24)
+    assert batch["pixel_values"].isfinite().all()
