@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.errors import HydraException
@@ -17,6 +17,8 @@ from experiments import config as configuration
 
 log = logging.getLogger("experiments.run")  # under `python -m` __name__ is "__main__"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
+_full_error_wanted = os.environ.get(_FULL_ERROR) == "1"
+EXPECTED = (HydraException, OmegaConfBaseException, ValueError, OSError)  # what wrong input ends in
 
 
 def asset(name: str) -> str:
@@ -30,31 +32,43 @@ def cell(config: DictConfig) -> None:
     from experiments.cell import run_cell
     from experiments.drawing import draw_record
 
-    path = run_cell(OmegaConf.to_object(config), configuration.resolved(config))  # type: ignore[arg-type]
+    try:
+        path = run_cell(OmegaConf.to_object(config), configuration.resolved(config))  # type: ignore[arg-type]
+    except EXPECTED as error:
+        stop(error)  # here already: Hydra would add a line of its own
     if path is None:
         return
     figures = draw_record(path)
     log.info("record %s%s", path, "".join(f"\nfigure {f}" for f in figures))
 
 
+def stop(error: BaseException) -> NoReturn:
+    """End with one line, or with the whole stack where HYDRA_FULL_ERROR=1 asks for it."""
+    if _full_error_wanted:
+        raise error
+    message = one_line(error)
+    cause: BaseException | None = error
+    while cause is not None:  # lets go of progress bars, which then end their line
+        cause.__traceback__, cause = None, cause.__cause__ or cause.__context__
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
 def one_line(error: BaseException) -> str:
-    """What is wrong, without the stack and without the parts of Hydra's messages that repeat it."""
-    text = " ".join(str(cause).split("\nfull_key")[0] for cause in (error, error.__cause__) if cause is not None)
+    """What is wrong, without the parts of Hydra's messages that repeat it."""
+    causes = (error, error.__cause__) if isinstance(error, HydraException) else (error,)
+    text = " ".join(str(cause).split("\nfull_key")[0] for cause in causes if cause is not None)
     return " ".join(text.split())
 
 
 def main() -> Any:
     configuration.register()
     OmegaConf.register_new_resolver("asset", asset, replace=True)
-    traceback_wanted = os.environ.get(_FULL_ERROR) == "1"
     os.environ[_FULL_ERROR] = "1"  # Hydra then raises instead of printing, and main alone decides what is shown
     try:
         return cell()
-    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
-        if traceback_wanted:
-            raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(1)
+    except EXPECTED as error:
+        stop(error)
     except KeyboardInterrupt:
         print("interrupted: the same command takes up where this one stopped", file=sys.stderr)
         sys.exit(130)

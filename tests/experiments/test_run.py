@@ -1,6 +1,8 @@
 """The command line as a user meets it: what works, and how each kind of bad input ends."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
 from experiments import config as configuration
 from experiments.run import asset, one_line
@@ -65,18 +69,50 @@ def test_every_option_composes(composed, path):
 )
 def test_bad_input_ends_with_one_line_and_writes_nothing(tmp_path, arguments, said):
     results = [] if any(a.startswith("results=") for a in arguments) else [f"results={tmp_path / 'results'}"]
-    ended = (
-        run(*arguments, "data.test=1", *results) if "data=llava_json" not in arguments else run(*arguments, *results)
-    )
+    refused(run(*arguments, "data.test=1", *results), said)
+    assert not list((tmp_path / "results").rglob("*.json"))
+
+
+def refused(ended: subprocess.CompletedProcess[str], said: str) -> None:
     assert ended.returncode == 1
     *_, last = ended.stderr.strip().splitlines()
     assert last.startswith("error: ")
     assert said in last
     assert "Traceback" not in ended.stderr
+    assert "Error executing job" not in ended.stderr  # Hydra's own line
+
+
+CHAT = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "this"}]
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ([{"id": "1", "image": "broken.png", "conversations": CHAT}], "broken.png cannot be read as an image"),
+        ([{"id": "1", "image": "none.png", "conversations": CHAT}], "none.png"),
+        ({"a": 1}, "expected a list of conversations"),
+        ([{"id": "1", "text": "hello"}], "entry 0"),
+    ],
+)
+def test_bad_data_ends_with_one_line_and_writes_nothing(tmp_path, entries, said):
+    (tmp_path / "broken.png").write_text("no image")
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    data = ["data=llava_json", f"data.path={tmp_path / 'data.json'}", f"data.images={tmp_path}"]
+    refused(run(*data, f"results={tmp_path / 'results'}"), said)
     assert not list((tmp_path / "results").rglob("*.json"))
 
 
+def test_lost_weights_end_with_one_line(tmp_path):
+    shutil.copytree(Path(asset("tiny")), tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    lost = next(name for name in weights if "layers.3.mlp.up_proj" in name)
+    del weights[lost]
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    model = ["model=checkpoint", f"model.path={tmp_path / 'model'}"]
+    refused(run(*model, "data.test=1", f"results={tmp_path / 'results'}"), "lacks 1 weights, the first is")
+
+
 def test_one_line_keeps_what_is_wrong():
-    error = ValueError("a\n  b")
+    error = HydraException("a\n  b")
     error.__cause__ = KeyError("c")
     assert one_line(error) == "a b 'c'"
