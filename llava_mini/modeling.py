@@ -66,7 +66,8 @@ class LlavaMiniPreTrainedModel(LlavaPreTrainedModel):
         quantization = kwargs.get("quantization_config")
         if isinstance(quantization, BitsAndBytesConfig) and quantization.llm_int8_skip_modules is None:
             kwargs["quantization_config"] = quantization = copy.copy(quantization)
-            quantization.llm_int8_skip_modules = ["compressor", "prefusion", "multi_modal_projector", "lm_head"]
+            kept = ("model.compressor", "model.prefusion", "model.multi_modal_projector", "lm_head")
+            quantization.llm_int8_skip_modules = list(kept)
         loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
@@ -178,7 +179,7 @@ class LlavaMiniModel(LlavaMiniPreTrainedModel, LlavaModel):
 
         visual, frame_tokens = [], []
         for frames, pixels in layout.chunks(pixel_values, self.config.frames_per_chunk):
-            patches, tokens = self.encode(pixels.to(self.vision_tower.device, self.vision_tower.dtype))
+            patches, tokens = self.encode(pixels.to(embeds.device, self.vision_tower.dtype))
             patches, tokens = (x.to(embeds.device, embeds.dtype) for x in (patches, tokens))
             if self.prefusion is not None:
                 tokens, chunk_text = self._prefuse(patches, tokens, text[frame_row[frames]])

@@ -44,11 +44,14 @@ class QueryCompressor(Compressor):
                 raise ValueError(f"compressor_heads={config.compressor_heads} does not divide the width {width}")
             self.ln_q = nn.LayerNorm(width, eps=1e-5)
             self.ln_kv = nn.LayerNorm(width, eps=1e-5)
-            self.attn = nn.MultiheadAttention(width, config.compressor_heads, batch_first=True)
+            self.attn = Attention(width, config.compressor_heads)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         init.normal_(self.query, std=0.02)
+        if self.attn is not None:
+            init.xavier_uniform_(self.attn.in_proj_weight)
+            init.zeros_(self.attn.in_proj_bias)
         if self.pos_embed is not None:
             init.copy_(self.pos_embed, sincos_table(self.size, self.pos_embed.shape[1]).to(self.pos_embed))
 
@@ -69,7 +72,35 @@ class QueryCompressor(Compressor):
             return weights @ features, weights
         patches = self.ln_kv(features)
         query = (self.ln_q(self.query) + query_positions).expand(features.shape[0], -1, -1)  # (batch, tokens, width)
-        return self.attn(query, patches + patch_positions, patches)  # weights are averaged over the heads
+        return self.attn(query, patches + patch_positions, patches)
+
+
+class Attention(nn.Module):
+    """`nn.MultiheadAttention` with its parameters' names, as the official checkpoint has them. torch's own reads its
+    output map's weights without calling it, which accelerate cannot follow when it offloads them."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(
+        self,
+        query: Float[Tensor, "batch tokens width"],
+        key: Float[Tensor, "batch patches width"],
+        value: Float[Tensor, "batch patches width"],
+    ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens patches"]]:
+        """The output, and the attention weights averaged over the heads."""
+        maps = zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
+        q, k, v = (
+            nn.functional.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for x, (weight, bias) in zip((query, key, value), maps, strict=True)
+        )  # (batch, heads, tokens or patches, head width)
+        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)  # (batch, heads, tokens, patches)
+        return self.out_proj((weights @ v).transpose(1, 2).flatten(2)), weights.mean(dim=1)
 
 
 def sincos_table(side: int, width: int) -> Float[Tensor, "side*side width"]:

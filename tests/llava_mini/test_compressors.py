@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from transformers import CLIPVisionConfig
 
 from llava_mini import LlavaMiniConfig
 from llava_mini.compressors import COMPRESSORS, register
-from llava_mini.compressors.query import resize_table, sincos_table
+from llava_mini.compressors.query import Attention, resize_table, sincos_table
 
 
 def build(name, size=2, width=32, **fields):
@@ -153,3 +154,13 @@ def test_resized_table_keeps_rows_and_columns_apart():
 def test_query_names_a_wrong_width(fields, message):
     with pytest.raises(ValueError, match=message):
         build("query", **fields)
+
+
+def test_attention_is_torchs_own():
+    """With the same parameters under the same names."""
+    ours, torchs = Attention(16, 4), nn.MultiheadAttention(16, 4, batch_first=True)
+    torchs.load_state_dict({name: torch.randn_like(p) for name, p in torchs.state_dict().items()})
+    ours.load_state_dict(torchs.state_dict())
+    query, key, value = torch.randn(2, 3, 16), torch.randn(2, 7, 16), torch.randn(2, 7, 16)
+    for mine, theirs in zip(ours(query, key, value), torchs(query, key, value), strict=True):
+        torch.testing.assert_close(mine, theirs)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesConfig, CLIPVisionConfig, LlamaConfig
 
-from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniModel
+from llava_mini import LlavaMiniConfig, LlavaMiniForConditionalGeneration, LlavaMiniModel
 
 NEW = ("model.compressor.", "model.prefusion.")
 
@@ -150,3 +150,40 @@ def test_prefusion_may_start_from_the_language_model(tiny_llava, tmp_path, route
     layers = mini.model.language_model.layers
     assert same(mini.model.prefusion.layers.state_dict(), layers.state_dict())
     assert mini.model.prefusion.layers[0].mlp.up_proj.weight is not layers[0].mlp.up_proj.weight
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [8, 4])
+def test_new_modules_stay_unquantised(sample, tmp_path, bits):
+    """bitsandbytes on a CPU: the language model and the tower are quantised, what is new and the projector are not."""
+    fields = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = CLIPVisionConfig(image_size=24, patch_size=6, **fields)
+    config = LlavaMiniConfig(
+        vision_config=vision, text_config=LlamaConfig(vocab_size=100, **fields), image_token_index=99
+    )
+    LlavaMiniForConditionalGeneration(config).save_pretrained(tmp_path)
+    asked = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+    model = LlavaMiniForConditionalGeneration.from_pretrained(
+        tmp_path, quantization_config=asked, device_map="cpu", dtype=torch.bfloat16
+    )
+    assert asked.llm_int8_skip_modules is None
+    quantised = {name.split(".")[1] for name, p in model.named_parameters() if not p.is_floating_point()}
+    assert quantised == {"language_model", "vision_tower"}
+    ids, pixels = sample(1, 5)
+    assert model(input_ids=ids[None], pixel_values=pixels[None].to(torch.bfloat16)).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_offloaded_modules_compute_the_same(tiny_mini, sample, tmp_path):
+    """accelerate loads weights when a module is called: every one of them must be."""
+    model = tiny_mini()
+    model.save_pretrained(tmp_path / "model")
+    ids, pixels = sample(4, 5)
+    expected = model(input_ids=ids[None], pixel_values=pixels[None]).logits
+    parts = ("vision_tower", "multi_modal_projector", "language_model", "compressor", "prefusion")
+    placed = {f"model.{part}": "disk" for part in parts} | {"lm_head": "cpu"}
+    offloaded = LlavaMiniForConditionalGeneration.from_pretrained(
+        tmp_path / "model", device_map=placed, offload_folder=tmp_path / "disk", attn_implementation="eager"
+    )
+    assert offloaded.model.compressor.query.device.type == "meta"
+    torch.testing.assert_close(offloaded(input_ids=ids[None], pixel_values=pixels[None]).logits, expected)
