@@ -32,10 +32,13 @@ def cell(config: DictConfig) -> None:
     from experiments.cell import run_cell
     from experiments.drawing import draw_record
 
+    failure: Exception | None = None
     try:
         path = run_cell(OmegaConf.to_object(config), configuration.resolved(config))  # type: ignore[arg-type]
     except EXPECTED as error:
-        stop(error)  # here already: Hydra would add a line of its own
+        failure = error
+    if failure is not None:  # here already, since Hydra would add a line of its own; and past the handler, so that
+        stop(failure)  # nothing holds the stack with its progress bars
     if path is None:
         return
     figures = draw_record(path)

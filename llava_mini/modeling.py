@@ -185,7 +185,7 @@ class LlavaMiniModel(LlavaMiniPreTrainedModel, LlavaModel):
                 tokens, chunk_text = self._prefuse(patches, tokens, text[frame_row[frames]])
                 weighted = chunk_text.float() * frame_weight[frames, None, None]
                 fused = fused.index_add(0, frame_row[frames], weighted)
-            visual.append(tokens.flatten(0, 1))
+            visual.append(tokens.flatten(0, 1).contiguous())  # a view would keep all patches of the chunk
             frame_tokens += [tokens.shape[1]] * tokens.shape[0]
         layout.check_placeholders(placeholders, torch.tensor(frame_tokens))
 
