@@ -15,7 +15,7 @@ from llava_mini import LlavaMiniProcessor, chat
 @pytest.fixture
 def saved(tiny_mini, llava_processor, tmp_path):
     model = tiny_mini()
-    model.generation_config.suppress_tokens = [99]  # a placeholder made up by the model is no image
+    model.generation_config.suppress_tokens = [0, 1, 2, 3, 99]  # so that what is said can be read back
     model.generation_config.eos_token_id = None
     model.save_pretrained(tmp_path / "model")
     LlavaMiniProcessor.from_llava(llava_processor, model.config).save_pretrained(tmp_path / "model")
