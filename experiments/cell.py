@@ -55,7 +55,6 @@ def run_cell(config: Config, resolved: dict[str, Any]) -> Path | None:
     log_history, train_seconds = _train(model, processor, config, data, store.work(name), device)
     if log_history and not PartialState().is_main_process:
         return None  # of several processes that train together, one measures and writes
-    model.to(device)
 
     samples = list(single_questions(data.test.samples))
     questions = Questions(samples, processor, config.batch_size, device)
@@ -80,7 +79,7 @@ def run_cell(config: Config, resolved: dict[str, Any]) -> Path | None:
     path = store.write(record)
     log.info("percent right, %s:\n%s", record["data"]["split"], by_kind(record))
     if config.save:
-        _save(model, processor, Path(config.save))
+        _save(model, processor, store.work(name) / training.ADAPTER, Path(config.save))
     shutil.rmtree(store.work(name), ignore_errors=True)
     return path
 
@@ -92,18 +91,21 @@ def _label(config: Config) -> str:
         parts.append(f"{tokens} token{'s' * (tokens > 1)} by {config.compressor.name}")
     if config.prefusion.layers:
         parts.append(f"{config.prefusion.layers} pre-fusion layers")
+    if config.train.steps:
+        parts.append(f"{config.train.steps} steps")
+    elif config.train.epochs:
+        parts.append(f"{config.train.epochs} epoch{'s' * (config.train.epochs > 1)}")
     return ", ".join([*parts, f"seed {config.seed}"])
 
 
 def _train(
     model: PreTrainedModel, processor: ProcessorMixin, config: Config, data: Data, work: Path, device: torch.device
 ) -> tuple[list[dict[str, float]], float]:
-    if not config.train.steps:
+    if not config.train.trains:
         return [], 0.0
     if data.train is None:
-        raise ValueError(
-            f"data '{config.data.name}' has no training split to take train.steps={config.train.steps} from"
-        )
+        amount = f"train.steps={config.train.steps}" if config.train.steps else f"train.epochs={config.train.epochs}"
+        raise ValueError(f"data '{config.data.name}' has no training split to take {amount} from: give data.test_path")
     started = time.monotonic()
     if isinstance(config.model, ScratchModel) and training.last_checkpoint(work) is None:
         schooling.school(model, processor, schooling.scenes_of(data.train), config.model, work, config.seed, device)
@@ -156,12 +158,14 @@ def _model_part(model: PreTrainedModel, visual_tokens: int) -> dict[str, Any]:
     }
 
 
-def _save(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
-    """Save aside, then rename: a folder that is there is whole."""
+def _save(model: PreTrainedModel, processor: ProcessorMixin, adapter: Path, folder: Path) -> None:
+    """Save aside, then rename: a folder that is there is whole. An adapter that was trained is saved too, by itself."""
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside)
     processor.save_pretrained(aside)
+    if adapter.is_dir():
+        shutil.copytree(adapter, aside / training.ADAPTER)
     if folder.exists():
         shutil.rmtree(folder)
     aside.rename(folder)

@@ -10,6 +10,12 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+TRAIN_CHOICES = {
+    "trainable": ("all", "projector"),
+    "optimizer": ("adamw", "muon"),
+    "schedule": ("cosine", "linear", "constant", "constant_with_warmup"),
+}
+
 
 @dataclass
 class ModelConfig:
@@ -38,19 +44,57 @@ class JoinedModel(ModelConfig):
 
 @dataclass
 class TrainConfig:
-    """What transformers' Trainer is given. `steps: 0` trains nothing."""
+    """What transformers' Trainer is given. `steps` or `epochs` of 0 trains nothing.
+
+    Raises:
+        ValueError: if a field is out of its range, or does not go with another.
+    """
 
     steps: int = 0
+    epochs: int = 0  # counted instead where steps is 0
+    trainable: str = "all"  # all: all but the vision tower; projector: the projector alone
+    train_vision: bool = False  # the vision tower too
+    lora: int = 0  # rank of adapters in the language model, which itself then stays as it is; 0 for none
     optimizer: str = "adamw"  # adamw, or muon (experiments/optimizer.py)
-    batch_size: int = 32  # images a step, over all devices and accumulation steps on one process
+    batch_size: int = 32  # conversations a step, over all processes and accumulation steps
+    micro_batch: int = 0  # conversations a process takes at once, gradients adding up over a step; 0 for all of its own
+    group_by_length: bool = False  # those taken at once are of like length
     learning_rate: float = 1e-3
-    warmup: int = 20  # steps
+    projector_learning_rate: float | None = None  # where it has one of its own
+    warmup: float = 20  # steps; below 1 a share of all
     schedule: str = "cosine"
     weight_decay: float = 0.01
     adam_beta2: float = 0.98
-    train_vision: bool = False
+    max_grad_norm: float = 1.0  # longer gradients are cut to it; 0 cuts none
     bf16: bool = False
     save_every: int = 100  # steps between checkpoints that a cut run resumes from
+
+    def __post_init__(self) -> None:
+        least = {"batch_size": 1, "save_every": 1} | dict.fromkeys(
+            ("steps", "epochs", "lora", "micro_batch", "warmup", "weight_decay", "adam_beta2", "max_grad_norm"), 0
+        )
+        for name, bound in least.items():
+            if not getattr(self, name) >= bound:
+                raise ValueError(f"train.{name}: must be at least {bound}, found {getattr(self, name)}")
+        for name in ("learning_rate", "projector_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not rate > 0:
+                raise ValueError(f"train.{name}: must be more than 0, found {rate}")
+        if self.adam_beta2 >= 1:
+            raise ValueError(f"train.adam_beta2: must be below 1, found {self.adam_beta2}")
+        for name, choices in TRAIN_CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"train.{name}: no '{getattr(self, name)}'; use {' or '.join(choices)}")
+        if self.trainable == "projector" and (self.lora or self.train_vision):
+            raise ValueError("train.trainable: 'projector' trains the projector alone; leave out lora and train_vision")
+        if self.lora and self.train_vision:
+            raise ValueError("train.lora: adapters leave the vision tower as it is; leave out train_vision")
+        if self.projector_learning_rate is not None and self.optimizer != "adamw":
+            raise ValueError("train.projector_learning_rate: only adamw knows one; leave it out or use adamw")
+
+    @property
+    def trains(self) -> bool:
+        return self.steps > 0 or self.epochs > 0
 
 
 @dataclass
@@ -111,8 +155,9 @@ class LlavaJsonData(DataConfig):
     """LLaVA-format JSON. Without `test_path` all of `path` is the test split and there is no training split."""
 
     path: str = MISSING
-    images: str = MISSING
+    images: str = MISSING  # the folder that images and videos are in
     test_path: str | None = None
+    frames: int = 8  # of each video, spread evenly (8: the released training code)
 
 
 @dataclass

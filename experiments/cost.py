@@ -19,15 +19,13 @@ def forward_cost(model: PreTrainedModel, questions: Questions) -> dict[str, Any]
     Attention is run by its plain matrix products, since torch counts nothing inside fused kernels on a CPU; causal
     attention counts in full, as torch does.
     """
-    inputs = {name: tensor[:1] for name, tensor in next(questions.batches("cost")).items() if name != "labels"}
-    kept = inputs["attention_mask"][0].bool()
-    inputs |= {name: inputs[name][:, kept] for name in ("input_ids", "attention_mask")}
+    inputs = {name: tensor for name, tensor in questions.first("cost").items() if name != "labels"}
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**inputs)
     visual = int(TokenMap.from_inputs(model, inputs).mask("vision").sum())
     return {
         "flops": float(counter.get_total_flops()),
-        "text_tokens": int(kept.sum()) - visual,
+        "text_tokens": inputs["input_ids"].shape[1] - visual,
         "visual_tokens": visual,
         "convention": "multiply and add are 2; one question with its answer, all matrix products and attention, counted by torch",
     }

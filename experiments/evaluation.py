@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,11 +18,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from experiments.data.conversation import IGNORED, Collator, Encoder
-from experiments.data.samples import Sample
+from experiments.data.samples import Picture, Sample
 from experiments.models import inference
+from llava_mini.video import Video
 
 Inputs = dict[str, Tensor]
 Around = Callable[[Inputs], contextlib.AbstractContextManager[Any]]
+GREY = (128, 128, 128)
 
 
 class Questions:
@@ -32,16 +35,23 @@ class Questions:
     ) -> None:
         encoder = Encoder(processor)
         self.device = device
-        self.items = [
-            {**encoder(sample), "image": sample.image} for sample in tqdm(samples, desc="encode", leave=False)
-        ]
-        self._loader = DataLoader(self.items, batch_size, collate_fn=Collator(processor, side="left"))  # type: ignore[arg-type]
+        with tqdm(samples, desc="encode", leave=False) as bar:
+            self.items = [encoder(sample) for sample in bar]
+        collate = Collator(processor, side="left")
+        self._loader, self._single = (DataLoader(self.items, n, collate_fn=collate) for n in (batch_size, 1))  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return len(self.items)
 
     def batches(self, say: str) -> Iterator[Inputs]:
-        for batch in tqdm(self._loader, desc=say, leave=False):
+        return self._served(self._loader, say)
+
+    def first(self, say: str) -> Inputs:
+        """The first question alone."""
+        return next(self._served(self._single, say))
+
+    def _served(self, loader: DataLoader[Any], say: str) -> Iterator[Inputs]:
+        for batch in tqdm(loader, desc=say, leave=False):
             yield {name: tensor.to(self.device) for name, tensor in batch.items()}
 
 
@@ -75,19 +85,25 @@ def correct(
 
 
 def blank(samples: Sequence[Sample]) -> list[Sample]:
-    """The same questions about a grey picture of the same size."""
+    """The same questions about grey pictures of the same size, and of a video as many frames."""
 
-    def grey(image: Image.Image) -> Image.Image:
-        return Image.new("RGB", image.size, (128, 128, 128))
+    def grey(load: Callable[[], Picture]) -> Picture:
+        picture = load()
+        if isinstance(picture, Video):
+            return Video([Image.new("RGB", next(iter(picture)).size, GREY)] * len(picture))
+        return Image.new("RGB", picture.size, GREY)
 
-    return [replace(s, load=partial(grey, s.image)) if s.image else s for s in samples]
+    return [replace(s, load=tuple(partial(grey, load) for load in s.load)) for s in samples]
 
 
 def shuffled(samples: Sequence[Sample]) -> list[Sample]:
-    """The same questions, each about the picture that belongs to the question half the set away."""
-    half = len(samples) // 2
-    others = [*samples[half:], *samples[:half]]
-    return [replace(s, load=other.load) for s, other in zip(samples, others, strict=True)]
+    """The same questions, each about the pictures that belong to the question half the set away, among those that have
+    as many images and videos in the same order."""
+    alike: dict[tuple[str, ...], list[Sample]] = defaultdict(list)
+    for sample in samples:
+        alike[tuple(sample.slots)].append(sample)
+    others = {slots: iter([*some[len(some) // 2 :], *some[: len(some) // 2]]) for slots, some in alike.items()}
+    return [replace(s, load=next(others[tuple(s.slots)]).load) for s in samples]
 
 
 def as_digits(outcomes: Bool[Tensor, " questions"]) -> str:

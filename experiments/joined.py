@@ -15,13 +15,12 @@ from transformers import (
 
 from experiments.data.samples import IMAGE_SLOT
 
-# Turns message parts into plain strings, each image into its slot and a new line, for the text template that follows.
+# Turns message parts into plain strings, each picture into its slot and a new line, for the text template that follows.
 _FLATTEN = (
     "{%- set flat = namespace(messages=[]) -%}{%- for message in messages -%}"
     "{%- set content -%}{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
-    "{%- for part in message['content'] -%}{{ '"
-    + IMAGE_SLOT
-    + "\n' if part['type'] == 'image' else part['text'] }}{%- endfor -%}"
+    "{%- for part in message['content'] -%}"
+    "{{ '<' + part['type'] + '>\n' if part['type'] in ('image', 'video') else part['text'] }}{%- endfor -%}"
     "{%- endif -%}{%- endset -%}"
     "{%- set flat.messages = flat.messages + [{'role': message['role'], 'content': content}] -%}{%- endfor -%}"
     "{%- set messages = flat.messages -%}"

@@ -1,8 +1,9 @@
-"""Muon for the matrices inside a model, AdamW for the rest, behind one optimizer that Trainer can hold."""
+"""Muon for the matrices inside a model, AdamW for the rest, behind one optimizer that Trainer can hold; and a learning
+rate of their own for some parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -53,3 +54,12 @@ class MuonAdamW(Optimizer):
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+def give_own_rate(optimizer: Optimizer, parameters: Iterable[nn.Parameter], rate: float) -> None:
+    """Move parameters of a fresh optimizer to groups like theirs but for the learning rate."""
+    own = {id(p) for p in parameters}
+    for group in list(optimizer.param_groups):
+        if moved := [p for p in group["params"] if id(p) in own]:
+            group["params"] = [p for p in group["params"] if id(p) not in own]
+            optimizer.add_param_group({**group, "params": moved, "lr": rate})

@@ -18,7 +18,7 @@ from experiments import config as configuration
 log = logging.getLogger("experiments.run")  # under `python -m` __name__ is "__main__"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _full_error_wanted = os.environ.get(_FULL_ERROR) == "1"
-EXPECTED = (HydraException, OmegaConfBaseException, ValueError, OSError)  # what wrong input ends in
+EXPECTED = (HydraException, OmegaConfBaseException, ValueError, OSError, ImportError)  # what wrong input ends in
 
 
 def asset(name: str) -> str:
@@ -32,13 +32,10 @@ def cell(config: DictConfig) -> None:
     from experiments.cell import run_cell
     from experiments.drawing import draw_record
 
-    failure: Exception | None = None
     try:
         path = run_cell(OmegaConf.to_object(config), configuration.resolved(config))  # type: ignore[arg-type]
     except EXPECTED as error:
-        failure = error
-    if failure is not None:  # here already, since Hydra would add a line of its own; and past the handler, so that
-        stop(failure)  # nothing holds the stack with its progress bars
+        stop(error)  # here already: Hydra would add a line of its own
     if path is None:
         return
     figures = draw_record(path)
@@ -49,11 +46,7 @@ def stop(error: BaseException) -> NoReturn:
     """End with one line, or with the whole stack where HYDRA_FULL_ERROR=1 asks for it."""
     if _full_error_wanted:
         raise error
-    message = one_line(error)
-    cause: BaseException | None = error
-    while cause is not None:  # lets go of progress bars, which then end their line
-        cause.__traceback__, cause = None, cause.__cause__ or cause.__context__
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(error)}", file=sys.stderr)
     sys.exit(1)
 
 

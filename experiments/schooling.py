@@ -34,7 +34,7 @@ def school(
     device: torch.device,
 ) -> None:
     """Train in place, each stage in a folder of its own below `work` so that a cut run goes on where it was."""
-    if config.tower.steps:
+    if config.tower.trains:
         tower.pretrain(model.model.vision_tower, processor, samples, config.tower, work / "tower", seed, device)
-    if config.describe.steps:
+    if config.describe.trains:
         training.train(model, processor, samples.described(), config.describe, work / "describe", seed, device)

@@ -23,7 +23,7 @@ ROPE_THETA = 1e6
 ROLES = ("<user>", "<assistant>")
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<' + message['role'] + '>' }}"
-    "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "{% for part in message['content'] %}{{ '<' + part['type'] + '>' if part['type'] in ('image', 'video') else part['text'] }}{% endfor %}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )

@@ -10,17 +10,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from experiments import lora
 from experiments.config import TrainConfig
 from experiments.data.conversation import Collator, Encoder
-from experiments.data.samples import Sample
-from experiments.optimizer import MuonAdamW
+from experiments.data.samples import VIDEO_SLOT, Sample
+from experiments.optimizer import MuonAdamW, give_own_rate
+from experiments.order import SortedSteps
 
 log = logging.getLogger(__name__)
 _TRAINER_STATE = "trainer_state.json"  # Trainer writes it last: a checkpoint that has it whole is whole
+PROJECTOR = "multi_modal_projector"
+ADAPTER = "adapter"  # a folder among the checkpoints
 
 
 class Conversations(Dataset[dict[str, Any]]):
@@ -33,16 +37,38 @@ class Conversations(Dataset[dict[str, Any]]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = self.samples[index]
-        return {**self.encoder(sample), "image": sample.image}
+        return self.encoder(self.samples[index])
+
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """Of each sample the number of its videos, of its pictures and of its characters, without a look at a picture."""
+        return [
+            (s.slots.count(VIDEO_SLOT), len(s.slots), sum(len(turn["value"]) for turn in s.conversations))
+            for s in self.samples
+        ]
 
 
 class ResumingTrainer(Trainer):
-    """A Trainer that resumes models whose weights are renamed when they are saved.
+    """A Trainer that may take rows in an order of ours, may give the projector a learning rate of its own, and resumes
+    models whose weights are renamed when they are saved.
 
     transformers writes LLaVA's weights under the names of its older layout, and Trainer reads them back by name without
     the renaming that `from_pretrained` does: it would go on from the weights at hand, with a warning alone.
     """
+
+    def __init__(self, *, order: SortedSteps | None, projector_rate: float | None, **kwargs: Any) -> None:
+        self.order, self.projector_rate = order, projector_rate
+        super().__init__(callbacks=[order] if order else None, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        return super()._get_train_sampler(train_dataset) if self.order is None else self.order
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh and self.projector_rate is not None:
+            named = (self.model if model is None else model).named_parameters()
+            give_own_rate(optimizer, [p for name, p in named if PROJECTOR in name], self.projector_rate)
+        return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.model if model is None else model
@@ -67,6 +93,24 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def share(config: TrainConfig, processes: int) -> tuple[int, int]:
+    """How many of a step's rows a process takes at once, and how many times it does.
+
+    Raises:
+        ValueError: if the step's rows cannot be shared evenly.
+    """
+    rows, left = divmod(config.batch_size, processes)
+    if left or not rows:
+        raise ValueError(f"train.batch_size {config.batch_size} cannot be shared evenly by {processes} processes")
+    at_once = min(config.micro_batch or rows, rows)
+    if rows % at_once:
+        raise ValueError(
+            f"train.micro_batch {at_once} does not divide the {rows} rows that each process takes a step "
+            f"(train.batch_size {config.batch_size}, processes {processes})"
+        )
+    return at_once, rows // at_once
+
+
 def fit(
     model: nn.Module,
     data: Dataset[dict[str, Any]],
@@ -75,23 +119,27 @@ def fit(
     work: Path,
     seed: int,
     device: torch.device,
+    sizes: Sequence[Any] | None = None,
 ) -> list[dict[str, float]]:
-    """Train in place for `config.steps` steps, from the newest whole checkpoint in `work` if there is one.
+    """Train in place for `config.steps` steps or `config.epochs` epochs, from the newest whole checkpoint in `work` if
+    there is one. `config.batch_size` rows make a step, whatever the processes of a distributed launch.
 
-    `config.batch_size` images make a step, shared evenly among the processes of a distributed launch.
+    Args:
+        sizes: What the rows of a step are sorted by; see [`SortedSteps`].
 
     Returns:
         Trainer's log: loss, learning rate and gradient norm by step.
     """
     arguments = TrainingArguments(
         output_dir=str(work),
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
+        max_steps=config.steps or -1,
+        num_train_epochs=config.epochs,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.schedule,
         warmup_steps=config.warmup,
         weight_decay=config.weight_decay,
         adam_beta2=config.adam_beta2,
+        max_grad_norm=config.max_grad_norm,
         bf16=config.bf16,
         save_steps=config.save_every,
         save_total_limit=2,
@@ -103,23 +151,24 @@ def fit(
         report_to="none",
         disable_tqdm=False,
     )
-    if config.batch_size % arguments.world_size:
-        raise ValueError(
-            f"train.batch_size {config.batch_size} cannot be shared evenly by {arguments.world_size} processes"
-        )
-    arguments.per_device_train_batch_size = config.batch_size // arguments.world_size
+    # one device a process: DataParallel would count a step's rows once for each, and tear rows from their pictures
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    at_once, times = share(config, arguments.world_size)
+    arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = at_once, times
     trainer = ResumingTrainer(
         model=model,
         args=arguments,
         train_dataset=data,
         data_collator=collate,
         optimizers=(_optimizer(model, config), None),
+        order=SortedSteps(sizes, config.batch_size, seed) if sizes else None,
+        projector_rate=config.projector_learning_rate,
     )
     found = last_checkpoint(work)
     if found:
         log.info("resuming from %s", found)
         state = TrainerState.load_from_json(str(found / _TRAINER_STATE))
-        if state.global_step == config.steps:  # Trainer would take a step before it sees that it is done
+        if state.global_step == (config.steps or state.max_steps):  # Trainer would take a step before it sees that
             trainer._load_from_checkpoint(str(found))
             return state.log_history
     trainer.train(resume_from_checkpoint=str(found) if found else None)
@@ -130,13 +179,19 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer |
     """None leaves the choice to Trainer, which takes AdamW."""
     if config.optimizer == "muon":
         return MuonAdamW(model, config.learning_rate, config.weight_decay, (0.9, config.adam_beta2))
-    if config.optimizer != "adamw":
-        raise ValueError(f"train.optimizer: no optimizer '{config.optimizer}'; use adamw or muon")
     return None
 
 
+def choose_parameters(model: nn.Module, config: TrainConfig) -> None:
+    """Let the parameters learn that `config` says, and no others: LLaVA-Mini's first stage trains the projector alone,
+    its second all but the vision tower."""
+    model.requires_grad_(config.trainable == "all")
+    model.get_submodule(f"model.{PROJECTOR}").requires_grad_(True)
+    model.get_submodule("model.vision_tower").requires_grad_(config.train_vision)
+
+
 def train(
-    model: nn.Module,
+    model: PreTrainedModel,
     processor: Any,
     samples: Sequence[Sample],
     config: TrainConfig,
@@ -144,8 +199,13 @@ def train(
     seed: int,
     device: torch.device,
 ) -> list[dict[str, float]]:
-    """Train a LLaVA or LLaVA-Mini on conversations, its vision tower frozen unless `config.train_vision`."""
-    model.requires_grad_(True)
-    model.get_submodule("model.vision_tower").requires_grad_(config.train_vision)
+    """Train a LLaVA or LLaVA-Mini on conversations, in place. With `config.lora` adapters are trained, left in `work`,
+    and merged into the model."""
     data = Conversations(samples, Encoder(processor))
-    return fit(model, data, Collator(processor), config, work, seed, device)
+    sizes = data.sizes() if config.group_by_length else None
+    choose_parameters(model, config)
+    adapted = lora.adapt(model, config.lora) if config.lora else None
+    history = fit(adapted or model, data, Collator(processor), config, work, seed, device, sizes)
+    if adapted:
+        lora.merge(adapted, work / ADAPTER)
+    return history

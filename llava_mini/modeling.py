@@ -312,6 +312,7 @@ class LlavaMiniForConditionalGeneration(LlavaMiniPreTrainedModel, LlavaForCondit
             )
         finally:
             logging.set_verbosity(verbosity)
+        model.name_or_path = model.config.name_or_path = llava.name_or_path
         return model.to(llava.device)
 
     def forward(

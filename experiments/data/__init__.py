@@ -47,10 +47,8 @@ def load_data(config: DataConfig) -> Data:
         )
         return Data(train, _one_question_each(test))
     if isinstance(config, LlavaJsonData):
+        test = load_llava_json(config.test_path or config.path, config.images, "test", config.test, config.frames)
         if config.test_path is None:
-            return Data(None, load_llava_json(config.path, config.images, "test", config.test))
-        return Data(
-            load_llava_json(config.path, config.images, "train", config.train),
-            load_llava_json(config.test_path, config.images, "test", config.test),
-        )
+            return Data(None, test)
+        return Data(load_llava_json(config.path, config.images, "train", config.train, config.frames), test)
     raise TypeError(f"no data set for a {type(config).__name__}")

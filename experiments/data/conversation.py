@@ -2,39 +2,56 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
-from experiments.data.samples import IMAGE_SLOT, Sample
+from experiments.data.samples import IMAGE_SLOT, SLOT, VIDEO_SLOT, Sample
+from llava_mini import LlavaMiniProcessor
 
 IGNORED = -100
-Encoded = dict[str, list[int]]
+Encoded = dict[str, Any]
+Spans = list[tuple[int, int]]  # of characters
 
 
 def messages(sample: Sample) -> list[dict[str, Any]]:
-    """LLaVA turns -> transformers chat messages."""
-    chat: list[dict[str, Any]] = []
-    for turn in sample.conversations:
-        text = turn["value"]
-        content: list[dict[str, str]] = [{"type": "image"}] * text.count(IMAGE_SLOT)
-        content.append({"type": "text", "text": text.replace(IMAGE_SLOT, "").strip()})
-        chat.append({"role": "user" if turn["from"] == "human" else "assistant", "content": content})
-    return chat
+    """LLaVA turns -> transformers chat messages.
+
+    A turn's only picture goes before its text, as LLaVA's own training code has it; several stay where they are.
+    """
+    roles = {"human": "user", "gpt": "assistant"}
+    return [{"role": roles[turn["from"]], "content": _content(turn["value"])} for turn in sample.conversations]
+
+
+def _content(text: str) -> list[dict[str, str]]:
+    slots = SLOT.findall(text)
+    if len(slots) == 1:
+        parts = [slots[0], SLOT.sub("", text).strip()]
+    else:  # a template writes the line break after a picture
+        parts = re.split(rf"({SLOT.pattern})\n?", text.strip())
+    types = {IMAGE_SLOT: "image", VIDEO_SLOT: "video"}
+    return [{"type": types[part]} if part in types else {"type": "text", "text": part} for part in parts if part]
 
 
 class Encoder:
-    """Turns samples into `input_ids` and `labels`; `labels` is -100 but on answers and the end-of-turn token after each.
+    """Turns samples into `input_ids`, `labels` and pictures; `labels` is -100 but on answers and the end-of-turn token
+    after each.
 
     Where answers lie is read off the template itself: the text of the chat up to a question, with the header that asks
-    for an answer, against the text up to the answer. The text is tokenised once, as a whole. Works with fast tokenizers
-    (offsets are needed).
+    for an answer, against the text up to the answer. The text is tokenised once, as a whole, with the start token if
+    the template leaves it to the tokenizer. Works with fast tokenizers (offsets are needed).
+
+    The pictures of a LLaVA-Mini's processor come as `pixel_values`, a stream that is read when a batch is put together,
+    and their `visual_layout`; those of any other, which must be images, as `images`.
 
     Raises:
-        ValueError: if the template writes earlier turns anew when a later one is added.
+        ValueError: if the template writes earlier turns anew when a later one is added, or leaves a picture out, or the
+            processor takes no videos and the sample has one.
     """
 
     def __init__(self, processor: ProcessorMixin) -> None:
@@ -42,6 +59,67 @@ class Encoder:
         self.tokenizer = processor.tokenizer
         self.image_token = processor.image_token
         self._visual_tokens: dict[tuple[int, int], int] = {}
+
+    def __call__(self, sample: Sample) -> Encoded:
+        text, answers = self._render(sample)
+        for token, slot in ((self.image_token, IMAGE_SLOT), (VIDEO_SLOT, VIDEO_SLOT)):
+            if (written := text.count(token)) != (needed := sample.slots.count(slot)):
+                raise ValueError(
+                    f"sample {sample.id}: the chat template writes {written} {token} where the sample has {needed} {slot}"
+                )
+        bos = self.tokenizer.bos_token
+        special = not (bos and text.startswith(bos))
+        encode = self._mini if isinstance(self.processor, LlavaMiniProcessor) else self._plain
+        ids, is_answer, pictures = encode(sample, text, answers, special)
+        labels = [i if hit else IGNORED for i, hit in zip(ids, is_answer, strict=True)]
+        return {"input_ids": ids, "labels": labels, **pictures}
+
+    def _render(self, sample: Sample) -> tuple[str, Spans]:
+        """The conversation as text, and where in it the answers are."""
+        chat = messages(sample)
+        text, answers = "", []
+        for end in range(1, len(chat), 2):
+            head = self.processor.apply_chat_template(chat[:end], tokenize=False, add_generation_prompt=True)
+            text = self.processor.apply_chat_template(chat[: end + 1], tokenize=False)
+            if not text.startswith(head):
+                raise ValueError(
+                    f"sample {sample.id}: the chat template does not write the conversation turn by turn, so its answers "
+                    "cannot be found; use a template whose text only grows with each turn"
+                )
+            answers.append((len(head), len(text.rstrip())))
+        return text, answers
+
+    def _mini(
+        self, sample: Sample, text: str, answers: Spans, special: bool
+    ) -> tuple[list[int], list[bool], dict[str, Any]]:
+        coded = self.processor(
+            text=[text],
+            images=[p for p in sample.pictures if isinstance(p, Image.Image)],
+            videos=[p for p in sample.pictures if not isinstance(p, Image.Image)],
+            answer_spans=[answers],
+            stream=True,
+            add_special_tokens=special,
+        )
+        pictures = {name: coded[name] for name in ("pixel_values", "visual_layout") if name in coded}
+        return coded["input_ids"][0], coded["answer_mask"][0], pictures
+
+    def _plain(
+        self, sample: Sample, text: str, answers: Spans, special: bool
+    ) -> tuple[list[int], list[bool], dict[str, Any]]:
+        if VIDEO_SLOT in sample.slots:
+            name = type(self.processor).__name__
+            raise ValueError(f"sample {sample.id}: a {name} takes images, not videos; LLaVA-Mini takes both")
+        counts = [self.visual_tokens(image) for image in sample.pictures]
+
+        def stretch(part: str) -> str:
+            """The start of the text, with as many image tokens for each image as it takes."""
+            each = iter(counts)
+            return re.sub(re.escape(self.image_token), lambda slot: slot[0] * next(each), part)
+
+        spans = [(len(stretch(text[:a])), len(stretch(text[:b]))) for a, b in answers]
+        coded = self.tokenizer(stretch(text), return_offsets_mapping=True, add_special_tokens=special)
+        is_answer = [any(a <= start and stop <= b for a, b in spans) for start, stop in coded["offset_mapping"]]
+        return coded["input_ids"], is_answer, {"images": sample.pictures}
 
     def visual_tokens(self, image: Any) -> int:
         """How many tokens the processor puts in the place of an image of this size: asked of it once for each size."""
@@ -51,34 +129,9 @@ class Encoder:
             self._visual_tokens[image.size] = torch.as_tensor(ids).eq(image_id).sum().item()
         return self._visual_tokens[image.size]
 
-    def _render(self, chat: list[dict[str, Any]], ask: bool) -> str:
-        return self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=ask)
-
-    def __call__(self, sample: Sample) -> Encoded:
-        chat = messages(sample)
-        spans = []
-        for end in range(1, len(chat), 2):
-            head, whole = self._render(chat[:end], ask=True), self._render(chat[: end + 1], ask=False)
-            if not whole.startswith(head):
-                raise ValueError(
-                    f"sample {sample.id}: the chat template does not write the conversation turn by turn, so its answers "
-                    "cannot be found; use a template whose text only grows with each turn"
-                )
-            spans.append((len(head), len(head) + len(whole[len(head) :].rstrip())))
-        text = whole
-        if sample.load:
-            slot = text.index(self.image_token)
-            extra = (self.visual_tokens(sample.image) - 1) * len(self.image_token)
-            spans = [(a + extra, b + extra) if a > slot else (a, b) for a, b in spans]
-            text = text.replace(self.image_token, self.image_token * (1 + extra // len(self.image_token)))
-        coded = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
-        answer = [any(a <= start and stop <= b for a, b in spans) for start, stop in coded["offset_mapping"]]
-        ids = coded["input_ids"]
-        return {"input_ids": ids, "labels": [i if hit else IGNORED for i, hit in zip(ids, answer, strict=True)]}
-
 
 class Collator:
-    """Encoded samples with their images -> one padded batch of tensors."""
+    """Encoded samples -> one padded batch of tensors with the pixels of their pictures."""
 
     def __init__(self, processor: ProcessorMixin, side: str = "right") -> None:
         self.image_processor = processor.image_processor
@@ -86,8 +139,8 @@ class Collator:
         pad = processor.tokenizer.pad_token_id
         self._fill: dict[str, int] = {"input_ids": pad, "labels": IGNORED, "attention_mask": 0}
 
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        rows: dict[str, Callable[[dict[str, Any]], list[int]]] = {
+    def __call__(self, items: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        rows: dict[str, Callable[[Encoded], list[int]]] = {
             "input_ids": lambda x: x["input_ids"],
             "labels": lambda x: x["labels"],
             "attention_mask": lambda x: [1] * len(x["input_ids"]),
@@ -96,7 +149,10 @@ class Collator:
             name: pad_sequence([torch.tensor(row(x)) for x in items], True, self._fill[name], padding_side=self.side)
             for name, row in rows.items()
         }
-        images = [x["image"] for x in items if x["image"] is not None]
-        if images:
+        if images := [image for x in items for image in x.get("images", ())]:
             batch |= self.image_processor(images, return_tensors="pt")
+        if crops := [frame for x in items for frame in x.get("pixel_values", ())]:
+            batch["pixel_values"] = torch.cat(crops)
+            shown = [(i, x["visual_layout"]) for i, x in enumerate(items) if "visual_layout" in x]
+            batch["visual_layout"] = torch.cat([layout + torch.tensor([i, 0, 0]) for i, layout in shown])
         return batch

@@ -1,35 +1,32 @@
-"""Your own data: a LLaVA-format JSON file and a folder of images."""
+"""Your own data: a LLaVA-format JSON file and a folder of images and videos."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
-from experiments.data.samples import IMAGE_SLOT, Sample, Split, fingerprint
+from experiments.data.samples import IMAGE_SLOT, SLOT, VIDEO_SLOT, Picture, Sample, Split, fingerprint
+from llava_mini.tiles import to_rgb
+from llava_mini.video import Video
 
 _FROM = ("human", "gpt")
+_KIND = {IMAGE_SLOT: "image", VIDEO_SLOT: "video"}
 
 
-def open_image(path: Path) -> Image.Image:
-    """An image as RGB.
-
-    Raises:
-        ValueError: if the file is no image, or a broken one.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"'{path}' cannot be read as an image: {str(error).splitlines()[0]}") from error
+def _files(entry: dict[str, Any], kind: str, where: str) -> list[str]:
+    """The paths under "image" or "video", which is absent, one path or a list of them."""
+    given = entry.get(kind)
+    paths = [] if given is None else given if isinstance(given, list) else [given]
+    if not all(isinstance(path, str) for path in paths):
+        raise ValueError(f'{where}: "{kind}" is a path or a list of paths, found {str(given)[:80]}')
+    return paths
 
 
-def _entry(entry: Any, index: int, source: Path, images: Path) -> dict[str, Any]:
-    """An entry of the file, checked."""
+def _entry(entry: Any, index: int, source: Path, folder: Path) -> dict[str, Any]:
+    """An entry of the file, checked; "image" and "video" become lists, and a video's slot `<video>`."""
     where = f"'{source}', entry {index}"
     if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
         raise ValueError(f'{where}: not an object with a list of "conversations"')
@@ -43,51 +40,69 @@ def _entry(entry: Any, index: int, source: Path, images: Path) -> dict[str, Any]
         raise ValueError(
             f"{where}: a conversation needs an answer to each question, and this one has {len(turns)} turns"
         )
-    slots = sum(turn["value"].count(IMAGE_SLOT) for turn in turns)
-    image = entry.get("image")
-    if slots != (image is not None) or (slots and IMAGE_SLOT not in turns[0]["value"]):
-        raise ValueError(
-            f"{where}: needs one {IMAGE_SLOT} in its first turn if it has an image and none if not, found {slots}"
-        )
-    if image is not None and not (isinstance(image, str) and (images / image).is_file()):
-        raise FileNotFoundError(f"{where}: no image '{images / str(image)}'")
+    files = {kind: _files(entry, kind, where) for kind in _KIND.values()}
+    if files["video"] and not files["image"]:  # the released video data has `<image>` there
+        turns = [turn | {"value": turn["value"].replace(IMAGE_SLOT, VIDEO_SLOT)} for turn in turns]
+    for slot, kind in _KIND.items():
+        slots = sum(turn["value"].count(slot) for turn in turns[::2])
+        if slots != len(files[kind]):
+            raise ValueError(
+                f"{where}: its questions need one {slot} for each of its {len(files[kind])} {kind}s, found {slots}"
+            )
+    for i, turn in enumerate(turns[1::2]):
+        if found := SLOT.search(turn["value"]):
+            raise ValueError(f"{where}, turn {2 * i + 1}: an answer holds {found[0]}, and pictures belong to questions")
+    for kind, paths in files.items():
+        for path in paths:
+            if not (folder / path).is_file():
+                raise FileNotFoundError(f"{where}: no {kind} '{folder / path}'")
     kinds = entry.get("kinds", ["question"] * (len(turns) // 2))
     if not isinstance(kinds, list) or len(kinds) != len(turns) // 2:
         raise ValueError(f'{where}: "kinds" names the type of each question, and there are {len(turns) // 2} questions')
-    return entry | {"kinds": kinds}
+    return entry | files | {"conversations": turns, "kinds": kinds}
 
 
 class JsonSamples(Sequence[Sample]):
-    """Checked entries; images are read when they are asked for."""
+    """Checked entries; pictures are read when they are asked for."""
 
-    def __init__(self, entries: list[dict[str, Any]], images: Path) -> None:
-        self.entries, self.images = entries, images
+    def __init__(self, entries: list[dict[str, Any]], folder: Path, frames: int) -> None:
+        self.entries, self.folder, self.frames = entries, folder, frames
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
         entry = self.entries[index]
-        load = partial(open_image, self.images / entry["image"]) if "image" in entry else None
-        return Sample(str(entry.get("id", index)), load, entry["conversations"], entry["kinds"])
+        turns = entry["conversations"]
+        readers: dict[str, Iterator[Callable[[], Picture]]] = {
+            IMAGE_SLOT: (partial(to_rgb, self.folder / path) for path in entry["image"]),
+            VIDEO_SLOT: (partial(Video, self.folder / path, frames=self.frames) for path in entry["video"]),
+        }
+        slots = [slot for turn in turns for slot in SLOT.findall(turn["value"])]
+        return Sample(str(entry.get("id", index)), tuple(next(readers[slot]) for slot in slots), turns, entry["kinds"])
 
 
-def load_llava_json(path: str, images: str, split: str, count: int = 0) -> Split:
+def load_llava_json(path: str, images: str, split: str, count: int = 0, frames: int = 8) -> Split:
     """The first `count` conversations of a LLaVA-format JSON file, or all for 0.
 
-    Each entry has "conversations" (turns from "human" and "gpt", alternating), an "image" (a path below `images`) unless
-    it is text alone, and may have an "id" and "kinds", the type of each of its questions. The fingerprint covers the
-    file's bytes and the names and sizes of its images.
+    Each entry has "conversations" (turns from "human" and "gpt", alternating), an "image" or a "video" (a path below
+    `images`, or a list of them) unless it is text alone, and may have an "id" and "kinds", the type of each of its
+    questions. The questions hold `<image>` or `<video>` where the pictures are; beside a "video" alone, `<image>` means
+    the video. Of each video `frames` are taken, spread evenly. The fingerprint covers the file's bytes and the names and
+    sizes of its pictures.
 
     Raises:
-        FileNotFoundError: if the file, the folder or an image is missing.
-        ValueError: if the file is no JSON, an entry is no conversation, or an image is none (when it is read).
+        FileNotFoundError: if the file, the folder or a picture is missing.
+        ValueError: if the file is no JSON, an entry is no conversation, its slots are not those of its pictures, or (when
+            it is read) a picture is none.
     """
     source, folder = Path(path), Path(images)
     if not source.is_file():
         raise FileNotFoundError(f"data.path: no file '{source}'")
     if not folder.is_dir():
         raise FileNotFoundError(f"data.images: no folder '{folder}'")
+    if frames < 1:
+        raise ValueError(f"data.frames: {frames} frames of a video show nothing; use 1 or more")
     text = source.read_bytes()
     try:
         entries = json.loads(text)
@@ -98,5 +113,6 @@ def load_llava_json(path: str, images: str, split: str, count: int = 0) -> Split
             f"'{source}': expected a list of conversations, found {type(entries).__name__ if entries else 'none'}"
         )
     checked = [_entry(entry, i, source, folder) for i, entry in enumerate(entries[: count or None])]
-    sizes = [(e["image"], (folder / e["image"]).stat().st_size) for e in checked if "image" in e]
-    return Split(split, JsonSamples(checked, folder), fingerprint(text, sizes, count))
+    sizes = {kind: [(p, (folder / p).stat().st_size) for e in checked for p in e[kind]] for kind in _KIND.values()}
+    videos = [sizes["video"], frames] if sizes["video"] else []
+    return Split(split, JsonSamples(checked, folder, frames), fingerprint(text, sizes["image"], count, *videos))

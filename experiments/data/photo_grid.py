@@ -61,7 +61,7 @@ class PhotoGrids(Sequence[Sample]):
         asked = ask(candidates, dict.fromkeys(candidates, 1), np.random.default_rng([self.seed, index]))
         turns = conversation((question, answer) for _, question, answer in asked)
         kinds = [kind for kind, _, _ in asked]
-        return Sample(f"photos-{self.split}-{self.seed}-{index}", partial(self.draw, index), turns, kinds)
+        return Sample(f"photos-{self.split}-{self.seed}-{index}", (partial(self.draw, index),), turns, kinds)
 
     def draw(self, index: int) -> Image.Image:
         side = self.grid * self.cell

@@ -1,9 +1,10 @@
-"""What a data set is here: images with conversations in LLaVA's format, and the guess that needs no image."""
+"""What a data set is here: pictures with conversations in LLaVA's format, and the guess that needs no picture."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,30 +12,45 @@ from functools import cached_property
 
 from PIL import Image
 
-IMAGE_SLOT = "<image>"
+from llava_mini.video import Video
+
+IMAGE_SLOT, VIDEO_SLOT = "<image>", "<video>"
+SLOT = re.compile(f"{IMAGE_SLOT}|{VIDEO_SLOT}")
+Picture = Image.Image | Video
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and what is said about it, as LLaVA's training files have it.
+    """Pictures and what is said about them, as LLaVA's training files have it.
 
-    `load` draws or reads the picture. `conversations` alternates `{"from": "human", "value": ...}` and `{"from": "gpt", "value": ...}`; the first human turn
-    holds `<image>` where there is an image. `kinds` names the type of each question, one an answer.
+    `load` draws or reads each picture: none for text alone. `conversations` alternates `{"from": "human", "value": ...}`
+    and `{"from": "gpt", "value": ...}`; the human turns hold `<image>` or `<video>` for each picture, in order. `kinds`
+    names the type of each question, one an answer.
     """
 
     id: str
-    load: Callable[[], Image.Image] | None
+    load: tuple[Callable[[], Picture], ...]
     conversations: list[dict[str, str]]
     kinds: list[str]
 
     @cached_property
+    def pictures(self) -> list[Picture]:
+        """Drawn or read when they are first asked for; a video's frames only when they are gone through."""
+        return [load() for load in self.load]
+
+    @property
     def image(self) -> Image.Image | None:
-        """The picture, drawn or read when it is first asked for; None for text alone."""
-        return self.load() if self.load else None
+        """The picture of a sample about one image; None for any other sample."""
+        only = self.pictures[0] if len(self.load) == 1 else None
+        return only if isinstance(only, Image.Image) else None
+
+    @property
+    def slots(self) -> list[str]:
+        return [slot for turn in self.conversations[::2] for slot in SLOT.findall(turn["value"])]
 
     @property
     def questions(self) -> list[str]:
-        return [turn["value"].replace(IMAGE_SLOT, "").strip() for turn in self.conversations[::2]]
+        return [SLOT.sub("", turn["value"]).strip() for turn in self.conversations[::2]]
 
     @property
     def answers(self) -> list[str]:
@@ -53,12 +69,12 @@ class Split:
         return len(self.samples)
 
 
-def conversation(pairs: Iterable[tuple[str, str]], image: bool = True) -> list[dict[str, str]]:
-    """Question and answer pairs -> LLaVA turns, with the image slot before the first question."""
+def conversation(pairs: Iterable[tuple[str, str]], slots: Iterable[str] = (IMAGE_SLOT,)) -> list[dict[str, str]]:
+    """Question and answer pairs -> LLaVA turns, with the slots of all pictures before the first question."""
     turns: list[dict[str, str]] = []
     for question, answer in pairs:
-        slot = f"{IMAGE_SLOT}\n" if image and not turns else ""
-        turns += [{"from": "human", "value": slot + question}, {"from": "gpt", "value": answer}]
+        shown = "" if turns else "".join(f"{slot}\n" for slot in slots)
+        turns += [{"from": "human", "value": shown + question}, {"from": "gpt", "value": answer}]
     return turns
 
 
@@ -66,7 +82,7 @@ def single_questions(samples: Iterable[Sample]) -> Iterator[Sample]:
     """Each question as a conversation of its own, so that no earlier answer helps with a later one."""
     for sample in samples:
         for i, (question, answer) in enumerate(zip(sample.questions, sample.answers, strict=True)):
-            turns = conversation([(question, answer)], image=sample.load is not None)
+            turns = conversation([(question, answer)], sample.slots)
             yield Sample(f"{sample.id}.{i}", sample.load, turns, [sample.kinds[i]])
 
 

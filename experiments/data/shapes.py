@@ -106,7 +106,7 @@ class ShapeSamples(Sequence[Sample]):
             raise IndexError(index)
         kinds, questions, answers = zip(*self.asked(index), strict=True)
         turns = conversation(zip(questions, answers, strict=True))
-        return Sample(f"shapes-{self.split}-{self.seed}-{index}", partial(self.draw, index), turns, list(kinds))
+        return Sample(f"shapes-{self.split}-{self.seed}-{index}", (partial(self.draw, index),), turns, list(kinds))
 
     def draw(self, index: int) -> Image.Image:
         return Image.fromarray(drawing.render(self.scenes[index : index + 1])[0])

@@ -1,10 +1,14 @@
+from functools import partial
+
 import torch
+from PIL import Image
 
 from experiments.config import TrainConfig
 from experiments.data.conversation import IGNORED, messages
-from experiments.data.samples import single_questions
+from experiments.data.samples import Sample, conversation, single_questions
 from experiments.evaluation import Questions, as_digits, blank, correct, greedy_matches, shuffled
 from experiments.training import train
+from llava_mini.video import Video
 
 CPU = torch.device("cpu")
 
@@ -52,6 +56,21 @@ def test_controls_change_the_picture_and_nothing_else(few):
         assert all(a.image.tobytes() != b.image.tobytes() for a, b in zip(changed, samples, strict=True))
     assert {s.image.getcolors()[0][1] for s in blank(samples)} == {(128, 128, 128)}
     assert sorted(s.image.tobytes() for s in shuffled(samples)) == sorted(s.image.tobytes() for s in samples)
+
+
+def test_controls_of_videos_and_mixed_rows():
+    def film(level: int) -> Video:
+        return Video([Image.new("RGB", (4, 2), (level,) * 3)] * 3)
+
+    films = [Sample(f"v{i}", (partial(film, i),), conversation([("?", "a")], ["<video>"]), ["x"]) for i in range(2)]
+    image = Sample("i", (lambda: Image.new("RGB", (4, 2)),), conversation([("?", "a")]), ["x"])
+    text = Sample("t", (), conversation([("?", "a")], []), ["x"])
+    samples = [films[0], text, image, films[1]]
+    first, unchanged, alone, second = shuffled(samples)
+    assert (first.load, second.load) == (films[1].load, films[0].load)
+    assert (unchanged, alone) == (text, image)
+    (grey,) = blank(samples)[0].pictures
+    assert [frame.getcolors() for frame in grey] == [[(8, (128, 128, 128))]] * 3
 
 
 def test_as_digits():
