@@ -248,6 +248,7 @@ def test_autocast_and_gradient_checkpointing_train(tiny_mini, sample):
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable()
+            assert all(layer.gradient_checkpointing for layer in model.model.prefusion.layers)
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             model(input_ids=ids[None], pixel_values=pixels[None], labels=labels[None]).loss.backward()
