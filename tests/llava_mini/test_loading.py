@@ -187,3 +187,10 @@ def test_offloaded_modules_compute_the_same(tiny_mini, sample, tmp_path):
     )
     assert offloaded.model.compressor.query.device.type == "meta"
     torch.testing.assert_close(offloaded(input_ids=ids[None], pixel_values=pixels[None]).logits, expected)
+
+
+def test_it_remembers_the_llava_it_was_made_of(tiny_llava):
+    llava = tiny_llava()
+    llava.name_or_path = "some/llava"
+    mini = LlavaMiniForConditionalGeneration.from_llava(llava)
+    assert mini.name_or_path == mini.config.name_or_path == "some/llava"

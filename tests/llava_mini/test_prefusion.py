@@ -69,7 +69,7 @@ def test_windows_and_rotations_by_layer(attention):
     torch.manual_seed(0)
     fields = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "head_dim": 8}
     fields |= {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 4, "initializer_range": 0.3}
-    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
     config = Gemma3TextConfig(**fields, layer_types=kinds)
     decoder = Gemma3TextModel._from_config(config, attn_implementation=attention).eval()
     prefusion = Prefusion(decoder, 3).eval()
