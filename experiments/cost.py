@@ -19,7 +19,7 @@ def forward_cost(model: PreTrainedModel, questions: Questions) -> dict[str, Any]
     Attention is run by its plain matrix products, since torch counts nothing inside fused kernels on a CPU; causal
     attention counts in full, as torch does.
     """
-    inputs = {name: tensor for name, tensor in questions.first("cost").items() if name != "labels"}
+    inputs = {name: tensor for name, tensor in questions.first().items() if name != "labels"}
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**inputs)
     visual = int(TokenMap.from_inputs(model, inputs).mask("vision").sum())

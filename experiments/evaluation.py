@@ -37,22 +37,22 @@ class Questions:
         self.device = device
         with tqdm(samples, desc="encode", leave=False) as bar:
             self.items = [encoder(sample) for sample in bar]
-        collate = Collator(processor, side="left")
-        self._loader, self._single = (DataLoader(self.items, n, collate_fn=collate) for n in (batch_size, 1))  # type: ignore[arg-type]
+        self._collate = Collator(processor, side="left")
+        self._loader = DataLoader(self.items, batch_size, collate_fn=self._collate)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return len(self.items)
 
     def batches(self, say: str) -> Iterator[Inputs]:
-        return self._served(self._loader, say)
+        for batch in tqdm(self._loader, desc=say, leave=False):
+            yield self._here(batch)
 
-    def first(self, say: str) -> Inputs:
+    def first(self) -> Inputs:
         """The first question alone."""
-        return next(self._served(self._single, say))
+        return self._here(self._collate(self.items[:1]))
 
-    def _served(self, loader: DataLoader[Any], say: str) -> Iterator[Inputs]:
-        for batch in tqdm(loader, desc=say, leave=False):
-            yield {name: tensor.to(self.device) for name, tensor in batch.items()}
+    def _here(self, batch: Inputs) -> Inputs:
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
 
 def greedy_matches(

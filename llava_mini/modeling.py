@@ -124,17 +124,14 @@ class LlavaMiniModel(LlavaMiniPreTrainedModel, LlavaModel):
         if pixels.shape[1] == 1:
             patches = detail = features[:, 0]  # (frames, patches, vision_width)
         else:
-            detail = stitch(
-                features[:, :-1], math.isqrt(pixels.shape[1])
-            )  # (frames, tiles * tiles * patches, vision_width)
+            tiles = math.isqrt(pixels.shape[1])
+            detail = stitch(features[:, :-1], tiles)  # (frames, tiles * tiles * patches, vision_width)
             patches = torch.cat([detail, features[:, -1]], dim=1)
         count = self.config.num_visual_tokens(detail.shape[1])
         if not self.config.compress_before_projection:
             patches = self.multi_modal_projector(patches)
-            tokens = (
-                patches[:, :count] if self.compressor is None else self.compressor(patches[:, : detail.shape[1]])[0]
-            )
-            return patches, tokens
+            detail = patches[:, : detail.shape[1]]
+            return patches, detail[:, :count] if self.compressor is None else self.compressor(detail)[0]
         if self.compressor is None:
             patches = self.multi_modal_projector(detail if self.prefusion is None else patches)
             return patches, patches[:, :count]

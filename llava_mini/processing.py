@@ -188,7 +188,8 @@ class LlavaMiniProcessor(LlavaProcessor):
 
     def _stretch(self, text: str, pictures: list[_Picture]) -> tuple[str, list[tuple[int, int]]]:
         """Slots -> placeholders; and, for each slot, where it ended and how many characters longer the text is since."""
-        counts = iter([picture.num_frames * self._tokens_of_a_frame() for picture in pictures])
+        each = self._tokens_of_a_frame() if pictures else 0
+        counts = iter([picture.num_frames * each for picture in pictures])
         moves: list[tuple[int, int]] = []
 
         def placeholders(match: re.Match[str]) -> str:

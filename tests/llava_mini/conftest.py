@@ -126,6 +126,20 @@ def llava_processor():
 
 
 @pytest.fixture
+def bare_tokenizer():
+    """Factory of tokenizers without a chat template that have exactly these words and cut text by `pieces`. Start and
+    end are Vicuna's where its words are among them, else Llama 3's."""
+
+    def build(words, pieces) -> PreTrainedTokenizerFast:
+        tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+        tokenizer.pre_tokenizer = pieces
+        bos, eos = ("<s>", "</s>") if "<s>" in words else ("<|begin_of_text|>", "<|eot_id|>")
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
+
+    return build
+
+
+@pytest.fixture
 def sample():
     """Factory of token ids with one image's placeholders after two text tokens, and of its pixels."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 
@@ -11,10 +10,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split, WhitespaceSplit
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedTokenizerFast
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniModel, LlavaMiniProcessor, checkpoint
 from llava_mini.convert import check_official, convert_official, main
@@ -274,26 +271,13 @@ LLAMA_3_WORDS = [
     "<|finetune_right_pad_id|>",
 ]
 VICUNA_WORDS = ["<unk>", "<s>", "</s>"]
-CHAT = [
-    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
-    {"role": "assistant", "content": "A cat."},
-    {"role": "user", "content": "Why?"},
-]
-
-
-def tokenizer_of(words, special, pieces):
-    """A tokenizer without a chat template that has exactly these words and cuts text by `pieces`."""
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
-    tokenizer.pre_tokenizer = pieces
-    bos, eos = ("<s>", "</s>") if special is VICUNA_WORDS else ("<|begin_of_text|>", "<|eot_id|>")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
 
 
 @pytest.mark.parametrize(("special", "llama_3"), [(LLAMA_3_WORDS, True), (VICUNA_WORDS, False)])
-def test_the_tokenizer_gains_one_token_at_its_end(official_checkpoint, tmp_path, special, llama_3):
+def test_the_tokenizer_gains_one_token_at_its_end(official_checkpoint, bare_tokenizer, tmp_path, special, llama_3):
     src = official_checkpoint(compressor_size=2, image_aspect_ratio="pad", resolution_ratio=2)
     words = ["!", *special, "What", "is", "this?"]
-    tokenizer_of(words, special, WhitespaceSplit()).save_pretrained(src)
+    bare_tokenizer(words, WhitespaceSplit()).save_pretrained(src)
     convert_official(src, tmp_path / "ours")
     processor = AutoProcessor.from_pretrained(tmp_path / "ours")
     config = AutoModelForImageTextToText.from_pretrained(tmp_path / "ours").config
@@ -319,58 +303,6 @@ def test_without_a_tokenizer_there_is_no_processor(official_checkpoint, tmp_path
         "generation_config.json",
         "model.safetensors",
     }
-
-
-def render(template, special, chat=CHAT, **options):
-    tokenizer = tokenizer_of(special, special, WhitespaceSplit())
-    return tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, **options)
-
-
-def test_llama_3_chat():
-    text = render(LLAMA_3_TEMPLATE, LLAMA_3_WORDS)
-    head = "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
-    system, *turns = text.removeprefix(head).split("<|eot_id|>")
-    assert text.startswith(head)
-    assert hashlib.sha256(system.encode()).hexdigest().startswith("790f4cfc05523b0e")  # of the official sentence
-    assert turns == [
-        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is this?",
-        "<|start_header_id|>assistant<|end_header_id|>\n\nA cat.",
-        "<|start_header_id|>user<|end_header_id|>\n\nWhy?",
-        "",
-    ]
-    asked = render(LLAMA_3_TEMPLATE, LLAMA_3_WORDS, add_generation_prompt=True)
-    assert asked == text + "<|start_header_id|>assistant<|end_header_id|>\n\n"
-
-
-def test_vicuna_chat():
-    assert render(VICUNA_TEMPLATE, VICUNA_WORDS, add_generation_prompt=True) == (
-        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-        "detailed, and polite answers to the user's questions. USER: <image>\nWhat is this? ASSISTANT: A cat.</s>"
-        "USER: Why? ASSISTANT:"
-    )
-
-
-@pytest.mark.parametrize(
-    ("template", "special", "answer"),
-    [(LLAMA_3_TEMPLATE, LLAMA_3_WORDS, "A cat.<|eot_id|>"), (VICUNA_TEMPLATE, VICUNA_WORDS, " A cat.</s>")],
-)
-def test_assistant_masks_cover_the_answer_and_its_end(template, special, answer):
-    characters = [*special, *sorted(set(render(template, special)))]
-    tokenizer = tokenizer_of(characters, special, Split(Regex("."), "isolated"))
-    data = tokenizer.apply_chat_template(
-        CHAT, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
-    )
-    marked = [i for i, hit in zip(data["input_ids"], data["assistant_masks"], strict=True) if hit]
-    assert "".join(characters[i] for i in marked) == answer
-
-
-@pytest.mark.parametrize(("template", "special"), [(LLAMA_3_TEMPLATE, LLAMA_3_WORDS), (VICUNA_TEMPLATE, VICUNA_WORDS)])
-def test_a_system_message_takes_the_place_of_the_default(template, special):
-    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "video"}]}]
-    text = render(template, special, chat)
-    assert text.count("Be brief.") == 1
-    assert "<video>" in text
-    assert "helpful" not in text
 
 
 # Faults
