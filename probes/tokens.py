@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from probes.places import Places
 
 GROUPS = ("pad", "system", "vision", "instruction", "response")
 
@@ -22,11 +24,13 @@ class TokenMap:
         labels: `[batch, positions]`, indices into `groups`.
         groups: Names of the groups, in the order of every group axis built from this map.
         generated: Group of the positions that follow the map when the model generates.
+        places: Where in its picture each visual token lies; None for a family of models whose layout is not known.
     """
 
     labels: Int[Tensor, "batch positions"]
     groups: tuple[str, ...] = GROUPS
     generated: str = "response"
+    places: Places | None = None
 
     @classmethod
     def from_inputs(cls, model: PreTrainedModel, inputs: Mapping[str, Any]) -> TokenMap:
@@ -109,4 +113,5 @@ class TokenMap:
         names = [renamed.get(old, old) for old in self.groups]
         pooled = tuple(dict.fromkeys(names))
         index = torch.tensor([pooled.index(name) for name in names], device=self.labels.device)
-        return TokenMap(index[self.labels], pooled, renamed.get(self.generated, self.generated))
+        generated = renamed.get(self.generated, self.generated)
+        return replace(self, labels=index[self.labels], groups=pooled, generated=generated)

@@ -1,0 +1,115 @@
+"""Where in its picture each visual token lies: image, frame, tile, row, column and box in pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PretrainedConfig
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+NO_BOX: Box = (float("nan"),) * 4  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Consecutive visual tokens that cover a rectangle of one picture, row by row.
+
+    Args:
+        picture: The image or video it belongs to, counted over the batch in reading order.
+        rows, columns: Tokens down and across.
+        box: What the whole grid covers, in pixels of the original picture. It may reach beyond the picture where that
+            was padded. NO_BOX where the size of the original is not known.
+        frame: Of a video, counted from 0.
+        tile: Of a picture that is cut into several, counted from 0 in the order of the tokens.
+        newline: Whether a token follows every row that stands for no part of the picture: it has a row and no column.
+    """
+
+    picture: int
+    rows: int
+    columns: int
+    box: Box = NO_BOX
+    frame: int = 0
+    tile: int = 0
+    newline: bool = False
+
+    def __len__(self) -> int:
+        return self.rows * (self.columns + self.newline)
+
+
+# What a family needs to lay out its visual tokens: the model's config, what the model is called with, the size
+# (height, width) of each original picture in reading order or None, and the processor or None.
+Family = Callable[[PretrainedConfig, Mapping[str, Any], Sequence[tuple[int, int]] | None, Any], list[Grid]]
+FAMILIES: dict[str, Family] = {}
+
+
+def family(*model_types: str) -> Callable[[Family], Family]:
+    """Registers how the visual tokens of these `config.model_type`s are laid out."""
+
+    def register(function: Family) -> Family:
+        FAMILIES.update(dict.fromkeys(model_types, function))
+        return function
+
+    return register
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Place of each visual token; -1 (box: NaN) at positions that are none. `image` counts within the row."""
+
+    image: Int[Tensor, "batch positions"]
+    frame: Int[Tensor, "batch positions"]
+    tile: Int[Tensor, "batch positions"]
+    row: Int[Tensor, "batch positions"]
+    column: Int[Tensor, "batch positions"]
+    box: Float[Tensor, "batch positions 4"]
+
+    @classmethod
+    def lay_out(cls, vision: Bool[Tensor, "batch positions"], grids: Sequence[Grid]) -> Places:
+        """Puts the tokens of the grids, in order, on the visual positions, in reading order.
+
+        Raises ValueError when they do not fit: other numbers of tokens, or a picture that would straddle two rows.
+        """
+        tokens = torch.cat([_tokens(grid) for grid in grids]) if grids else torch.empty(0, 9)
+        count = int(vision.sum())
+        if len(tokens) != count:
+            raise ValueError(f"the pictures have {len(tokens)} visual tokens, input_ids {count}: are they of one call?")
+        picture, row_of = tokens[:, 0].long(), vision.nonzero()[:, 0].cpu()
+        first = torch.full((int(picture.max()) + 1 if count else 0,), len(vision)).scatter_reduce(
+            0, picture, row_of, "amin"
+        )  # the row that each picture starts in
+        if (first[picture] != row_of).any():
+            wrong = int(picture[first[picture] != row_of][0])
+            raise ValueError(f"the visual tokens of picture {wrong} straddle two rows: are they of one call?")
+        before = torch.full((len(vision),), torch.iinfo(torch.long).max).scatter_reduce(0, row_of, picture, "amin")
+        tokens[:, 0] -= before[row_of]
+
+        def spread(values: Tensor, empty: float) -> Tensor:
+            full = torch.full((*vision.shape, *values.shape[1:]), empty, dtype=values.dtype, device=vision.device)
+            full[vision] = values.to(vision.device)
+            return full
+
+        image, frame, tile, row, column = (spread(number.long(), -1) for number in tokens[:, :5].unbind(1))
+        return cls(image, frame, tile, row, column, spread(tokens[:, 5:].float(), float("nan")))
+
+    def __getitem__(self, rows: Any) -> Places:
+        return Places(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+
+def _tokens(grid: Grid) -> Float[Tensor, "tokens 9"]:
+    """Of each token: picture, frame, tile, row, column, left, top, right, bottom."""
+    left, top, right, bottom = grid.box
+    across = torch.linspace(left, right, grid.columns + 1, dtype=torch.float64)
+    down = torch.linspace(top, bottom, grid.rows + 1, dtype=torch.float64)
+    row, column = torch.meshgrid(torch.arange(grid.rows), torch.arange(grid.columns + grid.newline), indexing="ij")
+    place = column.clamp(max=grid.columns - 1)
+    box = torch.stack([across[place], down[row], across[place + 1], down[row + 1]], -1)
+    end = column == grid.columns
+    box[end] = float("nan")
+    numbers = [torch.full_like(row, number) for number in (grid.picture, grid.frame, grid.tile)]
+    numbers += [row, column.masked_fill(end, -1)]
+    return torch.cat([torch.stack(numbers, -1).double(), box], -1).flatten(0, 1)

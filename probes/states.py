@@ -1,0 +1,108 @@
+"""Keeps what leaves a decoder's layers, its attention or its MLPs, at chosen positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from probes.decoder import TokenWindow, decoder_layers, find_decoder, select_layers
+from probes.tokens import TokenMap
+
+# residual: what leaves the layer; attention, mlp: what leaves that part of the layer.
+COMPONENTS = ("residual", "attention", "mlp")
+
+
+def component_of(layer: nn.Module, component: str) -> nn.Module:
+    """The submodule of a decoder layer whose output is `component`.
+
+    Raises ValueError for an unknown component, or a layer without it.
+    """
+    if component not in COMPONENTS:
+        raise ValueError(f"unknown component {component!r}: there are {', '.join(COMPONENTS)}")
+    names = {"residual": "", "attention": "self_attn", "mlp": "mlp"}
+    try:
+        return layer.get_submodule(names[component])
+    except AttributeError:
+        raise ValueError(f"{type(layer).__name__} has no {names[component]}: its {component} is not found") from None
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in a module's output: layers give a tensor, attention a tuple that starts with it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class States:
+    """Hidden states at chosen positions, by layer, in order of sample and position.
+
+    Attributes:
+        layers: Decoder layers that were kept, from 0.
+        component: "residual", "attention" or "mlp".
+        positions: Which positions of the token map were kept.
+    """
+
+    def __init__(self, layers: tuple[int, ...], component: str, positions: Bool[Tensor, "batch positions"]) -> None:
+        self.layers, self.component, self.positions = layers, component, positions
+        self._parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        self._places: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+
+    def __getitem__(self, layer: int) -> Float[Tensor, "kept width"]:
+        """Of one layer. Raises KeyError for a layer that was not asked for, RuntimeError before a forward pass."""
+        parts = self._parts[layer]
+        places = torch.cat(self._places[layer]) if parts else torch.empty(0, 2)
+        if len(places) != int(self.positions.sum()):
+            raise RuntimeError("states were not recorded: no complete forward pass ran inside record_states")
+        order = (places[:, 0] * self.positions.shape[1] + places[:, 1]).argsort()
+        return torch.cat(parts)[order]
+
+    @property
+    def index(self) -> Int[Tensor, "kept 2"]:
+        """Sample and position of each row of states."""
+        return self.positions.nonzero()
+
+    def _add(self, layer: int, start: int, hidden: Tensor) -> None:
+        chosen = self.positions[:, start : start + hidden.shape[1]].to(hidden.device)
+        self._parts[layer].append(hidden[:, : chosen.shape[1]][chosen].detach())
+        self._places[layer].append(chosen.nonzero() + chosen.new_tensor([0, start], dtype=torch.long))
+
+
+@contextmanager
+def record_states(
+    model: PreTrainedModel,
+    tokens: TokenMap,
+    at: str | Bool[Tensor, "batch positions"],
+    layers: Iterable[int] | None = None,
+    component: str = "residual",
+) -> Iterator[States]:
+    """Keeps hidden states of one prompt, in one call or in several that share a cache; generated tokens are left out.
+
+    Args:
+        model: A transformers model with a decoder.
+        tokens: Map of the inputs that the model will be called with.
+        at: A group of the map, or a mask of positions.
+        layers: Decoder layers, from 0; all by default. Layer l's residual is `hidden_states[l + 1]` of transformers
+            (before the final norm, which transformers applies to its last one).
+        component: "residual", "attention" or "mlp".
+
+    Raises:
+        ValueError: An unknown layer, group or component, or a call that `tokens` do not fit.
+    """
+    decoder = find_decoder(model)
+    positions = tokens.mask(at) if isinstance(at, str) else at
+    states = States(select_layers(decoder, layers), component, positions)
+    window = TokenWindow(decoder, tokens)
+    with ExitStack() as stack:
+        stack.enter_context(window)
+        for layer in states.layers:
+
+            def keep(module: nn.Module, args: Any, output: Any, layer: int = layer) -> None:
+                states._add(layer, window.start, hidden_of(output))
+
+            module = component_of(decoder_layers(decoder)[layer], component)
+            stack.callback(module.register_forward_hook(keep).remove)
+        yield states
