@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from experiments import probing, schooling, training
 from experiments.config import Config, ScratchModel, identity
-from experiments.cost import forward_cost
+from experiments.cost.counted import forward_cost
 from experiments.data import Data, load_data
 from experiments.data.samples import Sample, TextGuess, single_questions
 from experiments.evaluation import Questions, as_digits, blank, correct, shuffled

@@ -1,0 +1,124 @@
+"""Estimate a model's cost before anyone pays for a run.
+
+    python -m experiments.cost model=llava-1.5-7b tokens=1,4,16,all prefusion=4 frames=1,100,10000
+    python -m experiments.cost published
+
+`tokens` are visual tokens a frame: squares, or `all` for LLaVA itself. Further: text=60, tiles=1, compressor=query.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, fields
+
+import pandas as pd
+from transformers import logging
+
+from experiments.cost.estimate import Estimate, Geometry, Prompt
+from experiments.cost.geometries import geometry, mini
+from experiments.cost.published import table
+
+COLUMNS = (
+    "frames",
+    "tokens",
+    "in the LLM",
+    "TFLOPs",
+    "with attention",
+    "of LLaVA",
+    "decode GFLOPs",
+    "cache MiB",
+    "pixels MiB",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    model: str = "llava-1.5-7b"
+    tokens: str = "1,4,16,64,all"
+    frames: str = "1"
+    prefusion: str = "4"
+    text: str = "60"
+    tiles: str = "1"
+    compressor: str = "query"
+
+
+def request(arguments: list[str]) -> Request:
+    """From `key=value` words. Raises ValueError for a word that is none, or an unknown key."""
+    known = [field.name for field in fields(Request)]
+    given = dict(word.partition("=")[::2] for word in arguments)
+    for key in given:
+        if key not in known:
+            raise ValueError(f"no option {key!r}: use {', '.join(known)}, each as {known[0]}=VALUE")
+    return Request(**given)
+
+
+def whole(name: str, text: str) -> int:
+    if not text.isdecimal() or (name != "prefusion" and int(text) == 0):
+        raise ValueError(f"{name}: {text!r} is no whole number{'' if name == 'prefusion' else ' above 0'}")
+    return int(text)
+
+
+def estimates(asked: Request) -> pd.DataFrame:
+    """One row for each number of frames and tokens, with COLUMNS.
+
+    Raises:
+        ValueError: If an option is not understood, or a number of tokens is no square.
+    """
+    llava = geometry(asked.model)
+    plain, rows = Geometry(llava), []
+    layers, text, tiles = (whole(name, getattr(asked, name)) for name in ("prefusion", "text", "tiles"))
+    minis: dict[str, Geometry] = {}
+    for tokens in asked.tokens.split(","):
+        if tokens == "all":
+            minis[tokens] = plain
+            continue
+        side = math.isqrt(whole("tokens", tokens))
+        if side * side != int(tokens):
+            raise ValueError(f"tokens: {tokens} is no square; near it are {side**2} and {(side + 1) ** 2}")
+        fields = {"compressor": asked.compressor, "compressor_size": side, "prefusion_layers": layers}
+        minis[tokens] = Geometry(mini(llava, **fields))
+    for frames in asked.frames.split(","):
+        prompt = Prompt(text, whole("frames", frames), tiles)
+        whole_cost = plain(prompt).flops("paper")
+        rows += [_row(tokens, each(prompt), whole_cost) for tokens, each in minis.items()]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _row(tokens: str, estimate: Estimate, of_llava: float) -> list[str]:
+    paper, full = (estimate.flops(convention) for convention in ("paper", "full"))
+    mebibytes = [estimate.cache_bytes() / 2**20, estimate.pixel_bytes() / 2**20]
+    numbers = [f"{paper / 1e12:,.3g}", f"{full / 1e12:,.3g}", f"{paper / of_llava:.1%}"]
+    numbers += [f"{estimate.decode.flops('full') / 1e9:,.3g}", *(f"{size:,.1f}" for size in mebibytes)]
+    return [f"{estimate.prompt.frames:,}", tokens, f"{estimate.visual_tokens:,}", *numbers]
+
+
+def notes(asked: Request, rows: pd.DataFrame) -> list[str]:
+    limit = geometry(asked.model).get_text_config().max_position_embeddings
+    lines = [
+        f"{asked.model}, {asked.text} text tokens, {asked.prefusion} pre-fusion layers, compressor {asked.compressor}. "
+        "TFLOPs of a prompt: linear maps alone (as the paper counts), and with attention (as torch counts).",
+        "Cache: keys and values of the prompt in 16 bits. Pixels: of all frames in 16 bits, if they are held at once.",
+    ]
+    longest = max(int(count.replace(",", "")) for count in rows["in the LLM"]) + int(asked.text)
+    if longest > limit:
+        lines.append(f"The longest prompt has {longest:,} tokens, {longest - limit:,} more than the model's {limit:,}.")
+    return lines
+
+
+def main() -> None:
+    logging.set_verbosity_error()
+    if sys.argv[1:] == ["published"]:
+        print(table().round(5).to_string(index=False))
+        return
+    try:
+        asked = request(sys.argv[1:])
+        rows = estimates(asked)
+    except ValueError as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    print(rows.to_string(index=False))
+    print("\n".join(notes(asked, rows)))
+
+
+if __name__ == "__main__":
+    main()
