@@ -57,6 +57,38 @@ def family(*model_types: str) -> Callable[[Family], Family]:
     return register
 
 
+def picture_sizes(inputs: Mapping[str, Any], images: Sequence[Any] | None) -> list[tuple[int, int]] | None:
+    """(height, width) of the original pictures of a batch in reading order, or None where nothing tells.
+
+    Args:
+        inputs: What the model is called with: their `image_sizes` are taken where there are no `images`.
+        images: The pictures, or a list of them for each row: PIL images, arrays (height, width, channels) or (channels,
+            height, width), arrays of a video's frames, or (height, width) themselves.
+
+    Raises ValueError for a picture of another kind.
+    """
+    if images is None:
+        sizes = inputs.get("image_sizes")
+        return None if sizes is None else [(int(height), int(width)) for height, width in sizes]
+    return [size for image in images for size in _sizes(image)]
+
+
+def _sizes(image: Any) -> list[tuple[int, int]]:
+    if isinstance(image, (list, tuple)):
+        if len(image) == 2 and all(isinstance(side, int) for side in image):
+            return [(image[0], image[1])]
+        return [size for one in image for size in _sizes(one)]
+    if hasattr(image, "shape"):  # an array or a tensor
+        shape = tuple(image.shape[1:] if len(image.shape) == 4 else image.shape)
+        if len(shape) == 3:
+            shape = shape[:2] if shape[2] in (1, 3, 4) else shape[1:]
+        if len(shape) == 2:
+            return [(int(shape[0]), int(shape[1]))]
+    elif hasattr(image, "size"):  # a PIL image
+        return [(image.height, image.width)]
+    raise ValueError(f"a picture is a PIL image, an array or (height, width); got {type(image).__name__}")
+
+
 @dataclass(frozen=True, eq=False)
 class Places:
     """Place of each visual token; -1 (box: NaN) at positions that are none. `image` counts within the row."""

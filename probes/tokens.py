@@ -9,11 +9,22 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
-from probes.places import Places
+import probes.families  # noqa: F401  registers the layouts
+from probes.places import FAMILIES, Places, picture_sizes
 
 GROUPS = ("pad", "system", "vision", "instruction", "response")
+
+
+def visual_token_ids(config: PretrainedConfig) -> tuple[int, ...]:
+    """Ids that stand for visual tokens: of images and, where there is one, of videos. ValueError when there is none."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    ids = dict.fromkeys(getattr(config, name) for name in names if getattr(config, name, None) is not None)
+    if not ids:
+        kind = type(config).__name__
+        raise ValueError(f"{kind} has neither image_token_id nor image_token_index: is this a vision-language model?")
+    return tuple(ids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,21 +36,30 @@ class TokenMap:
         groups: Names of the groups, in the order of every group axis built from this map.
         generated: Group of the positions that follow the map when the model generates.
         places: Where in its picture each visual token lies; None for a family of models whose layout is not known.
+        model_type: Of the model's config; "" for a map made by hand.
     """
 
     labels: Int[Tensor, "batch positions"]
     groups: tuple[str, ...] = GROUPS
     generated: str = "response"
     places: Places | None = None
+    model_type: str = ""
 
     @classmethod
-    def from_inputs(cls, model: PreTrainedModel, inputs: Mapping[str, Any]) -> TokenMap:
+    def from_inputs(
+        cls,
+        model: PreTrainedModel,
+        inputs: Mapping[str, Any],
+        processor: ProcessorMixin | None = None,
+        images: Sequence[Any] | None = None,
+    ) -> TokenMap:
         """Reads the map off what the model is called with.
 
         The first rule that holds decides:
 
         1. `pad`: `attention_mask` is 0;
-        2. `vision`: the image token that the processor repeats, once for each visual token of the language model;
+        2. `vision`: the image or video token that the processor repeats, once for each visual token of the language
+           model;
         3. `response`: `labels` are not -100; so is all that is generated after the last position;
         4. `system`: text before the row's first visual token (what LLaVA's template puts before the picture);
         5. `instruction`: all other text. A row without a picture has no `system`: its whole prompt is instruction.
@@ -47,10 +67,13 @@ class TokenMap:
         Args:
             model: Its config names the image token: `image_token_id` or `image_token_index`.
             inputs: `input_ids` `[batch, positions]`, and optionally `attention_mask` and `labels` of the same shape.
+            processor: What made the inputs. With it and the sizes of the pictures `places` know their boxes.
+            images: The original pictures of the batch in reading order, or their sizes; see `picture_sizes`. Not
+                needed where the inputs have `image_sizes`.
 
         Raises:
             ValueError: `input_ids` are missing or not 2-D, another tensor has another shape, the config names no
-                image token, or no row holds a visual token.
+                image token, no row holds a visual token, or the visual tokens are not those that the pictures make.
         """
         input_ids = inputs.get("input_ids")
         if input_ids is None or input_ids.ndim != 2:
@@ -61,20 +84,15 @@ class TokenMap:
             if inputs.get(name) is not None and inputs[name].shape != input_ids.shape:
                 shapes = f"{list(inputs[name].shape)}, input_ids {list(input_ids.shape)}"
                 raise ValueError(f"inputs disagree: {name} has shape {shapes}; both need [batch, positions]")
-        image_token = getattr(model.config, "image_token_id", getattr(model.config, "image_token_index", None))
-        if image_token is None:
-            kind = type(model.config).__name__
-            raise ValueError(
-                f"{kind} has neither image_token_id nor image_token_index: is this a vision-language model?"
-            )
-
-        vision = input_ids == image_token
+        visual_ids = visual_token_ids(model.config)
+        vision = torch.isin(input_ids, torch.tensor(visual_ids, device=input_ids.device))
         pad = torch.zeros_like(vision)
         if inputs.get("attention_mask") is not None:
             pad = inputs["attention_mask"] == 0
         vision = vision & ~pad
         if not vision.any():
-            raise ValueError(f"no visual token: no unpadded position of input_ids is the image token {image_token}")
+            wanted = " or ".join(map(str, visual_ids))
+            raise ValueError(f"no visual token: no unpadded position of input_ids is the image token {wanted}")
         response = torch.zeros_like(vision)
         if inputs.get("labels") is not None:
             response = inputs["labels"] != -100
@@ -84,7 +102,18 @@ class TokenMap:
         # From the weakest rule to the strongest: a later one overrides.
         for name, member in (("system", system), ("response", response), ("vision", vision), ("pad", pad)):
             labels[member] = GROUPS.index(name)
-        return cls(labels)
+        places, model_type = None, model.config.model_type
+        if model_type in FAMILIES:
+            grids = FAMILIES[model_type](model.config, inputs, picture_sizes(inputs, images), processor)
+            places = Places.lay_out(vision, grids)
+        return cls(labels, places=places, model_type=model_type)
+
+    def require_places(self) -> Places:
+        """`places`, or a ValueError that says why there are none."""
+        if self.places is None:
+            family = f"model_type {self.model_type!r}" if self.model_type else "a map made by hand"
+            raise ValueError(f"no places of visual tokens for {family}: register its layout with probes.places.family")
+        return self.places
 
     def index(self, group: str) -> int:
         """Place of `group` on a group axis. Raises ValueError for an unknown one."""
