@@ -8,25 +8,32 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
+Edges = tuple[Float[Tensor, "columns 2"], Float[Tensor, "rows 2"]]
 NO_BOX: Box = (float("nan"),) * 4  # type: ignore[assignment]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grid:
     """Consecutive visual tokens that cover a rectangle of one picture, row by row.
 
     Args:
         picture: The image or video it belongs to, counted over the batch in reading order.
-        rows, columns: Tokens down and across.
+        rows, columns: Tokens down and across. Without columns and with a newline the grid is one token that stands for
+            no part of the picture: it has no row, no column and no box.
         box: What the whole grid covers, in pixels of the original picture. It may reach beyond the picture where that
             was padded. NO_BOX where the size of the original is not known.
         frame: Of a video, counted from 0.
-        tile: Of a picture that is cut into several, counted from 0 in the order of the tokens.
-        newline: Whether a token follows every row that stands for no part of the picture: it has a row and no column.
+        tile: Of a picture that is cut into several, counted from 0 in the order of the tokens. `[rows, columns]` where
+            the grid is stitched from several.
+        newline: Whether a token follows every row that stands for no part of the picture: it has a row and no column,
+            and the frame and tile of the token before it.
+        edges: Left and right of every column `[columns, 2]`, top and bottom of every row `[rows, 2]`, where these do
+            not divide the box evenly.
+        shared: Whether every token covers the whole box, as those do that attend to all patches.
     """
 
     picture: int
@@ -34,16 +41,32 @@ class Grid:
     columns: int
     box: Box = NO_BOX
     frame: int = 0
-    tile: int = 0
+    tile: int | Int[Tensor, "rows columns"] = 0
     newline: bool = False
+    edges: Edges | None = None
+    shared: bool = False
 
     def __len__(self) -> int:
         return self.rows * (self.columns + self.newline)
 
+    def spans(self) -> Edges:
+        """Left and right of every column, top and bottom of every row, in pixels of the original picture."""
+        if self.edges is not None:
+            return self.edges
+        left, top, right, bottom = self.box
+        ends = ((left, right, self.columns), (top, bottom, self.rows))
+        if self.shared:
+            across, down = (torch.tensor([[start, stop]]).double().expand(count, 2) for start, stop, count in ends)
+        else:
+            cuts = [torch.linspace(start, stop, count + 1, dtype=torch.float64) for start, stop, count in ends]
+            across, down = (torch.stack([cut[:-1], cut[1:]], -1) for cut in cuts)
+        return across, down
+
 
 # What a family needs to lay out its visual tokens: the model's config, what the model is called with, the size
-# (height, width) of each original picture in reading order or None, and the processor or None.
-Family = Callable[[PretrainedConfig, Mapping[str, Any], Sequence[tuple[int, int]] | None, Any], list[Grid]]
+# (height, width) of each original picture in reading order or None, and the processor or None. It gives None for a
+# variant whose layout it does not know.
+Family = Callable[[PretrainedConfig, Mapping[str, Any], Sequence[tuple[int, int]] | None, Any], list[Grid] | None]
 FAMILIES: dict[str, Family] = {}
 
 
@@ -87,6 +110,41 @@ def _sizes(image: Any) -> list[tuple[int, int]]:
     elif hasattr(image, "size"):  # a PIL image
         return [(image.height, image.width)]
     raise ValueError(f"a picture is a PIL image, an array or (height, width); got {type(image).__name__}")
+
+
+def size_of(sizes: Sequence[tuple[int, int]] | None, picture: int, pictures: int) -> tuple[int, int] | None:
+    """Size of one of so many pictures, None where it is not known. ValueError for sizes of another number of them."""
+    if sizes is None:
+        return None
+    if len(sizes) != pictures:
+        raise ValueError(f"the inputs hold {pictures} pictures, but {len(sizes)} images or image_sizes are given")
+    return sizes[picture]
+
+
+def pixels_of(inputs: Mapping[str, Any], name: str = "pixel_values") -> Any:
+    """`inputs[name]`; ValueError where there is none for the visual tokens of the text."""
+    if inputs.get(name) is None:
+        raise ValueError(f"input_ids hold visual tokens, but the inputs have no {name}: nothing would fill them")
+    return inputs[name]
+
+
+def reading_order(inputs: Mapping[str, Any], lengths: Mapping[int, Sequence[int]]) -> list[tuple[int, int]]:
+    """Every picture of the batch in reading order: its token id, and its number among those of this id.
+
+    Args:
+        inputs: What the model is called with.
+        lengths: By token id (of images, of videos) how many tokens each picture of that kind has, in reading order.
+    """
+    attended = inputs.get("attention_mask")
+    ids = inputs["input_ids"] if attended is None else inputs["input_ids"][attended > 0]
+    ids = ids[torch.isin(ids, torch.tensor(list(lengths), device=ids.device))].tolist()
+    left = {kind: list(enumerate(lengths[kind])) for kind in lengths}
+    order, place = [], 0
+    while place < len(ids) and left[ids[place]]:  # where they do not fit, `lay_out` says so
+        number, length = left[ids[place]].pop(0)
+        order.append((ids[place], number))
+        place += length
+    return order
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,14 +192,18 @@ class Places:
 
 def _tokens(grid: Grid) -> Float[Tensor, "tokens 9"]:
     """Of each token: picture, frame, tile, row, column, left, top, right, bottom."""
-    left, top, right, bottom = grid.box
-    across = torch.linspace(left, right, grid.columns + 1, dtype=torch.float64)
-    down = torch.linspace(top, bottom, grid.rows + 1, dtype=torch.float64)
-    row, column = torch.meshgrid(torch.arange(grid.rows), torch.arange(grid.columns + grid.newline), indexing="ij")
-    place = column.clamp(max=grid.columns - 1)
-    box = torch.stack([across[place], down[row], across[place + 1], down[row + 1]], -1)
-    end = column == grid.columns
-    box[end] = float("nan")
-    numbers = [torch.full_like(row, number) for number in (grid.picture, grid.frame, grid.tile)]
-    numbers += [row, column.masked_fill(end, -1)]
+    shape = (grid.rows, grid.columns)
+    across, down = grid.spans()
+    left_right = across.expand(*shape, 2)
+    top_bottom = down[:, None].expand(*shape, 2)
+    box = torch.stack([left_right[..., 0], top_bottom[..., 0], left_right[..., 1], top_bottom[..., 1]], -1)
+    row, column = torch.meshgrid(*map(torch.arange, shape), indexing="ij")
+    tile = torch.as_tensor(grid.tile).expand(shape)
+    if grid.newline:
+        row = nn.functional.pad(row, (0, 1), value=-1) if not grid.columns else torch.cat([row, row[:, -1:]], 1)
+        column = nn.functional.pad(column, (0, 1), value=-1)
+        box = nn.functional.pad(box, (0, 0, 0, 1), value=float("nan"))
+        last = tile[:, -1:] if grid.columns else torch.as_tensor(grid.tile).expand(grid.rows, 1)
+        tile = torch.cat([tile, last], 1)
+    numbers = [torch.full_like(row, grid.picture), torch.full_like(row, grid.frame), tile, row, column]
     return torch.cat([torch.stack(numbers, -1).double(), box], -1).flatten(0, 1)

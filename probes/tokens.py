@@ -105,7 +105,7 @@ class TokenMap:
         places, model_type = None, model.config.model_type
         if model_type in FAMILIES:
             grids = FAMILIES[model_type](model.config, inputs, picture_sizes(inputs, images), processor)
-            places = Places.lay_out(vision, grids)
+            places = None if grids is None else Places.lay_out(vision, grids)
         return cls(labels, places=places, model_type=model_type)
 
     def require_places(self) -> Places:
