@@ -54,6 +54,13 @@ TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 PLAIN = {"do_normalize": False, "image_mean": [0.0, 0.0, 0.0]}  # padding is black, colours are kept
 
 
+class OnevisionProcessor(LlavaOnevisionProcessor):
+    """Without a video processor: all of them need torchvision. Tests make the tensors of videos themselves."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
@@ -120,10 +127,7 @@ def make_llava_next() -> Callable[..., tuple[LlavaNextForConditionalGeneration, 
 
 @pytest.fixture
 def make_llava_onevision() -> Callable[..., tuple[LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor]]:
-    """A LLaVA-OneVision whose tiles have 5 x 5 patches and, as with SigLIP's 384 pixels, 2 pixels that none sees.
-
-    Its video processor would need torchvision: tests take the videos' tensors from `video_inputs`.
-    """
+    """A LLaVA-OneVision whose tiles have 5 x 5 patches and, as with SigLIP's 384 pixels, 2 pixels that none sees."""
 
     def make(tiles: int = 2) -> tuple[Any, Any]:
         torch.manual_seed(0)
@@ -138,7 +142,7 @@ def make_llava_onevision() -> Callable[..., tuple[LlavaOnevisionForConditionalGe
             vision_aspect_ratio=f"anyres_max_{tiles}",
         )
         size = {"height": 32, "width": 32}
-        processor = LlavaOnevisionProcessor(
+        processor = OnevisionProcessor(
             image_processor=LlavaOnevisionImageProcessorPil(image_grid_pinpoints=pinpoints, size=size, **PLAIN),
             tokenizer=tokenizer(),
             num_image_tokens=25,
@@ -218,7 +222,7 @@ def check_boxes() -> Callable[..., None]:
     def check(colours: Tensor, places: Places, sizes: Sequence[Any], tolerance: float = 0.012) -> None:
         visual = places.image >= 0
         box = places.box[visual].double()
-        height, width = torch.tensor(sizes).double().reshape(-1, 2).T
+        height, width = torch.as_tensor(sizes).double().reshape(-1, 2).T
         assert torch.equal(box.isnan().any(-1), colours.isnan().any(-1)), "boxes are missing where there are colours"
         assert torch.equal(box.isnan().any(-1), places.column[visual] < 0)
         left, top, right, bottom = (box / torch.stack([width, height, width, height], -1)).T
