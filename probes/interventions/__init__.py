@@ -1,0 +1,49 @@
+"""Changes what some decoder layers see or say, and accounts for every change in a receipt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from transformers import PreTrainedModel
+
+from probes.decoder import find_decoder
+from probes.interventions.knockout import BlockAttention
+from probes.interventions.receipt import Effect, Receipt
+from probes.interventions.removal import RemoveTokens
+from probes.tokens import TokenMap
+
+__all__ = ["BlockAttention", "Effect", "Receipt", "RemoveTokens", "intervene"]
+
+Intervention = BlockAttention | RemoveTokens
+
+
+@contextmanager
+def intervene(model: PreTrainedModel, tokens: TokenMap, *interventions: Intervention) -> Iterator[Receipt]:
+    """Intervenes in all forward calls of the model inside the block: a prompt, or a prompt and its cached decoding.
+
+    Composes with `record_attention` in either order: recorded queries do not see a removed or blocked source, so their
+    mass on it is NaN in these layers, and removed tokens are no queries there.
+
+    Args:
+        model: A transformers model whose decoder runs sdpa or eager attention.
+        tokens: Map of the inputs that the model will be called with.
+        interventions: What to do, where; applied in this order.
+
+    Yields:
+        The receipt, with one `Effect` for each intervention.
+
+    Raises:
+        ValueError: An unknown layer or group, a model that cannot be probed, or a call that `tokens` do not fit.
+        RuntimeError: A layer whose attention does not follow its mask; on leaving, a layer in which an intervention
+            did nothing, unless an exception is on its way already.
+    """
+    decoder = find_decoder(model)
+    with ExitStack() as stack:
+        receipt = Receipt([intervention.install(decoder, tokens, stack) for intervention in interventions])
+        yield receipt
+    for effect in receipt:
+        if effect.unfired:
+            raise RuntimeError(
+                f"{effect.name} did nothing in layers {effect.unfired}: the model did not run, or it has no such token there"
+            )

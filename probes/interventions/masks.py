@@ -1,0 +1,64 @@
+"""Reads and writes the attention mask that a decoder layer is called with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+
+def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a decoder layer is called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def key_length(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many keys the layer's attention will have, cached ones and empty slots of a static cache included.
+
+    Raises ValueError for a mask that is not [batch, 1, queries, keys]: flash and flex attention have others.
+    """
+    mask, queries = kwargs["attention_mask"], hidden_states(args, kwargs).shape[1]
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.ndim != 4:
+            shape = list(getattr(mask, "shape", []))
+            raise ValueError(
+                f"{type(layer).__name__} got a {type(mask).__name__} {shape} for a mask, not [batch, 1, queries, keys]:"
+                " load the model with 'sdpa' to intervene"
+            )
+        return mask.shape[-1]
+    if (cache := kwargs.get("past_key_values")) is not None:
+        keys, _ = cache.get_mask_sizes(queries, layer.get_submodule("self_attn").layer_idx)
+        return int(keys)
+    return queries
+
+
+def explicit(layer: nn.Module, mask: Tensor | None, hidden: Tensor, keys: int) -> Tensor:
+    """`mask`, or in additive form what its absence means to sdpa: causal from the first key on; a single query sees all.
+
+    Additive, since eager attention would add a bool mask as 0 and 1.
+    """
+    if mask is not None:
+        return mask
+    queries = hidden.shape[1]
+    hidden_keys = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=hidden.device)
+    causal = queries > 1 and getattr(layer.get_submodule("self_attn"), "is_causal", True)
+    hidden_keys = hidden_keys.triu(1) if causal else ~hidden_keys
+    return hide(torch.zeros(hidden_keys.shape, dtype=hidden.dtype, device=hidden.device), hidden_keys)
+
+
+def visible(mask: Tensor) -> Bool[Tensor, "batch 1 queries keys"]:
+    """Which keys a bool or an additive mask lets through."""
+    # Hidden keys carry the least number of the mask's type or -inf; no bias is anywhere near them.
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def hide(mask: Tensor, blocked: Bool[Tensor, "batch 1 queries keys"]) -> Tensor:
+    """`mask` without the `blocked` edges, of its own type: bool, or additive with the least number there.
+
+    The least number rather than -inf: a row with every key blocked stays finite.
+    """
+    if mask.dtype == torch.bool:
+        return mask & ~blocked
+    return mask.masked_fill(blocked, torch.finfo(mask.dtype).min)
