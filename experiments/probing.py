@@ -124,12 +124,19 @@ def removal(model: PreTrainedModel, questions: Questions, block: int) -> dict[st
 
 
 def _in_layers(depth: FusionDepth, block: int, layers: int) -> FusionDepth:
-    """A depth counted in blocks, counted in layers; the last block may be shorter."""
+    """A depth counted in blocks, counted in layers, to the end of the block; the last one may be shorter."""
 
-    def count(blocks: int | None) -> int | None:
-        return None if blocks is None else min(blocks * block, layers)
+    def count(blocks: int) -> int:
+        return min(blocks * block, layers)
 
-    return replace(depth, depth=count(depth.depth), low=count(depth.low), high=count(depth.high), layers=layers)
+    return replace(
+        depth,
+        depth=depth.depth and count(depth.depth),
+        low=depth.low and count(depth.low),
+        high=depth.high and count(depth.high),
+        reads=tuple(map(count, depth.reads)),
+        layers=layers,
+    )
 
 
 def _without(model: PreTrainedModel, questions: Questions, layers: range) -> dict[str, Any]:

@@ -5,8 +5,10 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from probes import fusion_depth
+from probes.fusion import agreement, fusion_depth
 
 LAYERS = 6
 
@@ -113,10 +115,162 @@ def test_seeded_and_plain() -> None:
     assert str(fusion_depth(step(3, 1200), "removal")) == "3 of 6 layers (95% CI 3 to 3, n=1200, removal)"
 
 
+def knocked(own: list[float], width: int, samples: int = 20) -> np.ndarray:
+    """Scores with windows knocked out of a model whose layers add up: `own` is lost with each."""
+    layers = len(own)
+    windows = [own[max(last - width + 1, 0) : last + 1] for last in range(layers + width - 1)]
+    return np.array([0.0, *(-sum(window) for window in windows)])[:, None].repeat(samples, axis=1)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 9])
+@pytest.mark.parametrize("depth", range(1, LAYERS + 1))
+def test_knockout_finds_every_layer(depth: int, width: int) -> None:
+    found = fusion_depth(
+        knocked([float(layer == depth) for layer in range(1, LAYERS + 1)], width), "knockout", width=width
+    )
+    assert (found.depth, found.low, found.high, found.layers) == (depth, depth, depth, LAYERS)
+    assert found.reads == (depth,)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+@given(st.lists(st.sampled_from([0.0, 1.0]), min_size=4, max_size=9).filter(any))
+def test_knockout_tells_layers_that_add_up_apart(width: int, own: list[float]) -> None:
+    """Also where layers that matter are less than a window apart, and the one between them does not."""
+    found = fusion_depth(knocked(own, width), "knockout", width=width, resamples=20)
+    assert found.reads == tuple(layer for layer, damage in enumerate(own, 1) if damage)
+    last = max(found.reads)
+    assert last - width + 1 <= found.depth <= last
+
+
+@pytest.mark.parametrize("width", [2, 3])
+def test_knockout_of_what_two_layers_both_hold(width: int) -> None:
+    """Layers 3 and 4 read the same: only a window over both hurts. By layer 3 vision has been fused."""
+    lost = [3 in w and 4 in w for w in (range(e - width + 2, e + 2) for e in range(LAYERS + width - 1))]
+    scores = np.array([0.0, *(-float(x) for x in lost)])[:, None].repeat(9, axis=1)
+    found = fusion_depth(scores, "knockout", width=width)
+    assert (found.depth, found.reads) == (3, ())
+    assert fusion_depth(knocked([0.0] * LAYERS, 1), "knockout").depth is None, "as windows of 1 see it"
+
+
+@pytest.mark.parametrize("depth", range(1, LAYERS + 1))
+def test_readout_finds_every_step_though_it_fades(depth: int) -> None:
+    steps = step(depth)
+    steps[depth + 2 :] = 0  # what was there is forgotten again
+    found = fusion_depth(steps, "readout")
+    assert (found.depth, found.low, found.high, found.reads) == (depth, depth, depth, (depth,))
+
+
+def test_readout_starts_from_what_the_text_says_anyway() -> None:
+    """From 0.5 without the picture to 0.9: at 0.8 the share is 0.75, at 0.87 it is 0.925."""
+    exact = (np.arange(100)[None] < np.array([50, 50, 80, 87, 90])[:, None]).astype(float)
+    assert fusion_depth(exact, "readout").depth == 3
+    assert fusion_depth(exact, "readout", threshold=0.75).depth == 2
+
+
+@pytest.mark.parametrize(("kind", "points"), [("readout", 33), ("removal", 33), ("knockout", 33)])
+def test_chance_is_no_fusion(kind: str, points: int) -> None:
+    """Noise has a best layer and a worst one, too. By their level, at most 1 in 20 of these may be taken in."""
+    rng = np.random.default_rng(0)
+    taken_in = 0
+    for _ in range(60):
+        scores = (rng.random((points, 80)) < 0.25).astype(float)
+        taken_in += fusion_depth(scores, kind, resamples=300).depth is not None
+    assert taken_in <= 6  # binomially, more with probability 0.03
+
+
+def test_weak_readouts_are_found() -> None:
+    """Right in 0.25 of samples, from layer 10 on in 0.5; 100 samples."""
+    rate = np.where(np.arange(33) < 10, 0.25, 0.5)[:, None]
+    rng = np.random.default_rng(0)
+    found = [fusion_depth((rng.random((33, 100)) < rate).astype(float), "readout", resamples=300) for _ in range(20)]
+    assert sum(f.depth is not None for f in found) >= 15
+    assert all(f.depth >= 10 for f in found if f.depth is not None)
+
+
+@pytest.mark.parametrize("kind", ["attention", "knockout"])
+def test_intervals_cover_the_truth(kind: str) -> None:
+    """As for removal: layers matter less and less, samples scatter; r is known in closed form."""
+    own = np.array([0.5, 0.25, 0.1, 0.04, 0.06, 0.05])  # 0.89 after 4 layers
+    truth = 5
+    covered = 0
+    for seed in range(60):
+        noise = np.random.default_rng(seed).gamma(2.0, own[:, None] / 2, size=(6, 100))
+        values = noise if kind == "attention" else np.concatenate([np.zeros((1, 100)), -noise])
+        found = fusion_depth(values, kind, resamples=300)
+        covered += found.low <= truth <= found.high
+    assert covered >= 50
+
+
+def test_a_glance_is_no_look() -> None:
+    """Attention is positive everywhere: below 0.1% of it in every layer, there is nothing to locate."""
+    shape = np.array([0.2, 1.0, 0.1])[:, None].repeat(30, axis=1)
+    assert fusion_depth(0.99e-3 * shape, "attention").depth is None
+    assert fusion_depth(1.01e-3 * shape, "attention").depth == 2
+    # One sample of 30 that looks is not enough.
+    shape[:, 1:] = 0
+    assert fusion_depth(shape, "attention").depth is None
+
+
+def test_two_layers_are_said_to_be_two() -> None:
+    two = np.array([0.0, 0.0, 0.5, 0.5, 0.5, 1.0, 1.0])[:, None].repeat(12, axis=1)
+    for kind, values in (("removal", two), ("readout", two), ("attention", np.diff(two, axis=0))):
+        found = fusion_depth(values, kind)
+        assert (found.depth, found.reads) == (5, (2, 5))
+        assert str(found) == f"5 of 6 layers (95% CI 5 to 5, n=12, {kind}), read at layers 2 and 5"
+
+
+def test_layers_with_a_small_or_an_unsure_share_are_not_named() -> None:
+    mass = np.array([0.85, 0.1, 0.05])[:, None].repeat(12, axis=1)
+    found = fusion_depth(mass, "attention")
+    assert (found.depth, found.reads) == (2, (1,))
+    assert str(found).endswith("attention), read at layer 1")
+    mass[1, :2] = [0.0, 0.3]  # 0.108 on average, carried by one sample
+    assert fusion_depth(mass, "attention").reads == (1,)
+
+
+def test_agreement() -> None:
+    at = {depth: fusion_depth(step(depth), "removal") for depth in (2, 5)}
+    attention = fusion_depth(np.diff(step(2), axis=0), "attention")
+    none = fusion_depth(np.zeros((LAYERS + 1, 4)), "knockout")
+
+    same = agreement([at[2], attention])
+    assert (same.spread, same.apart) == (0, ())
+    assert str(same) == "removal 2 (2 to 2), attention 2 (2 to 2): 0 layers apart at most, all intervals overlap"
+    three = agreement([at[5], attention, dataclasses.replace(none, layers=LAYERS)])
+    assert three.spread == 3
+    assert three.apart == (("removal", "attention"), ("removal", "knockout"), ("attention", "knockout"))
+    assert str(three).endswith(
+        "3 layers apart at most, not compatible: removal and attention; removal and knockout; attention and knockout"
+    )
+    wide = dataclasses.replace(attention, low=1, high=5)
+    assert agreement([at[5], wide]).apart == ()
+    assert agreement([at[5], dataclasses.replace(attention, low=1, high=4)]).apart == (("removal", "attention"),)
+    nothing = agreement([none, fusion_depth(np.zeros((LAYERS, 4)), "attention")])
+    assert (nothing.spread, nothing.apart) == (None, ())
+    assert str(nothing) == "knockout none, attention none: no curve locates a fusion"
+
+
+def test_agreement_of_what_cannot_be_compared() -> None:
+    removal = fusion_depth(step(2), "removal")
+    other = fusion_depth(np.ones((9, 4)), "attention")
+    for depths in ([], [removal], [removal, removal], [removal, other]):
+        with pytest.raises(ValueError, match="give estimates of different kinds for one model"):
+            agreement(depths)
+
+
 @pytest.mark.parametrize(
     ("values", "kind", "options", "message"),
     [
-        (np.zeros((3, 2)), "knockout", {}, "kind is 'knockout': it must be 'removal' or 'attention'"),
+        (
+            np.zeros((3, 2)),
+            "gaze",
+            {},
+            "kind is 'gaze': it must be one of 'attention', 'removal', 'knockout', 'readout'",
+        ),
+        (np.zeros((3, 2)), "knockout", {"width": 3}, r"knockout needs \[layers \+ 3, samples\]"),
+        (np.zeros((3, 2)), "knockout", {"width": 0}, "width is 0: windows hold at least 1 layer"),
+        (np.zeros((3, 2)), "removal", {"width": 2}, "width is 2: removal has none"),
+        (np.zeros((1, 2)), "readout", {}, r"readout needs \[layers \+ 1, samples\]"),
         (np.zeros(3), "removal", {}, r"values have shape \[3\]: removal needs \[layers \+ 1, samples\]"),
         (np.zeros((1, 4)), "removal", {}, r"removal needs \[layers \+ 1, samples\]"),
         (np.zeros((3, 0)), "attention", {}, r"attention needs \[layers, samples\]"),
