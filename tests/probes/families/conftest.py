@@ -1,0 +1,388 @@
+"""A tiny random model of every family, with its own processor on a tokenizer of bytes: nothing comes from a hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import BatchFeature, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.models.smolvlm import processing_smolvlm
+from transformers.video_utils import VideoMetadata
+
+from probes import TokenMap
+
+LAYERS = 3
+# Ten times the usual scale, for attention that is far from uniform.
+TEXT: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+VISION: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A family at its smallest.
+
+    Args:
+        config: Of the model class that has its own processor.
+        mark: What stands for a picture in the text that the processor takes.
+        vision: Part of the names of the modules that see pixels.
+    """
+
+    architecture: type[PreTrainedModel]
+    config: Callable[[PreTrainedTokenizerFast], PretrainedConfig]
+    processor: ProcessorMixin
+    mark: str
+    vision: str = "vision"
+
+    def model(self, implementation: str = "sdpa") -> PreTrainedModel:
+        """The same weights for every implementation, those at zero by their initialisation included."""
+        torch.manual_seed(0)
+        model = self.architecture(self.config(self.processor.tokenizer)).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if self.vision in name or "projector" in name or "connector" in name:
+                    parameter.normal_(0, 0.2)
+        model.set_attn_implementation(implementation)
+        return model
+
+    def __call__(self, texts: Sequence[str], images: Sequence[Sequence[Any]], side: str = "left", **kwargs: Any) -> Any:
+        """Inputs of a batch: `#` in the texts is a picture."""
+        texts = [text.replace("#", self.mark) for text in texts]
+        self.processor.tokenizer.padding_side = side
+        nested = [list(row) for row in images]
+        return self.processor(text=texts, images=nested, padding=True, return_tensors="pt", **kwargs)
+
+
+def tokenizer(specials: Sequence[str] = (), **named: str) -> PreTrainedTokenizerFast:
+    """One token a byte, and the family's special ones."""
+    first = ["<pad>", "<bos>", "<eos>", *specials, *named.values()]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*first, *letters])}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(first)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        model_specific_special_tokens=named,
+    )
+
+
+class FrameProcessor:
+    """In the place of a video processor, all of which need torchvision: Qwen's patches of frames, from arrays."""
+
+    model_input_names = ("pixel_values_videos", "video_grid_thw")
+
+    def __init__(self, image_processor: Any) -> None:
+        self.image_processor = image_processor
+        self.merge_size, self.temporal_patch_size = image_processor.merge_size, image_processor.temporal_patch_size
+
+    def __call__(self, videos: Sequence[np.ndarray], **kwargs: Any) -> BatchFeature:
+        patches, grids, patch, merge = [], [], self.image_processor.patch_size, self.merge_size
+        for video in videos:
+            frames = [self.image_processor(Image.fromarray(frame), return_tensors="pt") for frame in video]
+            _, high, wide = frames[0]["image_grid_thw"][0].tolist()
+            # A picture is a video of equal frames: the first of them will do.
+            still = [
+                frame["pixel_values"].unflatten(1, (3, self.temporal_patch_size, patch, patch)) for frame in frames
+            ]
+            moving = torch.stack([frame[:, :, 0] for frame in still]).unflatten(0, (-1, self.temporal_patch_size))
+            patches.append(moving.permute(0, 2, 3, 1, 4, 5).reshape(len(moving) * high * wide, -1))
+            grids.append([len(moving), high, wide])
+        metadata = [
+            VideoMetadata(total_num_frames=len(video), fps=2.0, frames_indices=list(range(len(video))))
+            for video in videos
+        ]
+        assert merge == self.image_processor.merge_size
+        data = {"pixel_values_videos": torch.cat(patches), "video_grid_thw": torch.tensor(grids)}
+        return BatchFeature(data | {"video_metadata": metadata})
+
+
+def without_video_processor(processor: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """The family's own processor, that takes anything for a video processor: without torchvision there is none."""
+
+    def check(self: ProcessorMixin, name: str, value: Any) -> Any:
+        return None if name == "video_processor" else processor.check_argument_for_proper_class(self, name, value)
+
+    return type(processor.__name__, (processor,), {"check_argument_for_proper_class": check})
+
+
+def qwen(name: str, version: str, vision: dict[str, Any], text: dict[str, Any]) -> Tiny:
+    patch, merge = 4, 2
+    tokens = tokenizer(
+        image_token="<|image_pad|>",
+        video_token="<|video_pad|>",
+        vision_start_token="<|vision_start|>",
+        vision_end_token="<|vision_end|>",
+    )
+    images = transformers.Qwen2VLImageProcessorPil(
+        patch_size=patch, merge_size=merge, size={"shortest_edge": 256, "longest_edge": 2048}
+    )
+
+    def config(tokens: PreTrainedTokenizerFast) -> PretrainedConfig:
+        ids = {
+            f"{key}_token_id": getattr(tokens, f"{key}_token_id")
+            for key in ("image", "video", "vision_start", "vision_end")
+        }
+        return getattr(transformers, f"{version}Config")(
+            vision_config={"patch_size": patch, "spatial_merge_size": merge, "num_heads": 2, **vision},
+            text_config=TEXT | {"vocab_size": len(tokens), **text},
+            **ids,
+        )
+
+    processor = without_video_processor(getattr(transformers, f"{name}Processor"))
+    return Tiny(
+        getattr(transformers, f"{version}ForConditionalGeneration"),
+        config,
+        processor(images, tokens, FrameProcessor(images)),
+        "<|vision_start|><|image_pad|><|vision_end|>",
+        "visual",
+    )
+
+
+def qwen2_vl() -> Tiny:
+    text = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+    return qwen("Qwen2VL", "Qwen2VL", {"embed_dim": 16, "hidden_size": 32, "depth": 2, "mlp_ratio": 2}, text)
+
+
+def qwen2_5_vl() -> Tiny:
+    text = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+    vision = {"hidden_size": 16, "out_hidden_size": 32, "depth": 2, "intermediate_size": 24}
+    # Windows of 2 x 2 merged patches, which the tower visits window by window.
+    windows = {"window_size": 16, "fullatt_block_indexes": [1]}
+    return qwen("Qwen2_5_VLProcessor"[:-9], "Qwen2_5_VL", vision | windows, text)
+
+
+def qwen3_vl() -> Tiny:
+    text = {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+    vision = {"hidden_size": 16, "out_hidden_size": 32, "depth": 2, "intermediate_size": 24}
+    deep = {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+    return qwen("Qwen3VL", "Qwen3VL", vision | deep, text)
+
+
+def idefics3() -> Tiny:
+    return _idefics(transformers.Idefics3Processor, "Idefics3")
+
+
+def smolvlm() -> Tiny:
+    # Its processor asks for a package that spells out the number of a video's frames.
+    processing_smolvlm.num2words = processing_smolvlm.num2words or str
+    return _idefics(transformers.SmolVLMProcessor, "SmolVLM")
+
+
+def _idefics(processor: type[ProcessorMixin], version: str) -> Tiny:
+    tile, patch, scale = 16, 4, 2
+    tags = [f"<row_{row + 1}_col_{column + 1}>" for row in range(6) for column in range(6)]
+    specials = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *tags]
+    images = getattr(transformers, f"{version}ImageProcessorPil")(
+        size={"longest_edge": 4 * tile}, max_image_size={"longest_edge": tile}
+    )
+    tokens, sequence = tokenizer(specials), (tile // patch // scale) ** 2
+    arguments = [images, tokens] if version == "Idefics3" else [images, tokens, None]
+
+    def config(tokens: PreTrainedTokenizerFast) -> PretrainedConfig:
+        return getattr(transformers, f"{version}Config")(
+            vision_config=VISION | {"image_size": tile, "patch_size": patch},
+            text_config=TEXT | {"model_type": "llama", "vocab_size": len(tokens)},
+            image_token_id=tokens.convert_tokens_to_ids("<image>"),
+            scale_factor=scale,
+            pad_token_id=0,
+        )
+
+    return Tiny(
+        getattr(transformers, f"{version}ForConditionalGeneration"),
+        config,
+        without_video_processor(processor)(*arguments, image_seq_len=sequence),
+        "<image>",
+    )
+
+
+def paligemma() -> Tiny:
+    side, patch = 20, 4
+    images = transformers.SiglipImageProcessorPil(size={"height": side, "width": side})
+    images.image_seq_length = (side // patch) ** 2
+
+    def config(tokens: PreTrainedTokenizerFast) -> PretrainedConfig:
+        return transformers.PaliGemmaConfig(
+            vision_config=VISION | {"model_type": "siglip_vision_model", "image_size": side, "patch_size": patch},
+            text_config=TEXT | {"model_type": "gemma", "vocab_size": len(tokens), "head_dim": 8},
+            image_token_index=tokens.convert_tokens_to_ids("<image>"),
+            projection_dim=32,
+            hidden_size=32,
+        )
+
+    processor = transformers.PaliGemmaProcessor(images, tokenizer(image_token="<image>"))
+    return Tiny(transformers.PaliGemmaForConditionalGeneration, config, processor, "<image>")
+
+
+def gemma3() -> Tiny:
+    side, patch, pooled = 24, 4, 3
+    tokens = tokenizer(boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>")
+    images = transformers.Gemma3ImageProcessorPil(size={"height": side, "width": side})
+
+    def config(tokens: PreTrainedTokenizerFast) -> PretrainedConfig:
+        # Two layers slide over less than the prompt, one sees all of it.
+        text = {
+            "vocab_size": len(tokens),
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        }
+        return transformers.Gemma3Config(
+            vision_config=VISION | {"model_type": "siglip_vision_model", "image_size": side, "patch_size": patch},
+            text_config=TEXT | text,
+            mm_tokens_per_image=pooled**2,
+            boi_token_index=tokens.boi_token_id,
+            eoi_token_index=tokens.eoi_token_id,
+            image_token_index=tokens.image_token_id,
+        )
+
+    processor = transformers.Gemma3Processor(images, tokens, image_seq_length=pooled**2)
+    return Tiny(transformers.Gemma3ForConditionalGeneration, config, processor, "<start_of_image>")
+
+
+def internvl() -> Tiny:
+    tile, patch = 16, 4
+    tokens = tokenizer(
+        start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>"
+    )
+    sequence = (tile // patch // 2) ** 2
+    images = transformers.GotOcr2ImageProcessorPil(size={"height": tile, "width": tile}, max_patches=6)
+
+    def config(tokens: PreTrainedTokenizerFast) -> PretrainedConfig:
+        return transformers.InternVLConfig(
+            vision_config=VISION | {"image_size": [tile, tile], "patch_size": [patch, patch]},
+            text_config=TEXT | {"model_type": "qwen2", "vocab_size": len(tokens)},
+            image_token_id=tokens.context_image_token_id,
+            image_seq_length=sequence,
+        )
+
+    processor = without_video_processor(transformers.InternVLProcessor)(images, tokens, None, image_seq_length=sequence)
+    return Tiny(transformers.InternVLForConditionalGeneration, config, processor, "<IMG_CONTEXT>")
+
+
+@cache
+def _tiny(name: str) -> Tiny:
+    return {
+        build.__name__: build
+        for build in (qwen2_vl, qwen2_5_vl, qwen3_vl, idefics3, smolvlm, paligemma, gemma3, internvl)
+    }[name]()
+
+
+@pytest.fixture(scope="session")
+def check_boxes() -> Callable[..., TokenMap]:
+    """Checks that each visual token is made of the pixels that `places` say, by the colours of the pictures."""
+
+    def check(tiny: Tiny, rows: dict[str, Sequence[tuple[int, int]]], side: str = "left", **kwargs: Any) -> TokenMap:
+        """Of a batch: texts, `#` for a picture, with the (width, height) of the pictures of each."""
+        pictures = [Picture(*size) for sizes in rows.values() for size in sizes]
+        pictures = [Picture(one.width, one.height, 20 * index) for index, one in enumerate(pictures)]
+        remaining = iter(pictures)
+        images = [[next(remaining).image for _ in sizes] for sizes in rows.values()]
+        inputs = tiny(list(rows), images, side, **kwargs)
+        flat = [image for row in images for image in row]
+        tokens = TokenMap.from_inputs(tiny.model(), inputs, tiny.processor, flat)
+        places, vision = tokens.require_places(), tokens.mask("vision")
+
+        counts = [len(sizes) for sizes in rows.values()]
+        first = torch.tensor([sum(counts[:row]) for row in range(len(rows))])[:, None]
+        colours, picture = _seen(tiny, inputs, tokens), (places.image + first)[vision]
+        np.testing.assert_allclose(colours[:, 2], 20 * picture, atol=0.1, err_msg="the picture")
+        box = places.box[vision].double().numpy()
+        shape = np.array([(one.width, one.height) for one in pictures])[picture]
+        # Half a pixel for the rounding of colours to a 255th of the picture.
+        np.testing.assert_allclose(colours[:, :2] / 255 * shape, (box[:, :2] + box[:, 2:]) / 2, atol=0.5)
+        return tokens
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def seen() -> Callable[[Tiny, Any, TokenMap], np.ndarray]:
+    return _seen
+
+
+@pytest.fixture(scope="session")
+def picture() -> type[Picture]:
+    return Picture
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[[str], Tiny]:
+    """The tiny model and the processor of a family, by its `model_type`."""
+    return _tiny
+
+
+def coordinates(width: int, height: int, blue: int = 0) -> np.ndarray:
+    """A picture whose red is how far right a pixel is, and whose green how far down: 0 to 255."""
+    red = np.broadcast_to((np.arange(width) + 0.5) / width, (height, width))
+    green = np.broadcast_to(((np.arange(height) + 0.5) / height)[:, None], (height, width))
+    picture = np.stack([red * 255, green * 255, np.full((height, width), blue)], -1)
+    return picture.round().astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture in the tests: its size, and a blue of its own."""
+
+    width: int
+    height: int
+    blue: int = 0
+
+    @property
+    def image(self) -> Image.Image:
+        return Image.fromarray(coordinates(self.width, self.height, self.blue))
+
+
+def _seen(tiny: Tiny, inputs: Any, tokens: TokenMap) -> np.ndarray:
+    """Mean colour, 0 to 255, of the pixels that each visual token is made of: `[tokens, 3]`.
+
+    Which pixels these are, the gradient of what enters the language model tells, once the layers of the vision tower
+    no longer attend: then a feature has seen its own patches alone.
+    """
+    model, names = tiny.model(), [name for name in inputs if name.startswith("pixel_values")]
+    for name, module in model.named_modules():
+        if tiny.vision in name and name.endswith(("attn.proj", "self_attn.out_proj", "attention.projection_layer")):
+            torch.nn.init.zeros_(module.weight)
+    pixels = [inputs[name].clone().requires_grad_() for name in names]
+    entered: list[torch.Tensor] = []
+    decoder = model.get_decoder()
+    decoder.register_forward_pre_hook(lambda _, args, kwargs: entered.append(kwargs["inputs_embeds"]), with_kwargs=True)
+    model(**inputs | dict(zip(names, pixels, strict=True)))
+    features = entered[0][tokens.mask("vision")].sum(-1)
+    one_each = torch.eye(len(features))
+    gradients = torch.autograd.grad(features, pixels, one_each, is_grads_batched=True)
+
+    processor = tiny.processor.image_processor
+
+    def flat(values: torch.Tensor, leading: int) -> torch.Tensor:
+        """`[3, pixels]`, from Qwen's patches [patches, 3 * pixels] or from pictures [..., 3, height, width]."""
+        if inputs[names[0]].ndim == 2:
+            return values.unflatten(-1, (3, -1)).movedim(-2, leading).flatten(leading + 1)
+        return values.movedim(-3, leading).flatten(leading + 1)
+
+    colours = torch.cat([flat(values.detach(), 0) for values in pixels], 1)
+    colours = colours * torch.tensor(processor.image_std)[:, None] + torch.tensor(processor.image_mean)[:, None]
+    of_token = torch.cat([flat(gradient, 1) for gradient in gradients], 2).ne(0).any(1).float()
+    return (255 * (of_token @ colours.T) / of_token.sum(1, keepdim=True)).numpy()

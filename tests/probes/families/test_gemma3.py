@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from probes import TokenMap
+
+PAN_AND_SCAN = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 20}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_boxes_are_the_pixels_of_the_tokens(
+    tiny: Callable[[str], Any], check_boxes: Callable[..., TokenMap], side: str
+) -> None:
+    rows = {"a#b": [(97, 60)], "##": [(40, 133), (200, 21)]}
+    tokens = check_boxes(tiny("gemma3"), rows, side)
+    places, vision = tokens.require_places(), tokens.mask("vision")
+    assert places.image[vision].tolist() == [0] * 9 + [0] * 9 + [1] * 9
+    assert set(places.tile[vision].tolist()) == {0}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_crops_of_pan_and_scan(tiny: Callable[[str], Any], check_boxes: Callable[..., TokenMap], side: str) -> None:
+    """Wide and tall pictures of 2 to 4 crops, of sizes that do not divide, beside pictures that are not cropped."""
+    rows = {"a#b": [(97, 30)], "##": [(31, 131), (40, 41)], "#and# #": [(83, 41), (40, 40), (31, 101)]}
+    tokens = check_boxes(tiny("gemma3"), rows, side, **PAN_AND_SCAN)
+    places = tokens.require_places()
+    pictures = [
+        [int(places.tile[row][(places.image[row] == image)].max()) + 1 for image in range(images)]
+        for row, images in enumerate([1, 2, 3])
+    ]
+    assert pictures == [[4], [5, 1], [3, 1, 4]], "tiles of each picture, itself included"
+
+
+def test_without_the_processor_a_crop_counts_as_a_picture(tiny: Callable[[str], Any], picture: Any) -> None:
+    family, image = tiny("gemma3"), picture(97, 30).image
+    inputs, model = family(["#"], [[image]], **PAN_AND_SCAN), family.model()
+    places = TokenMap.from_inputs(model, inputs).require_places()
+    assert places.image.max() == 3
+    places = TokenMap.from_inputs(model, inputs, family.processor).require_places()
+    assert (places.image.max(), places.tile.max()) == (0, 3)
+    assert places.box.isnan().all()
+    with pytest.raises(ValueError, match="1 pictures were given, input_ids hold 4"):
+        TokenMap.from_inputs(model, inputs, images=[image])
+
+
+def test_tokens_that_were_cut_off(tiny: Callable[[str], Any], picture: Any) -> None:
+    family = tiny("gemma3")
+    inputs = family(["#"], [[picture(30, 30).image]])
+    with pytest.raises(ValueError, match="the pictures have 9 visual tokens, input_ids 5"):
+        TokenMap.from_inputs(family.model(), {"input_ids": inputs["input_ids"][:, :8]})

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from probes import TokenMap
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_boxes_are_the_pixels_of_the_tokens(
+    tiny: Callable[[str], Any], check_boxes: Callable[..., TokenMap], side: str
+) -> None:
+    """Squashed, whatever the shape; the tokens of two pictures in a row touch."""
+    rows = {"#ab": [(97, 60)], "##": [(40, 133), (200, 21)]}
+    tokens = check_boxes(tiny("paligemma"), rows, side)
+    places, vision = tokens.require_places(), tokens.mask("vision")
+    assert places.image[vision].tolist() == [0] * 25 + [0] * 25 + [1] * 25
+    assert places.box[vision][6].tolist() == pytest.approx([97 / 5, 60 / 5, 2 * 97 / 5, 2 * 60 / 5])
+
+
+def test_the_answer_to_learn_is_the_response(tiny: Callable[[str], Any], picture: Any) -> None:
+    family = tiny("paligemma")
+    inputs = family(["#what"], [[picture(30, 30).image]], suffix=["cat"])
+    tokens = TokenMap.from_inputs(family.model(), inputs)
+    assert family.processor.tokenizer.decode(inputs["input_ids"][tokens.mask("response")]) == "cat<eos>"
+
+
+def test_inputs_that_do_not_fit(tiny: Callable[[str], Any], picture: Any) -> None:
+    family, image = tiny("paligemma"), picture(30, 30).image
+    inputs, model = dict(family(["#"], [[image]])), family.model()
+    with pytest.raises(ValueError, match="2 pictures were given, input_ids hold 1"):
+        TokenMap.from_inputs(model, inputs, images=[image, image])
+    with pytest.raises(ValueError, match="the pictures have 0 visual tokens, input_ids 20"):
+        TokenMap.from_inputs(model, {"input_ids": inputs["input_ids"][:, :20]})
