@@ -1,49 +1,41 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 
 from probes import TokenMap
+from tests.probes.families.build import Picture, check_boxes, tiny
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_boxes_are_the_pixels_of_the_tokens(
-    tiny: Callable[[str], Any], check_boxes: Callable[..., TokenMap], side: str
-) -> None:
+def test_boxes_are_the_pixels_of_the_tokens(side: str) -> None:
     rows = {"a#b": [(97, 60)], "##": [(40, 133), (64, 64)], "#and#": [(200, 30), (12, 15)]}
     tokens = check_boxes(tiny("internvl"), rows, side)
     assert tokens.require_places().image.amax(1).tolist() == [0, 1, 1]
 
 
 @pytest.mark.parametrize("size", [(97, 66), (66, 97), (96, 64), (64, 96), (50, 53), (21, 140), (140, 43), (160, 120)])
-def test_tiles_lie_as_the_image_processor_laid_them(
-    tiny: Callable[[str], Any], check_boxes: Callable[..., TokenMap], size: tuple[int, int]
-) -> None:
+def test_tiles_lie_as_the_image_processor_laid_them(size: tuple[int, int]) -> None:
     """Up to 12 tiles, whose count alone does not say how they lie."""
     check_boxes(tiny("internvl"), {"#": [size]}, max_patches=12)
 
 
-def test_a_picture_that_is_not_cut_is_one_tile(
-    tiny: Callable[[str], Any], check_boxes: Callable[..., TokenMap]
-) -> None:
+def test_a_picture_that_is_not_cut_is_one_tile() -> None:
     tokens = check_boxes(tiny("internvl"), {"##": [(97, 60), (30, 90)]}, crop_to_patches=False)
     places, vision = tokens.require_places(), tokens.mask("vision")
     assert places.image[vision].tolist() == [0] * 4 + [1] * 4
     assert set(places.tile[vision].tolist()) == {0}
 
 
-def test_without_its_size_a_picture_has_tiles_without_boxes(tiny: Callable[[str], Any], picture: Any) -> None:
+def test_without_its_size_a_picture_has_tiles_without_boxes() -> None:
     family = tiny("internvl")
-    inputs = family(["#"], [[picture(96, 64).image]])
+    inputs = family(["#"], [[Picture(96, 64).image]])
     places = TokenMap.from_inputs(family.model(), inputs).require_places()
     assert places.tile.max() == 6
     assert places.box.isnan().all()
 
 
-def test_inputs_that_do_not_fit(tiny: Callable[[str], Any], picture: Any) -> None:
-    family, image = tiny("internvl"), picture(96, 64).image
+def test_inputs_that_do_not_fit() -> None:
+    family, image = tiny("internvl"), Picture(96, 64).image
     inputs, model = dict(family(["#"], [[image]])), family.model()
     with pytest.raises(ValueError, match="2 pictures were given, input_ids hold 1"):
         TokenMap.from_inputs(model, inputs, images=[image, image])

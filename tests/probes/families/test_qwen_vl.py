@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 
 from probes import TokenMap
+from tests.probes.families.build import Picture, check_boxes, seen, tiny
 
 VERSIONS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -15,9 +13,7 @@ VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("version", VERSIONS)
-def test_boxes_are_the_pixels_of_the_tokens(
-    tiny: Callable[[str], Any], check_boxes: Callable[..., TokenMap], version: str, side: str
-) -> None:
+def test_boxes_are_the_pixels_of_the_tokens(version: str, side: str) -> None:
     """Smaller and larger than the smallest and largest that the processor lets pass, wide and tall."""
     rows = {"a#b": [(97, 60)], "#": [(23, 75)], "#and#in one row": [(120, 31), (9, 9)]}
     tokens = check_boxes(tiny(version), rows, side)
@@ -27,7 +23,7 @@ def test_boxes_are_the_pixels_of_the_tokens(
     assert set(places.tile[tokens.mask("vision")].tolist()) == {0}
 
 
-def test_a_picture_is_cut_into_merged_patches(tiny: Callable[[str], Any], check_boxes: Callable[..., TokenMap]) -> None:
+def test_a_picture_is_cut_into_merged_patches() -> None:
     """48 x 24 pixels at 8 a token: 3 rows of 6."""
     tokens = check_boxes(tiny("qwen2_vl"), {"#": [(48, 24)]})
     places, vision = tokens.require_places(), tokens.mask("vision")
@@ -37,13 +33,11 @@ def test_a_picture_is_cut_into_merged_patches(tiny: Callable[[str], Any], check_
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_frames_of_a_video_between_pictures(
-    tiny: Callable[[str], Any], seen: Callable[..., np.ndarray], picture: Any, version: str
-) -> None:
+def test_frames_of_a_video_between_pictures(version: str) -> None:
     """A picture, a video of 6 frames in 3 temporal patches, a picture; each frame has a blue of its own."""
     family, sizes = tiny(version), [(40, 24), (24, 32), (32, 24)]
-    first, last = picture(*sizes[0], 200).image, picture(*sizes[2], 220).image
-    video = np.stack([np.asarray(picture(*sizes[1], 20 * frame).image) for frame in range(6)])
+    first, last = Picture(*sizes[0], 200).image, Picture(*sizes[2], 220).image
+    video = np.stack([np.asarray(Picture(*sizes[1], 20 * frame).image) for frame in range(6)])
     text = f"one # two {VIDEO} three # four"
     inputs = family([text], [[first, last]], videos=[video])
     tokens = TokenMap.from_inputs(family.model(), inputs, family.processor, [first, video, last])
@@ -64,17 +58,17 @@ def test_frames_of_a_video_between_pictures(
     assert ("seconds" in said) == (version == "qwen3_vl"), "Qwen3-VL writes the time of each temporal patch"
 
 
-def test_without_the_pictures_boxes_are_not_known(tiny: Callable[[str], Any], picture: Any) -> None:
+def test_without_the_pictures_boxes_are_not_known() -> None:
     family = tiny("qwen2_vl")
-    inputs = family(["#"], [[picture(48, 24).image]])
+    inputs = family(["#"], [[Picture(48, 24).image]])
     places = TokenMap.from_inputs(family.model(), inputs).require_places()
     assert places.box.isnan().all()
     assert places.column.max() == 5
 
 
-def test_inputs_that_do_not_fit(tiny: Callable[[str], Any], picture: Any) -> None:
+def test_inputs_that_do_not_fit() -> None:
     family = tiny("qwen2_vl")
-    image = picture(48, 24).image
+    image = Picture(48, 24).image
     inputs, model = dict(family(["#"], [[image]])), family.model()
     with pytest.raises(ValueError, match="2 pictures were given, input_ids hold 1"):
         TokenMap.from_inputs(model, inputs, images=[image, image])

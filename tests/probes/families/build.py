@@ -8,7 +8,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 import transformers
 from PIL import Image
@@ -98,7 +97,7 @@ class FrameProcessor:
         self.merge_size, self.temporal_patch_size = image_processor.merge_size, image_processor.temporal_patch_size
 
     def __call__(self, videos: Sequence[np.ndarray], **kwargs: Any) -> BatchFeature:
-        patches, grids, patch, merge = [], [], self.image_processor.patch_size, self.merge_size
+        patches, grids, patch = [], [], self.image_processor.patch_size
         for video in videos:
             frames = [self.image_processor(Image.fromarray(frame), return_tensors="pt") for frame in video]
             _, high, wide = frames[0]["image_grid_thw"][0].tolist()
@@ -113,7 +112,6 @@ class FrameProcessor:
             VideoMetadata(total_num_frames=len(video), fps=2.0, frames_indices=list(range(len(video))))
             for video in videos
         ]
-        assert merge == self.image_processor.merge_size
         data = {"pixel_values_videos": torch.cat(patches), "video_grid_thw": torch.tensor(grids)}
         return BatchFeature(data | {"video_metadata": metadata})
 
@@ -170,7 +168,7 @@ def qwen2_5_vl() -> Tiny:
     vision = {"hidden_size": 16, "out_hidden_size": 32, "depth": 2, "intermediate_size": 24}
     # Windows of 2 x 2 merged patches, which the tower visits window by window.
     windows = {"window_size": 16, "fullatt_block_indexes": [1]}
-    return qwen("Qwen2_5_VLProcessor"[:-9], "Qwen2_5_VL", vision | windows, text)
+    return qwen("Qwen2_5_VL", "Qwen2_5_VL", vision | windows, text)
 
 
 def qwen3_vl() -> Tiny:
@@ -282,56 +280,14 @@ def internvl() -> Tiny:
     return Tiny(transformers.InternVLForConditionalGeneration, config, processor, "<IMG_CONTEXT>")
 
 
+FAMILIES = {
+    build.__name__: build for build in (qwen2_vl, qwen2_5_vl, qwen3_vl, idefics3, smolvlm, paligemma, gemma3, internvl)
+}
+
+
 @cache
-def _tiny(name: str) -> Tiny:
-    return {
-        build.__name__: build
-        for build in (qwen2_vl, qwen2_5_vl, qwen3_vl, idefics3, smolvlm, paligemma, gemma3, internvl)
-    }[name]()
-
-
-@pytest.fixture(scope="session")
-def check_boxes() -> Callable[..., TokenMap]:
-    """Checks that each visual token is made of the pixels that `places` say, by the colours of the pictures."""
-
-    def check(tiny: Tiny, rows: dict[str, Sequence[tuple[int, int]]], side: str = "left", **kwargs: Any) -> TokenMap:
-        """Of a batch: texts, `#` for a picture, with the (width, height) of the pictures of each."""
-        pictures = [Picture(*size) for sizes in rows.values() for size in sizes]
-        pictures = [Picture(one.width, one.height, 20 * index) for index, one in enumerate(pictures)]
-        remaining = iter(pictures)
-        images = [[next(remaining).image for _ in sizes] for sizes in rows.values()]
-        inputs = tiny(list(rows), images, side, **kwargs)
-        flat = [image for row in images for image in row]
-        tokens = TokenMap.from_inputs(tiny.model(), inputs, tiny.processor, flat)
-        places, vision = tokens.require_places(), tokens.mask("vision")
-
-        counts = [len(sizes) for sizes in rows.values()]
-        first = torch.tensor([sum(counts[:row]) for row in range(len(rows))])[:, None]
-        colours, picture = _seen(tiny, inputs, tokens), (places.image + first)[vision]
-        np.testing.assert_allclose(colours[:, 2], 20 * picture, atol=0.1, err_msg="the picture")
-        box = places.box[vision].double().numpy()
-        shape = np.array([(one.width, one.height) for one in pictures])[picture]
-        # Half a pixel for the rounding of colours to a 255th of the picture.
-        np.testing.assert_allclose(colours[:, :2] / 255 * shape, (box[:, :2] + box[:, 2:]) / 2, atol=0.5)
-        return tokens
-
-    return check
-
-
-@pytest.fixture(scope="session")
-def seen() -> Callable[[Tiny, Any, TokenMap], np.ndarray]:
-    return _seen
-
-
-@pytest.fixture(scope="session")
-def picture() -> type[Picture]:
-    return Picture
-
-
-@pytest.fixture(scope="session")
-def tiny() -> Callable[[str], Tiny]:
-    """The tiny model and the processor of a family, by its `model_type`."""
-    return _tiny
+def tiny(model_type: str) -> Tiny:
+    return FAMILIES[model_type]()
 
 
 def coordinates(width: int, height: int, blue: int = 0) -> np.ndarray:
@@ -355,15 +311,15 @@ class Picture:
         return Image.fromarray(coordinates(self.width, self.height, self.blue))
 
 
-def _seen(tiny: Tiny, inputs: Any, tokens: TokenMap) -> np.ndarray:
+def seen(family: Tiny, inputs: Any, tokens: TokenMap) -> np.ndarray:
     """Mean colour, 0 to 255, of the pixels that each visual token is made of: `[tokens, 3]`.
 
     Which pixels these are, the gradient of what enters the language model tells, once the layers of the vision tower
     no longer attend: then a feature has seen its own patches alone.
     """
-    model, names = tiny.model(), [name for name in inputs if name.startswith("pixel_values")]
+    model, names = family.model(), [name for name in inputs if name.startswith("pixel_values")]
     for name, module in model.named_modules():
-        if tiny.vision in name and name.endswith(("attn.proj", "self_attn.out_proj", "attention.projection_layer")):
+        if family.vision in name and name.endswith(("attn.proj", "self_attn.out_proj", "attention.projection_layer")):
             torch.nn.init.zeros_(module.weight)
     pixels = [inputs[name].clone().requires_grad_() for name in names]
     entered: list[torch.Tensor] = []
@@ -374,7 +330,7 @@ def _seen(tiny: Tiny, inputs: Any, tokens: TokenMap) -> np.ndarray:
     one_each = torch.eye(len(features))
     gradients = torch.autograd.grad(features, pixels, one_each, is_grads_batched=True)
 
-    processor = tiny.processor.image_processor
+    processor = family.processor.image_processor
 
     def flat(values: torch.Tensor, leading: int) -> torch.Tensor:
         """`[3, pixels]`, from Qwen's patches [patches, 3 * pixels] or from pictures [..., 3, height, width]."""
@@ -386,3 +342,30 @@ def _seen(tiny: Tiny, inputs: Any, tokens: TokenMap) -> np.ndarray:
     colours = colours * torch.tensor(processor.image_std)[:, None] + torch.tensor(processor.image_mean)[:, None]
     of_token = torch.cat([flat(gradient, 1) for gradient in gradients], 2).ne(0).any(1).float()
     return (255 * (of_token @ colours.T) / of_token.sum(1, keepdim=True)).numpy()
+
+
+def check_boxes(
+    family: Tiny, rows: dict[str, Sequence[tuple[int, int]]], side: str = "left", **kwargs: Any
+) -> TokenMap:
+    """Checks that each visual token is made of the pixels that `places` say, by the colours of the pictures.
+
+    `rows` are a batch: texts, `#` for a picture, with the (width, height) of the pictures of each.
+    """
+    pictures = [Picture(*size) for sizes in rows.values() for size in sizes]
+    pictures = [Picture(one.width, one.height, 20 * index) for index, one in enumerate(pictures)]
+    remaining = iter(pictures)
+    images = [[next(remaining).image for _ in sizes] for sizes in rows.values()]
+    inputs = family(list(rows), images, side, **kwargs)
+    flat = [image for row in images for image in row]
+    tokens = TokenMap.from_inputs(family.model(), inputs, family.processor, flat)
+    places, vision = tokens.require_places(), tokens.mask("vision")
+
+    counts = [len(sizes) for sizes in rows.values()]
+    first = torch.tensor([sum(counts[:row]) for row in range(len(rows))])[:, None]
+    colours, picture = seen(family, inputs, tokens), (places.image + first)[vision]
+    np.testing.assert_allclose(colours[:, 2], 20 * picture, atol=0.1, err_msg="the picture")
+    box = places.box[vision].double().numpy()
+    shape = np.array([(one.width, one.height) for one in pictures])[picture]
+    # Half a pixel for the rounding of colours to a 255th of the picture.
+    np.testing.assert_allclose(colours[:, :2] / 255 * shape, (box[:, :2] + box[:, 2:]) / 2, atol=0.5)
+    return tokens
