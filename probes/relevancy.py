@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from probes.decoder import IMPLEMENTATIONS, TokenWindow, decoder_layers, find_decoder
+from probes.decoder import TokenWindow, decoder_layers, find_decoder
 from probes.lens import Unembedding
 from probes.states import hidden_of
 from probes.tokens import TokenMap
@@ -81,7 +81,7 @@ def relevancy(
     layers = decoder_layers(decoder)
     if model.training:
         raise ValueError("the model is in training mode, where dropout hides attention: call model.eval() first")
-    if decoder.config._attn_implementation not in IMPLEMENTATIONS or _probed(decoder):
+    if _probed(decoder):
         raise RuntimeError("another probe is open on this model: leave its block first, relevancy runs layers twice")
     batch, length = tokens.labels.shape
     heads = decoder.config.num_attention_heads

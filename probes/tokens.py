@@ -37,6 +37,7 @@ class TokenMap:
         generated: Group of the positions that follow the map when the model generates.
         places: Where in its picture each visual token lies; None for a family of models whose layout is not known.
         model_type: Of the model's config; "" for a map made by hand.
+        stack: Which layers the map is of: "decoder", or "prefusion" for LLaVA-Mini's layers ahead of it.
     """
 
     labels: Int[Tensor, "batch positions"]
@@ -44,6 +45,7 @@ class TokenMap:
     generated: str = "response"
     places: Places | None = None
     model_type: str = ""
+    stack: str = "decoder"
 
     @classmethod
     def from_inputs(

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     LlavaForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
@@ -123,18 +121,19 @@ def test_chunks_do_not_change_the_statistics(
     with torch.no_grad(), record_attention(model, tokens) as whole:
         model(**inputs)
     monkeypatch.setattr(statistics, "SCORES_PER_CHUNK", scores)
-    largest = 0
+    largest = (0, 0)
     softmax = torch.Tensor.softmax
 
     def watch(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         nonlocal largest
-        largest = max(largest, tensor.shape[2])
+        largest = max(largest, (tensor.shape[2], tensor.numel()))
         return softmax(tensor, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "softmax", watch)
     with torch.no_grad(), record_attention(model, tokens) as chunked:
         model(**inputs)
-    assert largest == max(scores // (3 * 4 * (3 + 4 + 7 + 4)), 1)
+    assert largest[0] == max(scores // (3 * 4 * (3 + 4 + 7 + 6)), 1)
+    assert largest[1] <= max(scores, 3 * 4 * 7), "no more than the room, or than one query needs"
     for name in ("mass", "entropy", "received", "queries"):
         torch.testing.assert_close(getattr(chunked, name), getattr(whole, name), equal_nan=True)
 
@@ -239,28 +238,6 @@ def test_bfloat16(make_llava: Callable[..., Model], make_inputs: Callable[..., I
     check(attention, {name: expected[name] for name in ("mass", "entropy", "received")}, atol=0.03)
 
 
-def test_autocast_does_not_reach_the_statistics(
-    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
-) -> None:
-    query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
-    labels = torch.zeros(1, 5, dtype=torch.long)
-    layout = statistics.Layout.build(labels, labels, (0,), (0,))
-    plain = statistics.group_statistics(query, key, None, True, 1.0, layout)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = statistics.group_statistics(query, key, None, True, 1.0, layout)
-    assert torch.equal(plain.entropy, cast.entropy)
-
-
-def test_attention_below_float32_has_an_entropy() -> None:
-    """A source that gets exp(-200) of the attention has mass 0 in float32; within it the entropy is still log 2."""
-    key = torch.tensor([[[[0.0], [0.0], [200.0]]]])
-    labels = torch.tensor([[0, 0, 1]])
-    layout = statistics.Layout.build(labels, labels, (1,), (0, 1))
-    sums = statistics.group_statistics(torch.ones(1, 1, 3, 1), key, None, True, 1.0, layout)
-    torch.testing.assert_close(sums.mass.flatten(), torch.tensor([0.0, 1.0]))
-    torch.testing.assert_close(sums.entropy.flatten(), torch.tensor([np.log(2.0), 0.0], dtype=torch.float32))
-
-
 @pytest.mark.parametrize("steps", [0, 3])
 def test_sliding_windows_hide_their_keys(steps: int) -> None:
     """A window of 4 over 9 positions, and then with a cache that has dropped the oldest keys."""
@@ -319,24 +296,6 @@ def test_layers_outside_the_decoder_are_not_recorded(
     assert ran == 1
     assert torch.equal(alone.queries, beside.queries)
     torch.testing.assert_close(alone.mass, beside.mass, equal_nan=True)
-
-
-def test_only_the_language_model_is_switched(
-    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
-) -> None:
-    inputs, model = make_inputs(), make_llava()
-    tokens = TokenMap.from_inputs(model, inputs)
-    registered = set(AttentionInterface()), set(AttentionMaskInterface())
-    with record_attention(model, tokens):
-        assert model.model.vision_tower.config._attn_implementation == "sdpa"
-        assert model.get_decoder().config._attn_implementation != "sdpa"
-    with pytest.raises(KeyError, match="from inside"), record_attention(model, tokens):
-        raise KeyError("from inside")
-    assert model.get_decoder().config._attn_implementation == "sdpa"
-    assert (set(AttentionInterface()), set(AttentionMaskInterface())) == registered
-    assert not any(module._forward_pre_hooks for module in model.modules())
-    with torch.no_grad():
-        model(**inputs)
 
 
 def test_frame(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
