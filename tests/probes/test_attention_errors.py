@@ -26,7 +26,8 @@ class TestErrors:
         self, make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], change: Any
     ) -> None:
         inputs, model = make_inputs(), make_llava()
-        tokens = TokenMap.from_inputs(model, {name: inputs[name][change] for name in ("input_ids", "attention_mask")})
+        cut = {name: inputs[name][change] for name in ("input_ids", "attention_mask")}
+        tokens = TokenMap.from_inputs(model, inputs | cut)
         refused = pytest.raises(ValueError, match="the language model was called with 3 x 13")
         with refused, torch.no_grad(), record_attention(model, tokens):
             model(**inputs)
