@@ -173,12 +173,12 @@ def test_frame_and_table(make_llava, make_rows):
     assert not frame.duplicated(["depth", "sample", "position", "id"]).any()
     assert (frame.token == "w" + frame.id.astype(str)).all()
     last = frame[frame.depth == LAYERS]
-    own = logprobs[tuple(last[["sample", "position", "id"]].to_numpy().T)]
+    own = logprobs[last["sample"].tolist(), last["position"].tolist(), last["id"].tolist()]
     torch.testing.assert_close(torch.tensor(last.logprob.to_numpy()), own, rtol=0, atol=2e-6)
     ranks = (logprobs > logprobs[..., 5:6]).sum(-1) + 1
     five = last[last.id == 5]
     assert len(five) == int(inputs["attention_mask"].sum()), "the tracked token has one row at every position"
-    assert five["rank"].tolist() == ranks[tuple(five[["sample", "position"]].to_numpy().T)].tolist()
+    assert five["rank"].tolist() == ranks[five["sample"].tolist(), five["position"].tolist()].tolist()
     vision = frame[(frame.group == "vision") & (frame["rank"] == 1) & (frame.depth == 0) & (frame["sample"] == 1)]
     assert vision[["row", "column"]].to_numpy().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     assert frame[frame.group != "vision"].row.isna().all()
