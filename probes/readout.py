@@ -48,13 +48,13 @@ def linear_readout(
 ) -> Readout:
     """Trains a linear classifier for each layer and fold, and tests it on the samples of that fold.
 
-    A ridge classifier in closed form: features standardised on the training samples, one target a class (1 for its
-    samples, 0 for others), the largest output wins. The penalty is the one of `PENALTIES` with the least squared error
+    A ridge classifier in closed form: features standardised on the training samples, one target a label (1 for its
+    samples, 0 for others), labels weighted alike however many samples they have, the largest output wins. So states
+    that say nothing score 1 in the number of labels, not the share of the most frequent one. The penalty is the one of `PENALTIES` with the least squared error
     when each training sample is left out in turn, which needs no second training; the test samples have no part in it.
     Float64; the same input gives the same output.
 
-    Folds are dealt out label by label, so each holds nearly the same share of every label. With few samples a label
-    that cannot be read comes out slightly below chance: what a fold has more of, its training samples have less of.
+    Folds are dealt out label by label, so each holds nearly the same share of every label.
 
     Args:
         states: Of one position or the mean over several, for example `probes.curves.text_states`.
@@ -134,19 +134,23 @@ def _ridge(
     # A feature that varies by no more than the rounding of float32 says nothing.
     scale = torch.where(spread > 1e-6 * centre.abs(), 1 / spread, 0.0)
     train, test = (train - centre) * scale, (test - centre) * scale
-    middle = targets.mean(1, keepdim=True)
-    values, vectors = torch.linalg.eigh(train @ train.T)
-    values = values.clamp(min=0)
-    penalties = torch.tensor(PENALTIES, dtype=values.dtype) * values.mean().clamp(min=1e-12)
-    rotated = vectors.T @ (targets - middle)
 
-    # Of each penalty: what is left of each eigenvector, the leverage of each row (1 / rows is the intercept's), and
+    # Rows weighted so that every class weighs the same; their roots turn it into plain least squares.
+    weight = (targets / targets.sum(1, keepdim=True).clamp(min=1)).sum(-1, keepdim=True)
+    weight, root = weight / weight.sum(1, keepdim=True), weight.sqrt()
+    middle, mean = (weight * train).sum(1, keepdim=True), (weight * targets).sum(1, keepdim=True)
+    rows, wanted = root * (train - middle), root * (targets - mean)
+
+    values, vectors = torch.linalg.eigh(rows @ rows.mT)
+    values = values.clamp(min=0)
+    penalties = values.mean(-1, keepdim=True).clamp(min=1e-12) * torch.tensor(PENALTIES, dtype=values.dtype)
+    rotated = vectors.mT @ wanted
+    # For each penalty: what is left of each eigenvector, the leverage of each row (its weight is the intercept's), and
     # the residuals that the rows would have if they were left out.
-    kept = values / (values + penalties[:, None])
-    leverage = kept @ vectors.T.square() + 1 / len(train)
-    residuals = (targets - middle - torch.einsum("tv,pv,svc->pstc", vectors, kept, rotated)) / (
-        1 - leverage[:, None, :, None]
-    )
-    best = penalties[residuals.square().sum((2, 3)).argmin(0)]
-    dual = vectors @ (rotated / (values + best[:, None])[..., None])
-    return test @ train.T @ dual + middle
+    kept = values[:, None] / (values[:, None] + penalties[..., None])
+    leverage = kept @ vectors.square().mT + weight.mT
+    fitted = torch.einsum("stv,spv,svc->sptc", vectors, kept, rotated)
+    residuals = (wanted[:, None] - fitted) / (1 - leverage[..., None])
+    best = penalties.gather(1, residuals.square().sum((2, 3)).argmin(1, keepdim=True))
+    dual = vectors @ (rotated / (values + best)[..., None])
+    return (test - middle) @ rows.mT @ dual + mean

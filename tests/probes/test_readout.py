@@ -29,20 +29,24 @@ def test_clouds_are_told_apart_and_noise_is_not() -> None:
 def by_hand(states: torch.Tensor, classes: torch.Tensor, train: list[int], test: int) -> int:
     """Primal ridge regression with an intercept, the penalty chosen by training once for each sample left out."""
     x, y = states.double(), torch.nn.functional.one_hot(classes).double()
-    centre, spread = x[train].mean(0), x[train].std(0, unbiased=False)
-    x = (x - centre) / spread
+    x = (x - x[train].mean(0)) / x[train].std(0, unbiased=False)
+    weight = 1 / classes[train].bincount()[classes].double()
+    weight /= weight[train].sum()
 
     def fit(rows: list[int], penalty: float, row: int) -> torch.Tensor:
         # The intercept is a feature that is not penalised.
         design = torch.cat([x[rows], torch.ones(len(rows), 1, dtype=x.dtype)], 1)
         ridge = penalty * torch.eye(design.shape[1], dtype=x.dtype)
         ridge[-1, -1] = 0
-        weights = torch.linalg.solve(design.T @ design + ridge, design.T @ y[rows])
+        weighted = design.T * weight[rows]
+        weights = torch.linalg.solve(weighted @ design + ridge, weighted @ y[rows])
         return torch.cat([x[row], torch.ones(1, dtype=x.dtype)]) @ weights
 
-    unit = float(x[train].square().sum()) / len(train)
+    # The mean eigenvalue: the trace of the weighted rows' Gram matrix over their number.
+    centred = x[train] - weight[train] @ x[train]
+    unit = float((weight[train] * centred.square().sum(1)).sum()) / len(train)
     errors = [
-        sum((fit([r for r in train if r != row], unit * p, row) - y[row]).square().sum() for row in train)
+        sum(weight[row] * (fit([r for r in train if r != row], unit * p, row) - y[row]).square().sum() for row in train)
         for p in PENALTIES
     ]
     return int(fit(train, unit * PENALTIES[int(np.argmin(errors))], test).argmax())
@@ -61,6 +65,26 @@ def test_equals_ridge_regression_by_hand(seed: int) -> None:
         ]
         assert found.correct[layer].tolist() == expected
     assert 0 < found.correct.mean() < 1
+
+
+def test_rare_labels_count_as_much() -> None:
+    """One in ten is a cat, three deviations away: told by a threshold in the middle, wrong in 7%."""
+    generator = torch.Generator().manual_seed(0)
+    label = torch.arange(400) % 10 == 0
+    states = torch.randn(2, 400, 3, generator=generator)
+    states[1, :, 0] += 3.0 * label
+    found = linear_readout(states, label)
+    assert found.correct[1, label].mean() > 0.8
+    assert found.correct[1, ~label].mean() > 0.85
+    assert abs(found.accuracy[0] - 0.5) < 0.1
+
+
+def test_chance_is_one_in_the_number_of_labels() -> None:
+    """Few samples in many folds, which a classifier that counts labels pays for: it names what the fold lacks."""
+    states = torch.randn(40, 33, 4, generator=torch.Generator().manual_seed(0))
+    found = linear_readout(states, torch.arange(33) % 3)
+    assert found.correct.mean() == pytest.approx(1 / 3, abs=0.04)
+    assert found.control.mean() == pytest.approx(1 / 3, abs=0.04)
 
 
 def test_wider_states_than_samples_and_constant_features() -> None:
