@@ -19,7 +19,7 @@ from experiments.config import Config, ScratchModel, identity
 from experiments.cost.counted import forward_cost
 from experiments.data import Data, load_data
 from experiments.data.samples import Sample, TextGuess, single_questions
-from experiments.evaluation import Questions, as_digits, blank, correct, shuffled
+from experiments.evaluation import Questions, blank, correct, digits, shuffled
 from experiments.models import build, choose_device
 from experiments.scores import by_kind
 from experiments.store import Store, code_version, provenance
@@ -122,11 +122,11 @@ def _accuracy(
     questions: Questions,
     device: torch.device,
 ) -> dict[str, str]:
-    found = {"image": as_digits(correct(model, questions, "accuracy"))}
+    found = {"image": digits(correct(model, questions, "accuracy"))}
     if config.probe.controls:
         for condition in (blank, shuffled):
             changed = Questions(condition(samples), processor, config.batch_size, device)
-            found[condition.__name__] = as_digits(correct(model, changed, f"{condition.__name__} pictures"))
+            found[condition.__name__] = digits(correct(model, changed, f"{condition.__name__} pictures"))
     return found
 
 
@@ -141,7 +141,7 @@ def _data_part(config: Config, data: Data, samples: list[Sample]) -> dict[str, A
     if data.train is not None:
         guess = TextGuess(data.train.samples[i] for i in range(min(GUESS_IMAGES, len(data.train))))
         right = [guess(s.questions[0], s.kinds[0]) == s.answers[0] for s in samples]
-        part |= {"guess": as_digits(torch.tensor(right)), "guess_note": GUESS_NOTE}
+        part |= {"guess": digits(torch.tensor(right)), "guess_note": GUESS_NOTE}
     return part
 
 

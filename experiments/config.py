@@ -179,6 +179,9 @@ class ProbeConfig:
     random_control: bool = False  # the same attention with random weights in the model
     removal: bool = False  # accuracy without visual tokens in a block of layers, and from it on (paper Fig. 5)
     block: int = 1  # layers a block
+    knockout: bool = False  # accuracy with text cut off from visual tokens in windows of layers
+    knockout_width: int = 1  # layers a window
+    readout: bool = False  # whether the answer can be read off the question's states, by layer
 
 
 @dataclass

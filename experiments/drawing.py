@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.report.figures import attention_figure, entropy_figure, removal_figure, save
+from experiments.report.figures import attention_figure, entropy_figure, fusion_figure, removal_figure, save
 from experiments.report.records import read
 
 
@@ -18,8 +18,9 @@ def draw_record(path: Path) -> list[Path]:
         ("attention", "attention", attention_figure),
         ("attention", "entropy", entropy_figure),
         ("removal", "removal", removal_figure),
+        ("knockout", "fusion", fusion_figure),
     ):
-        if record[part]:
+        if record.get(part):
             png, _ = save(figure(record), folder / f"{path.stem}-{name}")
             drawn.append(png)
     return drawn

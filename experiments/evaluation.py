@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from PIL import Image
@@ -23,7 +22,6 @@ from experiments.models import inference
 from llava_mini.video import Video
 
 Inputs = dict[str, Tensor]
-Around = Callable[[Inputs], contextlib.AbstractContextManager[Any]]
 GREY = (128, 128, 128)
 
 
@@ -34,7 +32,7 @@ class Questions:
         self, samples: Sequence[Sample], processor: ProcessorMixin, batch_size: int, device: torch.device
     ) -> None:
         encoder = Encoder(processor)
-        self.device = device
+        self.samples, self.device = samples, device
         with tqdm(samples, desc="encode", leave=False) as bar:
             self.items = [encoder(sample) for sample in bar]
         self._collate = Collator(processor, side="left")
@@ -67,19 +65,12 @@ def greedy_matches(
     return ((said == wanted) | (wanted == IGNORED)).all(-1)
 
 
-def no_change(_: Inputs) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()
-
-
-def correct(
-    model: PreTrainedModel, questions: Questions, say: str, around: Around = no_change
-) -> Bool[Tensor, " questions"]:
-    """Which questions are answered right, each forward pass run inside `around(inputs)`."""
+def correct(model: PreTrainedModel, questions: Questions, say: str) -> Bool[Tensor, " questions"]:
+    """Which questions are answered right."""
     outcomes = []
     with inference(model):
         for inputs in questions.batches(say):
-            with around(inputs):
-                logits = model(**inputs).logits
+            logits = model(**inputs).logits
             outcomes.append(greedy_matches(logits, inputs["labels"]).cpu())
     return torch.cat(outcomes)
 
@@ -106,6 +97,6 @@ def shuffled(samples: Sequence[Sample]) -> list[Sample]:
     return [replace(s, load=next(others[tuple(s.slots)]).load) for s in samples]
 
 
-def as_digits(outcomes: Bool[Tensor, " questions"]) -> str:
+def digits(outcomes: Bool[Tensor, " questions"] | Bool[np.ndarray, " questions"]) -> str:
     """One character a question, as records keep them: 1 is right."""
     return "".join("1" if right else "0" for right in outcomes.tolist())

@@ -1,24 +1,28 @@
-"""The paper's three analyses on test questions: attention mass, attention entropy, removal of visual tokens."""
+"""The paper's three analyses on test questions (attention mass, attention entropy, removal of visual tokens), and two
+that check them: attention knock-out, and what a linear read-out finds in the text."""
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from probes.curves import knockout_curve, removal_curve, text_states
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from experiments.config import ProbeConfig
-from experiments.evaluation import Inputs, Questions, as_digits, correct
+from experiments.evaluation import Inputs, Questions, digits, greedy_matches
 from experiments.models import inference
 from probes import FusionDepth, RemoveTokens, TokenMap, fusion_depth, intervene, record_attention
+from probes.readout import linear_readout
 
 PAIRS = (("instruction", "vision"), ("instruction", "instruction"), ("response", "vision"), ("response", "instruction"))
 FUSION_PAIR = PAIRS.index(("instruction", "vision"))
+READOUT_FOLDS = 5
 _DIGITS = 5  # kept of each number per sample
 
 
@@ -102,11 +106,30 @@ def check(model: PreTrainedModel, config: ProbeConfig) -> None:
     """Before anything is measured: can it be?
 
     Raises:
-        ValueError: if a block of layers to remove visual tokens from is larger than the model, or empty.
+        ValueError: if the layers to take visual tokens from at once are more than the model has, or none.
     """
     layers = model.config.get_text_config().num_hidden_layers
-    if not 1 <= config.block <= layers:
-        raise ValueError(f"probe.block: a block of {config.block} layers in a model of {layers}; use 1 to {layers}")
+    for field, count in (("block", config.block), ("knockout_width", config.knockout_width)):
+        if not 1 <= count <= layers:
+            raise ValueError(f"probe.{field}: {count} layers at once in a model of {layers}; use 1 to {layers}")
+
+
+def _measured(
+    questions: Questions, model: PreTrainedModel, say: str, measure: Callable[[TokenMap, Inputs], Any]
+) -> np.ndarray:
+    """`measure` of every batch, `[points, samples]` each, side by side."""
+    with inference(model):
+        parts = [measure(token_map(model, inputs), inputs) for inputs in questions.batches(say)]
+    return np.concatenate(parts, axis=1)
+
+
+def _score(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+    return lambda logits: greedy_matches(logits, inputs["labels"])
+
+
+def _runs(layers: Sequence[range], outcomes: np.ndarray) -> list[dict[str, Any]]:
+    """What was done to which layers, with one digit a question."""
+    return [{"layers": list(some), "correct": digits(row)} for some, row in zip(layers, outcomes, strict=True)]
 
 
 def removal(model: PreTrainedModel, questions: Questions, block: int) -> dict[str, Any]:
@@ -115,12 +138,66 @@ def removal(model: PreTrainedModel, questions: Questions, block: int) -> dict[st
     The paper's Figure 5 drops "all vision tokens in layers a to b" and leaves open which of the two is meant.
     """
     layers = model.config.get_text_config().num_hidden_layers
-    starts = range(0, layers, block)
-    inside = [_without(model, questions, range(a, min(a + block, layers))) for a in starts]
-    onward = [_without(model, questions, range(a, layers)) for a in (*starts, layers)]
-    outcomes = np.array([[int(c) for c in condition["correct"]] for condition in onward])
-    depth = fusion_depth(outcomes, "removal")
-    return {"block": block, "inside": inside, "onward": onward, "fusion": asdict(_in_layers(depth, block, layers))}
+    blocks = [range(a, min(a + block, layers)) for a in range(0, layers, block)]
+    starts = [*(some.start for some in blocks), layers]
+
+    def measure(tokens: TokenMap, inputs: Inputs) -> np.ndarray:
+        inside = []
+        for some in blocks:
+            with intervene(model, tokens, RemoveTokens("vision", some)):
+                inside.append(greedy_matches(model(**inputs).logits, inputs["labels"]).cpu().numpy())
+        return np.concatenate([inside, removal_curve(model, tokens, inputs, _score(inputs), starts)])
+
+    outcomes = _measured(questions, model, "no vision in some layers", measure)
+    inside, onward = np.split(outcomes, [len(blocks)])
+    return {
+        "block": block,
+        "inside": _runs(blocks, inside),
+        "onward": _runs([range(a, layers) for a in starts], onward),
+        "fusion": asdict(_in_layers(fusion_depth(onward, "removal"), block, layers)),
+    }
+
+
+def knockout(model: PreTrainedModel, questions: Questions, width: int) -> dict[str, Any]:
+    """The `knockout` part of a record: answers of the intact model, and with all text cut off from the visual tokens in
+    windows of `width` layers, which go on being processed."""
+    layers = model.config.get_text_config().num_hidden_layers
+
+    def measure(tokens: TokenMap, inputs: Inputs) -> np.ndarray:
+        return knockout_curve(model, tokens, inputs, _score(inputs), width)
+
+    outcomes = _measured(questions, model, "text cut off from vision", measure)
+    windows = [range(max(end - width, 0), min(end, layers)) for end in range(1, layers + width)]
+    return {
+        "width": width,
+        "windows": _runs([range(0), *windows], outcomes),
+        "fusion": asdict(fusion_depth(outcomes, "knockout", width=width)),
+    }
+
+
+def readout(model: PreTrainedModel, questions: Questions) -> dict[str, Any] | None:
+    """The `readout` part of a record: whether a linear classifier reads the right answer off the question's own states
+    after 0, 1, ... all layers, on pictures that it was not trained on. None where the answers are too few or alike."""
+    with inference(model):
+        parts = [
+            text_states(model, token_map(model, inputs), inputs) for inputs in questions.batches("states of the text")
+        ]
+    states = torch.cat(parts, dim=1)
+    seeing = [i for i, sample in enumerate(questions.samples) if sample.load]
+    answers = [questions.samples[i].answers[0] for i in seeing]
+    pictures = [questions.samples[i].load for i in seeing]
+    if len(set(answers)) < 2 or len(set(pictures)) < READOUT_FOLDS:
+        return None
+    found = linear_readout(states[:, seeing], answers, pictures=pictures, folds=READOUT_FOLDS)
+    return {
+        "label": "the right answer",
+        "samples": len(seeing),
+        "depths": [
+            {"correct": digits(right), "control": digits(control)}
+            for right, control in zip(found.correct, found.control, strict=True)
+        ],
+        "fusion": asdict(fusion_depth(found.correct, "readout")),
+    }
 
 
 def _in_layers(depth: FusionDepth, block: int, layers: int) -> FusionDepth:
@@ -139,22 +216,18 @@ def _in_layers(depth: FusionDepth, block: int, layers: int) -> FusionDepth:
     )
 
 
-def _without(model: PreTrainedModel, questions: Questions, layers: range) -> dict[str, Any]:
-    def around(inputs: Inputs) -> contextlib.AbstractContextManager[Any]:
-        return intervene(model, token_map(model, inputs), RemoveTokens("vision", layers))
-
-    say = f"no vision in layers {layers.start + 1} to {layers.stop}" if layers else "nothing removed"
-    return {"layers": list(layers), "correct": as_digits(correct(model, questions, say, around))}
-
-
 def analyse(
     model: PreTrainedModel, questions: Questions, some: Questions, config: ProbeConfig
 ) -> dict[str, dict[str, Any] | None]:
-    """All that `config` asks for; attention is recorded on `some` questions, removal is scored on all."""
-    found: dict[str, dict[str, Any] | None] = {"attention": None, "removal": None, "fusion": None}
+    """All that `config` asks for; attention is recorded on `some` questions, the rest is measured on all."""
+    found: dict[str, dict[str, Any] | None] = dict.fromkeys(("attention", "removal", "knockout", "readout"))
     if config.attention:
         found["attention"] = attention(model, some, config.random_control)
     if config.removal:
         found["removal"] = removal(model, questions, config.block)
+    if config.knockout:
+        found["knockout"] = knockout(model, questions, config.knockout_width)
+    if config.readout:
+        found["readout"] = readout(model, questions)
     depths = {name: part.pop("fusion") for name, part in found.items() if part}
     return found | {"fusion": depths or None}

@@ -99,12 +99,33 @@ def _removal(record: Record) -> str:
     )
 
 
+def _fusion(record: Record) -> str:
+    knockout, readout = record.get("knockout"), record.get("readout")
+    parts = ["Where text takes in the picture, by the curves that were measured. Attention says where text looks."]
+    if record.get("removal") is not None:
+        parts.append("Removal: accuracy with vision hidden from a layer on.")
+    if knockout is not None:
+        parts.append(f"Knock-out: accuracy with all text cut off from vision in {_layers(knockout['width'])}.")
+    if readout is not None:
+        parts.append(
+            "Read-out: share of right answers that a linear classifier reads off the mean state of the question, on "
+            f"pictures it was not trained on (n = {readout['samples']}); after 0 layers it has the question's words alone."
+        )
+    parts.append("Bands: 95% bootstrap intervals. Dotted line and shade: the curve's fusion depth and its interval.")
+    return " ".join(parts)
+
+
+def _layers(count: int) -> str:
+    return "one layer" if count == 1 else f"{count} layers in a row"
+
+
 def _span(values: Sequence[int]) -> str:
     return f"{values[0]}" if values[0] == values[-1] else f"{values[0]} to {values[-1]}"
 
 
 _PROBES: tuple[tuple[str, str, str, Callable[[Record], Figure], Callable[[Record], str]], ...] = (
     ("removal_by_block", "Accuracy without visual tokens", "removal", figures.removal_figure, _removal),
+    ("fusion_by_curve", "Fusion depth from several curves", "knockout", figures.fusion_figure, _fusion),
     ("attention_by_layer", "Attention mass by layer", "attention", figures.attention_figure, _mass),
     ("entropy_by_layer", "Attention entropy by layer", "attention", figures.entropy_figure, _entropy),
 )

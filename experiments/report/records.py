@@ -140,6 +140,10 @@ def check(record: Any) -> None:
         _check_removal(record)
     if record.get("attention") is not None:
         _check_attention(record)
+    if record.get("knockout") is not None:
+        _check_knockout(record)
+    if record.get("readout") is not None:
+        _check_readout(record)
     for kind, depth in (record.get("fusion") or {}).items():
         if depth is not None:
             for key, type_ in _FUSION.items():
@@ -217,6 +221,26 @@ def _check_removal(record: Record) -> None:
     tails = [list(range(count, layers)) for count in seen]
     if tails != [run["layers"] for run in record["removal"]["onward"]] or sorted({0, layers, *seen}) != seen:
         raise ValueError(f"removal.onward does not go from all {layers} layers to none, each time from a layer onward")
+
+
+def _check_knockout(record: Record) -> None:
+    layers, examples = record["model"]["layers"], record["data"]["examples"]
+    width = _field(record, "knockout.width", int)
+    windows = [list(range(max(end - width, 0), min(end, layers))) for end in range(1, layers + width)]
+    runs = _field(record, "knockout.windows", list)
+    if [run.get("layers") for run in runs] != [[], *windows]:
+        raise ValueError(f"knockout.windows are not the intact model and all windows of {width} of {layers} layers")
+    for index, run in enumerate(runs):
+        _check_outcomes(run.get("correct"), f"knockout.windows[{index}].correct", examples)
+
+
+def _check_readout(record: Record) -> None:
+    depths, samples = _field(record, "readout.depths", list), _field(record, "readout.samples", int)
+    if len(depths) != record["model"]["layers"] + 1:
+        raise ValueError(f"readout.depths has {len(depths)} entries for {record['model']['layers']} layers and none")
+    for index, run in enumerate(depths):
+        for key in ("correct", "control"):
+            _check_outcomes(run.get(key), f"readout.depths[{index}].{key}", samples)
 
 
 def _check_attention(record: Record) -> None:

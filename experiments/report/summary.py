@@ -11,7 +11,7 @@ from rich.text import Text
 
 from experiments.report.records import describe
 from experiments.report.tables import Table
-from experiments.report.verdict import Headline, Verdict, depth_text
+from experiments.report.verdict import Headline, Verdict, curves_of, depth_text
 
 _LEFT_OUT = ("n", "Seeds", "Parameters")
 
@@ -23,7 +23,7 @@ def show(console: Console, headline: Headline, verdicts: Sequence[Verdict], abla
         console.print(Text(headline.sentence))
     for verdict in verdicts:
         console.print(Text(f"{describe(verdict.record)}: {verdict.answer}"))
-        for kind in ("removal", "attention"):
+        for kind in curves_of(verdict.record):
             console.print(Text(f"  fusion depth from {kind}: {depth_text(verdict.record, kind)}"))
     if not ablation.text.empty:
         console.print(_terminal_table(ablation))

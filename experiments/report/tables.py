@@ -14,7 +14,7 @@ from experiments.report.cells import Cell
 from experiments.report.figures.cost import unit
 from experiments.report.records import Record, Records, describe, failure, outcomes, seed
 from experiments.report.statistics import Interval, accuracy_interval
-from experiments.report.verdict import Verdict, depth_text
+from experiments.report.verdict import Verdict, curves_of, depth_text
 
 NONE = "\u2013"
 """What a cell shows where nothing applies: an en dash. A hole says "failed" instead."""
@@ -150,11 +150,11 @@ def kinds_table(cells: Sequence[Cell], probed: Sequence[Record]) -> Table:
 
 
 def fusion_table(verdicts: Sequence[Verdict], failed: Sequence[Record]) -> Table:
-    """Fusion depth of every probed record, from removal and from attention, with the rule's answer."""
+    """Fusion depth of every probed record, from each curve, with the rule's answer."""
     data, text, reasons = [], [], []
     for verdict in verdicts:
         record = verdict.record
-        for kind in ("removal", "attention"):
+        for kind in curves_of(record):
             depth = (record.get("fusion") or {}).get(kind)
             has_depth = depth is not None and depth["depth"] is not None
             if not has_depth:
@@ -186,7 +186,10 @@ def fusion_table(verdicts: Sequence[Verdict], failed: Sequence[Record]) -> Table
     notes = (
         "Depth is counted in layers of the language model. Removal: the number of first layers that must see the "
         "visual tokens for the model to keep the threshold's share of its gain over never seeing them. Attention: the "
-        "number of first layers that hold the threshold's share of all attention on visual tokens.",
+        "number of first layers that hold the threshold's share of all attention on visual tokens. Knock-out: the number "
+        "of first layers that hold its share of what is lost when text is cut off from vision, window by window. "
+        "Read-out: the number of layers after which a linear classifier reads the answer off the question's states, by "
+        "its share of the most that it ever gains over the question's words.",
         "Intervals: 95% bootstrap over examples.",
         *reasons,
         *(f"{describe(record)}: {failure(record)}." for record in failed),

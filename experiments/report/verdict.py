@@ -21,6 +21,8 @@ RULE = (
     "which would show text the picture before the first layer), of the attention experiment where that was run."
 )
 _ALPHA = 0.05
+_KINDS = {"removal": True, "knockout": False, "readout": False, "attention": True}
+"""Curves that give a fusion depth, and whether a report says so where one was not measured."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,22 @@ def headline(verdicts: Iterable[Verdict]) -> Headline:
     return Headline(answers.pop(), " ".join(_sentence(verdict.record) for verdict in counted))
 
 
+def curves_of(record: Record) -> list[str]:
+    """The curves whose fusion depth a report gives for this record."""
+    measured = record.get("fusion") or {}
+    return [kind for kind, always in _KINDS.items() if always or measured.get(kind) is not None]
+
+
 def depth_text(record: Record, kind: str) -> str:
-    """The fusion depth of one kind ("removal" or "attention") in words."""
+    """The fusion depth of one kind ("removal", "knockout", "readout" or "attention") in words."""
     depth = (record.get("fusion") or {}).get(kind)
     if depth is None:
         return "not measured"
     if depth["depth"] is None:
         return f"none: {_no_depth(record, kind)}"
-    return f"{depth['depth']} of {depth['layers']} layers ({interval_text(depth)})"
+    reads = [layer for layer in depth.get("reads") or () if layer != depth["depth"]]
+    named = f", read at layers {', '.join(map(str, depth['reads']))}" if reads else ""
+    return f"{depth['depth']} of {depth['layers']} layers ({interval_text(depth)}{named})"
 
 
 def interval_text(depth: dict) -> str:
@@ -106,7 +116,9 @@ def _sentence(record: Record) -> str:
 
 def _no_depth(record: Record, kind: str) -> str:
     if kind == "attention":
-        return "no attention on visual tokens was recorded"
+        return "text does not attend to visual tokens"
+    if kind == "readout":
+        return "the answer cannot be read off the question's states better than off its words"
     blank = record["accuracy"].get("blank")
     if record["model"]["prefusion_layers"] and blank is not None:
         image = outcomes(record["accuracy"]["image"])[None]
@@ -144,11 +156,24 @@ def _first_block(record: Record) -> tuple[str, str]:
 
 
 def _agreement(record: Record) -> str:
-    text = f"Depth from attention: {depth_text(record, 'attention')}."
-    removal, attention = ((record.get("fusion") or {}).get(kind) for kind in ("removal", "attention"))
-    if removal is None or attention is None or removal["depth"] is None or attention["depth"] is None:
+    """How the other curves' depths stand to that of removal, which the rule is about."""
+    measured = record.get("fusion") or {}
+    others = [kind for kind in curves_of(record) if kind != "removal"]
+    text = " ".join(f"Depth from {kind}: {depth_text(record, kind)}." for kind in others)
+    found = {kind: measured.get(kind) for kind in ("removal", *others)}
+    located = {kind: depth for kind, depth in found.items() if depth is not None and depth["depth"] is not None}
+    if "removal" not in located or len(located) < 2:
         return text
-    overlap = removal["low"] <= attention["high"] and attention["low"] <= removal["high"]
-    return (
-        f"{text} The two {'agree: their intervals overlap' if overlap else 'disagree: their intervals do not overlap'}."
-    )
+    low, high = located["removal"]["low"], located["removal"]["high"]
+    apart = [kind for kind, depth in located.items() if depth["low"] > high or depth["high"] < low]
+    agree = [kind for kind in located if kind != "removal" and kind not in apart]
+    parts = [f"{_listed(agree)} agree{'s' * (len(agree) == 1)} with removal: the intervals overlap"] if agree else []
+    if apart:
+        parts.append(f"{_listed(apart)} disagree{'s' * (len(apart) == 1)} with it: the intervals do not overlap")
+    sentence = "; ".join(parts)
+    return f"{text} {sentence[0].upper()}{sentence[1:]}."
+
+
+def _listed(names: list[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last

@@ -6,7 +6,7 @@ from PIL import Image
 from experiments.config import TrainConfig
 from experiments.data.conversation import IGNORED, messages
 from experiments.data.samples import Sample, conversation, single_questions
-from experiments.evaluation import Questions, as_digits, blank, correct, greedy_matches, shuffled
+from experiments.evaluation import Questions, blank, correct, digits, greedy_matches, shuffled
 from experiments.training import train
 from llava_mini.video import Video
 
@@ -73,5 +73,5 @@ def test_controls_of_videos_and_mixed_rows():
     assert [frame.getcolors() for frame in grey] == [[(8, (128, 128, 128))]] * 3
 
 
-def test_as_digits():
-    assert as_digits(torch.tensor([True, False, True])) == "101"
+def test_digits():
+    assert digits(torch.tensor([True, False, True])) == "101"

@@ -95,6 +95,8 @@ def finished(
         },
         "removal": None,
         "attention": None,
+        "knockout": None,
+        "readout": None,
         "fusion": None,
     }
 
@@ -117,6 +119,10 @@ def probes(record: dict[str, Any], ease: np.ndarray, samples: int) -> dict[str, 
     )
     missing: list[Any] = np.round(mass, 4).tolist()
     missing[1][0][0] = None
+    windows = [[], *([layer for layer in (end - 1, end) if 0 <= layer < LAYERS] for end in range(LAYERS + 1))]
+    blocked = [draw(rng, ease, rate) for rate in (0.5, 0.4, 0.62, 0.84, 0.86, 0.87, 0.87)]
+    readable = [draw(rng, ease[: len(ease) - 3], rate) for rate in (0.34, 0.6, 0.78, 0.8, 0.8, 0.79, 0.7)]
+    chance = [draw(rng, rng.random(len(ease) - 3), 0.3) for _ in readable]
     depth = {"threshold": 0.9, "layers": LAYERS, "level": 0.95, "curve": [0.0] * LAYERS}
     return record | {
         "removal": {
@@ -139,7 +145,18 @@ def probes(record: dict[str, Any], ease: np.ndarray, samples: int) -> dict[str, 
                 "entropy": [[3.5] * LAYERS, [3.5] * LAYERS, [2.3] * LAYERS],
             },
         },
+        "knockout": {
+            "width": 2,
+            "windows": [{"layers": some, "correct": c} for some, c in zip(windows, [intact, *blocked], strict=True)],
+        },
+        "readout": {
+            "label": "the right answer",
+            "samples": len(ease) - 3,
+            "depths": [{"correct": c, "control": d} for c, d in zip(readable, chance, strict=True)],
+        },
         "fusion": {
+            "knockout": {**depth, "kind": "knockout", "depth": 2, "low": 2, "high": 2, "samples": 120, "reads": (1, 2)},
+            "readout": {**depth, "kind": "readout", "depth": None, "low": None, "high": None, "samples": 117},
             "removal": {**depth, "kind": "removal", "depth": 2, "low": 2, "high": 3, "samples": len(ease)},
             "attention": {**depth, "kind": "attention", "depth": 5, "low": 5, "high": 5, "samples": samples},
         },

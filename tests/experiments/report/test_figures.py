@@ -102,6 +102,28 @@ def test_a_record_without_the_probe_cannot_be_drawn(records: list[dict[str, Any]
         figures.removal_figure(records[0])
 
 
+def test_fusion_puts_the_curves_side_by_side(probed: dict[str, Any]) -> None:
+    figure = figures.fusion_figure(probed)
+    assert [axis.get_title("left").split(":")[0].split(",")[0] for axis in figure.axes] == [
+        "Attention",
+        "Removal",
+        "Knock-out",
+        "Read-out of the answer from the question",
+    ]
+    knockout, readout = figure.axes[2].lines[0], figure.axes[3].lines[0]
+    # Windows of two layers, the first and the last cut to one.
+    assert list(knockout.get_xdata()) == [1, 1.5, 2.5, 3.5, 4.5, 5.5, 6]
+    rates = [100 * run["correct"].count("1") / 120 for run in probed["knockout"]["windows"][1:]]
+    np.testing.assert_allclose(np.asarray(knockout.get_ydata(), dtype=float), rates)
+    assert list(readout.get_xdata()) == list(range(7))
+    chance = [100 * run["control"].count("1") / 117 for run in probed["readout"]["depths"]]
+    np.testing.assert_allclose(line(figure, 3, "control: shuffled labels"), chance)
+    assert [text.get_text() for text in figure.axes[3].texts] == ["no depth"]
+    probed |= {"attention": None, "knockout": None, "readout": None}
+    with pytest.raises(ValueError, match="holds fewer than two curves to compare"):
+        figures.fusion_figure(probed)
+
+
 def test_ablation_marks_failed_cells_and_controls(records: list[dict[str, Any]]) -> None:
     records[-2]["status"] = records[-3]["status"] = "failed"
     figure = figures.ablation_figure(ablation_cells(loaded(records)))
@@ -135,7 +157,7 @@ def test_drawing_leaves_matplotlib_as_it_was(probed: dict[str, Any]) -> None:
 
 def test_what_cannot_be_drawn_is_said(records: list[dict[str, Any]]) -> None:
     drawings = list(draw([], ablation_cells(loaded(records[-1:]))))
-    assert [drawing.figure for drawing in drawings] == [None] * 5
+    assert [drawing.figure for drawing in drawings] == [None] * 6
     assert all(drawing.caption.startswith("Not drawn: no finished ") for drawing in drawings)
 
 

@@ -81,7 +81,7 @@ def test_the_page_is_self_contained_and_links_to_files_that_exist(whole: Path) -
     found = read(whole)
     assert {"script", "link", "iframe"}.isdisjoint(found.tags)
     embedded = [reference for reference in found.references if reference.startswith("data:")]
-    assert len(embedded) == 5
+    assert len(embedded) == 6
     for reference in set(found.references) - set(embedded):
         assert (whole / "report" / reference).is_file()
     raw = (whole / "report" / "index.html").read_text(encoding="utf-8")

@@ -57,9 +57,17 @@ def test_a_prefused_picture_is_not_called_unused(probed: dict[str, Any]) -> None
 
 
 def test_agreement_is_of_intervals(probed: dict[str, Any]) -> None:
-    assert "disagree" in judge(probed).reasons[-1]
+    said = judge(probed).reasons[-1]
+    assert said.endswith(
+        "Knockout agrees with removal: the intervals overlap; attention disagrees with it: the intervals do not overlap."
+    )
+    assert "read at layers 1, 2" in said
     probed["fusion"]["attention"] |= {"depth": 3, "low": 3, "high": 4}
-    assert "The two agree" in judge(probed).reasons[-1]
+    assert judge(probed).reasons[-1].endswith("Knockout and attention agree with removal: the intervals overlap.")
+    del probed["fusion"]["knockout"], probed["fusion"]["readout"]
+    assert judge(probed).reasons[-1] == (
+        "Depth from attention: 3 of 6 layers (95% CI 3 to 4, n = 40). Attention agrees with removal: the intervals overlap."
+    )
 
 
 def test_missing_probes_are_said_to_be_missing(probed: dict[str, Any]) -> None:
