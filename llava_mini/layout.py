@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .configuration import LlavaMiniConfig
+
+# Where pre-fusion's sequences hold no token of the text.
+FILLER, PATCH, COMPRESSED = -1, -2, -3
 
 Pixels = Float[Tensor, "crops channels height width"] | Iterable[Float[Tensor, "frame_crops channels height width"]]
 
@@ -95,6 +102,22 @@ class VisualLayout:
                 yield slice(start, start + count), pixels
                 start += count
 
+    def fused_text(
+        self,
+        is_visual: Bool[Tensor, "rows length"],
+        attention_mask: Int[Tensor, "rows seen"] | None,
+        answer_mask: Bool[Tensor, "rows ending"] | None,
+    ) -> Bool[Tensor, "rows length"]:
+        """The text that pre-fusion fuses: of rows with pictures, neither padding nor answers."""
+        is_text = torch.zeros_like(is_visual)
+        is_text[self.row.unique()] = True
+        is_text &= ~is_visual
+        if attention_mask is not None:
+            is_text &= attention_mask[:, -is_text.shape[1] :] > 0
+        if answer_mask is not None:  # may start later than the row, or with what the cache holds already
+            is_text &= ~nn.functional.pad(answer_mask, (is_text.shape[1] - answer_mask.shape[1], 0))
+        return is_text
+
     def check_placeholders(self, placeholders: Int[Tensor, " rows"], frame_tokens: Int[Tensor, " frames"]) -> None:
         """Raises a ValueError unless every row has a placeholder for each visual token of its pictures."""
         expected = torch.zeros(len(placeholders), dtype=torch.long).index_add_(0, self.frame_row, frame_tokens)
@@ -137,3 +160,46 @@ def pack(
     filled = torch.arange(int(counts.max()), device=chosen.device) < counts[:, None]  # (rows, most)
     packed = embeds.new_zeros(*filled.shape, embeds.shape[-1])
     return packed.masked_scatter(filled[..., None], embeds[chosen]), filled
+
+
+def prefusion_positions(
+    config: LlavaMiniConfig,
+    input_ids: Int[Tensor, "batch length"],
+    pixel_values: Pixels,
+    attention_mask: Int[Tensor, "batch length"] | None = None,
+    answer_mask: Bool[Tensor, "batch ending"] | None = None,
+    visual_layout: Int[Tensor, "pictures 3"] | None = None,
+    **kwargs: Any,
+) -> tuple[Int[Tensor, "frames positions"], Int[Tensor, " frames"]]:
+    """For each frame what its sequence in pre-fusion holds, and the row of the batch that its text is from.
+
+    PATCH stands for each patch, of the tiles and then of the whole frame, COMPRESSED for the compressed tokens that go
+    through with them; then come the positions of the text in its row. FILLER follows where a row has less text or a
+    frame fewer crops than others. Arguments as in `LlavaMiniModel.forward`; others are left alone.
+
+    Raises:
+        ValueError: If there are no pre-fusion layers, or the layout does not fit the rows or the pixels.
+    """
+    if not config.prefusion_layers:
+        raise ValueError("this LLaVA-Mini has prefusion_layers=0: nothing is fused")
+    is_visual = (input_ids == config.image_token_id).cpu()
+    layout = VisualLayout.read(visual_layout, is_visual.sum(dim=1), pixel_values)
+    tiles = torch.tensor(layout.frame_tiles)
+    vision: Any = config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2  # of a crop
+    if config.compressor == "none":  # the tower's first token may be among them
+        patches = int(is_visual.sum()) // int(tiles.square().sum())
+    through = config.prefuse_visual_tokens and config.compressor != "none"
+    masks = (mask if mask is None else mask.cpu() for mask in (attention_mask, answer_mask))
+    is_text = layout.fused_text(is_visual, *masks)
+
+    counts = torch.tensor([crops_of(n) for n in layout.frame_tiles]) * patches
+    visual = torch.full((len(tiles), int(counts.max()) + config.compressor_size**2 * through), FILLER)
+    ends = counts[:, None] + config.compressor_size**2 * through
+    place = torch.arange(visual.shape[1])
+    visual[place < ends] = COMPRESSED
+    visual[place < counts[:, None]] = PATCH
+    text, filled = pack(torch.arange(is_text.shape[1]).expand(is_text.shape)[..., None], is_text)
+    text = text[..., 0].masked_fill(~filled, FILLER)[layout.frame_row]
+    held = torch.cat([visual, text], dim=1)
+    return held.gather(1, (held == FILLER).to(torch.uint8).argsort(dim=1, stable=True)), layout.frame_row

@@ -24,7 +24,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .compressors import COMPRESSORS, Compressor
 from .configuration import LlavaMiniConfig
-from .layout import Pixels, VisualLayout, pack
+from .layout import Pixels, VisualLayout, pack, prefusion_positions
 from .prefusion import Prefusion
 from .tiles import stitch
 
@@ -164,13 +164,8 @@ class LlavaMiniModel(LlavaMiniPreTrainedModel, LlavaModel):
 
         is_text = torch.zeros_like(is_visual)
         if self.prefusion is not None:
-            is_text[layout.row.unique()] = True  # rows with pictures
-            is_text &= ~is_visual
-            if attention_mask is not None:
-                is_text &= attention_mask[::copies, -is_text.shape[1] :] > 0
-            if answer_mask is not None:  # may start later than the row, or with what the cache holds already
-                answer_mask = answer_mask[::copies]
-                is_text &= ~nn.functional.pad(answer_mask, (is_text.shape[1] - answer_mask.shape[1], 0))
+            masks = (mask if mask is None else mask[::copies] for mask in (attention_mask, answer_mask))
+            is_text = layout.fused_text(is_visual, *masks)
         text, filled = pack(embeds[::copies], is_text)  # (rows, most, width)
         fused = torch.zeros_like(text, dtype=torch.float32)
 
@@ -349,6 +344,15 @@ class LlavaMiniForConditionalGeneration(LlavaMiniPreTrainedModel, LlavaForCondit
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    def prefusion_positions(
+        self, labels: Int[Tensor, "batch length"] | None = None, **inputs: Any
+    ) -> tuple[Int[Tensor, "frames positions"], Int[Tensor, " frames"]]:
+        """What pre-fusion's sequences hold when `forward` is called with these inputs; see
+        [`llava_mini.layout.prefusion_positions`]."""
+        if inputs.get("answer_mask") is None and labels is not None:
+            inputs["answer_mask"] = labels != -100
+        return prefusion_positions(self.config, **inputs)
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)

@@ -159,24 +159,35 @@ class Places:
     box: Float[Tensor, "batch positions 4"]
 
     @classmethod
-    def lay_out(cls, vision: Bool[Tensor, "batch positions"], grids: Sequence[Grid]) -> Places:
+    def lay_out(
+        cls,
+        vision: Bool[Tensor, "batch positions"],
+        grids: Sequence[Grid],
+        samples: Int[Tensor, " batch"] | None = None,
+    ) -> Places:
         """Puts the tokens of the grids, in order, on the visual positions, in reading order.
 
-        Raises ValueError when they do not fit: other numbers of tokens, or a picture that would straddle two rows.
+        Args:
+            vision: Which positions are visual.
+            grids: Of all pictures of the batch.
+            samples: Which sample each row belongs to, ascending, where a picture has several rows. Each row is a sample
+                by default.
+
+        Raises ValueError when they do not fit: other numbers of tokens, or a picture that would straddle two samples.
         """
         tokens = torch.cat([_tokens(grid) for grid in grids]) if grids else torch.empty(0, 9)
         count = int(vision.sum())
         if len(tokens) != count:
             raise ValueError(f"the pictures have {len(tokens)} visual tokens, input_ids {count}: are they of one call?")
-        picture, row_of = tokens[:, 0].long(), vision.nonzero()[:, 0].cpu()
-        first = torch.full((int(picture.max()) + 1 if count else 0,), len(vision)).scatter_reduce(
-            0, picture, row_of, "amin"
-        )  # the row that each picture starts in
-        if (first[picture] != row_of).any():
-            wrong = int(picture[first[picture] != row_of][0])
+        picture, row = tokens[:, 0].long(), vision.nonzero()[:, 0].cpu()
+        sample = row if samples is None else samples.cpu()[row]
+        pictures, samples_there = int(picture.max()) + 1 if count else 0, int(sample.max()) + 1 if count else 0
+        owner = torch.full((pictures,), samples_there).scatter_reduce(0, picture, sample, "amin")
+        if (owner[picture] != sample).any():
+            wrong = int(picture[owner[picture] != sample][0])
             raise ValueError(f"the visual tokens of picture {wrong} straddle two rows: are they of one call?")
-        before = torch.full((len(vision),), torch.iinfo(torch.long).max).scatter_reduce(0, row_of, picture, "amin")
-        tokens[:, 0] -= before[row_of]
+        first = torch.full((samples_there,), pictures).scatter_reduce(0, sample, picture, "amin")
+        tokens[:, 0] -= first[sample]
 
         def spread(values: Tensor, empty: float) -> Tensor:
             full = torch.full((*vision.shape, *values.shape[1:]), empty, dtype=values.dtype, device=vision.device)

@@ -30,7 +30,12 @@ def llava(
         size = size_of(sizes, picture, len(pixels))
         view = seen(size, getattr(processor, "image_processor", None), *pixels.shape[-2:])
         grids.append(view.patches(picture, patch))
+    return with_class_tokens(config, inputs, grids)
+
+
+def with_class_tokens(config: PretrainedConfig, inputs: Mapping[str, Any], grids: list[Grid]) -> list[Grid]:
+    """With the tower's CLS token ahead of every grid, where the model keeps it and the text has room for it."""
     tokens = int((inputs["input_ids"] == config.image_token_id).sum())
-    if config.vision_feature_select_strategy == "full" and tokens == len(pixels) * (len(grids[0]) + 1):
-        grids = [part for grid in grids for part in (Grid(grid.picture, 1, 0, newline=True), grid)]
+    if config.vision_feature_select_strategy == "full" and tokens == sum(len(grid) + 1 for grid in grids):
+        return [part for grid in grids for part in (Grid(grid.picture, 1, 0, frame=grid.frame, newline=True), grid)]
     return grids

@@ -35,6 +35,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
+from llava_mini.layout import VisualLayout
 from probes.places import Places
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "what", "is", "this", "user", "assistant", ":", "<image>", "<video>"]
@@ -184,7 +186,7 @@ class MeanColours(nn.Module):
 def colours_of() -> Callable[..., Tensor]:
     """The mean colour that each visual token of a model is made of, by the model's own way from pixels to tokens."""
 
-    def colours(model: Any, inputs: Any) -> Tensor:
+    def colours(model: Any, inputs: Any, prefused: bool = False) -> Tensor:
         model, nan = model.model, float("nan")
         patch = model.config.vision_config.patch_size
         tower, projector = model.vision_tower, model.multi_modal_projector
@@ -194,7 +196,11 @@ def colours_of() -> Callable[..., Tensor]:
         if newline is not None:
             model.image_newline = nn.Parameter(torch.full((3,), nan), requires_grad=False)
         try:
-            if "pixel_values_videos" in inputs:
+            if "visual_layout" in inputs:
+                layout = VisualLayout.read(inputs["visual_layout"], inputs["input_ids"][:, 0], inputs["pixel_values"])
+                parts = (model.encode(pixels) for _, pixels in layout.chunks(inputs["pixel_values"], 1))
+                features = [torch.cat(part, dim=1)[0] if prefused else part[1][0] for part in parts]
+            elif "pixel_values_videos" in inputs:
                 features = model.get_video_features(inputs["pixel_values_videos"]).pooler_output
             else:
                 given = {k: inputs[k] for k in ("pixel_values", "image_sizes", "batch_num_images") if k in inputs}
@@ -240,3 +246,17 @@ def check_boxes() -> Callable[..., None]:
         assert (error < allowed).all(), f"boxes are off by up to {float((error / allowed).max() * tolerance):.4f}"
 
     return check
+
+
+@pytest.fixture
+def make_llava_mini(make_llava: Any) -> Callable[..., tuple[LlavaMiniForConditionalGeneration, LlavaMiniProcessor]]:
+    """A LLaVA-Mini on `make_llava`, C = 2 and two pre-fusion layers unless `fields` of its configuration say otherwise."""
+
+    def make(tiles: int = 1, pad_to_square: bool = False, **fields: Any) -> tuple[Any, Any]:
+        llava, processor = make_llava()
+        fields = {"compressor_size": 2, "prefusion_layers": 2, "compressor_heads": 4} | fields
+        model = LlavaMiniForConditionalGeneration.from_llava(llava, **fields).eval()
+        processor = LlavaMiniProcessor.from_llava(processor, model.config, tiles=tiles, pad_to_square=pad_to_square)
+        return model, processor
+
+    return make
