@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool
-from torch import Tensor
 
-from probes.places import NO_BOX, Box
+from probes.places import NO_BOX, Box, size_of
 
 
 class Run(NamedTuple):
@@ -20,28 +18,20 @@ class Run(NamedTuple):
     stop: int
 
 
-def visual_positions(inputs: Mapping[str, Any], *visual_tokens: int) -> Bool[Tensor, "batch positions"]:
-    """Where one of these tokens stands and `attention_mask` does not hide it."""
-    input_ids = inputs["input_ids"]
-    vision = torch.isin(input_ids, torch.tensor(visual_tokens, device=input_ids.device))
-    mask = inputs.get("attention_mask")
-    return vision if mask is None else vision & (mask != 0)
-
-
 def image_runs(inputs: Mapping[str, Any], image_token: int) -> list[Run]:
-    """The longest runs of the image token, in reading order."""
-    change = torch.nn.functional.pad(visual_positions(inputs, image_token).int(), (1, 1)).diff()
+    """The longest runs of the image token that `attention_mask` does not hide, in reading order."""
+    vision = inputs["input_ids"] == image_token
+    if inputs.get("attention_mask") is not None:
+        vision = vision & (inputs["attention_mask"] != 0)
+    change = torch.nn.functional.pad(vision.int(), (1, 1)).diff()
     starts, stops = (change == 1).nonzero().tolist(), (change == -1).nonzero().tolist()
     return [Run(row, start, stop) for (row, start), (_, stop) in zip(starts, stops, strict=True)]
 
 
 def whole_boxes(sizes: Sequence[tuple[int, int]] | None, pictures: int) -> list[Box]:
     """All of each picture, or NO_BOX where the sizes are not known. Raises ValueError for another number of sizes."""
-    if sizes is None:
-        return [NO_BOX] * pictures
-    if len(sizes) != pictures:
-        raise ValueError(f"{len(sizes)} pictures were given, input_ids hold {pictures}: are they of one call?")
-    return [(0.0, 0.0, float(width), float(height)) for height, width in sizes]
+    known = [size_of(sizes, picture, pictures) for picture in range(pictures)]
+    return [NO_BOX if size is None else (0.0, 0.0, float(size[1]), float(size[0])) for size in known]
 
 
 def tile_box(picture: Box, rows: int, columns: int, tile: int) -> Box:

@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from probes.families.pictures import visual_positions, whole_boxes
-from probes.places import Grid, family
+from probes.families.pictures import whole_boxes
+from probes.places import Grid, family, reading_order
 
 
 @family("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -27,25 +27,15 @@ def qwen_vl(
     all of it. `sizes` count images and videos alike, in reading order.
     """
     merge = config.vision_config.spatial_merge_size
-    vision = visual_positions(inputs, config.image_token_id, config.video_token_id)
-    is_video = inputs["input_ids"][vision] == config.video_token_id
-    shapes = {}  # of the images and of the videos: patches over time, height and width
-    for video, name in ((False, "image_grid_thw"), (True, "video_grid_thw")):
-        shapes[video] = [] if inputs.get(name) is None else inputs[name].tolist()
-        tokens = sum(map(prod, shapes[video])) // merge**2
-        count = int((is_video == video).sum())
-        if tokens != count:
-            raise ValueError(f"{name} make {tokens} visual tokens, input_ids hold {count}: are they of one call?")
-
-    pictures, position = [], 0
-    while position < len(is_video):
-        time, height, width = shapes[bool(is_video[position])].pop(0)
-        pictures.append((time, height // merge, width // merge))
-        position += time * height * width // merge**2
+    shapes = {}  # of the images and of the videos: temporal patches, rows and columns of tokens
+    for token, name in ((config.image_token_id, "image_grid_thw"), (config.video_token_id, "video_grid_thw")):
+        patches = [] if inputs.get(name) is None else inputs[name].tolist()
+        shapes[token] = [(frames, height // merge, width // merge) for frames, height, width in patches]
+    lengths = {token: [prod(shape) for shape in shapes[token]] for token in shapes}
+    pictures = [shapes[token][number] for token, number in reading_order(inputs, lengths)]
+    boxes = whole_boxes(sizes, len(pictures))
     return [
-        Grid(picture, rows, columns, box, frame)
-        for picture, (box, (frames, rows, columns)) in enumerate(
-            zip(whole_boxes(sizes, len(pictures)), pictures, strict=True)
-        )
+        Grid(picture, rows, columns, boxes[picture], frame)
+        for picture, (frames, rows, columns) in enumerate(pictures)
         for frame in range(frames)
     ]

@@ -41,7 +41,7 @@ def test_without_the_processor_a_crop_counts_as_a_picture() -> None:
     places = TokenMap.from_inputs(model, inputs, family.processor).require_places()
     assert (places.image.max(), places.tile.max()) == (0, 3)
     assert places.box.isnan().all()
-    with pytest.raises(ValueError, match="1 pictures were given, input_ids hold 4"):
+    with pytest.raises(ValueError, match="the inputs hold 4 pictures, but 1 images or image_sizes are given"):
         TokenMap.from_inputs(model, inputs, images=[image])
 
 

@@ -51,7 +51,7 @@ def test_inputs_that_do_not_fit() -> None:
     family, image = tiny("idefics3"), Picture(64, 40).image
     inputs, model = dict(family(["#"], [[image]])), family.model()
     ids = inputs["input_ids"]
-    with pytest.raises(ValueError, match="2 pictures were given, input_ids hold 1"):
+    with pytest.raises(ValueError, match="the inputs hold 1 pictures, but 2 images or image_sizes are given"):
         TokenMap.from_inputs(model, inputs, images=[image, image])
     with pytest.raises(ValueError, match="without the two marks before each tile"):
         TokenMap.from_inputs(model, {"input_ids": ids[:, ids[0].tolist().index(model.config.image_token_id) :]})

@@ -37,7 +37,7 @@ def test_without_its_size_a_picture_has_tiles_without_boxes() -> None:
 def test_inputs_that_do_not_fit() -> None:
     family, image = tiny("internvl"), Picture(96, 64).image
     inputs, model = dict(family(["#"], [[image]])), family.model()
-    with pytest.raises(ValueError, match="2 pictures were given, input_ids hold 1"):
+    with pytest.raises(ValueError, match="the inputs hold 1 pictures, but 2 images or image_sizes are given"):
         TokenMap.from_inputs(model, inputs, images=[image, image])
     with pytest.raises(ValueError, match="no whole number of tiles of 4"):
         TokenMap.from_inputs(model, {"input_ids": inputs["input_ids"][:, :20]})

@@ -27,7 +27,7 @@ def test_the_answer_to_learn_is_the_response() -> None:
 def test_inputs_that_do_not_fit() -> None:
     family, image = tiny("paligemma"), Picture(30, 30).image
     inputs, model = dict(family(["#"], [[image]])), family.model()
-    with pytest.raises(ValueError, match="2 pictures were given, input_ids hold 1"):
+    with pytest.raises(ValueError, match="the inputs hold 1 pictures, but 2 images or image_sizes are given"):
         TokenMap.from_inputs(model, inputs, images=[image, image])
     with pytest.raises(ValueError, match="the pictures have 0 visual tokens, input_ids 20"):
         TokenMap.from_inputs(model, {"input_ids": inputs["input_ids"][:, :20]})

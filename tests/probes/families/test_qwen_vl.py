@@ -70,9 +70,9 @@ def test_inputs_that_do_not_fit() -> None:
     family = tiny("qwen2_vl")
     image = Picture(48, 24).image
     inputs, model = dict(family(["#"], [[image]])), family.model()
-    with pytest.raises(ValueError, match="2 pictures were given, input_ids hold 1"):
+    with pytest.raises(ValueError, match="the inputs hold 1 pictures, but 2 images or image_sizes are given"):
         TokenMap.from_inputs(model, inputs, images=[image, image])
-    with pytest.raises(ValueError, match="image_grid_thw make 18 visual tokens, input_ids hold 9"):
+    with pytest.raises(ValueError, match="the pictures have 18 visual tokens, input_ids 9"):
         TokenMap.from_inputs(model, inputs | {"input_ids": inputs["input_ids"][:, :10], "attention_mask": None})
-    with pytest.raises(ValueError, match="image_grid_thw make 0 visual tokens, input_ids hold 18"):
+    with pytest.raises(ValueError, match="the pictures have 0 visual tokens, input_ids 18"):
         TokenMap.from_inputs(model, inputs | {"image_grid_thw": None})
