@@ -16,7 +16,7 @@ from transformers import BatchFeature, PretrainedConfig, PreTrainedModel, PreTra
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.video_utils import VideoMetadata
 
-from probes import TokenMap
+from llava_mini import LlavaMiniConfig, LlavaMiniForConditionalGeneration, LlavaMiniProcessor
 
 LAYERS = 3
 # Ten times the usual scale, for attention that is far from uniform.
@@ -280,92 +280,89 @@ def internvl() -> Tiny:
     return Tiny(transformers.InternVLForConditionalGeneration, config, processor, "<IMG_CONTEXT>")
 
 
-FAMILIES = {
-    build.__name__: build for build in (qwen2_vl, qwen2_5_vl, qwen3_vl, idefics3, smolvlm, paligemma, gemma3, internvl)
-}
+def llava() -> Tiny:
+    side, patch = 16, 4
+
+    def config(tokens: PreTrainedTokenizerFast) -> PretrainedConfig:
+        return transformers.LlavaConfig(**_llava_fields(tokens, side, patch))
+
+    processor = transformers.LlavaProcessor(_clip_images(side), tokenizer(image_token="<image>"), **_of_clip(patch))
+    return Tiny(transformers.LlavaForConditionalGeneration, config, processor, "<image>")
+
+
+def llava_next() -> Tiny:
+    side, patch = 16, 4
+    pinpoints = [[2 * side, side], [side, 2 * side], [2 * side, 2 * side]]
+
+    def config(tokens: PreTrainedTokenizerFast) -> PretrainedConfig:
+        return transformers.LlavaNextConfig(**_llava_fields(tokens, side, patch), image_grid_pinpoints=pinpoints)
+
+    images = transformers.LlavaNextImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_grid_pinpoints=pinpoints
+    )
+    processor = transformers.LlavaNextProcessor(images, tokenizer(image_token="<image>"), **_of_clip(patch))
+    return Tiny(transformers.LlavaNextForConditionalGeneration, config, processor, "<image>")
+
+
+def llava_onevision() -> Tiny:
+    side, patch = 16, 4
+    pinpoints = [[2 * side, side], [side, 2 * side], [2 * side, 2 * side]]
+
+    def config(tokens: PreTrainedTokenizerFast) -> PretrainedConfig:
+        return transformers.LlavaOnevisionConfig(
+            vision_config=VISION | {"model_type": "siglip_vision_model", "image_size": side, "patch_size": patch},
+            text_config=TEXT | {"model_type": "qwen2", "vocab_size": len(tokens)},
+            image_token_index=tokens.convert_tokens_to_ids("<image>"),
+            video_token_index=tokens.convert_tokens_to_ids("<video>"),
+            image_grid_pinpoints=pinpoints,
+            vision_feature_select_strategy="full",
+        )
+
+    images = transformers.LlavaOnevisionImageProcessorPil(
+        size={"height": side, "width": side}, image_grid_pinpoints=pinpoints
+    )
+    tokens = tokenizer(image_token="<image>", video_token="<video>")
+    processor = without_video_processor(transformers.LlavaOnevisionProcessor)(
+        images, tokens, None, num_image_tokens=(side // patch) ** 2, vision_feature_select_strategy="full"
+    )
+    return Tiny(transformers.LlavaOnevisionForConditionalGeneration, config, processor, "<image>")
+
+
+def llava_mini() -> Tiny:
+    """2 x 2 tokens a picture, and two pre-fusion layers."""
+    side, patch = 16, 4
+
+    def config(tokens: PreTrainedTokenizerFast) -> PretrainedConfig:
+        fields = {"compressor_size": 2, "compressor_heads": 2, "prefusion_layers": 2}
+        return LlavaMiniConfig(**_llava_fields(tokens, side, patch), **fields)
+
+    processor = LlavaMiniProcessor(
+        _clip_images(side), tokenizer(image_token="<image>"), **_of_clip(patch), num_visual_tokens=4
+    )
+    return Tiny(LlavaMiniForConditionalGeneration, config, processor, "<image>")
+
+
+def _llava_fields(tokens: PreTrainedTokenizerFast, side: int, patch: int) -> dict[str, Any]:
+    return {
+        "vision_config": VISION | {"model_type": "clip_vision_model", "image_size": side, "patch_size": patch},
+        "text_config": TEXT | {"model_type": "llama", "vocab_size": len(tokens)},
+        "image_token_index": tokens.convert_tokens_to_ids("<image>"),
+    }
+
+
+def _clip_images(side: int) -> transformers.CLIPImageProcessorPil:
+    return transformers.CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
+def _of_clip(patch: int) -> dict[str, Any]:
+    return {"patch_size": patch, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+
+
+LLAVAS = (llava, llava_next, llava_onevision, llava_mini)
+OTHERS = (qwen2_vl, qwen2_5_vl, qwen3_vl, idefics3, smolvlm, paligemma, gemma3, internvl)
+FAMILIES = {build.__name__: build for build in (*LLAVAS, *OTHERS)}
 
 
 @cache
 def tiny(model_type: str) -> Tiny:
     return FAMILIES[model_type]()
-
-
-def coordinates(width: int, height: int, blue: int = 0) -> np.ndarray:
-    """A picture whose red is how far right a pixel is, and whose green how far down: 0 to 255."""
-    red = np.broadcast_to((np.arange(width) + 0.5) / width, (height, width))
-    green = np.broadcast_to(((np.arange(height) + 0.5) / height)[:, None], (height, width))
-    picture = np.stack([red * 255, green * 255, np.full((height, width), blue)], -1)
-    return picture.round().astype(np.uint8)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture in the tests: its size, and a blue of its own."""
-
-    width: int
-    height: int
-    blue: int = 0
-
-    @property
-    def image(self) -> Image.Image:
-        return Image.fromarray(coordinates(self.width, self.height, self.blue))
-
-
-def seen(family: Tiny, inputs: Any, tokens: TokenMap) -> np.ndarray:
-    """Mean colour, 0 to 255, of the pixels that each visual token is made of: `[tokens, 3]`.
-
-    Which pixels these are, the gradient of what enters the language model tells, once the layers of the vision tower
-    no longer attend: then a feature has seen its own patches alone.
-    """
-    model, names = family.model(), [name for name in inputs if name.startswith("pixel_values")]
-    for name, module in model.named_modules():
-        if family.vision in name and name.endswith(("attn.proj", "self_attn.out_proj", "attention.projection_layer")):
-            torch.nn.init.zeros_(module.weight)
-    pixels = [inputs[name].clone().requires_grad_() for name in names]
-    entered: list[torch.Tensor] = []
-    decoder = model.get_decoder()
-    decoder.register_forward_pre_hook(lambda _, args, kwargs: entered.append(kwargs["inputs_embeds"]), with_kwargs=True)
-    model(**inputs | dict(zip(names, pixels, strict=True)))
-    features = entered[0][tokens.mask("vision")].sum(-1)
-    one_each = torch.eye(len(features))
-    gradients = torch.autograd.grad(features, pixels, one_each, is_grads_batched=True)
-
-    processor = family.processor.image_processor
-
-    def flat(values: torch.Tensor, leading: int) -> torch.Tensor:
-        """`[3, pixels]`, from Qwen's patches [patches, 3 * pixels] or from pictures [..., 3, height, width]."""
-        if inputs[names[0]].ndim == 2:
-            return values.unflatten(-1, (3, -1)).movedim(-2, leading).flatten(leading + 1)
-        return values.movedim(-3, leading).flatten(leading + 1)
-
-    colours = torch.cat([flat(values.detach(), 0) for values in pixels], 1)
-    colours = colours * torch.tensor(processor.image_std)[:, None] + torch.tensor(processor.image_mean)[:, None]
-    of_token = torch.cat([flat(gradient, 1) for gradient in gradients], 2).ne(0).any(1).float()
-    return (255 * (of_token @ colours.T) / of_token.sum(1, keepdim=True)).numpy()
-
-
-def check_boxes(
-    family: Tiny, rows: dict[str, Sequence[tuple[int, int]]], side: str = "left", **kwargs: Any
-) -> TokenMap:
-    """Checks that each visual token is made of the pixels that `places` say, by the colours of the pictures.
-
-    `rows` are a batch: texts, `#` for a picture, with the (width, height) of the pictures of each.
-    """
-    pictures = [Picture(*size) for sizes in rows.values() for size in sizes]
-    pictures = [Picture(one.width, one.height, 20 * index) for index, one in enumerate(pictures)]
-    remaining = iter(pictures)
-    images = [[next(remaining).image for _ in sizes] for sizes in rows.values()]
-    inputs = family(list(rows), images, side, **kwargs)
-    flat = [image for row in images for image in row]
-    tokens = TokenMap.from_inputs(family.model(), inputs, family.processor, flat)
-    places, vision = tokens.require_places(), tokens.mask("vision")
-
-    counts = [len(sizes) for sizes in rows.values()]
-    first = torch.tensor([sum(counts[:row]) for row in range(len(rows))])[:, None]
-    colours, picture = seen(family, inputs, tokens), (places.image + first)[vision]
-    np.testing.assert_allclose(colours[:, 2], 20 * picture, atol=0.1, err_msg="the picture")
-    box = places.box[vision].double().numpy()
-    shape = np.array([(one.width, one.height) for one in pictures])[picture]
-    # Half a pixel for the rounding of colours to a 255th of the picture.
-    np.testing.assert_allclose(colours[:, :2] / 255 * shape, (box[:, :2] + box[:, 2:]) / 2, atol=0.5)
-    return tokens

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes import RemoveTokens, TokenMap, intervene, record_attention
+from probes import RemoveTokens, TokenMap, intervene, places, record_attention
 from probes.decoder import decoder_layers, find_decoder
-from tests.probes.families.build import FAMILIES, LAYERS, Picture, tiny
+from probes.interventions import BlockAttention
+from tests.probes.families.boxes import Picture
+from tests.probes.families.build import FAMILIES, LAYERS, tiny
 
 TEXTS = ["see # ?", "there is nothing to see", "the first # and then # of these"]
 PICTURES = [[Picture(40, 24)], [], [Picture(24, 32), Picture(33, 30)]]
@@ -62,8 +64,9 @@ def test_the_groups_partition_every_row(family: str, side: str) -> None:
     assert (members.sum(0) == 1).all()
     assert torch.equal(tokens.mask("pad"), inputs["attention_mask"] == 0)
     assert torch.equal(tokens.mask("vision"), inputs["input_ids"] == visual)
-    assert torch.equal(tokens.require_places().image >= 0, tokens.mask("vision"))
-    assert tokens.require_places().image.amax(1).tolist() == [0, -1, 1]
+    if family in places.FAMILIES:
+        assert torch.equal(tokens.require_places().image >= 0, tokens.mask("vision"))
+        assert tokens.require_places().image.amax(1).tolist() == [0, -1, 1]
 
     def said(row: int, group: str) -> str:
         return processor.tokenizer.decode(inputs["input_ids"][row][tokens.mask(group)[row]])
@@ -139,11 +142,33 @@ def test_removing_the_pictures_late(family: str) -> None:
             record_attention(model, tokens, targets=["instruction"]) as after,
         ):
             removed = model(**inputs).logits
-    assert set(receipt.tokens) == {last}
-    assert receipt.tokens[last] == int(tokens.mask("vision").sum())
+    assert receipt[0].tokens == {last: int(tokens.mask("vision").sum())}
     torch.testing.assert_close(after.mass[:last], before.mass[:last], atol=0, rtol=0, equal_nan=True)
     assert after.mass[last, ..., vision].isnan().all()
     assert not torch.allclose(plain[:, -1], removed[:, -1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocking_the_view_of_the_pictures(family: str) -> None:
+    """As eager attention under a mask from which these edges were taken by hand."""
+    inputs, model, middle = make_inputs(family, "left"), tiny(family).model(), 1
+    tokens = TokenMap.from_inputs(model, inputs)
+    edges = tokens.mask("instruction")[:, None, :, None] & tokens.mask("vision")[:, None, None, :]
+    eager = tiny(family).model("eager")
+
+    def cut(layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, kwargs | {"attention_mask": kwargs["attention_mask"].masked_fill(edges, -torch.inf)}
+
+    with torch.no_grad():
+        with intervene(model, tokens, BlockAttention("vision", "instruction", layers=[middle])) as receipt:
+            blocked = model(**inputs).logits
+        uncut = eager(**inputs).logits
+        decoder_layers(find_decoder(eager))[middle].register_forward_pre_hook(cut, with_kwargs=True)
+        expected = eager(**inputs).logits
+    assert receipt[0].mass == {middle: 0.0}
+    said = ~tokens.mask("pad")
+    torch.testing.assert_close(blocked[said], expected[said], atol=1e-4, rtol=0)
+    assert (expected[said] - uncut[said]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("family", FAMILIES)

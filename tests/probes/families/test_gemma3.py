@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from probes import TokenMap, record_attention
-from tests.probes.families.build import Picture, check_boxes, tiny
+from tests.probes.families.boxes import Picture, check_boxes
+from tests.probes.families.build import tiny
 
 PAN_AND_SCAN = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 20}
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probes import TokenMap
-from tests.probes.families.build import Picture, check_boxes, tiny
+from tests.probes.families.boxes import Picture, check_boxes
+from tests.probes.families.build import tiny
 
 FAMILIES = ["idefics3", "smolvlm"]
 

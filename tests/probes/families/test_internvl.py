@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from probes import TokenMap
-from tests.probes.families.build import Picture, check_boxes, tiny
+from tests.probes.families.boxes import Picture, check_boxes
+from tests.probes.families.build import tiny
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

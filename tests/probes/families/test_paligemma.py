@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from probes import TokenMap, record_attention
-from tests.probes.families.build import Picture, check_boxes, tiny
+from tests.probes.families.boxes import Picture, check_boxes
+from tests.probes.families.build import tiny
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from probes import TokenMap
-from tests.probes.families.build import Picture, check_boxes, seen, tiny
+from tests.probes.families.boxes import Picture, check_boxes, seen
+from tests.probes.families.build import tiny
 
 VERSIONS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
