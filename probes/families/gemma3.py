@@ -5,20 +5,20 @@ Source: transformers' `gemma3`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from math import ceil, isqrt
 from typing import Any
 
-from jaxtyping import Int
-from torch import Tensor
 from transformers import PretrainedConfig
 
-from probes.families.pictures import Run, image_runs, whole_boxes
+from probes.families.pictures import image_runs, texts_before, whole_boxes
 from probes.places import NO_BOX, Box, Grid, family
 
-# What the processor writes between a picture and its crops.
+# What the processor writes between a picture and its crops, and between these: two tokens around a space, which two
+# pictures of a prompt have only if it was typed.
 CROPS_FOLLOW = "and here are some crops to help you see better"
+NEXT_CROP = re.compile(r"\S+\n\n \n\n\S+")
 
 
 @family("gemma3")
@@ -30,28 +30,18 @@ def gemma3(
     Crops are known by the text that the processor writes before them, which takes its tokenizer to read: without the
     processor each crop counts as a picture.
     """
-    runs = image_runs(inputs, config.image_token_id)
-    crops = [0] * len(runs) if processor is None else _count_crops(runs, inputs["input_ids"], processor.tokenizer)
+    crops: list[int] = []  # of each picture
+    for text in texts_before(inputs, image_runs(inputs, config.image_token_id), processor):
+        if CROPS_FOLLOW in text or (crops and crops[-1] and NEXT_CROP.fullmatch(text)):
+            crops[-1] += 1
+        else:
+            crops.append(0)
     side = isqrt(config.mm_tokens_per_image)
     return [
         Grid(picture, side, side, part, tile=tile)
         for picture, (count, box) in enumerate(zip(crops, whole_boxes(sizes, len(crops)), strict=True))
         for tile, part in enumerate([box, *_crop_boxes(box, count)])
     ]
-
-
-def _count_crops(runs: Sequence[Run], input_ids: Int[Tensor, "batch positions"], tokenizer: Any) -> list[int]:
-    """How many crops follow each picture."""
-    # One crop is parted from the next by a space, a picture from the next by what the prompt says.
-    between_crops = f"{tokenizer.eoi_token}\n\n \n\n{tokenizer.boi_token}"
-    crops = [0]
-    for before, run in pairwise(runs):
-        text = tokenizer.decode(input_ids[run.row, before.stop : run.start]) if run.row == before.row else ""
-        if CROPS_FOLLOW in text or (crops[-1] and text == between_crops):
-            crops[-1] += 1
-        else:
-            crops.append(0)
-    return crops
 
 
 def _crop_boxes(box: Box, count: int) -> list[Box]:

@@ -11,14 +11,19 @@ and only the last line for a picture that is not cut.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from math import isqrt
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from probes.families.pictures import Run, image_runs, tile_box, whole_boxes
+from probes.families.pictures import Run, image_runs, texts_before, tile_box, whole_boxes
 from probes.places import Grid, family
+
+# What SmolVLM's processor writes before each frame of a video, and before the first.
+FRAME = re.compile(r"\nFrame from \d+:\d+:\S+$")
+VIDEO = "You are provided the following series of"
 
 
 @family("idefics3", "smolvlm")
@@ -28,7 +33,8 @@ def idefics3(
     """One grid a tile, row by row, and a last one for the whole picture.
 
     The tiles are read off the text between them, so no processor is needed. The picture is resized to whole tiles,
-    sides apart. A frame of a SmolVLM video is a picture of its own: the inputs do not tell them apart.
+    sides apart. Frames of a SmolVLM video, which are not cut, are known by the text that its processor writes before
+    them: without the processor each counts as a picture.
     """
     runs = image_runs(inputs, config.image_token_id)
     marks = [tuple(inputs["input_ids"][run.row, max(run.start - 2, 0) : run.start].tolist()) for run in runs]
@@ -37,13 +43,20 @@ def idefics3(
         raise ValueError("image tokens without the two marks before each tile: are these inputs of this family?")
     ends = [index + 1 for index, mark in enumerate(marks) if mark == last]
     pictures = [runs[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-    grids = []
-    for picture, (tiles, box) in enumerate(zip(pictures, whole_boxes(sizes, len(pictures)), strict=True)):
+    texts = texts_before(inputs, runs, processor)
+    frames: list[int] = []
+    for start in [0, *ends[:-1]]:
+        follows = frames and FRAME.search(texts[start]) and VIDEO not in texts[start]
+        frames.append(frames[-1] + 1 if follows else 0)
+    boxes = whole_boxes(sizes, frames.count(0))
+    grids, picture = [], -1
+    for tiles, frame in zip(pictures, frames, strict=True):
+        picture += frame == 0
         rows, columns = _cut(tiles)
-        boxes = [tile_box(box, rows, columns, tile) for tile in range(rows * columns)]
-        for tile, (run, part) in enumerate(zip(tiles, [*boxes, box], strict=True)):
+        parts = [tile_box(boxes[picture], rows, columns, tile) for tile in range(rows * columns)]
+        for tile, (run, part) in enumerate(zip(tiles, [*parts, boxes[picture]], strict=True)):
             side = isqrt(run.stop - run.start)
-            grids.append(Grid(picture, side, side, part, tile=tile))
+            grids.append(Grid(picture, side, side, part, frame, tile))
     return grids
 
 

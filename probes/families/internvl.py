@@ -5,14 +5,18 @@ Source: transformers' `internvl` and the image processor of its `got_ocr2`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from math import isqrt
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from probes.families.pictures import image_runs, tile_box, whole_boxes
+from probes.families.pictures import image_runs, texts_before, tile_box, whole_boxes
 from probes.places import Box, Grid, family
+
+# What the processor writes before each frame of a video.
+FRAME = re.compile(r"Frame(\d+): \S+$")
 
 
 @family("internvl")
@@ -22,19 +26,26 @@ def internvl(
     """One grid a tile, row by row, and a last one for the whole picture; only this where the picture is not cut.
 
     How many tiles there are the tokens tell; how they lie, the shape of the picture: without its size tiles have no
-    box. A frame of a video is a picture of its own: the inputs do not tell them apart.
+    box. Frames of a video are known by the text that the processor writes before them, which takes its tokenizer to
+    read: without the processor each counts as a picture.
     """
     length = config.image_seq_length
     runs = image_runs(inputs, config.image_token_id)
     if any((run.stop - run.start) % length for run in runs):
         raise ValueError(f"a picture's image tokens are no whole number of tiles of {length}: were they cut off?")
-    tiles = [(run.stop - run.start) // length for run in runs]
-    side = isqrt(length)
-    return [
-        Grid(picture, side, side, part, tile=tile)
-        for picture, (count, box) in enumerate(zip(tiles, whole_boxes(sizes, len(runs)), strict=True))
-        for tile, part in enumerate([*_tile_boxes(box, count - 1), box])
-    ]
+    frames: list[int] = []
+    for text in texts_before(inputs, runs, processor):
+        number = FRAME.search(text)
+        follows = frames and number and int(number[1]) == frames[-1] + 2  # it counts from 1
+        frames.append(frames[-1] + 1 if follows else 0)
+    boxes = whole_boxes(sizes, frames.count(0))
+    side, picture, grids = isqrt(length), -1, []
+    for run, frame in zip(runs, frames, strict=True):
+        picture += frame == 0
+        tiles = (run.stop - run.start) // length
+        parts = [*_tile_boxes(boxes[picture], tiles - 1), boxes[picture]]
+        grids += [Grid(picture, side, side, part, frame, tile) for tile, part in enumerate(parts)]
+    return grids
 
 
 def _tile_boxes(box: Box, count: int) -> list[Box]:

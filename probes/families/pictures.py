@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,18 @@ def image_runs(inputs: Mapping[str, Any], image_token: int) -> list[Run]:
     change = torch.nn.functional.pad(vision.int(), (1, 1)).diff()
     starts, stops = (change == 1).nonzero().tolist(), (change == -1).nonzero().tolist()
     return [Run(row, start, stop) for (row, start), (_, stop) in zip(starts, stops, strict=True)]
+
+
+def texts_before(inputs: Mapping[str, Any], runs: Sequence[Run], processor: Any) -> list[str]:
+    """What stands between each run and the one before it in its row. Without a processor, whose tokenizer reads it, no
+    text is known."""
+    if processor is None:
+        return [""] * len(runs)
+    starts = [0, *(before.stop if before.row == run.row else 0 for before, run in pairwise(runs))]
+    return [
+        processor.tokenizer.decode(inputs["input_ids"][run.row, start : run.start])
+        for start, run in zip(starts, runs, strict=True)
+    ]
 
 
 def whole_boxes(sizes: Sequence[tuple[int, int]] | None, pictures: int) -> list[Box]:

@@ -68,6 +68,11 @@ def seen(family: Tiny, inputs: Any, tokens: TokenMap) -> np.ndarray:
     return (255 * (of_token @ colours.T) / of_token.sum(1, keepdim=True)).numpy()
 
 
+def film(width: int, height: int, frames: int, blue: int = 0) -> np.ndarray:
+    """Frames whose blue rises by 20: `[frames, height, width, 3]`."""
+    return np.stack([coordinates(width, height, blue + 20 * frame) for frame in range(frames)])
+
+
 def check_boxes(
     family: Tiny, rows: dict[str, Sequence[tuple[int, int]]], side: str = "left", **kwargs: Any
 ) -> TokenMap:
@@ -88,8 +93,12 @@ def check_boxes(
     first = torch.tensor([sum(counts[:row]) for row in range(len(rows))])[:, None]
     colours, picture = seen(family, inputs, tokens), (places.image + first)[vision]
     np.testing.assert_allclose(colours[:, 2], 20 * picture, atol=0.1, err_msg="the picture")
-    box = places.box[vision].double().numpy()
-    shape = np.array([(one.width, one.height) for one in pictures])[picture]
-    # Half a pixel for the rounding of colours to a 255th of the picture.
-    np.testing.assert_allclose(colours[:, :2] / 255 * shape, (box[:, :2] + box[:, 2:]) / 2, atol=0.5)
+    check_centres(colours, tokens, np.array([(one.width, one.height) for one in pictures])[picture])
     return tokens
+
+
+def check_centres(colours: np.ndarray, tokens: TokenMap, sizes: np.ndarray) -> None:
+    """Red and green are at the centre of the box; `sizes` are (width, height) of the picture of each visual token."""
+    box = tokens.require_places().box[tokens.mask("vision")].double().numpy()
+    # Half a pixel for the rounding of colours to a 255th of the picture.
+    np.testing.assert_allclose(colours[:, :2] / 255 * sizes, (box[:, :2] + box[:, 2:]) / 2, atol=0.5)

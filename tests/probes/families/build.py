@@ -65,7 +65,7 @@ class Tiny:
         """Inputs of a batch: `#` in the texts is a picture."""
         texts = [text.replace("#", self.mark) for text in texts]
         self.processor.tokenizer.padding_side = side
-        nested = [list(row) for row in images]
+        nested = [list(row) for row in images] or None
         return self.processor(text=texts, images=nested, padding=True, return_tensors="pt", **kwargs)
 
 
@@ -87,7 +87,7 @@ def tokenizer(specials: Sequence[str] = (), **named: str) -> PreTrainedTokenizer
     )
 
 
-class FrameProcessor:
+class QwenFrames:
     """In the place of a video processor, all of which need torchvision: Qwen's patches of frames, from arrays."""
 
     model_input_names = ("pixel_values_videos", "video_grid_thw")
@@ -108,12 +108,31 @@ class FrameProcessor:
             moving = torch.stack([frame[:, :, 0] for frame in still]).unflatten(0, (-1, self.temporal_patch_size))
             patches.append(moving.permute(0, 2, 3, 1, 4, 5).reshape(len(moving) * high * wide, -1))
             grids.append([len(moving), high, wide])
-        metadata = [
-            VideoMetadata(total_num_frames=len(video), fps=2.0, frames_indices=list(range(len(video))))
-            for video in videos
-        ]
         data = {"pixel_values_videos": torch.cat(patches), "video_grid_thw": torch.tensor(grids)}
-        return BatchFeature(data | {"video_metadata": metadata})
+        return BatchFeature(data | {"video_metadata": half_seconds(videos)})
+
+
+class WholeFrames:
+    """Likewise, for families that take each frame of a video as a picture that is not cut."""
+
+    def __init__(self, image_processor: Any, name: str, **kwargs: Any) -> None:
+        self.image_processor, self.name, self.kwargs = image_processor, name, kwargs
+        self.model_input_names = (name,)
+
+    def __call__(self, videos: Sequence[np.ndarray], **kwargs: Any) -> BatchFeature:
+        flat = [
+            self.image_processor(Image.fromarray(frame), return_tensors="pt", **self.kwargs)["pixel_values"]
+            for video in videos
+            for frame in video
+        ]
+        pixels = torch.stack([frame.flatten(0, -4)[0] for frame in flat]).unflatten(0, (len(videos), -1))
+        return BatchFeature({self.name: pixels, "video_metadata": half_seconds(videos)})
+
+
+def half_seconds(videos: Sequence[np.ndarray]) -> list[VideoMetadata]:
+    return [
+        VideoMetadata(total_num_frames=len(video), fps=2.0, frames_indices=[*range(len(video))]) for video in videos
+    ]
 
 
 def without_video_processor(processor: type[ProcessorMixin]) -> type[ProcessorMixin]:
@@ -152,7 +171,7 @@ def qwen(name: str, version: str, vision: dict[str, Any], text: dict[str, Any]) 
     return Tiny(
         getattr(transformers, f"{version}ForConditionalGeneration"),
         config,
-        processor(images, tokens, FrameProcessor(images)),
+        processor(images, tokens, QwenFrames(images)),
         "<|vision_start|><|image_pad|><|vision_end|>",
         "visual",
     )
@@ -191,12 +210,13 @@ def smolvlm() -> Tiny:
 def _idefics(processor: type[ProcessorMixin], version: str) -> Tiny:
     tile, patch, scale = 16, 4, 2
     tags = [f"<row_{row + 1}_col_{column + 1}>" for row in range(6) for column in range(6)]
-    specials = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *tags]
+    specials = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", "<video>", *tags]
     images = getattr(transformers, f"{version}ImageProcessorPil")(
         size={"longest_edge": 4 * tile}, max_image_size={"longest_edge": tile}
     )
     tokens, sequence = tokenizer(specials), (tile // patch // scale) ** 2
-    arguments = [images, tokens] if version == "Idefics3" else [images, tokens, None]
+    frames = WholeFrames(images, "pixel_values", do_image_splitting=False)
+    arguments = [images, tokens] if version == "Idefics3" else [images, tokens, frames]
 
     def config(tokens: PreTrainedTokenizerFast) -> PretrainedConfig:
         return getattr(transformers, f"{version}Config")(
@@ -276,7 +296,10 @@ def internvl() -> Tiny:
             image_seq_length=sequence,
         )
 
-    processor = without_video_processor(transformers.InternVLProcessor)(images, tokens, None, image_seq_length=sequence)
+    frames = WholeFrames(images, "pixel_values_videos")
+    processor = without_video_processor(transformers.InternVLProcessor)(
+        images, tokens, frames, image_seq_length=sequence
+    )
     return Tiny(transformers.InternVLForConditionalGeneration, config, processor, "<IMG_CONTEXT>")
 
 

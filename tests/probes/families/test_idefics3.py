@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probes import TokenMap
-from tests.probes.families.boxes import Picture, check_boxes
+from tests.probes.families.boxes import Picture, check_boxes, check_centres, film, seen
 from tests.probes.families.build import tiny
 
 FAMILIES = ["idefics3", "smolvlm"]
@@ -46,6 +47,25 @@ def test_tiles_are_those_of_the_image_processor(width: int, height: int) -> None
         for column in range(columns)
     ]
     torch.testing.assert_close(tiles, torch.tensor([*expected, [0, 0, width, height]]).float())
+
+
+def test_frames_of_smolvlm_videos() -> None:
+    """Two videos in one row, one in the next."""
+    family, sizes = tiny("smolvlm"), [(40, 24), (24, 50), (30, 30)]
+    videos = [film(*size, 3, blue=70 * number) for number, size in enumerate(sizes)]
+    inputs = family(["a <video> b <video>", "<video>"], [], videos=videos)
+    model = family.model()
+    tokens = TokenMap.from_inputs(model, inputs, family.processor, videos)
+    places, vision = tokens.require_places(), tokens.mask("vision")
+    assert places.image[vision].tolist() == [0] * 12 + [1] * 12 + [0] * 12
+    assert places.frame[vision].tolist() == 3 * torch.arange(3).repeat_interleave(4).tolist()
+    assert places.tile[vision].unique().tolist() == [0]
+
+    colours, picture = seen(family, inputs, tokens), torch.arange(3).repeat_interleave(12)
+    np.testing.assert_allclose(colours[:, 2], 70 * picture + 20 * places.frame[vision], atol=0.1)
+    check_centres(colours, tokens, np.array(sizes)[picture])
+    alone = TokenMap.from_inputs(model, inputs).require_places()
+    assert alone.image.amax(1).tolist() == [5, 2], "without the processor each frame is a picture"
 
 
 def test_inputs_that_do_not_fit() -> None:

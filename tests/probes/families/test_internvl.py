@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 from probes import TokenMap
-from tests.probes.families.boxes import Picture, check_boxes
+from tests.probes.families.boxes import Picture, check_boxes, check_centres, film, seen
 from tests.probes.families.build import tiny
 
 
@@ -42,3 +44,23 @@ def test_inputs_that_do_not_fit() -> None:
         TokenMap.from_inputs(model, inputs, images=[image, image])
     with pytest.raises(ValueError, match="no whole number of tiles of 4"):
         TokenMap.from_inputs(model, {"input_ids": inputs["input_ids"][:, :20]})
+
+
+def test_frames_of_videos_beside_a_picture() -> None:
+    """Two videos of 3 frames and, between them, a picture of 7 tiles."""
+    family, sizes = tiny("internvl"), [(40, 24), (96, 64), (24, 50)]
+    first, image, second = film(*sizes[0], 3), Picture(*sizes[1], 100).image, film(*sizes[2], 3, blue=160)
+    inputs = family(["a <video> b", "#", "<video>"], [[image]], videos=[first, second])
+    model = family.model()
+    tokens = TokenMap.from_inputs(model, inputs, family.processor, [first, image, second])
+    places, vision = tokens.require_places(), tokens.mask("vision")
+    threes = torch.arange(3).repeat_interleave(4).tolist()
+    assert places.frame[vision].tolist() == threes + [0] * 28 + threes
+    assert places.image[vision].unique().tolist() == [0]
+
+    colours, picture = seen(family, inputs, tokens), vision.nonzero()[:, 0]
+    blue = torch.tensor([0, 100, 160])[picture] + 20 * places.frame[vision]
+    np.testing.assert_allclose(colours[:, 2], blue, atol=0.1)
+    check_centres(colours, tokens, np.array(sizes)[picture])
+    alone = TokenMap.from_inputs(model, inputs).require_places()
+    assert alone.image.amax(1).tolist() == [2, 0, 2], "without the processor each frame is a picture"

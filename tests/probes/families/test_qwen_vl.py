@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from probes import TokenMap
-from tests.probes.families.boxes import Picture, check_boxes, seen
+from tests.probes.families.boxes import Picture, check_boxes, check_centres, film, seen
 from tests.probes.families.build import tiny
 
 VERSIONS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
@@ -38,7 +38,7 @@ def test_frames_of_a_video_between_pictures(version: str) -> None:
     """A picture, a video of 6 frames in 3 temporal patches, a picture; each frame has a blue of its own."""
     family, sizes = tiny(version), [(40, 24), (24, 32), (32, 24)]
     first, last = Picture(*sizes[0], 200).image, Picture(*sizes[2], 220).image
-    video = np.stack([np.asarray(Picture(*sizes[1], 20 * frame).image) for frame in range(6)])
+    video = film(*sizes[1], frames=6)
     text = f"one # two {VIDEO} three # four"
     inputs = family([text], [[first, last]], videos=[video])
     tokens = TokenMap.from_inputs(family.model(), inputs, family.processor, [first, video, last])
@@ -47,11 +47,10 @@ def test_frames_of_a_video_between_pictures(version: str) -> None:
     assert places.image[vision].tolist() == [0] * 15 + [1] * 36 + [2] * 12
     frames = torch.arange(3).repeat_interleave(12)
     assert places.frame[vision].tolist() == [0] * 15 + frames.tolist() + [0] * 12
-    colours, box = seen(family, inputs, tokens), places.box[vision].numpy()
+    colours = seen(family, inputs, tokens)
     blue = torch.cat([torch.full((15,), 200), frames * 40 + 10, torch.full((12,), 220)])
     np.testing.assert_allclose(colours[:, 2], blue, atol=0.1)
-    shape = np.array(sizes)[places.image[vision]]
-    np.testing.assert_allclose(colours[:, :2] / 255 * shape, (box[:, :2] + box[:, 2:]) / 2, atol=0.5)
+    check_centres(colours, tokens, np.array(sizes)[places.image[vision]])
 
     between = tokens.mask("instruction").clone()
     between[0, : int(vision[0].nonzero()[0])] = False
