@@ -143,10 +143,12 @@ class TokenWindow:
 
     def _refuse(self, batch: int, length: int) -> None:
         rows, positions = self.tokens.labels.shape
-        called = "pre-fusion" if self.tokens.stack == "prefusion" else "the language model"
+        called, advice = "the language model", ", and generate without an assistant"
+        if self.tokens.stack == "prefusion":
+            called, advice = "pre-fusion", ""
         raise ValueError(
             f"the token map has {rows} x {positions} positions (batch x length), {called} was called "
-            f"with {batch} x {length}: build the map from the inputs of this very call"
+            f"with {batch} x {length}: build the map from the inputs of this very call{advice}"
         )
 
     def _keep_to_one_thread(self) -> None:

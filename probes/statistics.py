@@ -80,13 +80,17 @@ class Layout:
         visible: Visible,
         heads: int,
     ) -> Layout:
-        """From the group of each query and each key, the groups of the two statistics axes and what is visible."""
+        """From the group of each query and each key, the groups of the two statistics axes and what is visible.
+
+        Raises ValueError where a query sees a key of no source: an empty slot of a static cache.
+        """
         member = torch.stack([queries == target for target in targets], dim=-1)
         rows, _ = _gather_order(member.any(dim=-1))
         members = member.gather(1, rows[..., None].expand(-1, -1, len(targets))).float()
         orders = [_gather_order(keys == source) for source in sources]
         columns, filled = (torch.cat(parts, dim=1) for parts in zip(*orders, strict=True))
         edges = [0, *torch.tensor([order.shape[1] for order, _ in orders]).cumsum(0).tolist()]
+        stray, is_stray = _gather_order((keys[..., None] != keys.new_tensor(sources)).all(dim=-1))
         scores = SCORES_PER_CHUNK if queries.device.type == "cpu" else SCORES_PER_CHUNK_ON_ACCELERATOR
         size = max(scores // (len(queries) * heads * max(columns.shape[1], 1)), 1)
 
@@ -97,6 +101,11 @@ class Layout:
             present = chunk_members.any(dim=(0, 1)).nonzero().flatten().tolist()
             if not present:
                 continue
+            if (
+                stray.shape[1]
+                and (visible(chunk_rows, stray)[0] & is_stray[:, None] & chunk_members.any(-1)[..., None]).any()
+            ):
+                raise ValueError("the model attends to empty slots of its cache: flex attention needs a dynamic one")
             seen, bias = visible(chunk_rows, columns)
             seen = seen & filled[:, None, :]
             blocks = [

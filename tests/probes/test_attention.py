@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,62 +16,10 @@ from transformers import (
 )
 
 from probes import TokenMap, record_attention, statistics
+from tests.probes.by_definition import by_definition, check, labelled
 
 Model = LlavaForConditionalGeneration
 Inputs = dict[str, torch.Tensor]
-
-
-def by_definition(
-    attentions: Sequence[torch.Tensor], tokens: TokenMap, targets: Sequence[str], visible: np.ndarray | None = None
-) -> dict[str, np.ndarray]:
-    """The statistics from full matrices, one query at a time, as the paper words them.
-
-    `visible` is `[batch, queries, keys]`; by default causal without pads.
-    """
-    weights = np.stack([layer.float().numpy() for layer in attentions])
-    layers, batch, heads, queries, keys = weights.shape
-    labels = tokens.labels.numpy()
-    if visible is None:
-        visible = np.tril(np.ones((queries, keys), dtype=bool)) & (labels != tokens.index("pad"))[:, None]
-    shape = (layers, batch, heads, len(targets), len(tokens.groups))
-    mass, entropy = np.full(shape, np.nan), np.full(shape, np.nan)
-    count = np.zeros((layers, batch, len(targets), len(tokens.groups)))
-    received = np.full((*shape[:-1], keys), np.nan)
-    for index in np.ndindex(shape):
-        layer, sample, head, target, source = index
-        of_source = labels[sample] == source
-        masses, entropies = [], []
-        for query in np.flatnonzero(labels[sample] == tokens.index(targets[target])):
-            seen = of_source & visible[sample, query]
-            if seen.any():
-                part = weights[layer, sample, head, query, seen].astype(np.float64)
-                share = part / part.sum()
-                masses.append(part.sum())
-                entropies.append(-(share * np.log(share)).sum())
-        if masses:
-            mass[index], entropy[index] = np.mean(masses), np.mean(entropies)
-        count[layer, sample, target, source] = len(masses)
-    for index in np.ndindex(received.shape):
-        layer, sample, head, target, position = index
-        of_target = labels[sample] == tokens.index(targets[target])
-        seeing = of_target & visible[sample, :, position]
-        if seeing.any():
-            received[index] = weights[layer, sample, head, seeing, position].mean()
-    return {"mass": mass, "entropy": entropy, "queries": count, "received": received}
-
-
-def check(record: Any, expected: dict[str, np.ndarray], atol: float = 1e-5) -> None:
-    for name, values in expected.items():
-        actual = getattr(record, name)
-        assert actual.dtype == torch.float32
-        np.testing.assert_allclose(actual.numpy(), values, atol=atol, rtol=0, err_msg=name)
-
-
-def labelled(inputs: Inputs, responses: int = 2) -> Inputs:
-    """Marks each row's last tokens as the response."""
-    last = inputs["attention_mask"].flip(1).cumsum(1).flip(1) <= responses
-    response = last & (inputs["attention_mask"] == 1)
-    return inputs | {"labels": inputs["input_ids"].masked_fill(~response, -100)}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -102,27 +102,17 @@ def test_any_call_follows_the_definition(
     queries = torch.randint(0, 3, (batch, length), generator=draw)
     query = torch.randn(batch, kv_heads * group, length, 4, generator=draw) * scale
     key = torch.randn(batch, kv_heads, past + length, 4, generator=draw)
-    seen = torch.rand(batch, 1, length, past + length, generator=draw) < 0.6
-    bias = torch.zeros(batch, 1, length, past + length)
-    visible = Visibility(offset=0)
+    if kind in ("causal", "none"):
+        keys = keys.clamp(min=0)  # only a mask can hide keys of no group, as the empty slots of a static cache
+    seen = (torch.rand(batch, 1, length, past + length, generator=draw) < 0.6) & (keys >= 0)[:, None, None]
+    bias = torch.randn(seen.shape, generator=draw) if kind == "biased" else torch.zeros(seen.shape)
+    visible = Visibility(bias.masked_fill(~seen, torch.finfo(torch.float32).min))
     if kind == "bool":
         visible = Visibility(seen)
     elif kind == "none":
         seen, visible = torch.ones_like(seen), Visibility()
     elif kind == "causal":
-        seen = torch.ones(length, length, dtype=torch.bool).tril().expand_as(seen)
-    else:
-        if kind == "biased":
-            bias = torch.randn(bias.shape, generator=draw)
-        visible = Visibility(bias.masked_fill(~seen, torch.finfo(torch.float32).min))
-    seen = seen & (keys >= 0)[:, None, None]
-    if kind in ("causal", "none"):  # a key of no source must be invisible, as the empty slots of a static cache are
-        keys, seen = (
-            keys.clamp(min=0),
-            seen
-            | (keys < 0)[:, None, None]
-            & (torch.ones_like(seen) if kind == "none" else seen.new_ones(length, length).tril()),
-        )
+        seen, visible = torch.ones_like(seen).tril(), CAUSAL
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "SCORES_PER_CHUNK", room)
