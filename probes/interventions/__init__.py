@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 from transformers import PreTrainedModel
 
-from probes.decoder import find_decoder
+from probes.decoder import TokenWindow, find_decoder
 from probes.interventions.knockout import BlockAttention
 from probes.interventions.receipt import Effect, Receipt
 from probes.interventions.removal import RemoveTokens
@@ -39,8 +39,11 @@ def intervene(model: PreTrainedModel, tokens: TokenMap, *interventions: Interven
             did nothing, unless an exception is on its way already.
     """
     decoder = find_decoder(model)
+    window = TokenWindow(decoder, tokens)
     with ExitStack() as stack:
-        receipt = Receipt([intervention.install(decoder, tokens, stack) for intervention in interventions])
+        receipt = Receipt([intervention.install(decoder, window, stack) for intervention in interventions])
+        if any(effect.calls for effect in receipt):
+            stack.enter_context(window)
         yield receipt
     for effect in receipt:
         if effect.unfired:

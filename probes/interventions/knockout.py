@@ -7,34 +7,30 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from probes.decoder import decoder_layers, select_layers
+from probes.cut import cut_of
+from probes.decoder import TokenWindow, decoder_layers, select_layers
+from probes.interventions.kernel import KernelWatch
 from probes.interventions.masks import explicit, hidden_states, hide, key_length, visible
 from probes.interventions.receipt import Effect
-from probes.interventions.selection import Selection, Tokens, When, check_when, describe
-from probes.tokens import TokenMap
-
-# Attention scores held at once while the blocked mass is measured (16 MiB in float32).
-SCORES_PER_CHUNK = 2**22
+from probes.interventions.selection import OncePerCall, Selection, Tokens, When, acts, check_when, describe
 
 
 @dataclass(frozen=True, eq=False)
 class BlockAttention:
     """Queries of `target` do not see keys of `source` in `layers` (attention knock-out, Geva et al. 2023).
 
-    All other edges stay, and so do states, positions and cache. Tokens are of both `source` and `target` do not see
-    themselves either. A query that is left with no key at all takes nothing in: the output of its attention is 0.
-    Generated tokens are of the map's `generated` group, so blocking `instruction` leaves them seeing; to block them
-    too, pool the groups with `tokens.merge`, or pass a second `BlockAttention`.
+    All other edges stay, and so do states, positions and cache. Tokens that are of both do not see themselves either.
+    A query that is left with no key at all takes nothing in: the output of its attention is 0. Generated tokens are
+    of the map's `generated` group, so blocking `instruction` leaves them seeing; to block them too, pool the groups
+    with `tokens.merge`, or pass a second `BlockAttention`.
 
     Args:
-        source: Group or mask of the keys.
-        target: Group or mask of the queries.
+        source: Group of the keys, or a mask of positions.
+        target: Group of the queries, or a mask of positions.
         layers: Decoder layers, from 0; none is a no-op.
         when: In which calls: the prompt's ("prefill"), those of cached steps after it ("decode"), or "both".
     """
@@ -44,144 +40,109 @@ class BlockAttention:
     layers: Collection[int]
     when: When = "both"
 
-    def install(self, decoder: PreTrainedModel, tokens: TokenMap, stack: ExitStack) -> Effect:
+    def install(self, decoder: PreTrainedModel, window: TokenWindow, stack: ExitStack) -> Effect:
         """Hooks the decoder until `stack` closes."""
         check_when(self.when)
         layers = select_layers(decoder, self.layers)
-        name = f"BlockAttention({describe(self.source)} -> {describe(self.target)})"
-        effect = Effect.of(name, layers)
-        source, target = Selection(decoder, tokens, self.source), Selection(decoder, tokens, self.target)
-        if layers:
-            stack.enter_context(source)
-            stack.enter_context(target)
+        effect = Effect.of(f"BlockAttention({describe(self.source)} -> {describe(self.target)})", layers)
+        edges = _Edges(window, Selection(window, self.source), Selection(window, self.target), self.when)
         for layer in layers:
-            _Blocker(layer, decoder_layers(decoder)[layer], source, target, self.when, effect).install(stack)
+            _Knockout(layer, decoder_layers(decoder)[layer], edges, effect).install(stack)
         return effect
 
 
-class _Blocker:
+@dataclass(frozen=True, eq=False)
+class _Blocked:
+    """What is cut in a call: the edges, the queries that lose one, those that lose their last one, the mask left."""
+
+    edges: Bool[Tensor, "batch 1 queries keys"]
+    touched: Bool[Tensor, "batch queries"]
+    blind: Bool[Tensor, "batch queries"] | None
+    mask: Tensor
+
+
+class _Edges:
+    """The edges of a `BlockAttention`, which all its layers cut."""
+
+    def __init__(self, window: TokenWindow, source: Selection, target: Selection, when: When) -> None:
+        self.window, self.source, self.target, self.when = window, source, target, when
+        self.once = OncePerCall(window)
+
+    def blocked(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Blocked | None:
+        """Of the layer's call; None where no edge is visible to begin with."""
+        if not acts(self.window, self.when):
+            return None
+        keys = key_length(layer, args, kwargs)
+
+        def block() -> _Blocked | None:
+            mask = explicit(layer, kwargs["attention_mask"], hidden_states(args, kwargs), keys)
+            edges = self.target.queries[:, None, :, None] & self.source.keys(keys)[:, None, None, :]
+            edges, seen = edges.to(mask.device), visible(mask)
+            cut = edges & seen
+            if not cut.any():
+                return None
+            touched = cut.any(dim=-1)[:, 0]
+            blind = touched & ~(seen & ~edges).any(dim=-1)[:, 0]
+            return _Blocked(cut, touched, blind if blind.any() else None, hide(mask, cut))
+
+        return self.once(keys, block, kwargs["attention_mask"])
+
+
+class _Knockout:
     """The hooks of `BlockAttention` on one decoder layer."""
 
-    def __init__(
-        self, number: int, layer: nn.Module, source: Selection, target: Selection, when: When, effect: Effect
-    ) -> None:
-        self.number, self.layer, self.effect = number, layer, effect
-        self.source, self.target, self.when = source, target, when
-        self.blocked: Tensor | None = None
-        self.blind: Tensor | None = None
+    def __init__(self, number: int, layer: nn.Module, edges: _Edges, effect: Effect) -> None:
+        self.number, self.layer, self.edges, self.effect = number, layer, edges, effect
+        self.blocked: _Blocked | None = None
+        self.mass: float | None = None
 
     def install(self, stack: ExitStack) -> None:
+        """Until `stack` closes. First of the layer's hooks, since one that drops tokens has to come after it."""
         attention = self.layer.get_submodule("self_attn")
-        for handle in (
-            self.layer.register_forward_pre_hook(self.hide, with_kwargs=True),
-            attention.register_forward_pre_hook(self.watch),
-            attention.register_forward_hook(self.measure, always_call=True),
-        ):
-            stack.callback(handle.remove)
+        stack.callback(self.layer.register_forward_pre_hook(self.hide, prepend=True, with_kwargs=True).remove)
+        KernelWatch(attention, self.wanted, self.weigh).install(stack)
+        stack.callback(attention.register_forward_hook(self.settle).remove)
 
     def hide(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before the layer: takes the edges out of the attention mask."""
-        self.blocked = self.blind = None
-        if not self.source.acts(self.when):
+        self.blocked, self.mass = self.edges.blocked(layer, args, kwargs), None
+        if self.blocked is None:
             return None
-        hidden = hidden_states(args, kwargs)
-        keys = key_length(layer, args, kwargs)
-        mask = explicit(layer, kwargs["attention_mask"], hidden, keys)
-        edges = self.target.queries[:, None, :, None] & self.source.keys(keys)[:, None, None, :]
-        seen = visible(mask)
-        blocked = edges & seen
-        if not blocked.any():
-            return None
-        self.blocked = blocked
-        touched = blocked.any(dim=-1)[:, 0]
-        blind = touched & ~(seen & ~edges).any(dim=-1)[:, 0]
-        self.blind = blind if blind.any() else None
-        self.effect.add(self.number, int(touched.sum()))
-        return args, kwargs | {"attention_mask": hide(mask, blocked)}
+        self.effect.add(self.number, int(self.blocked.touched.sum()))
+        return args, kwargs | {"attention_mask": self.blocked.mask}
 
-    def watch(self, attention: nn.Module, args: tuple[Any, ...]) -> None:
-        """Before the attention: follows what its kernel is given."""
-        self.kernel: _Kernel | None = None
-        if self.blocked is not None:
-            self.kernel = _Kernel(self.blocked, self.blind)
-            self.kernel.__enter__()
+    def wanted(self) -> Bool[Tensor, " queries"] | None:
+        """Before the attention: the queries whose weights are to be looked at."""
+        if self.blocked is None:
+            return None
+        edges, blind, cut = self.blocked.edges, self.blocked.blind, cut_of(self.layer)
+        if cut is not None:
+            edges = cut.edges(edges) & ~cut.key_filler[:, None, None, :]
+            blind = None if blind is None else cut.rows(blind)
+        self.cut_edges, self.blind = edges.to(self.blocked.mask.device), blind
+        return edges.any(dim=-1)[:, 0].any(dim=0)
 
-    def measure(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """After the attention, also if it raised: notes the blocked mass, and silences the queries without a key."""
-        if self.kernel is None:
-            return None
-        self.kernel.__exit__(None, None, None)
-        if output is None:  # it raised
-            return None
-        result, weights, *rest = output
-        mass = self.kernel.mass if weights is None else _left(weights, self.blocked, self.blind)
-        if mass is None or mass != 0:
-            what = "could not be measured" if mass is None else f"is {mass:g}, not 0"
-            raise RuntimeError(
-                f"the attention on blocked keys {what} in layer {self.number} ({type(attention).__name__}): "
-                "this attention does not follow its mask"
-            )
-        self.effect.mass[self.number] = max(mass, self.effect.mass.get(self.number, 0.0))
+    def weigh(self, rows: Tensor, weights: Tensor) -> None:
+        """Notes the most attention that one of these queries puts on its blocked keys."""
+        left = (weights * self.cut_edges[:, :, rows].to(weights.device)).sum(dim=-1)
         if self.blind is not None:
-            result = result.masked_fill(self.blind[..., None], 0.0)
-        return result, weights, *rest
+            left = left.masked_fill(self.blind[:, None, rows].to(left.device), 0.0)  # silenced below
+        self.mass = max(self.mass or 0.0, float(left.max()) if left.numel() else 0.0)
 
-
-class _Kernel(TorchFunctionMode):
-    """Measures the mass on blocked edges in each call of the sdpa kernel, from the very arguments of that call."""
-
-    def __init__(self, blocked: Bool[Tensor, "batch 1 queries keys"], blind: Tensor | None) -> None:
-        super().__init__()
-        self.blocked, self.blind = blocked, blind
-        self.mass: float | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is nn.functional.scaled_dot_product_attention:
-            self._measure(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    @torch.no_grad()
-    def _measure(
-        self,
-        query: Float[Tensor, "batch heads queries width"],
-        key: Float[Tensor, "batch kv_heads keys width"],
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> None:
-        blocked, blind = self.blocked, self.blind
-        queries, keys = blocked.shape[2:]
-        # A single grouped query comes packed: its heads lie on the axis of queries.
-        if key.shape[2] != keys or queries not in (1, query.shape[2]):
-            return
-        if attn_mask is None:
-            self.mass = 1.0
-            return
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).float()
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        bias = attn_mask
-        if attn_mask.dtype == torch.bool:
-            bias = torch.zeros_like(attn_mask, dtype=torch.float32).masked_fill(~attn_mask, -torch.inf)
-        rows = blocked.any(dim=-1)[:, 0].any(dim=0).nonzero()[:, 0]
-        mass = 0.0
-        for chunk in rows.split(max(SCORES_PER_CHUNK // (query.shape[0] * query.shape[1] * keys), 1)):
-            part = chunk if queries == query.shape[2] else slice(None)
-            scores = query[:, :, part].float() @ key.transpose(2, 3) * scale + bias[:, :, part].float()
-            silent = None if blind is None else blind[:, chunk]
-            mass = max(mass, _left(scores.softmax(dim=-1).nan_to_num(), blocked[:, :, chunk], silent))
-        self.mass = max(mass, self.mass or 0.0)
-
-
-def _left(weights: Tensor, blocked: Tensor | None, blind: Tensor | None) -> float:
-    """The largest mass of a query on its blocked keys; a query without any key is silenced afterwards: 0."""
-    assert blocked is not None
-    mass = (weights * blocked).sum(dim=-1)
-    if blind is not None:
-        mass = mass.masked_fill(blind[:, None], 0.0)
-    return float(mass.max())
+    def settle(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """After the attention: checks the blocked mass, and silences the queries without a key."""
+        if self.blocked is None:
+            return None
+        if self.mass is None or self.mass != 0:
+            what = "could not be measured" if self.mass is None else f"is {self.mass:g}, not 0,"
+            raise RuntimeError(
+                f"the attention on blocked keys {what} in layer {self.number}: {type(attention).__name__} "
+                "does not follow its mask"
+            )
+        self.effect.mass[self.number] = max(self.mass, self.effect.mass.get(self.number, 0.0))
+        if self.blind is None:
+            return None
+        result, *rest = output
+        return result.masked_fill(self.blind[..., None].to(result.device), 0.0), *rest

@@ -1,4 +1,4 @@
-"""Reads and writes the attention mask that a decoder layer is called with."""
+"""Reads and writes what a decoder layer is called with: its hidden states and its attention mask."""
 
 from __future__ import annotations
 
@@ -12,6 +12,18 @@ from torch import Tensor, nn
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """What a decoder layer is called with."""
     return args[0] if args else kwargs["hidden_states"]
+
+
+def replace_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A layer's arguments with other hidden states."""
+    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """A module's output with other hidden states: the whole of it, or the first of a tuple."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 def key_length(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

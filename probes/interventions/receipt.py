@@ -6,6 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, overload
 
+from jaxtyping import Bool
+from torch import Tensor
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -20,12 +23,14 @@ class Effect:
         tokens: How many tokens it changed there, over all samples and calls.
         mass: The most attention, over heads, queries and calls, that a changed query still put on its blocked keys;
             measured on what the kernel was given. Empty where nothing is blocked.
+        chosen: Of a removal: which positions of the map were taken out; None before the first call.
     """
 
     name: str
     calls: dict[int, int]
     tokens: dict[int, int]
     mass: dict[int, float] = field(default_factory=dict)
+    chosen: Bool[Tensor, "batch positions"] | None = None
 
     @classmethod
     def of(cls, name: str, layers: Sequence[int]) -> Effect:

@@ -42,6 +42,11 @@ def drop_by_hand(model: Model, inputs: Inputs, row: int, layers: Iterable[int], 
     return model.lm_head(decoder.norm(hidden))[0]
 
 
+# Ways of removal that must not differ.
+WAYS = {"mask": {}, "drop": {"how": "drop"}, "drop, cache kept": {"how": "drop", "keep_cache": True}}
+CACHES = ("dynamic", "static")
+
+
 def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
 
@@ -49,19 +54,20 @@ def close(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("layers", [range(1, 2), range(2), range(1, 3), range(3)])
-@pytest.mark.parametrize("group", ["vision", "system"])
+@pytest.mark.parametrize(("way", "group"), [*((way, "vision") for way in WAYS), ("mask", "system"), ("drop", "system")])
 def test_removal_is_a_physical_drop(
     make_llava: Callable[..., Model],
     make_inputs: Callable[..., Inputs],
     side: str,
     implementation: str,
     layers: range,
+    way: str,
     group: str,
 ) -> None:
     """Every live position of every row, the removed ones too, in a padded batch with unequal numbers of them."""
     inputs, model = make_inputs(side), make_llava(implementation)
     tokens = TokenMap.from_inputs(model, inputs)
-    with torch.no_grad(), intervene(model, tokens, RemoveTokens(group, layers)) as receipt:
+    with torch.no_grad(), intervene(model, tokens, RemoveTokens(group, layers, **WAYS[way])) as receipt:
         logits = model(**inputs).logits
     for row in range(3):
         expected = drop_by_hand(model, inputs, row, layers, tokens.mask(group))
@@ -84,17 +90,20 @@ def test_removal_changes_the_output(make_llava: Callable[..., Model], make_input
     close(changed[2, live], plain[2, live])  # the row without a picture
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_batch_equals_its_rows(make_llava: Callable[..., Model], make_rows: Callable[..., Inputs], side: str) -> None:
+def test_a_batch_equals_its_rows(
+    make_llava: Callable[..., Model], make_rows: Callable[..., Inputs], side: str, way: str
+) -> None:
     """Rows with different numbers of visual tokens; a plain decoder takes any, without pixels."""
-    inputs, model = make_rows([(3, 4, 6), (1, 8, 2), (0, 4, 3)], side), make_llava()
+    inputs, model = make_rows([(i % 4, 2 + i, 9 - i) for i in range(8)], side), make_llava()
     del inputs["pixel_values"]
     tokens = TokenMap.from_inputs(model, inputs)
-    removal = RemoveTokens("vision", range(1, 3))
+    removal = RemoveTokens("vision", range(1, 3), **WAYS[way])
     with torch.no_grad(), intervene(model, tokens, removal) as receipt:
         logits = model(**inputs).logits
-    assert receipt[0].tokens == {1: 16, 2: 16}
-    for row in range(3):
+    assert receipt[0].tokens == {1: 44, 2: 44}
+    for row in range(8):
         live = inputs["attention_mask"][row].bool()
         single = {name: values[row, live][None] for name, values in inputs.items()}
         with torch.no_grad(), intervene(model, TokenMap.from_inputs(model, single), removal):
@@ -102,14 +111,18 @@ def test_a_batch_equals_its_rows(make_llava: Callable[..., Model], make_rows: Ca
 
 
 @pytest.mark.parametrize("padded", [True, False])
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("way", "cache"),
+    [("mask", "dynamic"), ("mask", "static"), ("drop", "dynamic"), *(("drop, cache kept", c) for c in CACHES)],
+)
 def test_cached_steps_do_not_see_removed_tokens(
     make_llava: Callable[..., Model],
     make_inputs: Callable[..., Inputs],
     padded: bool,
-    cache: str,
     implementation: str,
+    way: str,
+    cache: str,
 ) -> None:
     """Without padding sdpa gets no mask, in the prompt and in the steps: it has to be built."""
     inputs, model = make_inputs("left"), make_llava(implementation)
@@ -119,7 +132,7 @@ def test_cached_steps_do_not_see_removed_tokens(
     steps, mask = torch.tensor([[5, 6], [7, 8], [9, 10]])[:rows], inputs["attention_mask"]
     tokens = TokenMap.from_inputs(model, inputs)
     past = StaticCache(config=model.config.text_config, max_cache_len=length + 3) if cache == "static" else None
-    with torch.no_grad(), intervene(model, tokens, RemoveTokens("vision", [0, 1])) as receipt:
+    with torch.no_grad(), intervene(model, tokens, RemoveTokens("vision", [0, 1], **WAYS[way])) as receipt:
         past = model(**inputs, past_key_values=past, use_cache=True).past_key_values
         logits = []
         for step in steps.split(1, dim=1):

@@ -239,12 +239,11 @@ def test_several_at_once(make_llava: Callable[..., Model], make_inputs: Callable
             third = model(**inputs).logits
         with intervene(model, tokens, RemoveTokens("vision", [1])):
             removed = model(**inputs).logits
-        unfired = pytest.raises(RuntimeError, match="did nothing")
-        with unfired, intervene(model, tokens, RemoveTokens("vision", [1]), pair[0]):
+        with intervene(model, tokens, RemoveTokens("vision", [1]), pair[0]):
             after_removal = model(**inputs).logits
     assert torch.equal(first, second)
     assert torch.equal(first, third)
-    assert torch.equal(after_removal, removed), "what is removed has no edge left to cut"
+    assert torch.equal(after_removal, removed), "what is removed has no edge to cut"
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -263,7 +262,7 @@ def test_mass_is_measured_on_what_the_kernel_got(
 
     attention.register_forward_pre_hook(forget, with_kwargs=True)
     told = pytest.raises(
-        RuntimeError, match=r"attention on blocked keys is 0\.\d+, not 0 in layer 1 \(LlamaAttention\)"
+        RuntimeError, match=r"attention on blocked keys is 0\.\d+, not 0, in layer 1: LlamaAttention does not follow"
     )
     tokens = TokenMap.from_inputs(model, inputs)
     with told, torch.no_grad(), intervene(model, tokens, BlockAttention("vision", "instruction", [1])):
