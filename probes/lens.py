@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from probes.decoder import TokenWindow, decoder_layers, find_decoder
+from probes.decoder import FAMILIES, TokenWindow, decoder_layers, find_decoder
 from probes.tokens import TokenMap
 
 if TYPE_CHECKING:
@@ -24,13 +24,18 @@ FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "nor
 
 
 class Unembedding:
-    """From the residual stream to logits: the decoder's final norm, the model's head, and the soft cap of Gemma.
+    """From the language model's residual stream to logits: its final norm, the model's head, and the soft cap of Gemma.
 
-    Raises ValueError for a model without a head, or whose final norm is not found.
+    Raises ValueError for a model without a head, or whose final norm is not found, and for a map of pre-fusion layers:
+    what leaves them goes into the language model, not to its head.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        decoder, head = find_decoder(model), model.get_output_embeddings()
+    def __init__(self, model: PreTrainedModel, tokens: TokenMap) -> None:
+        if tokens.stack != "decoder":
+            raise ValueError(
+                f"only the language model's states can be read as words; this map is of its {tokens.stack}"
+            )
+        decoder, head = find_decoder(model, families=FAMILIES.values()), model.get_output_embeddings()
         norms = [name for name in FINAL_NORMS if isinstance(getattr(decoder, name, None), nn.Module)]
         if head is None or not norms:
             missing = (
@@ -183,8 +188,8 @@ class LogitLens:
         slots, place = slots[chosen], self.depths.index(depth)
         if self._read[place, slots].any():
             raise RuntimeError("a second prompt ran inside one logit_lens: open one for each batch")
-        # Positions past the map are generated ones.
-        rows = hidden[:, : chosen.shape[1]][chosen.to(hidden.device)]
+        # Positions past the map are generated ones; copies of a row, for beams, are alike as long as it lasts.
+        rows = hidden[:: window.copies, : chosen.shape[1]][chosen.to(hidden.device)]
         top, tracked = self._ids.shape[-1], torch.tensor(self.tracked, dtype=torch.long, device=hidden.device)
         chunk = max(LOGITS_PER_CHUNK // (unembed.head.out_features * (1 + len(self.tracked))), 1)
         for part, slot in zip(rows.split(chunk), slots.split(chunk), strict=True):
@@ -230,7 +235,7 @@ def logit_lens(
             `tokens` do not fit.
         RuntimeError: A second prompt runs inside the block, or the lens is read before a forward pass.
     """
-    decoder, unembed = find_decoder(model), Unembedding(model)
+    unembed, decoder = Unembedding(model, tokens), find_decoder(model, families=FAMILIES.values())
     layers = decoder_layers(decoder)
     chosen = tuple(sorted(set(range(len(layers) + 1) if depths is None else depths)))
     outside = [depth for depth in chosen if not 0 <= depth <= len(layers)]

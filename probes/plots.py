@@ -130,8 +130,8 @@ def plot_patches(
     """The picture, and maps of one number for each visual token laid over it, all on one colour scale.
 
     The scale starts at 0, or is symmetric around 0 where there are negative values; undefined cells are grey. Tiles that overlap, such as a
-    picture's overview and its details, get a panel each. Where the boxes of the tokens are not known, the maps stand
-    beside the picture as rows and columns of tokens, not over it.
+    picture's overview and its details, get a panel each. Where the boxes of the tokens are not known, or all tokens
+    share one, the maps stand beside the picture as rows and columns of tokens, not over it.
 
     Args:
         picture: Of this image or frame: a PIL image, or an array (height, width, channels).
@@ -270,9 +270,7 @@ class _View:
 
 def _views(tokens: TokenMap, sample: int, image: int, frame: int) -> tuple[list[_View], bool]:
     """The views of one image or frame, and whether their boxes are pixels of the picture or just rows and columns."""
-    places = tokens.places
-    if places is None:
-        raise ValueError("the token map has no places: nothing says where in the picture the visual tokens lie")
+    places = tokens.require_places()
     here = (places.image[sample] == image) & (places.frame[sample] == frame) & (places.column[sample] >= 0)
     positions = here.nonzero().flatten().cpu()
     if not len(positions):
@@ -281,7 +279,8 @@ def _views(tokens: TokenMap, sample: int, image: int, frame: int) -> tuple[list[
     row, column, tile, box = (
         getattr(places, name)[sample].cpu()[positions] for name in ("row", "column", "tile", "box")
     )
-    over = bool(box.isfinite().all())
+    # Tokens that all stand for the whole picture are not drawn on top of each other either.
+    over = bool(box.isfinite().all()) and len(box.unique(dim=0)) == len(box)
     if not over:
         box = torch.stack([column, row, column + 1, row + 1], -1).float()
     groups: list[list[int]] = []

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from probes.decoder import TokenWindow, decoder_layers, find_decoder
+from probes.decoder import FAMILIES, TokenWindow, decoder_layers, find_decoder
 from probes.lens import Unembedding
 from probes.states import hidden_of
 from probes.tokens import TokenMap
@@ -77,7 +77,7 @@ def relevancy(
             `answers` or `at` do not fit the map, or the map the inputs.
         RuntimeError: The matrices would be over the limit, or another probe is open on the model.
     """
-    decoder, unembed = find_decoder(model), Unembedding(model)
+    unembed, decoder = Unembedding(model, tokens), find_decoder(model, families=FAMILIES.values())
     layers = decoder_layers(decoder)
     if model.training:
         raise ValueError("the model is in training mode, where dropout hides attention: call model.eval() first")

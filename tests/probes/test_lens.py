@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import (
+    DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
     GraniteConfig,
@@ -73,6 +76,32 @@ def test_chosen_positions_and_depths_in_chunks(make_llava, make_inputs, monkeypa
     assert lens.depths == (0, 2)
     assert torch.equal(lens.ids, wanted.topk(1).indices)
     torch.testing.assert_close(lens.logprobs, wanted.topk(1).values, rtol=0, atol=2e-6)
+
+
+def test_chunked_prefill_is_put_together(make_llama, make_rows):
+    model, inputs = make_llama(), make_rows([(3, 4, 5), (2, 4, 2)], "left")
+    tokens = TokenMap.from_inputs(model, inputs)
+    ids, attended = inputs["input_ids"], inputs["attention_mask"]
+    with torch.no_grad():
+        with logit_lens(model, tokens, at="instruction") as whole:
+            model(ids, attention_mask=attended)
+        with logit_lens(model, tokens, at="instruction") as parts:
+            cache = DynamicCache(config=model.config)
+            for start, stop in ((0, 4), (4, 8), (8, 12)):
+                model(ids[:, start:stop], attention_mask=attended[:, :stop], past_key_values=cache)
+    assert torch.equal(parts.ids, whole.ids)
+    torch.testing.assert_close(parts.logprobs, whole.logprobs, rtol=0, atol=1e-5)
+
+
+def test_beams_read_each_row_once(make_llama, make_rows):
+    model, inputs = make_llama(), make_rows([(3, 4, 5), (2, 4, 6)], "left")
+    tokens = TokenMap.from_inputs(model, inputs)
+    with torch.no_grad(), logit_lens(model, tokens) as whole:
+        model(inputs["input_ids"])
+    with logit_lens(model, tokens) as beams:
+        model.generate(inputs["input_ids"], max_new_tokens=2, num_beams=3, do_sample=False)
+    assert torch.equal(beams.ids, whole.ids)
+    torch.testing.assert_close(beams.logprobs, whole.logprobs, rtol=0, atol=1e-5)
 
 
 def test_generation_reads_the_prompt_alone(make_llama, make_rows):
@@ -222,6 +251,8 @@ def test_wrong_use_is_one_clear_line(make_llava, make_inputs):
     ):
         with pytest.raises(ValueError, match=message), logit_lens(model, tokens, **arguments):
             pass
+    with pytest.raises(ValueError, match="this map is of its prefusion"):
+        logit_lens(model, replace(tokens, stack="prefusion")).__enter__()
     with pytest.raises(ValueError, match="has no head"), logit_lens(model.model, tokens):
         pass
     with logit_lens(model, tokens) as lens:

@@ -158,6 +158,14 @@ def test_without_boxes_the_grid_stands_beside_the_picture():
     assert not titles["a, tile 0"].images, "nothing says where in the picture they lie"
 
 
+def test_tokens_that_share_a_box_stand_beside_the_picture():
+    """LLaVA-Mini's queries each attend to all patches."""
+    tokens = by_hand([Grid(0, 2, 2, (0, 0, 40, 20), shared=True)])
+    figure = plot_patches(PICTURE, tokens, {"a": torch.arange(7)})
+    boxes, _ = cells(figure.axes[1])
+    assert boxes.tolist() == [[0, 0, 1, 1], [1, 0, 2, 1], [0, 1, 1, 2], [1, 1, 2, 2]]
+
+
 def test_one_of_several_pictures_and_frames():
     grids = [
         Grid(0, 1, 2, (0, 0, 40, 20), frame=0),
@@ -272,7 +280,7 @@ def test_a_notebook_shows_the_figure_without_pyplot(read):
 def test_wrong_use_is_one_clear_line():
     tokens = by_hand([Grid(0, 2, 2)])
     for arguments, message in (
-        ((replace(tokens, places=None), {"a": torch.ones(7)}), "has no places"),
+        ((replace(tokens, places=None), {"a": torch.ones(7)}), "no places of visual tokens for a map made by hand"),
         ((tokens, {"a": torch.ones(4)}), r"map 'a' has shape \[4\]: one value for each of 7 positions"),
         ((tokens, {}), "no map to draw"),
     ):
