@@ -21,6 +21,7 @@ from probes.visibility import Visibility
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 # Prefix of the implementations that are registered while recording.
 RECORDING = "probes_recording_"
@@ -90,6 +91,12 @@ class AttentionRecord:
         queries = self.queries[:, :, None].expand_as(mass)
         columns = {"mass": mass, "entropy": self.entropy, "queries": queries.long()}
         return pd.DataFrame({name: values.flatten().numpy() for name, values in columns.items()}, index).reset_index()
+
+    def plot(self) -> Figure:
+        """Mass and entropy by layer, a panel for each target; see `probes.plots.plot_attention`."""
+        from probes.plots import plot_attention
+
+        return plot_attention(self)
 
     def _stack(self, name: str) -> Tensor:
         if len(self._sums) < len(self.layers):

@@ -84,8 +84,8 @@ def plot_attention(record: AttentionRecord) -> Figure:
     samples. Samples whose cell is undefined are left out.
     """
     rows = [("Attention mass (%)", 100 * record.mass), ("Entropy within the source (nats)", record.entropy)]
-    by_head = [(label, values.nanmean(dim=1).numpy()) for label, values in rows]  # [layers, heads, targets, sources]
-    targets = [index for index in range(len(record.targets)) if np.isfinite(by_head[0][1][:, :, index]).any()]
+    by_head = [(label, values.nanmean(dim=1)) for label, values in rows]  # [layers, heads, targets, sources]
+    targets = [index for index in range(len(record.targets)) if by_head[0][1][:, :, index].isfinite().any()]
     if not targets:
         raise ValueError("the record has no query of any target: there is nothing to draw")
     samples = record.mass.shape[1]
@@ -98,11 +98,11 @@ def plot_attention(record: AttentionRecord) -> Figure:
         for axis, target in zip(line, targets, strict=True):
             for source, name in enumerate(record.sources):
                 cell = values[:, :, target, source]
-                if not np.isfinite(cell).any():
+                if not cell.isfinite().any():
                     continue
-                low, high = np.nanpercentile(cell, [10, 90], axis=1)
+                low, high = cell.nanquantile(torch.tensor([0.1, 0.9]), dim=1)
                 axis.fill_between(record.layers, low, high, color=lines[name]["color"], alpha=0.15, linewidth=0)
-                drawn[name] = axis.plot(record.layers, np.nanmean(cell, axis=1), **lines[name])[0]
+                drawn[name] = axis.plot(record.layers, cell.nanmean(dim=1), **lines[name])[0]
             axis.grid(True)
             axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         line[0].set_ylim(bottom=0)

@@ -11,7 +11,7 @@ import torch
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import Normalize, to_hex
 
-from probes import TokenMap, record_attention
+from probes import RemoveTokens, TokenMap, intervene, record_attention
 from probes.lens import logit_lens
 from probes.places import Grid, Places
 from probes.plots import GROUP_LINES, plot_attention, plot_lens, plot_patches, plot_words
@@ -85,6 +85,20 @@ def test_attention_lines_are_means_of_the_record(make_llava, make_inputs):
                 )
     assert "n = 3" in figure.legends[0].get_title().get_text()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["system", "vision", "instruction"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_layer_that_cannot_see_the_source_is_a_gap(make_llava, make_inputs):
+    model, inputs = make_llava(), make_inputs("left")
+    tokens = TokenMap.from_inputs(model, inputs)
+    with (
+        torch.no_grad(),
+        record_attention(model, tokens, targets=["instruction"]) as record,
+        intervene(model, tokens, RemoveTokens("vision", layers=[1])),
+    ):
+        model(**inputs)
+    (line,) = [line for line in record.plot().axes[0].lines if line.get_color() == GROUP_LINES["vision"]["color"]]
+    assert np.isnan(line.get_ydata()).tolist() == [False, True, False]
 
 
 def test_attention_with_no_query_is_refused(make_llava, make_inputs):
