@@ -38,7 +38,7 @@ class QueryCompressor(Compressor):
         self.pos_embed = (
             nn.Parameter(torch.empty(tokens, width)) if config.compressor_positions == "query_grid" else None
         )
-        self.attn = None
+        self.ln_q, self.ln_kv, self.attn = nn.Identity(), nn.Identity(), BareAttention()
         if config.compressor_attention == "multi_head":
             if width % config.compressor_heads:
                 raise ValueError(f"compressor_heads={config.compressor_heads} does not divide the width {width}")
@@ -49,7 +49,7 @@ class QueryCompressor(Compressor):
 
     def reset_parameters(self) -> None:
         init.normal_(self.query, std=0.02)
-        if self.attn is not None:
+        if isinstance(self.attn, Attention):
             init.xavier_uniform_(self.attn.in_proj_weight)
             init.zeros_(self.attn.in_proj_bias)
         if self.pos_embed is not None:
@@ -66,25 +66,23 @@ class QueryCompressor(Compressor):
         self, features: Float[Tensor, "batch patches width"]
     ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens patches"]]:
         query_positions, patch_positions = self.positions(grid_side(features.shape[1]))
-        if self.attn is None:
-            scores = (self.query + query_positions) @ (features + patch_positions).transpose(1, 2)
-            weights = scores.softmax(dim=-1, dtype=torch.float32).to(features.dtype)  # (batch, tokens, patches)
-            return weights @ features, weights
         patches = self.ln_kv(features)
         query = (self.ln_q(self.query) + query_positions).expand(features.shape[0], -1, -1)  # (batch, tokens, width)
         return self.attn(query, patches + patch_positions, patches)
 
 
-class Attention(nn.Module):
-    """`nn.MultiheadAttention` with its parameters' names, as the official checkpoint has them. torch's own reads its
-    output map's weights without calling it, which accelerate cannot follow when it offloads them."""
+class BareAttention(nn.Module):
+    """softmax(Q K^T) V: one head, unscaled and without weights."""
 
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
-        self.out_proj = nn.Linear(width, width)
+    scale = 1.0
+
+    def split(self, query: Tensor, key: Tensor, value: Tensor) -> list[Float[Tensor, "batch heads positions width"]]:
+        """Query, key and value of each head."""
+        return [x[:, None] for x in (query, key, value)]
+
+    def merge(self, mixed: Float[Tensor, "batch heads tokens width"]) -> Float[Tensor, "batch tokens width"]:
+        """The heads' outputs as one."""
+        return mixed[:, 0]
 
     def forward(
         self,
@@ -93,14 +91,32 @@ class Attention(nn.Module):
         value: Float[Tensor, "batch patches width"],
     ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens patches"]]:
         """The output, and the attention weights averaged over the heads."""
+        q, k, v = self.split(query, key, value)
+        scores = q @ k.transpose(2, 3) * self.scale
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)  # (batch, heads, tokens, patches)
+        return self.merge(weights @ v), weights.mean(dim=1)
+
+
+class Attention(BareAttention):
+    """`nn.MultiheadAttention` with its parameters' names, as the official checkpoint has them. torch's own reads its
+    output map's weights without calling it, which accelerate cannot follow when it offloads them."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads, self.scale = heads, (width // heads) ** -0.5
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def split(self, query: Tensor, key: Tensor, value: Tensor) -> list[Float[Tensor, "batch heads positions width"]]:
         maps = zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
-        q, k, v = (
+        return [
             nn.functional.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for x, (weight, bias) in zip((query, key, value), maps, strict=True)
-        )  # (batch, heads, tokens or patches, head width)
-        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)  # (batch, heads, tokens, patches)
-        return self.out_proj((weights @ v).transpose(1, 2).flatten(2)), weights.mean(dim=1)
+        ]
+
+    def merge(self, mixed: Float[Tensor, "batch heads tokens width"]) -> Float[Tensor, "batch tokens width"]:
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
 
 def sincos_table(side: int, width: int) -> Float[Tensor, "side*side width"]:
