@@ -132,6 +132,7 @@ def record_attention(
     layers: Iterable[int] | None = None,
     targets: Iterable[str] | None = None,
     heads: Iterable[int] | None = None,
+    backend: str = "native",
 ) -> Iterator[AttentionRecord]:
     """Records what a stack's self-attention does in one forward pass, or one prompt and its cached decoding.
 
@@ -155,6 +156,9 @@ def record_attention(
         layers: Layers of the stack to record; all by default.
         targets: Groups whose queries to record; all but `pad` by default. Fewer cost less.
         heads: Query heads to record; all by default. Fewer cost less.
+        backend: "nnsight" or "transformer_lens" to record what these libraries show, to check this one or beside
+            experiments of theirs. `model` may be an `NNsight` or a `TransformerBridge` then. Attention is eager, and
+            whole matrices are held, one layer's at a time; see `probes.backends.observe`.
 
     Raises:
         ValueError: An unknown layer, head or group, a model that cannot be recorded, or a call that `tokens` do not
@@ -162,8 +166,12 @@ def record_attention(
         RuntimeError: The layers are being recorded already, a second prompt or a second thread runs in the same record,
             decoding goes back, or the record is read before a whole prompt has run.
     """
-    decoder = find_decoder(model, tokens.stack, FAMILIES.values())
-    if not model.get_decoder()._can_set_attn_implementation():
+    # These import this file.
+    from probes.backends import record_through, underlying_model
+
+    held = underlying_model(model, backend)
+    decoder = find_decoder(held, tokens.stack, FAMILIES.values())
+    if not held.get_decoder()._can_set_attn_implementation():
         raise ValueError(f"{type(decoder).__name__} does not use the attention interface: it cannot be recorded")
     groups = tuple(group for group in tokens.groups if group != "pad") if targets is None else tuple(targets)
     if not groups:
@@ -172,6 +180,10 @@ def record_attention(
         tokens.index(group)
     chosen = _select_heads(decoder.config.num_attention_heads, heads)
     record = AttentionRecord(tokens, select_layers(decoder, layers), chosen, groups)
+    if backend != "native":
+        with record_through(backend, model, tokens, record):
+            yield record
+        return
     window = TokenWindow(decoder, tokens)
     with _Recorder(decoder, tokens, record, window, all_heads=heads is None), window:
         yield record
