@@ -34,6 +34,7 @@ def dense_statistics(
     Raises:
         RuntimeError: The weights of a query do not sum to 1.
     """
+    query_groups, key_groups = query_groups.to(scores.device), key_groups.to(scores.device)
     visible = scores[:, 0] > torch.finfo(scores.dtype).min / 2  # masks have no heads
     attention = weights.float().masked_fill(~visible[:, None], 0.0)
     _check_sums(attention, visible, weights.dtype)

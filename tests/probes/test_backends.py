@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,6 +115,31 @@ def test_bfloat16(make_llava: Callable[..., Model], make_inputs: Callable[..., I
     with record_attention(model, tokens, backend=backend) as theirs:
         model(**inputs)
     assert_same(theirs, ours, tolerance=0.03)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_trained_model(backend: str) -> None:
+    """The tiny LLaVA that the repository ships; its attention is sharper than a random model's."""
+    folder = Path(__file__).parents[2] / "experiments" / "assets" / "tiny"
+    model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    side = model.config.vision_config.image_size
+    patches = (side // model.config.vision_config.patch_size) ** 2
+    random = torch.Generator().manual_seed(0)
+    words = torch.randint(5, model.config.text_config.vocab_size - 5, (2, 12), generator=random)
+    words = words.masked_fill(words == model.config.image_token_id, 5)
+    picture = torch.full((2, patches), model.config.image_token_id)
+    inputs = {
+        "input_ids": torch.cat([words[:, :4], picture, words[:, 4:]], dim=1),
+        "pixel_values": torch.randn(2, 3, side, side, generator=random),
+    }
+    tokens = TokenMap.from_inputs(model, inputs)
+    with record_attention(model, tokens) as ours:
+        model(**inputs)
+    with record_attention(model, tokens, backend=backend) as theirs:
+        model(**inputs)
+    assert ours.mass.nan_to_num().std() > 0.1
+    assert_same(theirs, ours)
 
 
 @torch.no_grad()
