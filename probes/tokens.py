@@ -31,16 +31,14 @@ def visual_token_ids(config: PretrainedConfig) -> tuple[int, ...]:
 class TokenMap:
     """One group for every position, so the groups partition each row.
 
-        Args:
-            labels: `[batch, positions]`, indices into `groups`.
-            groups: Names of the groups, in the order of every group axis built from this map.
-            generated: Group of the positions that follow the map when the model generates.
-            places: Where in its picture each visual token lies; None for a family of models whose layout is not known.
-            model_type: Of the model's config; "" for a map made by hand.
-            stack: Which layers the map is of: "decoder", or "prefusion" for LLaVA-Mini's layers ahead of it.
-    =======
-            stack: The layers whose sequences these are: "decoder", or LLaVA-Mini's "prefusion".
-            samples: Which row of the inputs each row of the map belongs to; None where they are the same.
+    Args:
+        labels: `[batch, positions]`, indices into `groups`.
+        groups: Names of the groups, in the order of every group axis built from this map.
+        generated: Group of the positions that follow the map when the model generates.
+        places: Where in its picture each visual token lies; None for a family of models whose layout is not known.
+        model_type: Of the model's config; "" for a map made by hand.
+        stack: The layers whose sequences these are: "decoder", or LLaVA-Mini's "prefusion".
+        samples: Which row of the inputs each row of the map belongs to; None where they are the same.
     """
 
     labels: Int[Tensor, "batch positions"]
@@ -86,8 +84,8 @@ class TokenMap:
 
         Raises:
             ValueError: `input_ids` are missing or not 2-D, another tensor has another shape, the config names no
-                image token, no row holds a visual token, the visual tokens are not those that the pictures make, or the model has no
-                such stack.
+                image token, no row holds a visual token, the visual tokens are not those that the pictures make, or
+                the model has no such stack.
         """
         input_ids = inputs.get("input_ids")
         if input_ids is None or input_ids.ndim != 2:
