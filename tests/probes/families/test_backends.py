@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from probes import TokenMap, record_attention
-from tests.probes.families.build import FAMILIES, Picture, tiny
+from tests.probes.families.boxes import Picture
+from tests.probes.families.build import FAMILIES, tiny
 
 KNOWN = ("idefics3", "gemma3")  # to transformer-lens 4.3 without torchvision, LLaVA's kin apart
 
