@@ -122,9 +122,9 @@ def size_of(sizes: Sequence[tuple[int, int]] | None, picture: int, pictures: int
 
 
 def pixels_of(inputs: Mapping[str, Any], name: str = "pixel_values") -> Any:
-    """`inputs[name]`; ValueError where there is none for the visual tokens of the text."""
+    """`inputs[name]`; ValueError where the text has visual tokens for it and there is none."""
     if inputs.get(name) is None:
-        raise ValueError(f"input_ids hold visual tokens, but the inputs have no {name}: nothing would fill them")
+        raise ValueError(f"input_ids hold visual tokens that the inputs have no {name} for")
     return inputs[name]
 
 

@@ -35,10 +35,14 @@ class TokenMap:
         labels: `[batch, positions]`, indices into `groups`.
         groups: Names of the groups, in the order of every group axis built from this map.
         generated: Group of the positions that follow the map when the model generates.
-        places: Where in its picture each visual token lies; None for a family of models whose layout is not known.
+        places: Where in its picture each visual token lies; None for a family of models whose layout is not known, and
+            where the inputs hold no pixels.
         model_type: Of the model's config; "" for a map made by hand.
         stack: The layers whose sequences these are: "decoder", or LLaVA-Mini's "prefusion".
         samples: Which row of the inputs each row of the map belongs to; None where they are the same.
+
+    Raises:
+        ValueError: A label is no index into `groups`, or a name stands twice or is that of no group.
     """
 
     labels: Int[Tensor, "batch positions"]
@@ -48,6 +52,14 @@ class TokenMap:
     model_type: str = ""
     stack: str = "decoder"
     samples: Int[Tensor, " batch"] | None = None
+
+    def __post_init__(self) -> None:
+        if len(set(self.groups)) < len(self.groups) or self.generated not in self.groups:
+            raise ValueError(f"groups {self.groups} need names of their own, {self.generated!r} (generated) among them")
+        if self.labels.ndim != 2 or ((self.labels < 0) | (self.labels >= len(self.groups))).any():
+            raise ValueError(
+                f"labels must be [batch, positions], from 0 to {len(self.groups) - 1}: every position has a group"
+            )
 
     @classmethod
     def from_inputs(
@@ -119,7 +131,8 @@ class TokenMap:
             raise ValueError(f"no visual token: no unpadded position of input_ids is the image token {wanted}")
         model_type, places = model.config.model_type, None
         layout = FAMILIES.get(model_type if stack == "decoder" else f"{model_type}/{stack}")
-        grids = layout and layout(model.config, inputs, picture_sizes(inputs, images), processor)
+        pixels = any(name.startswith("pixel_values") and value is not None for name, value in inputs.items())
+        grids = layout(model.config, inputs, picture_sizes(inputs, images), processor) if layout and pixels else None
         if grids is not None:
             places = Places.lay_out(vision, grids, samples)
         return cls(labels, places=places, model_type=model_type, stack=stack, samples=samples)
@@ -128,7 +141,10 @@ class TokenMap:
         """`places`, or a ValueError that says why there are none."""
         if self.places is None:
             family = f"model_type {self.model_type!r}" if self.model_type else "a map made by hand"
-            raise ValueError(f"no places of visual tokens for {family}: register its layout with probes.places.family")
+            reason = "register its layout with probes.places.family"
+            if self.model_type in FAMILIES:
+                reason = "its inputs held no pixels, or it is a variant whose layout is not known"
+            raise ValueError(f"no places of visual tokens for {family}: {reason}")
         return self.places
 
     def index(self, group: str) -> int:
