@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
+from probes.cut import Cut, cut_of
 from probes.decoder import FAMILIES, TokenWindow, attention_family, decoder_layers, find_decoder, select_layers
 from probes.statistics import Layout, Sums, group_statistics
 from probes.tokens import TokenMap
@@ -208,7 +209,7 @@ class _Recorder:
         self.record, self.window = record, window
         self.heads = None if all_heads else torch.tensor(record.heads)
         self.targets = tuple(tokens.index(target) for target in record.targets)
-        layers = decoder_layers(decoder)
+        self.layers = layers = decoder_layers(decoder)
         self.layer_of = {layers[layer].get_submodule("self_attn"): layer for layer in record.layers}
         self.layouts: dict[Any, tuple[Visibility, Layout]] = {}
         self.name = f"{RECORDING}{id(self)}"
@@ -259,26 +260,32 @@ class _Recorder:
             chosen = self.heads.to(query.device)
             key = key[:, chosen // (query.shape[1] // key.shape[1])]
             query, sinks = query[:, chosen], None if sinks is None else sinks.flatten()[chosen]
+        layer = self.layer_of[module]
+        cut = cut_of(self.layers[layer])
         sums = group_statistics(
             query,
             key,
             query.shape[-1] ** -0.5 if scaling is None else scaling,
-            self.layout(visible, query, key.shape[2]),
+            self.layout(visible, query, key.shape[2], cut),
             kwargs.get("softcap"),
             sinks,
         )
-        self.record._add(
-            self.layer_of[module], self.window, sums.moved(self.window.first_key(key.shape[2]), self.window.stop)
-        )
+        first, stop = self.window.first_key(key.shape[2]), self.window.stop
+        self.record._add(layer, self.window, sums.moved(first, stop) if cut is None else sums.spread(cut.keys, stop))
 
-    def layout(self, visible: Visibility, query: Tensor, keys: int) -> Layout:
+    def layout(self, visible: Visibility, query: Tensor, keys: int, cut: Cut | None) -> Layout:
         """Of this call, or that of an earlier layer in the same forward pass."""
         window = self.window
-        place = visible.key and (visible.key, window.rows.start, window.start, query.shape[2], keys, query.device)
+        place = visible.key and (visible.key, window.rows.start, window.start, query.shape[2], keys, query.device, cut)
         if place is None or place not in self.layouts:
+            queries, sources = window.queries, window.keys(keys)
+            if cut is not None:
+                # What only fills up is of no group.
+                queries = cut.rows(queries).masked_fill(cut.filler, -1)
+                sources = window.labels.gather(1, cut.keys).masked_fill(cut.key_filler, -1)
             layout = Layout.build(
-                window.queries.to(query.device),
-                window.keys(keys).to(query.device),
+                queries.to(query.device),
+                sources.to(query.device),
                 self.targets,
                 tuple(range(len(self.record.sources))),
                 visible,

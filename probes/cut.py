@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 _NAME = "_probes_cut"
@@ -22,12 +22,14 @@ class Cut:
         filler: Which of them only fill up.
         keys: Position of each key in the token map; 0 where it only fills up.
         key_filler: Which of them only fill up.
+        length: Number of queries of the whole call.
     """
 
     queries: Int[Tensor, "batch kept"]
     filler: Bool[Tensor, "batch kept"]
     keys: Int[Tensor, "batch keys"]
     key_filler: Bool[Tensor, "batch keys"]
+    length: int
 
     @cached_property
     def filled(self) -> bool:
@@ -37,6 +39,12 @@ class Cut:
     def rows(self, values: Tensor, dim: int = 1) -> Tensor:
         """`values` of the kept queries along `dim`, whose dimension before is the batch or has size 1."""
         return take(values, self.queries, dim)
+
+    def whole(self, values: Float[Tensor, "batch kept width"]) -> Float[Tensor, "batch queries width"]:
+        """Values of the kept queries in the places they have in the whole call, NaN in the others."""
+        values = values.masked_fill(self.filler[..., None], torch.nan)
+        empty = values.new_full((len(values), self.length, values.shape[2]), torch.nan)
+        return empty.scatter(1, self.queries[..., None].expand_as(values), values)
 
     def edges(self, values: Tensor) -> Tensor:
         """`[batch or 1, 1, queries, keys]` of the whole call, from the map's first position on, for what is left."""

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from probes.cut import cut_of
 from probes.decoder import TokenWindow, decoder_layers, find_decoder, select_layers
 from probes.tokens import TokenMap
 
@@ -81,6 +82,8 @@ def record_states(
 ) -> Iterator[States]:
     """Keeps hidden states of one prompt, in one call or in several that share a cache; generated tokens are left out.
 
+    Attention and MLP have no output, NaN, for tokens that an intervention drops from their layer.
+
     Args:
         model: A transformers model with a decoder.
         tokens: Map of the inputs that the model will be called with.
@@ -101,7 +104,8 @@ def record_states(
         for layer in states.layers:
 
             def keep(module: nn.Module, args: Any, output: Any, layer: int = layer) -> None:
-                states._add(layer, window.start, hidden_of(output))
+                cut, hidden = cut_of(decoder_layers(decoder)[layer]), hidden_of(output)
+                states._add(layer, window.start, hidden if cut is None else cut.whole(hidden))
 
             module = component_of(decoder_layers(decoder)[layer], component)
             stack.callback(module.register_forward_hook(keep).remove)

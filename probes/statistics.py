@@ -185,6 +185,15 @@ class Sums:
         received, receivers = (pad(values, (first, 0))[..., :stop] for values in (self.received, self.receivers))
         return replace(self, received=received, receivers=receivers)
 
+    def spread(self, positions: Int[Tensor, "batch keys"], stop: int) -> Sums:
+        """From keys to the positions they are of, where some were dropped; what only fills up adds its zeros to 0."""
+
+        def place(values: Tensor) -> Tensor:
+            index = positions.view(len(values), *[1] * (values.ndim - 2), -1).expand_as(values)
+            return values.new_zeros(*values.shape[:-1], stop).scatter_add_(-1, index, values)
+
+        return replace(self, received=place(self.received), receivers=place(self.receivers))
+
     def _alike(self, other: Sums) -> list[tuple[Tensor, Tensor]]:
         pairs = [(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)]
         return [(_pad_to(a, b.shape[-1]), _pad_to(b, a.shape[-1])) for a, b in pairs]

@@ -9,26 +9,28 @@ from transformers import PreTrainedModel
 
 from probes.decoder import TokenWindow, find_decoder
 from probes.interventions.knockout import BlockAttention
+from probes.interventions.patching import PatchActivations
 from probes.interventions.receipt import Effect, Receipt
 from probes.interventions.removal import RemoveTokens
 from probes.tokens import TokenMap
 
-__all__ = ["BlockAttention", "Effect", "Receipt", "RemoveTokens", "intervene"]
+__all__ = ["BlockAttention", "Effect", "PatchActivations", "Receipt", "RemoveTokens", "intervene"]
 
-Intervention = BlockAttention | RemoveTokens
+Intervention = BlockAttention | RemoveTokens | PatchActivations
 
 
 @contextmanager
 def intervene(model: PreTrainedModel, tokens: TokenMap, *interventions: Intervention) -> Iterator[Receipt]:
     """Intervenes in all forward calls of the model inside the block: a prompt, or a prompt and its cached decoding.
 
-    Composes with `record_attention` in either order: recorded queries do not see a removed or blocked source, so their
-    mass on it is NaN in these layers, and removed tokens are no queries there.
+    Interventions compose, also in nested blocks; edges count as blocked even where another intervention drops an end of
+    theirs. They compose with `record_attention` and `record_states` in either order: recorded queries do not see a
+    removed or blocked source, so their mass on it is NaN in these layers, and removed tokens are no queries there.
 
     Args:
         model: A transformers model whose decoder runs sdpa or eager attention.
         tokens: Map of the inputs that the model will be called with.
-        interventions: What to do, where; applied in this order.
+        interventions: What to do, where.
 
     Yields:
         The receipt, with one `Effect` for each intervention.
@@ -38,7 +40,7 @@ def intervene(model: PreTrainedModel, tokens: TokenMap, *interventions: Interven
         RuntimeError: A layer whose attention does not follow its mask; on leaving, a layer in which an intervention
             did nothing, unless an exception is on its way already.
     """
-    decoder = find_decoder(model)
+    decoder = find_decoder(model, tokens.stack)
     window = TokenWindow(decoder, tokens)
     with ExitStack() as stack:
         receipt = Receipt([intervention.install(decoder, window, stack) for intervention in interventions])
@@ -48,5 +50,6 @@ def intervene(model: PreTrainedModel, tokens: TokenMap, *interventions: Interven
     for effect in receipt:
         if effect.unfired:
             raise RuntimeError(
-                f"{effect.name} did nothing in layers {effect.unfired}: the model did not run, or it has no such token there"
+                f"{effect.name} did nothing in layers {effect.unfired}: "
+                "the model did not run, or it has no such token there"
             )

@@ -143,4 +143,4 @@ def _cut(removed: Bool[Tensor, "batch queries"], start: int, cached: Cut | None)
     keys, key_filler = (queries + start).masked_fill(filler, 0), filler
     if cached is not None:
         keys, key_filler = torch.cat([cached.keys, keys], dim=1), torch.cat([cached.key_filler, filler], dim=1)
-    return Cut(queries, filler, keys, key_filler)
+    return Cut(queries, filler, keys, key_filler, removed.shape[1])

@@ -88,6 +88,8 @@ class RemoveTokens:
             raise ValueError(
                 "how='drop' with when='decode' cannot be: the prompt is in the cache by then; use how='mask'"
             )
+        if callable(self.group) and self.when == "decode":
+            raise ValueError("tokens are chosen on the way through the prompt: when='decode' never asks for them")
         if self.positions == "renumber" and (self.keep_cache or (self.how == "mask" and self.when != "both")):
             raise ValueError(
                 "positions='renumber' needs tokens that are gone in every call: when='both', or how='drop' without "

@@ -50,6 +50,7 @@ class Selection:
 
     def __init__(self, window: TokenWindow, at: LateTokens) -> None:
         self._window, self._late = window, None
+        self._chosen: Tensor | None = None
         tokens = window.tokens
         self._generated = isinstance(at, str) and tokens.generated == at
         if isinstance(at, str):
@@ -62,10 +63,14 @@ class Selection:
     def begin(self) -> None:
         """Asks a callable for its mask, at the first of its layers in a prompt."""
         window = self._window
-        if self._late is None or window.start > 0:
+        if self._late is None:
+            return
+        if window.start > 0:
+            if self._chosen is None:
+                raise ValueError("tokens are chosen on the way through the prompt: run it inside the block")
             return
         rows, positions = window.labels.shape
-        if positions < window.tokens.labels.shape[1]:
+        if positions < window.tokens.labels.shape[1] and not window.padded:
             raise ValueError(
                 "tokens can be chosen on the way only if the whole prompt runs in one call: do not chunk it"
             )
@@ -73,14 +78,17 @@ class Selection:
 
     @property
     def chosen(self) -> Bool[Tensor, "batch positions"]:
-        """Positions of the map that are meant."""
+        """Positions of the map that are meant, in rows of the map, or of the call where they were chosen on the way."""
+        assert self._chosen is not None
         return self._chosen
 
     @property
     def so_far(self) -> Bool[Tensor, "batch positions"]:
         """Positions from the first to the call's last that are meant."""
-        window = self._window
-        chosen = self._chosen.to(window.labels.device)
+        window, chosen = self._window, self.chosen
+        if self._late is None:
+            chosen = chosen[window.rows].repeat_interleave(window.copies, dim=0)
+        chosen = chosen.to(window.labels.device)
         grown = max(window.stop - chosen.shape[1], 0)
         return nn.functional.pad(chosen, (0, grown), value=self._generated)[:, : window.stop]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -29,32 +29,48 @@ def embed(model: LlavaForConditionalGeneration, inputs: Mapping[str, Tensor], ro
 
 
 @torch.no_grad()
-def attend(attention: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> Tensor:
-    """Self-attention over `visible` `[queries, keys]`; a query that sees nothing takes nothing in."""
+def weights(attention: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> Tensor:
+    """`[1, heads, queries, keys]` over `visible` `[queries, keys]`; zeros for a query that sees nothing."""
 
     def heads(projection: nn.Module) -> Tensor:
-        return projection(hidden).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        states = projection(hidden).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        return states * cos[:, None] + rotate_half(states) * sin[:, None]
 
-    query, key, value = heads(attention.q_proj), heads(attention.k_proj), heads(attention.v_proj)
-    query, key = (states * cos[:, None] + rotate_half(states) * sin[:, None] for states in (query, key))
-    groups = query.shape[1] // key.shape[1]
-    scores = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * attention.head_dim**-0.5
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1).nan_to_num()
-    mixed = weights @ value.repeat_interleave(groups, dim=1)
+    query, key = heads(attention.q_proj), heads(attention.k_proj)
+    scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).transpose(2, 3)
+    return (scores * attention.head_dim**-0.5).masked_fill(~visible, -torch.inf).softmax(dim=-1).nan_to_num()
+
+
+@torch.no_grad()
+def attend(attention: nn.Module, hidden: Tensor, weights: Tensor) -> Tensor:
+    value = attention.v_proj(hidden).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    mixed = weights @ value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1)
     return attention.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
 @torch.no_grad()
 def run(
-    model: LlavaForConditionalGeneration, hidden: Tensor, cut: Mapping[int, Tensor] | None = None
+    model: LlavaForConditionalGeneration,
+    hidden: Tensor,
+    cut: Mapping[int, Tensor] | None = None,
+    look: Callable[[int, Tensor], None] = lambda layer, weights: None,
+    patch: Callable[[int, str, Tensor], Tensor] = lambda layer, component, states: states,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Logits `[tokens, vocabulary]` and the states after each layer; `cut[layer]` `[queries, keys]`: edges to take."""
-    decoder, cut, after = model.get_decoder(), cut or {}, []
+    """Logits `[tokens, vocabulary]` and the states after each layer.
+
+    `cut[layer]` `[queries, keys]`: edges to take; `look` sees each layer's weights, and may add to `cut`; `patch`
+    changes what leaves attention, mlp and layer ("residual").
+    """
+    decoder, cut, after = model.get_decoder(), {} if cut is None else cut, []
     causal = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool).tril()
     cos, sin = decoder.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
     for number, layer in enumerate(decoder.layers):
         visible = causal & ~cut[number] if number in cut else causal
-        hidden = hidden + attend(layer.self_attn, layer.input_layernorm(hidden), cos, sin, visible)
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        normed = layer.input_layernorm(hidden)
+        found = weights(layer.self_attn, normed, cos, sin, visible)
+        look(number, found)
+        hidden = hidden + patch(number, "attention", attend(layer.self_attn, normed, found))
+        hidden = hidden + patch(number, "mlp", layer.mlp(layer.post_attention_layernorm(hidden)))
+        hidden = patch(number, "residual", hidden)
         after.append(hidden)
     return model.lm_head(decoder.norm(hidden))[0], after

@@ -93,10 +93,10 @@ def test_removal_changes_the_output(make_llava: Callable[..., Model], make_input
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_batch_equals_its_rows(
-    make_llava: Callable[..., Model], make_rows: Callable[..., Inputs], side: str, way: str
+    make_llama: Callable[..., Any], make_rows: Callable[..., Inputs], side: str, way: str
 ) -> None:
     """Rows with different numbers of visual tokens; a plain decoder takes any, without pixels."""
-    inputs, model = make_rows([(i % 4, 2 + i, 9 - i) for i in range(8)], side), make_llava()
+    inputs, model = make_rows([(i % 4, 2 + i, 9 - i) for i in range(8)], side), make_llama()
     del inputs["pixel_values"]
     tokens = TokenMap.from_inputs(model, inputs)
     removal = RemoveTokens("vision", range(1, 3), **WAYS[way])
@@ -159,10 +159,10 @@ def test_generated_tokens_can_be_removed(make_llava: Callable[..., Model], make_
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_without_any_key_stay_finite(
-    make_llava: Callable[..., Model], implementation: str, dtype: torch.dtype
+    make_llama: Callable[..., Any], implementation: str, dtype: torch.dtype
 ) -> None:
     """The removed tokens have no key at all and the first text token only itself; NaN would spread in the gradients."""
-    model = make_llava(implementation).to(dtype)
+    model = make_llama(implementation).to(dtype)
     inputs = {"input_ids": torch.tensor([[IMAGE_TOKEN] * 4 + [5, 6]])}
     with intervene(model, TokenMap.from_inputs(model, inputs), RemoveTokens("vision", range(3))):
         logits = model(**inputs).logits

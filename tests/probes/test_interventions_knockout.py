@@ -168,9 +168,9 @@ def test_generation_is_decoding_by_hand(make_llava: Callable[..., Model], make_i
         assert generated[row].tolist() == said
 
 
-def test_a_batch_equals_its_rows(make_llava: Callable[..., Model], make_rows: Callable[..., Inputs]) -> None:
+def test_a_batch_equals_its_rows(make_llama: Callable[..., Any], make_rows: Callable[..., Inputs]) -> None:
     """Eight left-padded rows with different numbers of visual tokens; a plain decoder takes any, without pixels."""
-    inputs, model = make_rows([(i % 4, 2 + i, 9 - i) for i in range(8)], "left"), make_llava()
+    inputs, model = make_rows([(i % 4, 2 + i, 9 - i) for i in range(8)], "left"), make_llama()
     del inputs["pixel_values"]
     knockout = BlockAttention("vision", "instruction", [0, 1])
     with torch.no_grad(), intervene(model, TokenMap.from_inputs(model, inputs), knockout):
