@@ -66,10 +66,13 @@ class States:
         """Sample and position of each row of states."""
         return self.positions.nonzero()
 
-    def _add(self, layer: int, start: int, hidden: Tensor) -> None:
-        chosen = self.positions[:, start : start + hidden.shape[1]].to(hidden.device)
+    def _add(self, layer: int, window: TokenWindow, hidden: Tensor) -> None:
+        if window.copies > 1:
+            raise ValueError(f"states are of one row each: the model got every row {window.copies} times, as for beams")
+        chosen = self.positions[window.rows, window.start : window.stop].to(hidden.device)
         self._parts[layer].append(hidden[:, : chosen.shape[1]][chosen].detach())
-        self._places[layer].append(chosen.nonzero() + chosen.new_tensor([0, start], dtype=torch.long))
+        first = chosen.new_tensor([window.rows.start, window.start], dtype=torch.long)
+        self._places[layer].append(chosen.nonzero() + first)
 
 
 @contextmanager
@@ -95,7 +98,7 @@ def record_states(
     Raises:
         ValueError: An unknown layer, group or component, or a call that `tokens` do not fit.
     """
-    decoder = find_decoder(model)
+    decoder = find_decoder(model, tokens.stack)
     positions = tokens.mask(at) if isinstance(at, str) else at
     states = States(select_layers(decoder, layers), component, positions)
     window = TokenWindow(decoder, tokens)
@@ -105,7 +108,7 @@ def record_states(
 
             def keep(module: nn.Module, args: Any, output: Any, layer: int = layer) -> None:
                 cut, hidden = cut_of(decoder_layers(decoder)[layer]), hidden_of(output)
-                states._add(layer, window.start, hidden if cut is None else cut.whole(hidden))
+                states._add(layer, window, hidden if cut is None else cut.whole(hidden))
 
             module = component_of(decoder_layers(decoder)[layer], component)
             stack.callback(module.register_forward_hook(keep).remove)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 class Renumbering:
     """Computes position embeddings anew: each token's position less the removed tokens before it in its row.
 
-    Raises ValueError for a decoder without rotary embeddings, or layers without one position id for each token.
+    Raises ValueError for a decoder without rotary embeddings, or one that does not turn each token by one position id.
     """
 
     def __init__(self, decoder: PreTrainedModel, selection: Selection, once: OncePerCall) -> None:
@@ -26,18 +27,26 @@ class Renumbering:
 
     def __call__(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments of a layer with positions renumbered; `hidden` for their type and device."""
-        position_ids = kwargs.get("position_ids")
-        if position_ids is None or position_ids.ndim != 2 or kwargs.get("position_embeddings") is None:
-            given = "none" if position_ids is None else f"position ids of shape {list(position_ids.shape)}"
-            raise ValueError(
-                f"positions='renumber' needs one position id for each token, [batch, queries]: got {given}"
-            )
+        position_ids: Any = kwargs.get("position_ids")
+        embeddings: Any = kwargs.get("position_embeddings")
+        kind = {"layer_type": self.decoder.config.layer_types[layer]} if self.by_layer else {}
 
         def renumber() -> tuple[Tensor, Any]:
+            one_each = position_ids is not None and position_ids.ndim == 2 and embeddings is not None
+            if not one_each or not _same(
+                self.decoder.rotary_emb(hidden, position_ids=position_ids, **kind), embeddings
+            ):
+                raise ValueError(
+                    f"{type(self.decoder).__name__} does not turn its tokens by one position id each, as Qwen-VL does not:"
+                    " its positions cannot be renumbered"
+                )
             before = self.selection.so_far.cumsum(dim=1)[:, -position_ids.shape[1] :].to(position_ids.device)
             renumbered = position_ids - before
-            kind = {"layer_type": self.decoder.config.layer_types[layer]} if self.by_layer else {}
             return renumbered, self.decoder.rotary_emb(hidden, position_ids=renumbered, **kind)
 
-        renumbered, embeddings = self.once("renumber", renumber, kwargs["position_embeddings"], position_ids)
-        return kwargs | {"position_ids": renumbered, "position_embeddings": embeddings}
+        renumbered, turned = self.once("renumber", renumber, embeddings, position_ids)
+        return kwargs | {"position_ids": renumbered, "position_embeddings": turned}
+
+
+def _same(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
+    return all(a.shape == b.shape and torch.allclose(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -336,7 +336,7 @@ class TestErrors:
             return args, kwargs | {"position_ids": kwargs["position_ids"].expand(3, -1, -1)}
 
         layer.register_forward_pre_hook(three, with_kwargs=True)
-        told = pytest.raises(ValueError, match=r"needs one position id for each token, .* of shape \[3, 1, 13\]")
+        told = pytest.raises(ValueError, match="LlamaModel does not turn its tokens by one position id each")
         removal = RemoveTokens("vision", [1], how="drop", positions="renumber")
         with told, torch.no_grad(), intervene(model, tokens, removal):
             model(**inputs)
