@@ -64,11 +64,7 @@ WORD, CELL, WIDEST = 8, 0.62, 48
 
 
 class Drawing(Figure):
-    """A figure that notebooks show by themselves, and that keeps this module's style when it is drawn later."""
-
-    def draw(self, renderer: Any) -> None:
-        with matplotlib.rc_context(STYLE):  # ticks are made when they are drawn
-            super().draw(renderer)
+    """A figure that notebooks show by themselves, without pyplot."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -89,7 +85,7 @@ def plot_attention(record: AttentionRecord) -> Figure:
     if not targets:
         raise ValueError("the record has no query of any target: there is nothing to draw")
     samples = record.mass.shape[1]
-    figure = Drawing(figsize=(max(2.4 * len(targets), 4.4), 4.6), layout="constrained")
+    figure = Drawing(figsize=(max(2.4 * len(targets), 5.8), 4.6), layout="constrained")
     axes = figure.subplots(2, len(targets), squeeze=False, sharex=True, sharey="row")
     lines = _group_lines(record.sources)
     drawn: dict[str, Any] = {}
@@ -294,7 +290,7 @@ def _views(tokens: TokenMap, sample: int, image: int, frame: int) -> tuple[list[
         return bool((torch.minimum(stop, end) - torch.maximum(start, begin) > slack).all())
 
     for number in edges:
-        room = [group for group in groups if over and not any(overlap(number, member) for member in group)]
+        room = [group for group in groups if not any(overlap(number, member) for member in group)]
         if room:
             room[0].append(number)
         else:

@@ -1,9 +1,11 @@
-"""Every code cell of every notebook runs, in order, in one namespace."""
+"""Every code cell of every notebook runs, in order, in one namespace, and what it shows can be drawn."""
 
+import ast
 import json
 from pathlib import Path
 
 import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
@@ -14,6 +16,20 @@ def test_cells_run(path):
     matplotlib.use("Agg")
     namespace: dict = {}
     for cell in json.loads(path.read_text())["cells"]:
-        if cell["cell_type"] == "code":
-            assert not cell["outputs"], "committed without outputs"
-            exec(compile("".join(cell["source"]), path.name, "exec"), namespace)
+        if cell["cell_type"] != "code":
+            continue
+        assert not cell["outputs"], "committed without outputs"
+        tree = ast.parse("".join(cell["source"]), path.name)
+        # A notebook shows the value of a cell's last expression.
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else ast.parse("None").body[0]
+        exec(compile(tree, path.name, "exec"), namespace)
+        value = eval(compile(ast.Expression(last.value), path.name, "eval"), namespace)
+        if hasattr(value, "_repr_png_"):
+            assert value._repr_png_(), "a picture or a figure that shows itself"
+    plt.close("all")
+
+
+def test_the_lines_to_change_for_7b_are_two():
+    for path in NOTEBOOKS:
+        code = [cell["source"] for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        assert sum("# 7B:" in line for lines in code for line in lines) == 2

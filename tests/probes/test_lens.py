@@ -195,8 +195,14 @@ def test_frame_and_table(make_llava, make_rows):
     tokens = TokenMap.from_inputs(model, inputs)
     places = Places.lay_out(tokens.mask("vision"), [Grid(0, 2, 2), Grid(1, 2, 2)])
     tokens = TokenMap(tokens.labels, tokens.groups, places=places)
-    with torch.no_grad(), logit_lens(model, tokens, top=2, track=[5]) as lens:
+    with torch.no_grad():
         logprobs = model(**inputs).logits.log_softmax(-1)
+        often = int(logprobs.argmax(-1).mode().values[0])  # among the top somewhere, and not everywhere
+        with logit_lens(model, tokens, top=2, track=[5, often]) as lens:
+            model(**inputs)
+    listed = (lens.ids == often).any(-1)
+    assert listed.any()
+    assert not listed.all()
     frame = lens.frame(Words())
     assert list(frame) == ["depth", "sample", "position", "group", "row", "column", "rank", "id", "token", "logprob"]
     assert not frame.duplicated(["depth", "sample", "position", "id"]).any()

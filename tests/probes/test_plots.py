@@ -288,7 +288,17 @@ def test_a_notebook_shows_the_figure_without_pyplot(read):
     lens, input_ids = read
     figure = plot_lens(lens, Words(), input_ids)
     assert figure._repr_png_().startswith(b"\x89PNG")
-    assert figure.axes[0].get_yticklabels()[0].get_fontsize() == 7.5
+
+
+def test_drawn_later_it_keeps_its_style(make_llava, make_inputs):
+    """Ticks are made when a figure is drawn, long after the function has returned."""
+    model, inputs = make_llava(), make_inputs("left")
+    with torch.no_grad(), record_attention(model, TokenMap.from_inputs(model, inputs)) as record:
+        model(**inputs)
+    figure = plot_attention(record)
+    with matplotlib.rc_context({"xtick.labelsize": 30}):
+        figure.draw_without_rendering()
+    assert {label.get_fontsize() for label in figure.axes[-1].get_xticklabels()} == {7.5}
 
 
 def test_wrong_use_is_one_clear_line():
