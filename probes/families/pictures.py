@@ -30,15 +30,13 @@ def image_runs(inputs: Mapping[str, Any], image_token: int) -> list[Run]:
 
 
 def texts_before(inputs: Mapping[str, Any], runs: Sequence[Run], processor: Any) -> list[str]:
-    """What stands between each run and the one before it in its row. Without a processor, whose tokenizer reads it, no
-    text is known."""
-    if processor is None:
-        return [""] * len(runs)
-    starts = [0, *(before.stop if before.row == run.row else 0 for before, run in pairwise(runs))]
-    return [
-        processor.tokenizer.decode(inputs["input_ids"][run.row, start : run.start])
-        for start, run in zip(starts, runs, strict=True)
-    ]
+    """What stands between each run and the one before it in its row; nothing before the first of a row, and nowhere
+    without a processor, whose tokenizer reads it."""
+    texts = [""] * len(runs)
+    for number, (before, run) in enumerate(pairwise(runs), start=1):
+        if processor is not None and before.row == run.row:
+            texts[number] = processor.tokenizer.decode(inputs["input_ids"][run.row, before.stop : run.start])
+    return texts
 
 
 def whole_boxes(sizes: Sequence[tuple[int, int]] | None, pictures: int) -> list[Box]:

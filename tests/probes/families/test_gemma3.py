@@ -14,7 +14,7 @@ PAN_AND_SCAN = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 20}
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_boxes_are_the_pixels_of_the_tokens(side: str) -> None:
-    rows = {"a#b": [(97, 60)], "##": [(40, 133), (200, 21)]}
+    rows = {"a#b": [(97, 60)], "# #": [(40, 133), (200, 21)]}
     tokens = check_boxes(tiny("gemma3"), rows, side)
     places, vision = tokens.require_places(), tokens.mask("vision")
     assert places.image[vision].tolist() == [0] * 9 + [0] * 9 + [1] * 9
@@ -24,7 +24,7 @@ def test_boxes_are_the_pixels_of_the_tokens(side: str) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_crops_of_pan_and_scan(side: str) -> None:
     """Wide and tall pictures of 2 to 4 crops, of sizes that do not divide, beside pictures that are not cropped."""
-    rows = {"a#b": [(97, 30)], "##": [(31, 131), (40, 41)], "#and# #": [(83, 41), (40, 40), (31, 101)]}
+    rows = {"a#b": [(97, 30)], "##": [(31, 131), (40, 41)], "#and# #": [(61, 41), (40, 40), (31, 101)]}
     tokens = check_boxes(tiny("gemma3"), rows, side, **PAN_AND_SCAN)
     places = tokens.require_places()
     pictures = [

@@ -38,7 +38,9 @@ def test_tiles_are_those_of_the_image_processor(width: int, height: int) -> None
     rows, columns = made["rows"][0][0], made["cols"][0][0]
     tokens = TokenMap.from_inputs(family.model(), family(["#"], [[image]]), images=[image])
 
-    boxes = tokens.require_places().box[tokens.mask("vision")].unflatten(0, (-1, 4))
+    places, vision = tokens.require_places(), tokens.mask("vision")
+    assert places.tile[vision].tolist() == torch.arange(rows * columns + 1).repeat_interleave(4).tolist()
+    boxes = places.box[vision].unflatten(0, (-1, 4))
     tiles = torch.cat([boxes[:, 0, :2], boxes[:, -1, 2:]], 1)
     across, down = width / max(columns, 1), height / max(rows, 1)
     expected = [

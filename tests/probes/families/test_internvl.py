@@ -32,8 +32,11 @@ def test_a_picture_that_is_not_cut_is_one_tile() -> None:
 def test_without_its_size_a_picture_has_tiles_without_boxes() -> None:
     family = tiny("internvl")
     inputs = family(["#"], [[Picture(96, 64).image]])
-    places = TokenMap.from_inputs(family.model(), inputs).require_places()
-    assert places.tile.max() == 6
+    tokens = TokenMap.from_inputs(family.model(), inputs)
+    places = tokens.require_places()
+    vision = tokens.mask("vision")
+    assert places.tile[vision].tolist() == torch.arange(7).repeat_interleave(4).tolist()
+    assert places.row[vision].tolist() == 7 * [0, 0, 1, 1]
     assert places.box.isnan().all()
 
 

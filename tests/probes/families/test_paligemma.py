@@ -18,6 +18,14 @@ def test_boxes_are_the_pixels_of_the_tokens(side: str) -> None:
     assert places.box[vision][6].tolist() == pytest.approx([97 / 5, 60 / 5, 2 * 97 / 5, 2 * 60 / 5])
 
 
+def test_a_row_that_is_all_padding_has_no_picture() -> None:
+    family, image = tiny("paligemma"), Picture(30, 30).image
+    inputs = dict(family(["#ab", "#ab"], [[image], [image]]))
+    inputs["attention_mask"][0] = 0
+    places = TokenMap.from_inputs(family.model(), inputs, images=[image]).require_places()
+    assert places.image.amax(1).tolist() == [-1, 0]
+
+
 def test_the_answer_to_learn_is_the_response() -> None:
     family = tiny("paligemma")
     inputs = family(["#what"], [[Picture(30, 30).image]], suffix=["cat"])
