@@ -1,4 +1,4 @@
-"""Probes for vision-language models: what the language model attends to, and what it needs.
+"""Probes for vision-language models: what the language model attends to, what it needs, and what can be read off it.
 
 Works on any Hugging Face model with a decoder language model and image placeholders in `input_ids`.
 
@@ -8,20 +8,41 @@ Works on any Hugging Face model with a decoder language model and image placehol
     attention.mass  # [layers, batch, heads, target, source]
     with intervene(model, tokens, RemoveTokens("vision", layers=range(2, 4))) as receipt:
         model(**inputs)
+
+Beyond what is named here: `probes.plots` draws, `probes.pruning` has FastV, VTW and PyramidDrop, `probes.curves` what
+`fusion_depth` reads.
 """
 
 from probes.attention import AttentionRecord, record_attention
-from probes.fusion import FusionDepth, fusion_depth
-from probes.interventions import Receipt, RemoveTokens, intervene
+from probes.fusion import Agreement, FusionDepth, agreement, fusion_depth
+from probes.interventions import BlockAttention, PatchActivations, Receipt, RemoveTokens, intervene
+from probes.lens import LogitLens, logit_lens
+from probes.planted import planted
+from probes.readout import Readout, linear_readout
+from probes.relevancy import Relevancy, relevancy
+from probes.states import States, record_states
 from probes.tokens import TokenMap
 
 __all__ = [
+    "Agreement",
     "AttentionRecord",
+    "BlockAttention",
     "FusionDepth",
+    "LogitLens",
+    "PatchActivations",
+    "Readout",
     "Receipt",
+    "Relevancy",
     "RemoveTokens",
+    "States",
     "TokenMap",
+    "agreement",
     "fusion_depth",
     "intervene",
+    "linear_readout",
+    "logit_lens",
+    "planted",
     "record_attention",
+    "record_states",
+    "relevancy",
 ]
