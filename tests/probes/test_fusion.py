@@ -244,7 +244,9 @@ def test_agreement() -> None:
     )
     wide = dataclasses.replace(attention, low=1, high=5)
     assert agreement([at[5], wide]).apart == ()
-    assert agreement([at[5], dataclasses.replace(attention, low=1, high=4)]).apart == (("removal", "attention"),)
+    lower = dataclasses.replace(attention, low=1, high=4)
+    for pair in ([at[5], lower], [lower, at[5]]):
+        assert agreement(pair).apart == ((pair[0].kind, pair[1].kind),)
     nothing = agreement([none, fusion_depth(np.zeros((LAYERS, 4)), "attention")])
     assert (nothing.spread, nothing.apart) == (None, ())
     assert str(nothing) == "knockout none, attention none: no curve locates a fusion"

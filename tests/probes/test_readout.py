@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from probes.readout import PENALTIES, linear_readout
+from probes.readout import PENALTIES, _dealt, _ridge, linear_readout
 
 
 def clouds(samples: int = 120, width: int = 5, distance: float = 8.0, seed: int = 0) -> tuple[torch.Tensor, list[str]]:
@@ -26,7 +26,7 @@ def test_clouds_are_told_apart_and_noise_is_not() -> None:
     assert found.selectivity[1] > 0.5
 
 
-def by_hand(states: torch.Tensor, classes: torch.Tensor, train: list[int], test: int) -> int:
+def by_hand(states: torch.Tensor, classes: torch.Tensor, train: list[int], test: int) -> torch.Tensor:
     """Primal ridge regression with an intercept, the penalty chosen by training once for each sample left out."""
     x, y = states.double(), torch.nn.functional.one_hot(classes).double()
     x = (x - x[train].mean(0)) / x[train].std(0, unbiased=False)
@@ -49,10 +49,24 @@ def by_hand(states: torch.Tensor, classes: torch.Tensor, train: list[int], test:
         sum(weight[row] * (fit([r for r in train if r != row], unit * p, row) - y[row]).square().sum() for row in train)
         for p in PENALTIES
     ]
-    return int(fit(train, unit * PENALTIES[int(np.argmin(errors))], test).argmax())
+    return fit(train, unit * PENALTIES[int(np.argmin(errors))], test)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("distance", [0.0, 0.7, 3.0])
+def test_outputs_are_those_of_ridge_regression_by_hand(distance: float) -> None:
+    """Labels of unequal number, and features whose means are not 0; different penalties win."""
+    states, _ = clouds(samples=24, width=4, distance=distance)
+    classes = (torch.arange(24) % 7).clamp(max=2)
+    states = states[1] + torch.tensor([5.0, 0, 0, -1]) + classes[:, None] * distance
+    train, test = list(range(20)), list(range(20, 24))
+    targets = torch.nn.functional.one_hot(torch.stack([classes, classes.flip(0)])).double()
+    found = _ridge(states[train].double(), targets[:, train], states[test].double())
+    for outputs, labels in zip(found, (classes, classes.flip(0)), strict=True):
+        expected = torch.stack([by_hand(states, labels, train, row) for row in test])
+        assert outputs == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(2))
 def test_equals_ridge_regression_by_hand(seed: int) -> None:
     """Folds of one sample each, so that the split is known; clouds near enough for mistakes."""
     states, labels = clouds(samples=18, width=4, distance=1.5, seed=seed)
@@ -60,7 +74,7 @@ def test_equals_ridge_regression_by_hand(seed: int) -> None:
     classes = torch.tensor([["cat", "dog", "owl"].index(label) for label in labels])
     for layer in range(2):
         expected = [
-            by_hand(states[layer], classes, [r for r in range(18) if r != test], test) == classes[test]
+            int(by_hand(states[layer], classes, [r for r in range(18) if r != test], test).argmax()) == classes[test]
             for test in range(18)
         ]
         assert found.correct[layer].tolist() == expected
@@ -112,8 +126,6 @@ def test_a_picture_is_in_one_fold() -> None:
 
 def test_folds_hold_their_share_of_every_label() -> None:
     """Labels 0 and 1 in halves: in folds dealt at random, chance is hit less evenly than in these."""
-    from probes.readout import _dealt
-
     classes = np.arange(50) % 2
     fold = _dealt(classes, np.arange(50), 5, np.random.default_rng(0))
     assert [[int(((fold == f) & (classes == c)).sum()) for c in (0, 1)] for f in range(5)] == [[5, 5]] * 5
