@@ -273,7 +273,8 @@ def logit_lens(
                     lens._add(depth, window, hidden, unembed)
 
             if depth in chosen or module is unembed.norm:
-                stack.callback(module.register_forward_pre_hook(read, with_kwargs=True).remove)
+                # First of all: an intervention may cut what the module is called with.
+                stack.callback(module.register_forward_pre_hook(read, prepend=True, with_kwargs=True).remove)
         stack.callback(model.register_forward_hook(check).remove)
         yield lens
 

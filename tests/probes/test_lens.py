@@ -175,13 +175,14 @@ def test_half_precision_passes_the_check(make_llava, make_inputs):
     torch.testing.assert_close(lens.logprobs[0], logits.log_softmax(-1).topk(5).values, rtol=0, atol=0.1)
 
 
+@pytest.mark.parametrize("how", ["mask", "drop"])
 @pytest.mark.parametrize("lens_first", [True, False])
-def test_sees_what_an_intervention_leaves(make_llava, make_inputs, lens_first):
-    """Removed tokens keep their states, whichever block was opened first."""
+def test_sees_what_an_intervention_leaves(make_llava, make_inputs, lens_first, how):
+    """Removed tokens keep their states, whichever block was opened first, also where the layer runs without them."""
     model, inputs = make_llava(), make_inputs("left")
     tokens = TokenMap.from_inputs(model, inputs)
     reading = logit_lens(model, tokens, at="vision")
-    removal = intervene(model, tokens, RemoveTokens("vision", [1]))
+    removal = intervene(model, tokens, RemoveTokens("vision", [1], how=how))
     blocks = (reading, removal) if lens_first else (removal, reading)
     with torch.no_grad(), blocks[0] as first, blocks[1] as second:
         model(**inputs)
@@ -275,7 +276,7 @@ def test_dropped_positions_are_refused(make_llama, make_rows):
     """A layer that got fewer positions than the call: their numbers would no longer be those of the map."""
     model, inputs = make_llama(), make_rows([(3, 4, 5)], "left")
     tokens = TokenMap.from_inputs(model, inputs)
-    handle = model.model.norm.register_forward_pre_hook(lambda module, args: (args[0][:, 4:],))
+    handle = model.model.layers[-1].register_forward_hook(lambda module, args, output: output[:, 4:])
     try:
         with torch.no_grad(), pytest.raises(ValueError, match="tokens were dropped"), logit_lens(model, tokens):
             model(inputs["input_ids"])
