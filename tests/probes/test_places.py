@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -179,6 +181,20 @@ def test_shares_begin_after_a_gap_and_end_before_it() -> None:
     assert resample(edges, 2).tolist() == [[0, 8], [10, 18]]
     assert resample(edges, 4).tolist() == edges.tolist()
     assert resample(edges, 1).tolist() == [[0, 18]]
+
+
+@pytest.mark.parametrize(("cells", "count"), [(30, 22), (45, 33), (7, 5), (5, 5)])
+def test_shares_among_cells_with_gaps(cells: int, count: int) -> None:
+    """Against fractions: where a share ends between two cells, floating point must not put it into either."""
+    edges = torch.stack([torch.arange(cells) * 10.0, torch.arange(cells) * 10.0 + 8], -1).double()
+    cuts = [Fraction(share * cells, count) for share in range(count + 1)]
+    wanted = [
+        [10 * math.floor(a) + 8 * (a - math.floor(a)), 10 * (math.ceil(b) - 1) + 8 * (b - math.ceil(b) + 1)]
+        for a, b in pairwise(cuts)
+    ]
+    torch.testing.assert_close(
+        resample(edges, count), torch.tensor([[float(x) for x in row] for row in wanted]).double()
+    )
 
 
 def test_a_view_of_unknown_making_has_no_box() -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from probes.tokens import TokenMap
 
-SIZES = [(32, 32), (64, 64), (40, 100), (100, 40), (9, 13), (300, 211), (24, 200), (333, 61), (97, 99)]
+SIZES = [(32, 32), (64, 64), (40, 100), (100, 40), (9, 13), (300, 211), (24, 200), (333, 61), (97, 99), (64, 40)]
 PROMPT = "user : <image> what is this"
 IMAGE, VIDEO = 10, 11
 
