@@ -96,3 +96,16 @@ def test_a_video_between_images(make_llava_onevision: Any, map_picture: Any) -> 
         assert ends[1].tolist()[2:] == ([56.25, 46.875] if sizes else [0, 0])
         assert ends[2].tolist()[2:] == [27.5, 37.5]
     assert tokens.split("vision", by="image").groups[2:5] == ("vision_0", "vision_1", "vision_2")
+
+
+def test_interpolated_tokens_belong_to_the_tile_of_their_middle(make_llava_onevision: Any, map_picture: Any) -> None:
+    """3 x 3 tiles of 32 pixels, whose 15 x 15 patches become 7 x 7 tokens."""
+    model, processor = make_llava_onevision(tiles=2)
+    inputs = processor(images=map_picture(96, 96), text=PROMPT, return_tensors="pt")
+    tokens = TokenMap.from_inputs(model, inputs)
+    places = tokens.require_places()
+    detail = (places.tile > 0) & (places.column >= 0)
+    left, top, right, bottom = places.box[detail].unbind(-1)
+    column, row = ((left + right) / 2 // 32).long(), ((top + bottom) / 2 // 32).long()
+    assert int(detail.sum()) == 49
+    assert torch.equal(places.tile[detail], 1 + 3 * row + column)
