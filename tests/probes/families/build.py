@@ -64,9 +64,9 @@ class Tiny:
     def __call__(self, texts: Sequence[str], images: Sequence[Sequence[Any]], side: str = "left", **kwargs: Any) -> Any:
         """Inputs of a batch: `#` in the texts is a picture."""
         texts = [text.replace("#", self.mark) for text in texts]
-        self.processor.tokenizer.padding_side = side
         nested = [list(row) for row in images] or None
-        return self.processor(text=texts, images=nested, padding=True, return_tensors="pt", **kwargs)
+        kwargs |= {"padding": True, "padding_side": side, "return_tensors": "pt"}  # InternVL's pads left by itself
+        return self.processor(text=texts, images=nested, **kwargs)
 
 
 def tokenizer(specials: Sequence[str] = (), **named: str) -> PreTrainedTokenizerFast:

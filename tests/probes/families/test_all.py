@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes import RemoveTokens, TokenMap, intervene, places, record_attention
+from probes import RemoveTokens, TokenMap, intervene, record_attention
 from probes.decoder import decoder_layers, find_decoder
 from probes.interventions import BlockAttention
 from tests.probes.families.boxes import Picture
@@ -63,10 +63,10 @@ def test_the_groups_partition_every_row(family: str, side: str) -> None:
     members = torch.stack([tokens.mask(group) for group in tokens.groups])
     assert (members.sum(0) == 1).all()
     assert torch.equal(tokens.mask("pad"), inputs["attention_mask"] == 0)
+    assert tokens.mask("pad")[1, 0 if side == "left" else -1], "the row without a picture is the shortest"
     assert torch.equal(tokens.mask("vision"), inputs["input_ids"] == visual)
-    if family in places.FAMILIES:
-        assert torch.equal(tokens.require_places().image >= 0, tokens.mask("vision"))
-        assert tokens.require_places().image.amax(1).tolist() == [0, -1, 1]
+    assert torch.equal(tokens.require_places().image >= 0, tokens.mask("vision"))
+    assert tokens.require_places().image.amax(1).tolist() == [0, -1, 1]
 
     def said(row: int, group: str) -> str:
         return processor.tokenizer.decode(inputs["input_ids"][row][tokens.mask(group)[row]])

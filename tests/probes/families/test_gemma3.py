@@ -48,9 +48,9 @@ def test_without_the_processor_a_crop_counts_as_a_picture() -> None:
 
 def test_tokens_that_were_cut_off() -> None:
     family = tiny("gemma3")
-    inputs = family(["#"], [[Picture(30, 30).image]])
+    inputs = dict(family(["#"], [[Picture(30, 30).image]]))
     with pytest.raises(ValueError, match="the pictures have 9 visual tokens, input_ids 5"):
-        TokenMap.from_inputs(family.model(), {"input_ids": inputs["input_ids"][:, :8]})
+        TokenMap.from_inputs(family.model(), inputs | {"input_ids": inputs["input_ids"][:, :8], "attention_mask": None})
 
 
 def test_a_picture_is_seen_both_ways_and_windows_slide() -> None:

@@ -73,17 +73,20 @@ def test_frames_of_smolvlm_videos() -> None:
 def test_inputs_that_do_not_fit() -> None:
     family, image = tiny("idefics3"), Picture(64, 40).image
     inputs, model = dict(family(["#"], [[image]])), family.model()
+    inputs["attention_mask"] = None
     ids = inputs["input_ids"]
     with pytest.raises(ValueError, match="the inputs hold 1 pictures, but 2 images or image_sizes are given"):
         TokenMap.from_inputs(model, inputs, images=[image, image])
     with pytest.raises(ValueError, match="without the two marks before each tile"):
-        TokenMap.from_inputs(model, {"input_ids": ids[:, ids[0].tolist().index(model.config.image_token_id) :]})
+        TokenMap.from_inputs(
+            model, inputs | {"input_ids": ids[:, ids[0].tolist().index(model.config.image_token_id) :]}
+        )
     other = ids.clone()
     other[other == family.processor.fake_image_token_id] = torch.arange(
         int((ids == family.processor.fake_image_token_id).sum())
     )
     with pytest.raises(ValueError, match="without the two marks before each tile"):
-        TokenMap.from_inputs(model, {"input_ids": other})
+        TokenMap.from_inputs(model, inputs | {"input_ids": other})
     newline = ids[0].tolist().index(family.processor.tokenizer("\n")["input_ids"][0])
     with pytest.raises(ValueError, match="rows of unequal numbers of tiles"):
-        TokenMap.from_inputs(model, {"input_ids": torch.cat([ids[:, :newline], ids[:, newline + 1 :]], 1)})
+        TokenMap.from_inputs(model, inputs | {"input_ids": torch.cat([ids[:, :newline], ids[:, newline + 1 :]], 1)})

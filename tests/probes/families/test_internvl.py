@@ -40,30 +40,38 @@ def test_without_its_size_a_picture_has_tiles_without_boxes() -> None:
     assert places.box.isnan().all()
 
 
+def test_the_first_picture_of_a_row_is_no_frame_of_the_row_before() -> None:
+    family, image = tiny("internvl"), Picture(16, 16).image
+    inputs = family(["#", "someone typed Frame2: #"], [[image], [image]], "right")
+    places = TokenMap.from_inputs(family.model(), inputs, family.processor).require_places()
+    assert places.frame.amax(1).tolist() == [0, 0]
+
+
 def test_inputs_that_do_not_fit() -> None:
     family, image = tiny("internvl"), Picture(96, 64).image
     inputs, model = dict(family(["#"], [[image]])), family.model()
     with pytest.raises(ValueError, match="the inputs hold 1 pictures, but 2 images or image_sizes are given"):
         TokenMap.from_inputs(model, inputs, images=[image, image])
     with pytest.raises(ValueError, match="no whole number of tiles of 4"):
-        TokenMap.from_inputs(model, {"input_ids": inputs["input_ids"][:, :20]})
+        TokenMap.from_inputs(model, inputs | {"input_ids": inputs["input_ids"][:, :20], "attention_mask": None})
 
 
 def test_frames_of_videos_beside_a_picture() -> None:
-    """Two videos of 3 frames and, between them, a picture of 7 tiles."""
-    family, sizes = tiny("internvl"), [(40, 24), (96, 64), (24, 50)]
-    first, image, second = film(*sizes[0], 3), Picture(*sizes[1], 100).image, film(*sizes[2], 3, blue=160)
-    inputs = family(["a <video> b", "#", "<video>"], [[image]], videos=[first, second])
+    """A video of 3 frames, a picture of 7 tiles, and two videos in a row."""
+    family, sizes = tiny("internvl"), [(40, 24), (96, 64), (24, 50), (30, 30)]
+    films = [film(*sizes[number], 3, blue=60 * number) for number in (0, 2, 3)]
+    image = Picture(*sizes[1], 60).image
+    inputs = family(["a <video> b", "#", "<video><video>"], [[image]], videos=films)
     model = family.model()
-    tokens = TokenMap.from_inputs(model, inputs, family.processor, [first, image, second])
+    tokens = TokenMap.from_inputs(model, inputs, family.processor, [films[0], image, *films[1:]])
     places, vision = tokens.require_places(), tokens.mask("vision")
     threes = torch.arange(3).repeat_interleave(4).tolist()
-    assert places.frame[vision].tolist() == threes + [0] * 28 + threes
-    assert places.image[vision].unique().tolist() == [0]
+    assert places.frame[vision].tolist() == threes + [0] * 28 + threes + threes
+    assert places.image[vision].tolist() == [0] * (12 + 28 + 12) + [1] * 12
 
-    colours, picture = seen(family, inputs, tokens), vision.nonzero()[:, 0]
-    blue = torch.tensor([0, 100, 160])[picture] + 20 * places.frame[vision]
+    colours, picture = seen(family, inputs, tokens), vision.nonzero()[:, 0] + places.image[vision]
+    blue = 60 * picture + 20 * places.frame[vision]
     np.testing.assert_allclose(colours[:, 2], blue, atol=0.1)
     check_centres(colours, tokens, np.array(sizes)[picture])
     alone = TokenMap.from_inputs(model, inputs).require_places()
-    assert alone.image.amax(1).tolist() == [2, 0, 2], "without the processor each frame is a picture"
+    assert alone.image.amax(1).tolist() == [2, 0, 5], "without the processor each frame is a picture"

@@ -39,7 +39,9 @@ def test_inputs_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="the inputs hold 1 pictures, but 2 images or image_sizes are given"):
         TokenMap.from_inputs(model, inputs, images=[image, image])
     with pytest.raises(ValueError, match="the pictures have 0 visual tokens, input_ids 20"):
-        TokenMap.from_inputs(model, {"input_ids": inputs["input_ids"][:, :20]})
+        TokenMap.from_inputs(
+            model, inputs | {"input_ids": inputs["input_ids"][:, :20], "attention_mask": None, "labels": None}
+        )
 
 
 def test_the_prompt_is_seen_both_ways() -> None:
