@@ -185,6 +185,33 @@ class ProbeConfig:
 
 
 @dataclass
+class BenchModel:
+    """A Llama's shape, of which only some layers are built."""
+
+    name: str = MISSING
+    heads: int = MISSING
+    head_width: int = MISSING
+    mlp: int = MISSING
+    layers: int = MISSING
+    of_layers: int = MISSING
+
+
+@dataclass
+class BenchConfig:
+    """What experiments/bench measures."""
+
+    modes: list[str] = MISSING
+    visual: list[int] = MISSING
+    models: list[BenchModel] = MISSING
+    text: int = 64
+    vocabulary: int = 32000
+    dtype: str = "float32"
+    repeats: int = 5
+    threads: int = 0  # 0 leaves torch's own choice
+    limit_gib: float = 8.0  # modes that hold more than this in matrices of all queries and keys do not run
+
+
+@dataclass
 class Config:
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
@@ -192,6 +219,7 @@ class Config:
     prefusion: PrefusionConfig = field(default_factory=PrefusionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    bench: BenchConfig | None = None  # measured instead of a cell
     name: str = "single"  # the experiment that a record belongs to
     seed: int = 0
     batch_size: int = 64  # questions at once outside training

@@ -29,11 +29,16 @@ def asset(name: str) -> str:
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
 def cell(config: DictConfig) -> None:
     # torch and transformers are imported after the configuration has been accepted: a typing error costs no wait
+    from experiments.bench import run_bench
     from experiments.cell import run_cell
     from experiments.drawing import draw_record
 
     try:
-        path = run_cell(OmegaConf.to_object(config), configuration.resolved(config))  # type: ignore[arg-type]
+        typed: configuration.Config = OmegaConf.to_object(config)  # type: ignore[assignment]
+        if typed.bench is not None:
+            log.info("\n".join(map(str, run_bench(typed, configuration.resolved(config)))))
+            return
+        path = run_cell(typed, configuration.resolved(config))
     except EXPECTED as error:
         stop(error)  # here already: Hydra would add a line of its own
     if path is None:
