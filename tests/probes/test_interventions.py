@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, StaticCache
 
 from probes import RemoveTokens, TokenMap, intervene, record_attention
+from tests.probes import by_hand
 
 Model = LlavaForConditionalGeneration
 Inputs = dict[str, Tensor]
@@ -148,6 +149,34 @@ def test_cached_steps_do_not_see_removed_tokens(
         close(torch.cat(logits, dim=1)[row], drop_by_hand(model, full, row, [0, 1], vision)[-2:])
 
 
+@pytest.mark.parametrize("way", ["mask", "drop, cache kept"])
+@pytest.mark.parametrize("when", ["prefill", "decode"])
+def test_hidden_in_some_calls(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], way: str, when: Any
+) -> None:
+    """In the last layer, where the picture's own states no longer matter: in the prompt alone, or in two steps alone."""
+    inputs, model = make_inputs("left"), make_llava()
+    steps, mask = torch.tensor([[5, 6], [7, 8], [9, 10]]), inputs["attention_mask"]
+    tokens = TokenMap.from_inputs(model, inputs)
+    with torch.no_grad(), intervene(model, tokens, RemoveTokens("vision", [2], when, **WAYS[way])) as receipt:
+        out = model(**inputs, use_cache=True)
+        logits = [out.logits]
+        for step in steps.split(1, dim=1):
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            out = model(input_ids=step, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
+            logits.append(out.logits)
+    assert receipt[0].calls == {2: {"prefill": 1, "decode": 2}[when]}
+    full = inputs | {"input_ids": torch.cat([inputs["input_ids"], steps], dim=1), "attention_mask": mask}
+    vision = full["input_ids"] == IMAGE_TOKEN
+    blind = (torch.arange(15) < 13) == (when == "prefill")
+    for row in range(3):
+        live = by_hand.live(full, row)
+        edges = blind[live, None] & vision[row, live]
+        expected, _ = by_hand.run(model, by_hand.embed(model, full, row), {2: edges})
+        text = ~vision[row, live]
+        close(torch.cat(logits, dim=1)[row, live][text], expected[text])
+
+
 def test_generated_tokens_can_be_removed(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
     """The prompt has no response, so the layer is left alone until the first step."""
     inputs, model = make_inputs(), make_llava()
@@ -256,8 +285,9 @@ class TestErrors:
         with refused, torch.no_grad(), intervene(model, tokens, RemoveTokens("vision", [0])):
             model(**inputs)
 
-    def test_flash_attention(self, model: Model, inputs: Inputs) -> None:
+    @pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
+    def test_attention_without_a_mask_to_write(self, model: Model, inputs: Inputs, implementation: str) -> None:
         tokens: Any = TokenMap.from_inputs(model, inputs)
-        model.get_decoder().config._attn_implementation = "flash_attention_2"
-        with pytest.raises(ValueError, match="'flash_attention_2' cannot be probed: load the model with 'sdpa'"):
+        model.get_decoder().config._attn_implementation = implementation
+        with pytest.raises(ValueError, match=f"'{implementation}' cannot be probed: load the model with 'sdpa'"):
             intervene(model, tokens, RemoveTokens("vision", [0])).__enter__()

@@ -116,6 +116,33 @@ def test_when_and_the_cache(
     assert [layer.keys.shape[2] for layer in out[1].past_key_values.layers] == [shorter + 3, prompt + 3, shorter + 3]
 
 
+def test_two_prompts_in_one_block(make_llama: Callable[..., Any], make_rows: Callable[..., Inputs]) -> None:
+    """Each starts anew."""
+    inputs, model = make_rows(ROWS, "left"), make_llama()
+    del inputs["pixel_values"]
+    tokens = TokenMap.from_inputs(model, inputs)
+    options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with intervene(model, tokens, RemoveTokens("vision", [0, 2], how="drop")) as receipt:
+        first, second = (torch.stack(model.generate(**inputs, **options).logits) for _ in range(2))
+    assert torch.equal(first, second)
+    assert receipt[0].tokens == {0: 88, 2: 88}
+
+
+def test_bfloat16(make_llama: Callable[..., Any], make_rows: Callable[..., Inputs]) -> None:
+    """As far from hidden tokens as bfloat16 is from itself in another batch: a few of its steps."""
+    inputs, model = make_rows(ROWS, "left"), make_llama().bfloat16()
+    del inputs["pixel_values"]
+    tokens, logits = TokenMap.from_inputs(model, inputs), []
+    for how in ("mask", "drop"):
+        removal = RemoveTokens("vision", [1, 2], how=how)
+        knockout = BlockAttention("system", "instruction", [1])
+        with torch.no_grad(), intervene(model, tokens, removal, knockout) as receipt:
+            logits.append(model(**inputs).logits.float())
+        assert receipt[1].mass == {1: 0.0}
+    live = inputs["attention_mask"].bool()
+    assert (logits[0] - logits[1])[live].abs().max() < 0.05 * logits[0][live].std()
+
+
 def test_kept_cache_saves_the_mlp(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
     inputs, model = make_inputs(), make_llava()
     tokens, sizes = TokenMap.from_inputs(model, inputs), []

@@ -82,6 +82,21 @@ def test_the_most_attended_stay(
     ]
 
 
+@pytest.mark.parametrize("queries", ["last", "all"])
+def test_without_padding_sdpa_gets_no_mask(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], queries: Any
+) -> None:
+    """What later keys would have got from earlier queries must not count."""
+    for seed in range(4):
+        model = make_llava(seed=seed)
+        inputs = {name: values[:1] for name, values in make_inputs().items()}
+        tokens = TokenMap.from_inputs(model, inputs)
+        with torch.no_grad(), fastv(model, tokens, 1, 0.5, queries) as receipt:
+            model(**inputs)
+        _, gone = prune_by_hand(model, inputs, 0, tokens.mask("vision"), {1: 2}, queries)
+        assert torch.equal(receipt[0].chosen[0], gone[1])
+
+
 def test_selection_depends_on_the_attention(
     make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
 ) -> None:
