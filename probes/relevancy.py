@@ -17,8 +17,8 @@ from probes.lens import Unembedding
 from probes.states import hidden_of
 from probes.tokens import TokenMap
 
-# Matrices of one layer that are alive at once: the weights, what softmax keeps, their gradient and the product.
-MATRICES = 4
+# Matrices of one layer that are alive at once (measured: 4.6): scores, weights, their gradients and the product.
+MATRICES = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ def relevancy(
     starting at the identity (Chefer et al. 2021, "Generic Attention-model Explainability", Eq. 5 and 6, for a decoder
     alone; LVLM-Interpret uses it for LLaVA). `rollout` is the answer's row of R. Only that row is carried, from the
     last layer back to the first, while each layer is run a second time on its kept input: so one layer's matrices are
-    held at a time, about 16 bytes x batch x heads x positions^2 in all, and one hidden state for each layer. The model
+    held at a time, about 20 bytes x batch x heads x positions^2 in all, and one hidden state for each layer. The model
     runs eager attention meanwhile, as the fused kernels have no weights; its own implementation is restored after.
 
     Relevancy is a heuristic: it follows attention and the gradient's first order, and is blind to what values carry.
@@ -100,9 +100,9 @@ def relevancy(
             raise ValueError(f"answers have shape {list(answers.shape)}: one token id for each of {batch} is needed")
         rows = torch.arange(batch)
         with _eager(decoder):
-            calls, last, logits = _run(model, decoder, unembed, tokens, inputs)
-            unembed.check(last[rows, at], logits[rows, at])
-            answers = logits[rows, at].argmax(-1).cpu() if answers is None else answers.cpu().clone()
+            calls, last, logits = _run(model, decoder, unembed, tokens, inputs, at)
+            unembed.check(last[rows, at], logits)
+            answers = logits.argmax(-1).cpu() if answers is None else answers.cpu().clone()
             last = last.detach().requires_grad_()
             with torch.enable_grad():
                 score = unembed(last[rows, at])[rows, answers]
@@ -151,9 +151,14 @@ def _eager(decoder: PreTrainedModel) -> Iterator[None]:
 
 @torch.no_grad()
 def _run(
-    model: PreTrainedModel, decoder: PreTrainedModel, unembed: Unembedding, tokens: TokenMap, inputs: Mapping[str, Any]
+    model: PreTrainedModel,
+    decoder: PreTrainedModel,
+    unembed: Unembedding,
+    tokens: TokenMap,
+    inputs: Mapping[str, Any],
+    at: Int[Tensor, " batch"],
 ) -> tuple[list[tuple[Any, Any]], Tensor, Tensor]:
-    """One plain forward pass: what each layer was called with, what the final norm was, and the logits."""
+    """One plain forward pass: what each layer and the final norm were called with, and the logits at `at`."""
     calls: list[tuple[Any, Any]] = []
 
     def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -163,7 +168,7 @@ def _run(
         stack.enter_context(TokenWindow(decoder, tokens))
         for module in (*decoder_layers(decoder), unembed.norm):
             stack.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
-        logits = model(**{**inputs, "use_cache": False}).logits
+        logits = model(**{**inputs, "use_cache": False}).logits[torch.arange(len(at)), at]
     args, kwargs = calls.pop()
     return calls, args[0] if args else kwargs["hidden_states"], logits
 
