@@ -62,7 +62,8 @@ class LlavaMiniArchitectureAdapter(LlavaArchitectureAdapter):
     A model without compressor or without pre-fusion has no such hooks, and TransformerLens refuses their names.
 
     All frames go through at once (`frames_per_chunk`), so each hook fires once a call and a cache holds them all. Only
-    frames cut into unlike tiles, and streams, still come in several parts; of those a cache keeps the last.
+    frames cut into unlike tiles, and streams, still come in several parts; of those a cache keeps the last. `rotary_emb`
+    serves both stacks: its hooks fire for each, and a cache keeps the language model's.
 
     Raises:
         ValueError: The vision tower or the language model is of a kind that the LLaVA adapter misreads.

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
@@ -112,8 +112,9 @@ class AttentionRecord:
             )
         return torch.stack([getattr(self._sums[layer], name).cpu() for layer in self.layers])
 
-    def _add(self, layer: int, window: TokenWindow, sums: Sums) -> None:
-        """Adds one call of one layer: later positions of the same rows, or further rows."""
+    def _add(self, layer: int, window: TokenWindow, cut: Cut | None, keys: int, sums: Sums) -> None:
+        """Adds one call of one layer, over `keys` keys: later positions of the same rows, or further rows."""
+        sums = sums.moved(window.first_key(keys), window.stop) if cut is None else sums.spread(cut.keys, window.stop)
         rows, positions = self._ends.get(layer, (0, 0))
         further = window.rows.start >= rows
         if layer in self._sums and not further and window.start < positions:
@@ -270,19 +271,14 @@ class _Recorder:
             kwargs.get("softcap"),
             sinks,
         )
-        first, stop = self.window.first_key(key.shape[2]), self.window.stop
-        self.record._add(layer, self.window, sums.moved(first, stop) if cut is None else sums.spread(cut.keys, stop))
+        self.record._add(layer, self.window, cut, key.shape[2], sums)
 
     def layout(self, visible: Visibility, query: Tensor, keys: int, cut: Cut | None) -> Layout:
         """Of this call, or that of an earlier layer in the same forward pass."""
         window = self.window
         place = visible.key and (visible.key, window.rows.start, window.start, query.shape[2], keys, query.device, cut)
         if place is None or place not in self.layouts:
-            queries, sources = window.queries, window.keys(keys)
-            if cut is not None:
-                # What only fills up is of no group.
-                queries = cut.rows(queries).masked_fill(cut.filler, -1)
-                sources = window.labels.gather(1, cut.keys).masked_fill(cut.key_filler, -1)
+            queries, sources = groups_of_call(window, cut, keys)
             layout = Layout.build(
                 queries.to(query.device),
                 sources.to(query.device),
@@ -298,6 +294,16 @@ class _Recorder:
             while len(self.layouts) > LAYOUTS:
                 self.layouts.pop(next(iter(self.layouts)))
         return self.layouts[place][1]
+
+
+def groups_of_call(
+    window: TokenWindow, cut: Cut | None, keys: int
+) -> tuple[Int[Tensor, "batch queries"], Int[Tensor, "batch keys"]]:
+    """Groups of a call's queries and of its keys, -1 for what only fills up."""
+    if cut is None:
+        return window.queries, window.keys(keys)
+    queries = cut.rows(window.queries).masked_fill(cut.filler, -1)
+    return queries, window.labels.gather(1, cut.keys).masked_fill(cut.key_filler, -1)
 
 
 def _attention_function(implementation: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -14,10 +14,11 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.attention import RECORDING, AttentionRecord
+from probes.attention import RECORDING, AttentionRecord, groups_of_call
 from probes.backends.dense import dense_statistics
 from probes.backends.twin import twin
-from probes.decoder import TokenWindow, find_decoder
+from probes.cut import cut_of
+from probes.decoder import TokenWindow, decoder_layers, find_decoder
 from probes.tokens import TokenMap
 
 BACKENDS = ("nnsight", "transformer_lens")
@@ -103,12 +104,13 @@ def record_through(backend: str, model: Any, tokens: TokenMap, record: Attention
     targets = tuple(tokens.index(target) for target in record.targets)
 
     def add(layer: int, scores: Tensor, weights: Tensor) -> None:
-        keys, heads = scores.shape[-1], list(record.heads)
-        groups = window.queries, window.keys(keys)
+        cut, keys, heads = cut_of(layers[layer]), scores.shape[-1], list(record.heads)
+        groups = groups_of_call(window, cut, keys)
         sums = dense_statistics(scores[:, heads], weights[:, heads], *groups, targets, len(record.sources))
-        record._add(layer, window, sums.moved(window.first_key(keys), window.stop))
+        record._add(layer, window, cut, keys, sums)
 
     with observe(backend, model, tokens.stack, record.layers, add) as observed:
-        window = TokenWindow(find_decoder(observed, tokens.stack), tokens)
+        decoder = find_decoder(observed, tokens.stack)
+        layers, window = decoder_layers(decoder), TokenWindow(decoder, tokens)
         with window:
             yield

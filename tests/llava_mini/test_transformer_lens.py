@@ -106,7 +106,8 @@ def test_patterns_are_eager_attention(make_bridge, batch):
     bridge, model = make_bridge()
     inputs = batch(model)
     names = [f"{stack}.{layer}.attn.hook_pattern" for stack in ("prefusion", "blocks") for layer in range(2)]
-    values = called(bridge, inputs, [*names, "compressor.attn.hook_pattern", "compressor.hook_in"])
+    names += [f"compressor.{name}" for name in ("hook_in", *(f"attn.hook_{x}" for x in ("q", "k", "v", "pattern")))]
+    values = called(bridge, inputs, names)
     for layer in range(2):
         for stack, layers in (("prefusion", model.model.prefusion.layers), ("blocks", model.get_decoder().layers)):
             (weights,) = eager_weights(layers[layer].self_attn, lambda: model(**inputs))
@@ -121,6 +122,10 @@ def test_patterns_are_eager_attention(make_bridge, batch):
     patches = compressor.ln_kv(values["compressor.hook_in"])
     query = (compressor.ln_q(compressor.query) + query_positions).expand(2, -1, -1)
     _, weights = reference(query, patches + patch_positions, patches, average_attn_weights=False)
+    maps = zip(reference.in_proj_weight.chunk(3), reference.in_proj_bias.chunk(3), strict=True)
+    for name, x, (weight, bias) in zip("qkv", (query, patches + patch_positions, patches), maps, strict=True):
+        mapped = nn.functional.linear(x, weight, bias).unflatten(-1, (8, 4))
+        torch.testing.assert_close(values[f"compressor.attn.hook_{name}"], mapped, rtol=0, atol=1e-6)
     torch.testing.assert_close(values["compressor.attn.hook_pattern"], weights, rtol=0, atol=1e-6)
 
 

@@ -12,8 +12,9 @@ import torch
 from nnsight import NNsight
 from transformers import LlavaForConditionalGeneration
 
-from probes import TokenMap
+from probes import RemoveTokens, TokenMap, intervene
 from probes.attention import AttentionRecord, record_attention
+from probes.backends import underlying_model
 from probes.backends.transformer_lens import wrap
 from probes.backends.twin import twin
 
@@ -165,6 +166,32 @@ def test_beside_an_experiment_in_nnsight(make_llava: Callable[..., Model], make_
     with wrapped.trace(**inputs):
         logits = wrapped.output.logits.save()
     assert not logits.any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["mask", "drop"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_beside_an_intervention_of_ours(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], backend: str, how: Any
+) -> None:
+    """It works on the model that the back end runs; on one whose twin runs it says that it did nothing."""
+    model, inputs = make_llava(), make_inputs()
+    tokens = TokenMap.from_inputs(model, inputs)
+    removal = RemoveTokens("vision", layers=range(1, 3), how=how)
+    with intervene(model, tokens, removal), record_attention(model, tokens) as ours:
+        model(**inputs)
+    wrapped = NNsight(twin(model)) if backend == "nnsight" else wrap(twin(model))
+    held = underlying_model(wrapped, backend)
+    with intervene(held, tokens, removal), record_attention(wrapped, tokens, backend=backend) as theirs:
+        if backend == "nnsight":
+            with wrapped.trace(**inputs):
+                pass
+        else:
+            held(**inputs)
+    assert_same(theirs, ours)
+    nothing = pytest.raises(RuntimeError, match="did nothing")
+    with nothing, intervene(model, tokens, removal), record_attention(model, tokens, backend=backend):
+        model(**inputs)
 
 
 @torch.no_grad()

@@ -67,6 +67,18 @@ def test_sums_are_those_of_single_weights(
         torch.testing.assert_close(getattr(sums, name).double(), expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "least"), [(torch.float32, -200.0), (torch.bfloat16, -200.0), (torch.float16, -12.0)]
+)
+def test_entropy_of_attention_too_little_for_its_type(dtype: torch.dtype, least: float) -> None:
+    """Two keys that share next to nothing share it evenly, and the other two do so at 1 to 3."""
+    scores = torch.tensor([least, least, 0.0, math.log(3.0)], dtype=dtype)[None, None, None]
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(dtype)
+    sums = dense_statistics(scores, weights, torch.tensor([[0]]), torch.tensor([[0, 0, 1, 1]]), (0,), 2)
+    expected = torch.tensor([math.log(2.0), math.log(4.0) - 0.75 * math.log(3.0)])
+    torch.testing.assert_close(sums.entropy.flatten(), expected, rtol=0, atol=2 * torch.finfo(dtype).eps)
+
+
 def test_targets_are_the_ones_asked_for() -> None:
     scores, groups = torch.randn(1, 2, 5, 5), torch.tensor([[0, 1, 2, 1, 0]])
     every = dense_statistics(scores, scores.softmax(-1), groups, groups, (0, 1, 2), SOURCES)

@@ -8,11 +8,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+import llava_mini.transformer_lens  # noqa: F401
 from probes import TokenMap, record_attention
 from tests.probes.families.boxes import Picture
 from tests.probes.families.build import FAMILIES, tiny
 
-KNOWN = ("idefics3", "gemma3")  # to transformer-lens 4.3 without torchvision, LLaVA's kin apart
+# To transformer-lens 4.3 without torchvision.
+KNOWN = ("llava", "llava_next", "llava_onevision", "llava_mini", "idefics3", "gemma3")
 
 
 def agree(model: PreTrainedModel, inputs: Any, backend: str) -> None:
