@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 from probes.interventions import PatchActivations, RemoveTokens, intervene
 from probes.states import record_states
 from probes.tokens import TokenMap
 from tests.probes import by_hand
+from tests.probes.conftest import text_config
 
 Model = LlavaForConditionalGeneration
 Inputs = dict[str, Tensor]
@@ -151,6 +152,20 @@ def test_a_batch_equals_its_rows(make_llama: Callable[..., Any], make_rows: Call
         single = {name: tensor[row, live][None] for name, tensor in inputs.items()}
         with intervene(model, TokenMap.from_inputs(model, single), *patches):
             close(torch.stack(model.generate(**single, **options).logits)[:, 0], logits[:, row])
+
+
+def test_noise_of_any_width(make_rows: Callable[..., Inputs]) -> None:
+    """A row has the same noise alone as in a batch with longer rows; torch draws normal numbers in blocks of 16."""
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(text_config(hidden_size=40, image_token_id=by_hand.IMAGE_TOKEN)).eval()
+    inputs = make_rows([(1, 3, 2), (1, 7, 2)], "left")
+    del inputs["pixel_values"]
+    single = {name: tensor[:1, by_hand.live(inputs, 0)] for name, tensor in inputs.items()}
+    patch, logits = PatchActivations("vision", [0], "residual", "noise", std=1.0), []
+    for some in (inputs, single):
+        with torch.no_grad(), intervene(model, TokenMap.from_inputs(model, some), patch):
+            logits.append(model(**some).logits[0, -6:])
+    close(*logits)
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
