@@ -185,6 +185,16 @@ def test_under_a_drop(make_llama: Callable[..., Any], make_rows: Callable[..., I
     close(logits[0][live], logits[1][live])
 
 
+def test_what_is_dropped_cannot_be_patched(make_llama: Callable[..., Any], make_rows: Callable[..., Inputs]) -> None:
+    """Not even those that fill up the shorter rows."""
+    inputs, model = make_rows(ROWS, "left"), make_llama()
+    del inputs["pixel_values"]
+    pair = RemoveTokens("vision", [1], how="drop"), PatchActivations("vision", [1], "mlp", "zero")
+    told = pytest.raises(RuntimeError, match=r"PatchActivations\(vision, mlp\) did nothing in layers \[1\]")
+    with told, torch.no_grad(), intervene(model, TokenMap.from_inputs(model, inputs), *pair):
+        model(**inputs)
+
+
 def test_beams(make_llama: Callable[..., Any], make_rows: Callable[..., Inputs]) -> None:
     """Each beam of a sample gets this sample's values."""
     inputs, model = make_rows(ROWS[:3], "left"), make_llama()

@@ -49,7 +49,8 @@ def prune_by_hand(
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("how", ["mask", "drop"])
 @pytest.mark.parametrize(
-    ("counts", "queries"), [({1: 3}, "last"), ({2: 3}, "all"), ({1: 2, 2: 1}, "last"), ({1: 0}, "last")]
+    ("counts", "queries"),
+    [({1: 3}, "last"), ({2: 3}, "all"), ({1: 2, 2: 1}, "last"), ({1: 2, 2: 1}, "all"), ({1: 0}, "last")],
 )
 def test_the_most_attended_stay(
     make_llava: Callable[..., Model],
