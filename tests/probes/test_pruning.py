@@ -34,7 +34,7 @@ def prune_by_hand(
         nonlocal gone
         if layer + 1 in counts:
             mean = weights[0].mean(0)
-            scores = mean[-1] if queries == "last" else mean.sum(0)
+            scores = mean[-1] if queries == "last" else mean[~gone].sum(0)
             best = sorted((vision & ~gone).nonzero()[:, 0].tolist(), key=lambda place: -float(scores[place]))
             gone = vision.clone()
             gone[best[: counts[layer + 1]]] = False
