@@ -64,7 +64,7 @@ def test_every_option_composes(composed, path):
         (["data=llava_json", "data.path=none.json", "data.images=."], "data.path: no file 'none.json'"),
         (["results=/proc/results"], "results folder '/proc/results' cannot be written"),
         (["model.dtype=int8"], "'int8' is no floating type"),
-        (["probe.block=99"], "a block of 99 layers in a model of 6; use 1 to 6"),
+        (["probe.block=99"], "99 layers at once in a model of 6; use 1 to 6"),
     ],
 )
 def test_bad_input_ends_with_one_line_and_writes_nothing(tmp_path, arguments, said):
