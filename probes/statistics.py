@@ -20,6 +20,8 @@ from torch import Tensor
 # keep it busy. A chunk has as many queries as fit, at least one.
 SCORES_PER_CHUNK = 2**20
 SCORES_PER_CHUNK_ON_ACCELERATOR = 2**24
+# Where not all heads fit with this many queries, fewer heads at a time: matrix products of a few rows are slow.
+ROWS_PER_CHUNK = 96
 
 HIDDEN = torch.finfo(torch.float32).min / 2
 
@@ -61,11 +63,13 @@ class Layout:
 
     Attributes:
         columns: The key at each column; None where keys are in this order as they come.
+        heads: How many heads to take at a time.
         queries: How many queries of each target see each source.
         receivers: How many queries of each target see each key.
     """
 
     columns: Int[Tensor, "batch columns"] | None
+    heads: int
     chunks: list[Chunk]
     queries: Float[Tensor, "batch targets sources"]
     receivers: Float[Tensor, "batch targets positions"]
@@ -92,7 +96,9 @@ class Layout:
         edges = [0, *torch.tensor([order.shape[1] for order, _ in orders]).cumsum(0).tolist()]
         stray, is_stray = _gather_order((keys[..., None] != keys.new_tensor(sources)).all(dim=-1))
         scores = SCORES_PER_CHUNK if queries.device.type == "cpu" else SCORES_PER_CHUNK_ON_ACCELERATOR
-        size = max(scores // (len(queries) * heads * max(columns.shape[1], 1)), 1)
+        fit = max(scores // (len(queries) * max(columns.shape[1], 1)), 1)  # queries of one head
+        together = min(max(fit // max(min(ROWS_PER_CHUNK, rows.shape[1]), 1), 1), heads)
+        size = max(fit // together, 1)
 
         counts = members.new_zeros(len(queries), len(targets), len(sources))
         receivers = members.new_zeros(len(queries), len(targets), columns.shape[1])
@@ -118,8 +124,8 @@ class Layout:
             receivers += chunk_members.mT @ seen.float()
             chunks.append(Chunk(chunk_rows, present, chunk_members[..., present], blocks))
         in_order = torch.equal(columns, torch.arange(keys.shape[1], device=keys.device).expand_as(keys))
-        layout = cls(None if in_order else columns, chunks, counts, receivers)
-        return cls(layout.columns, chunks, counts, layout.to_keys(receivers, keys.shape[1]))
+        layout = cls(None if in_order else columns, together, chunks, counts, receivers)
+        return replace(layout, receivers=layout.to_keys(receivers, keys.shape[1]))
 
     def to_keys(self, values: Float[Tensor, "batch ... columns"], keys: int) -> Float[Tensor, "batch ... keys"]:
         """From the layout's columns to the order of the keys; a column that is filling adds its zeros to some key."""
@@ -224,6 +230,32 @@ def group_statistics(
 
     A query that sees no key of a source adds nothing to that source's sums and counts.
     """
+    group = query.shape[1] // key.shape[1]
+    at_once = max(layout.heads // group, 1)  # of the keys
+    parts = [
+        _of_heads(
+            query[:, first * group : (first + at_once) * group],
+            key[:, first : first + at_once],
+            scaling,
+            layout,
+            softcap,
+            None if sinks is None else sinks[first * group : (first + at_once) * group],
+        )
+        for first in range(0, key.shape[1], at_once)
+    ]
+    mass, entropy, received = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    return Sums(mass, entropy, layout.queries, received, layout.receivers)
+
+
+def _of_heads(
+    query: Float[Tensor, "batch heads queries width"],
+    key: Float[Tensor, "batch kv_heads keys width"],
+    scaling: float,
+    layout: Layout,
+    softcap: float | None,
+    sinks: Float[Tensor, " heads"] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mass, entropy and received attention of some heads, as `group_statistics` sums them."""
     batch, heads, _, width = query.shape
     kv_heads, keys, columns = key.shape[1], key.shape[2], layout.columns
     if columns is not None:
@@ -268,4 +300,4 @@ def group_statistics(
             for block, share in zip(chunk.blocks, shares, strict=True):
                 weights = members * masses[..., None, :, block.source]
                 received[:, :, chunk.targets, block.first : block.stop] += weights @ share
-    return Sums(mass, entropy, layout.queries, layout.to_keys(received, keys), layout.receivers)
+    return mass, entropy, layout.to_keys(received, keys)
