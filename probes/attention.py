@@ -267,15 +267,15 @@ class _Recorder:
             query,
             key,
             query.shape[-1] ** -0.5 if scaling is None else scaling,
-            self.layout(visible, query, key.shape[2], cut),
+            self.layout(visible, query, key, cut),
             kwargs.get("softcap"),
             sinks,
         )
         self.record._add(layer, self.window, cut, key.shape[2], sums)
 
-    def layout(self, visible: Visibility, query: Tensor, keys: int, cut: Cut | None) -> Layout:
+    def layout(self, visible: Visibility, query: Tensor, key: Tensor, cut: Cut | None) -> Layout:
         """Of this call, or that of an earlier layer in the same forward pass."""
-        window = self.window
+        window, keys = self.window, key.shape[2]
         place = visible.key and (visible.key, window.rows.start, window.start, query.shape[2], keys, query.device, cut)
         if place is None or place not in self.layouts:
             queries, sources = groups_of_call(window, cut, keys)
@@ -286,6 +286,7 @@ class _Recorder:
                 tuple(range(len(self.record.sources))),
                 visible,
                 query.shape[1],
+                key.shape[1],
             )
             if place is None:
                 return layout

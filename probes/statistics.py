@@ -63,7 +63,7 @@ class Layout:
 
     Attributes:
         columns: The key at each column; None where keys are in this order as they come.
-        heads: How many heads to take at a time.
+        heads: How many query heads to take at a time, all that share a key head among them.
         queries: How many queries of each target see each source.
         receivers: How many queries of each target see each key.
     """
@@ -83,8 +83,10 @@ class Layout:
         sources: tuple[int, ...],
         visible: Visible,
         heads: int,
+        key_heads: int,
     ) -> Layout:
-        """From the group of each query and each key, the groups of the two statistics axes and what is visible.
+        """From the group of each query and each key, the groups of the two statistics axes, what is visible, and how
+        many heads queries and keys have.
 
         Raises ValueError where a query sees a key of no source: an empty slot of a static cache.
         """
@@ -97,7 +99,8 @@ class Layout:
         stray, is_stray = _gather_order((keys[..., None] != keys.new_tensor(sources)).all(dim=-1))
         scores = SCORES_PER_CHUNK if queries.device.type == "cpu" else SCORES_PER_CHUNK_ON_ACCELERATOR
         fit = max(scores // (len(queries) * max(columns.shape[1], 1)), 1)  # queries of one head
-        together = min(max(fit // max(min(ROWS_PER_CHUNK, rows.shape[1]), 1), 1), heads)
+        most, shared = max(fit // max(min(ROWS_PER_CHUNK, rows.shape[1]), 1), 1), heads // key_heads
+        together = min(max(most // shared, 1) * shared, heads)
         size = max(fit // together, 1)
 
         counts = members.new_zeros(len(queries), len(targets), len(sources))
@@ -231,7 +234,7 @@ def group_statistics(
     A query that sees no key of a source adds nothing to that source's sums and counts.
     """
     group = query.shape[1] // key.shape[1]
-    at_once = max(layout.heads // group, 1)  # of the keys
+    at_once = layout.heads // group  # of the keys
     parts = [
         _of_heads(
             query[:, first * group : (first + at_once) * group],

@@ -27,7 +27,7 @@ def summed(
     visible: Visibility = CAUSAL,
     **kwargs: Any,
 ) -> Sums:
-    layout = Layout.build(queries, keys, targets, sources, visible, query.shape[1])
+    layout = Layout.build(queries, keys, targets, sources, visible, query.shape[1], key.shape[1])
     return group_statistics(query, key, 1.0, layout, **kwargs)
 
 
