@@ -80,17 +80,25 @@ class VisualLayout:
         pictures = torch.bincount(self.row)[self.row]  # of the same row
         return (1 / (self.frames * pictures)).repeat_interleave(self.frames)
 
+    def select(self, rows: Int[Tensor, " rows"]) -> tuple[VisualLayout, Int[Tensor, " frames"]]:
+        """The layout of a batch whose rows have the pictures of these rows, and which of this layout's frames each of
+        its frames is."""
+        row, picture = (rows[:, None] == self.row).nonzero().unbind(dim=1)
+        frame = (rows[:, None] == self.frame_row).nonzero()[:, 1]
+        return VisualLayout(row, self.frames[picture], self.tiles[picture]), frame
+
     def chunks(
-        self, pixel_values: Pixels, size: int
+        self, pixel_values: Pixels, size: int, first: int = 0
     ) -> Iterator[tuple[slice, Float[Tensor, "frames crops channels height width"]]]:
-        """At most `size` successive frames at a time, all cut alike: which they are, and their pixels.
+        """At most `size` successive frames at a time, all cut alike, from the frame `first` on: which they are, and
+        their pixels.
 
         Raises:
             ValueError: If a stream ends early or gives a frame with another number of crops.
         """
-        stream = iter(() if isinstance(pixel_values, Tensor) else pixel_values)
-        start = first_crop = 0
-        for tiles, run in groupby(self.frame_tiles):
+        stream = islice(() if isinstance(pixel_values, Tensor) else pixel_values, first, None)
+        start, first_crop = first, sum(crops_of(tiles) for tiles in self.frame_tiles[:first])
+        for tiles, run in groupby(self.frame_tiles[first:]):
             end, crops = start + len(list(run)), crops_of(tiles)
             while start < end:
                 count = min(size, end - start)

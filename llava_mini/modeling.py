@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,9 +23,10 @@ from transformers.utils.generic import can_return_tuple
 
 from .compressors import COMPRESSORS, Compressor
 from .configuration import LlavaMiniConfig
-from .layout import Pixels, VisualLayout, pack, prefusion_positions
+from .fusion import FusionMixin
+from .layout import Pixels, prefusion_positions
+from .pictures import Pictures
 from .prefusion import Prefusion
-from .tiles import stitch
 
 NEW_MODULES = re.compile(r"(^|\.)(compressor|prefusion)\.")
 
@@ -81,7 +81,7 @@ class LlavaMiniPreTrainedModel(LlavaPreTrainedModel):
         return (model, info) if output_loading_info else model
 
 
-class LlavaMiniModel(LlavaMiniPreTrainedModel, LlavaModel):
+class LlavaMiniModel(FusionMixin, LlavaMiniPreTrainedModel, LlavaModel):
     """LLaVA-Mini without the language modelling head.
 
     In the official code's order (ictnlp/LLaVA-Mini, commit 47da113) the compressor works on raw vision features, the
@@ -105,113 +105,6 @@ class LlavaMiniModel(LlavaMiniPreTrainedModel, LlavaModel):
         self.prefusion = Prefusion(self.language_model, config.prefusion_layers) if config.prefusion_layers else None
         self.post_init()
 
-    def get_vision_features(
-        self, pixel_values: Float[Tensor, "crops channels height width"]
-    ) -> Float[Tensor, "crops patches vision_width"]:
-        """Raw features of the selected layers of the vision tower, ahead of the projector."""
-        hidden_states = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
-        selected = self.config.vision_feature_layer
-        layers = [selected] if isinstance(selected, int) else selected
-        features = torch.cat([hidden_states[layer] for layer in layers], dim=-1)
-        return features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features
-
-    def encode(
-        self, pixels: Float[Tensor, "frames crops channels height width"]
-    ) -> tuple[Float[Tensor, "frames patches width"], Float[Tensor, "frames tokens width"]]:
-        """Frames -> what pre-fusion sees of them, and their visual tokens, both projected. A frame is one crop, or its
-        tiles in row-major order and then the whole picture. Without pre-fusion the first is empty."""
-        features = self.get_vision_features(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
-        if pixels.shape[1] == 1:
-            patches = detail = features[:, 0]  # (frames, patches, vision_width)
-        else:
-            tiles = math.isqrt(pixels.shape[1])
-            detail = stitch(features[:, :-1], tiles)  # (frames, tiles * tiles * patches, vision_width)
-            patches = torch.cat([detail, features[:, -1]], dim=1)
-        count = self.config.num_visual_tokens(detail.shape[1])
-        if not self.config.compress_before_projection:
-            patches = self.multi_modal_projector(patches)
-            detail = patches[:, : detail.shape[1]]
-            return patches, detail[:, :count] if self.compressor is None else self.compressor(detail)[0]
-        if self.compressor is None:
-            patches = self.multi_modal_projector(detail if self.prefusion is None else patches)
-            return patches, patches[:, :count]
-        tokens = self.compressor(detail)[0]
-        if self.prefusion is None:
-            patches = patches[:, :0]
-        both = self.multi_modal_projector(torch.cat([patches, tokens], dim=1))
-        return both[:, :-count], both[:, -count:]
-
-    def fuse(
-        self,
-        input_ids: Int[Tensor, "batch length"],
-        pixel_values: Pixels,
-        attention_mask: Int[Tensor, "batch seen"] | None = None,
-        answer_mask: Bool[Tensor, "batch ending"] | None = None,
-        visual_layout: Int[Tensor, "pictures 3"] | None = None,
-        copies: int = 1,
-    ) -> tuple[Float[Tensor, "batch length width"], Float[Tensor, "tokens width"]]:
-        """The language model's input embeddings, and the visual tokens among them. Rows without pictures keep their raw
-        embeddings. Arguments as in `forward`.
-
-        Raises:
-            ValueError: If placeholders, pixels and layout do not fit each other.
-        """
-        embeds = self.embed(input_ids)  # (batch, length, width)
-        is_visual = (input_ids == self.config.image_token_id)[::copies]  # (rows, length)
-        placeholders = is_visual.sum(dim=1)
-        layout = VisualLayout.read(visual_layout, placeholders, pixel_values)
-        frame_row, frame_weight = layout.frame_row.to(embeds.device), layout.frame_weight.to(embeds.device)
-
-        is_text = torch.zeros_like(is_visual)
-        if self.prefusion is not None:
-            masks = (mask if mask is None else mask[::copies] for mask in (attention_mask, answer_mask))
-            is_text = layout.fused_text(is_visual, *masks)
-        text, filled = pack(embeds[::copies], is_text)  # (rows, most, width)
-        fused = torch.zeros_like(text, dtype=torch.float32)
-
-        visual, frame_tokens = [], []
-        for frames, pixels in layout.chunks(pixel_values, self.config.frames_per_chunk):
-            patches, tokens = self.encode(pixels.to(embeds.device, self.vision_tower.dtype))
-            patches, tokens = (x.to(embeds.device, embeds.dtype) for x in (patches, tokens))
-            if self.prefusion is not None:
-                tokens, chunk_text = self._prefuse(patches, tokens, text[frame_row[frames]])
-                weighted = chunk_text.float() * frame_weight[frames, None, None]
-                fused = fused.index_add(0, frame_row[frames], weighted)
-            visual.append(tokens.flatten(0, 1).contiguous())  # a view would keep all patches of the chunk
-            frame_tokens += [tokens.shape[1]] * tokens.shape[0]
-        layout.check_placeholders(placeholders, torch.tensor(frame_tokens))
-
-        tokens = torch.cat(visual)  # (tokens, width)
-        is_visual, is_text, filled = (x.repeat_interleave(copies, dim=0) for x in (is_visual, is_text, filled))
-        fused = fused.to(embeds.dtype).repeat_interleave(copies, dim=0)
-        embeds = embeds.masked_scatter(is_text[..., None], fused[filled])
-        if copies > 1:
-            tokens = tokens.split(placeholders.tolist())
-            tokens = torch.cat([row for row in tokens for _ in range(copies)])
-        return embeds.masked_scatter(is_visual[..., None], tokens), tokens
-
-    def _prefuse(
-        self,
-        patches: Float[Tensor, "frames patches width"],
-        tokens: Float[Tensor, "frames tokens width"],
-        text: Float[Tensor, "frames length width"],
-    ) -> tuple[Float[Tensor, "frames tokens width"], Float[Tensor, "frames length width"]]:
-        """The visual tokens that the language model gets, and the text fused with each frame."""
-        through = self.config.prefuse_visual_tokens
-        among_patches = self.compressor is None  # the visual tokens are the first of the patches
-        visual = torch.cat([patches, tokens], dim=1) if through and not among_patches else patches
-        visual, text = cast(Prefusion, self.prefusion)(visual, text, self.language_model.rotary_emb)
-        if through:
-            start = 0 if among_patches else patches.shape[1]
-            tokens = visual[:, start : start + tokens.shape[1]]
-        return tokens, text
-
-    def embed(self, input_ids: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length width"]:
-        """Raw text embeddings. A placeholder's own embedding is never used, so its id may lie past the vocabulary."""
-        is_visual = input_ids == self.config.image_token_id
-        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_visual, 0))
-        return embeds.detach() if self.config.detach_embeddings else embeds
-
     @can_return_tuple
     def forward(
         self,
@@ -221,11 +114,12 @@ class LlavaMiniModel(LlavaMiniPreTrainedModel, LlavaModel):
         inputs_embeds: Float[Tensor, "batch length width"] | None = None,
         answer_mask: Bool[Tensor, "batch ending"] | None = None,
         visual_layout: Int[Tensor, "pictures 3"] | None = None,
+        pictures: Pictures | None = None,
         padding_mask: Int[Tensor, "batch seen"] | None = None,
         copies: int = 1,
         **kwargs: Any,
     ) -> LlavaModelOutputWithPast:
-        """As `LlavaModel.forward`, with text and pictures fused first where there are `pixel_values`.
+        """As `LlavaModel.forward`, with text and pictures fused first where there are `pixel_values` or `pictures`.
 
         Args:
             pixel_values: The crops of all pictures in the order of the text; or a stream that yields the crops of one
@@ -233,26 +127,31 @@ class LlavaMiniModel(LlavaMiniPreTrainedModel, LlavaModel):
             answer_mask: True at the tokens that pre-fusion leaves alone. May be shorter than the row: it ends with it.
             visual_layout: A line for each picture, in order: the row it belongs to, its frames, its tiles a side.
                 Without it every crop is an image.
+            pictures: What `encode_pictures` made of `pixel_values`, in their place.
             padding_mask: The 2-D mask, where `attention_mask` is not: `generate` makes 4-D ones for a static cache.
             copies: Each prompt stands in the batch that many times, one after the other, and its pictures are given
                 once. `generate` sets it for beams.
 
         Raises:
-            ValueError: If placeholders and `pixel_values` do not fit each other, or `pixel_values` come without
-                `input_ids` or with nothing but a mask that is not 2-D.
+            ValueError: If placeholders and pictures do not fit each other, or pictures come twice, without `input_ids`
+                or with nothing but a mask that is not 2-D.
             TypeError: If an argument is given that only LLaVA itself supports.
         """
         for name in ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes", "mm_encoder_outputs"):
             if kwargs.get(name) is not None:
                 raise TypeError(f"LLaVA-Mini takes no {name} in a call")
         visual = None
-        if pixel_values is not None:
+        if pixel_values is not None or pictures is not None:
+            if pixel_values is not None and pictures is not None:
+                raise ValueError("pictures stand in place of pixel_values: give one of them")
             if input_ids is None or inputs_embeds is not None:
                 raise ValueError("pixel_values need input_ids, not inputs_embeds, to find the placeholders")
             mask = attention_mask if padding_mask is None else padding_mask
             if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
                 raise ValueError("pre-fusion needs a 2-D mask (batch, length): give it as padding_mask")
-            inputs_embeds, visual = self.fuse(input_ids, pixel_values, mask, answer_mask, visual_layout, copies)
+            inputs_embeds, visual = self.fuse(
+                input_ids, pixel_values, mask, answer_mask, visual_layout, copies, pictures
+            )
         elif input_ids is not None and inputs_embeds is None:
             if input_ids.shape[1] > 1 and (input_ids == self.config.image_token_id).any():
                 raise ValueError("input_ids have placeholders for pictures, but there are no pixel_values")
@@ -318,6 +217,7 @@ class LlavaMiniForConditionalGeneration(LlavaMiniPreTrainedModel, LlavaForCondit
         labels: Int[Tensor, "batch length"] | None = None,
         answer_mask: Bool[Tensor, "batch ending"] | None = None,
         visual_layout: Int[Tensor, "pictures 3"] | None = None,
+        pictures: Pictures | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> LlavaCausalLMOutputWithPast:
@@ -341,9 +241,19 @@ class LlavaMiniForConditionalGeneration(LlavaMiniPreTrainedModel, LlavaForCondit
             labels=labels,
             answer_mask=answer_mask,
             visual_layout=visual_layout,
+            pictures=pictures,
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    def encode_pictures(
+        self,
+        pixel_values: Pixels,
+        visual_layout: Int[Tensor, "pictures 3"] | None = None,
+        max_bytes: int | None = None,
+    ) -> Pictures:
+        """Pictures to ask many questions about; see [`llava_mini.fusion.FusionMixin.encode_pictures`]."""
+        return self.model.encode_pictures(pixel_values, visual_layout, max_bytes)
 
     def prefusion_positions(
         self, labels: Int[Tensor, "batch length"] | None = None, **inputs: Any
@@ -354,16 +264,20 @@ class LlavaMiniForConditionalGeneration(LlavaMiniPreTrainedModel, LlavaForCondit
             inputs["answer_mask"] = labels != -100
         return prefusion_positions(self.config, **inputs)
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
-        inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
-        if inputs.get("pixel_values") is not None:
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, is_first_iteration=False, **kwargs):
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            kwargs.pop("pictures", None)  # as transformers does with pixel_values
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if inputs.get("pixel_values") is not None or inputs.get("pictures") is not None:
             # for a static cache the attention mask is 4-D by now
             inputs["padding_mask"] = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         return inputs
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # Pictures are not repeated for beams: the text is fused with them once, whatever comes of it.
-        pictures = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "visual_layout")}
+        pictures = {name: model_kwargs.pop(name, None) for name in ("pixel_values", "visual_layout", "pictures")}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )

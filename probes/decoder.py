@@ -93,12 +93,16 @@ class TokenWindow:
         self._thread: int | None = None
 
     def __enter__(self) -> TokenWindow:
-        follow = self._follow_prefusion if self.tokens.stack == "prefusion" else self._follow
-        self._handle = self.decoder.register_forward_pre_hook(follow, with_kwargs=True)
+        inside = self.tokens.stack == "prefusion"
+        follow = self._follow_prefusion if inside else self._follow
+        self._handles = [self.decoder.register_forward_pre_hook(follow, with_kwargs=True)]
+        if inside:  # its last layer leaves out what nobody reads, unless a hook looks on
+            self._handles.append(decoder_layers(self.decoder)[-1].register_forward_pre_hook(lambda *_: None))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def _follow(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._keep_to_one_thread()
@@ -132,6 +136,8 @@ class TokenWindow:
         visual, text = (
             args[place] if len(args) > place else kwargs[name] for place, name in enumerate(("visual", "text"))
         )
+        if kwargs.get("past") is not None:
+            raise ValueError("pictures encoded ahead skip pre-fusion's visual tokens: give pixel_values to probe it")
         batch, length = visual.shape[0], visual.shape[1] + text.shape[1]
         rows = self.tokens.labels.shape[0]
         first = self.rows.stop if self.rows.stop < rows else 0

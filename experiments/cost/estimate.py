@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, LlavaConfig
 
 from llava_mini import LlavaMiniConfig
+from llava_mini.prefusion import KNOWN
 
 Convention = Literal["paper", "full"]
 CONVENTIONS: tuple[Convention, ...] = ("paper", "full")
@@ -21,21 +22,28 @@ LINEAR = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs, a multiplication and an addition counted as two: of linear maps, to which the cutting into
-    patches belongs, and of all other products: those of attention, causal or not, over all pairs."""
+    """FLOPs, a multiplication and an addition counted as two.
+
+    Args:
+        linear: Of linear maps, to which the cutting into patches belongs, as the released code runs them.
+        other: Of all other products: those of attention, causal or not, over all pairs.
+        spared: Of `linear`, what is left out here: the last pre-fusion layer makes nothing but keys and values of
+            patches.
+    """
 
     linear: float = 0.0
     other: float = 0.0
+    spared: float = 0.0
 
     def flops(self, convention: Convention) -> float:
         """ "paper": linear maps alone, as LLaVA-Mini's printed figures count; "full": as torch's FLOP counter."""
-        return self.linear if convention == "paper" else self.linear + self.other
+        return self.linear if convention == "paper" else self.linear + self.other - self.spared
 
     def __add__(self, more: Work) -> Work:
-        return Work(self.linear + more.linear, self.other + more.other)
+        return Work(self.linear + more.linear, self.other + more.other, self.spared + more.spared)
 
     def __mul__(self, times: float) -> Work:
-        return Work(self.linear * times, self.other * times)
+        return Work(self.linear * times, self.other * times, self.spared * times)
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,13 @@ class Estimate:
         through = patches + prompt.text
         if compresses and mini is not None and mini.prefuse_visual_tokens:
             through += tokens
-        self.prefusion = geometry.layer(through) * (geometry.prefusion_layers * frames)
+        last = geometry.layer(through)
+        if geometry.last_linear is not None and (compresses or (mini is not None and not mini.prefuse_visual_tokens)):
+            spared = (geometry.layer_linear - geometry.last_linear) * patches
+            last = Work(last.linear, geometry.attention * (through - patches) * through, spared)
+        self.prefusion = (
+            (geometry.layer(through) * (geometry.prefusion_layers - 1) + last) * frames if fuses else Work()
+        )
         shares = list(prompt.visual_by_layer) or [1.0] * geometry.layers
         if len(shares) != geometry.layers:
             raise ValueError(f"visual_by_layer names {len(shares)} layers: the language model has {geometry.layers}")
@@ -152,6 +166,10 @@ class Geometry:
         self.projector = Work(2.0 * _linear(inner.multi_modal_projector))
         self.prefusion_layers = getattr(config, "prefusion_layers", 0)
         self.compressor: nn.Module | None = getattr(inner, "compressor", None)
+        # of a patch in the last pre-fusion layer; None where that runs whole
+        self.last_linear: float | None = None
+        if self.prefusion_layers and type(attention := inner.prefusion.layers[-1].self_attn) in KNOWN:
+            self.last_linear = 2.0 * (_linear(attention.k_proj) + _linear(attention.v_proj))
 
     @cached_property
     def tower(self) -> Work:
