@@ -12,6 +12,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreame
 
 import llava_mini  # noqa: F401 (registers the Auto classes)
 
+from .pictures import Pictures
+
+ROOM = 2**31  # bytes for what is kept of the pictures from turn to turn
+
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -29,8 +33,11 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def answer(model: Any, processor: Any, chat: list[dict[str, Any]], options: argparse.Namespace) -> str:
-    """What the model says next, written to the standard output while it is generated."""
+def answer(
+    model: Any, processor: Any, chat: list[dict[str, Any]], options: argparse.Namespace, pictures: Pictures | None
+) -> tuple[str, Pictures | None]:
+    """What the model says next, written to the standard output while it is generated; and the chat's pictures, encoded
+    once for all turns."""
     inputs = processor.apply_chat_template(
         chat,
         tokenize=True,
@@ -41,9 +48,15 @@ def answer(model: Any, processor: Any, chat: list[dict[str, Any]], options: argp
         num_frames=options.num_frames,
         stream=True,  # a video's frames are decoded while the model takes them
     ).to(model.device)
+    if options.query is None and "pixel_values" in inputs:  # a lone query needs nothing kept
+        pixel_values = inputs.pop("pixel_values")
+        if pictures is None:
+            with torch.no_grad():
+                pictures = model.encode_pictures(pixel_values, inputs["visual_layout"], max_bytes=ROOM)
+        inputs["pictures"] = pictures
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     new = model.generate(**inputs, max_new_tokens=options.max_new_tokens, do_sample=False, streamer=streamer)
-    return processor.decode(new[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return processor.decode(new[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True), pictures
 
 
 def talk(options: argparse.Namespace) -> None:
@@ -56,10 +69,11 @@ def talk(options: argparse.Namespace) -> None:
     model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=dtype).to(options.device).eval()
     pictures = [{"type": kind, kind: path} for kind in ("image", "video") for path in getattr(options, kind)]
     chat: list[dict[str, Any]] = []
+    encoded = None
     for query in [options.query] if options.query is not None else _lines():
         content = [*(pictures if not chat else []), {"type": "text", "text": query}]
         chat.append({"role": "user", "content": content})
-        said = answer(model, processor, chat, options)
+        said, encoded = answer(model, processor, chat, options, encoded)
         chat.append({"role": "assistant", "content": [{"type": "text", "text": said}]})
 
 

@@ -7,7 +7,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import pipeline
+from transformers import CLIPVisionModel, pipeline
 
 from llava_mini import LlavaMiniProcessor, chat
 
@@ -61,6 +61,19 @@ def test_turn_by_turn(saved, picture, capsys, monkeypatch):
     messages += [{"role": "assistant", "content": [{"type": "text", "text": first}]}, user(("text", "is this"))]
     second = expected(model, processor, messages)
     assert capsys.readouterr().out.replace("> ", "").split() == [*first.split(), *second.split()]
+
+
+def test_a_picture_is_encoded_once_for_all_turns(saved, picture, monkeypatch):
+    towers = []
+    run = CLIPVisionModel.forward
+    monkeypatch.setattr(CLIPVisionModel, "forward", lambda *args, **kw: towers.append(1) or run(*args, **kw))
+    monkeypatch.setattr("sys.stdin", io.StringIO("what is\nis this\nwhat\n"))
+    assert chat.main([str(saved[0]), "--image", picture, "--max-new-tokens", "2", "--device", "cpu"]) == 0
+    assert len(towers) == 1
+    monkeypatch.setattr(chat, "ROOM", 0)
+    monkeypatch.setattr("sys.stdin", io.StringIO("what is\nis this\n"))
+    assert chat.main([str(saved[0]), "--image", picture, "--max-new-tokens", "2", "--device", "cpu"]) == 0
+    assert len(towers) == 1 + 1 + 2  # found too large, and then once a turn
 
 
 @pytest.mark.parametrize(

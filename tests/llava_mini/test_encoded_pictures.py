@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
@@ -18,10 +15,7 @@ from llava_mini import PRESETS
 from llava_mini.layout import VisualLayout
 from probes import TokenMap
 from probes.attention import record_attention
-
-_spec = importlib.util.spec_from_file_location("whole_prefusion", Path(__file__).parent / "whole_prefusion.py")
-whole = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(whole)
+from tests.llava_mini import whole_prefusion as whole
 
 IMAGE_TOKEN = 99  # as in conftest.py
 VARIANTS = {
@@ -294,7 +288,7 @@ def test_half_precision(tiny_mini):
 
 
 def test_wrong_calls_are_one_line(tiny_mini):
-    model = tiny_mini()
+    model = tiny_mini(frames_per_chunk=16)
     inputs = batch(model)
     pictures, asked = encoded(model, inputs), without_pixels(inputs)
     two = {name: value[:2] for name, value in asked.items()}
