@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, fields
+from typing import Any
 
 import pandas as pd
 from transformers import logging
@@ -43,14 +44,14 @@ class Request:
     compressor: str = "query"
 
 
-def request(arguments: list[str]) -> Request:
-    """From `key=value` words. Raises ValueError for a word that is none, or an unknown key."""
-    known = [field.name for field in fields(Request)]
+def request(arguments: list[str], kind: Any = Request) -> Any:
+    """The options of a `kind`, from `key=value` words. Raises ValueError for a word that is none, or an unknown key."""
+    known = [field.name for field in fields(kind)]
     given = dict(word.partition("=")[::2] for word in arguments)
     for key in given:
         if key not in known:
             raise ValueError(f"no option {key!r}: use {', '.join(known)}, each as {known[0]}=VALUE")
-    return Request(**given)
+    return kind(**given)
 
 
 def whole(name: str, text: str) -> int:
