@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniModel, LlavaMiniProcessor, checkpoint
 from llava_mini.convert import check_official, convert_official
 from llava_mini.templates import LLAMA_3_TEMPLATE, VICUNA_TEMPLATE
+from tests.llava_mini.edits import without
 
 LLAMA_3_1_8B = {
     "vocab_size": 128256,
@@ -42,7 +43,6 @@ VICUNA_7B = {
     "num_key_value_heads": 32,
     "rope_theta": None,
 }
-from tests.llava_mini.edits import without
 
 # Every number
 
