@@ -9,6 +9,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 from .configuration import PRESETS, LlavaMiniConfig
 from .modeling import LlavaMiniForConditionalGeneration, LlavaMiniModel, LlavaMiniPreTrainedModel
+from .pictures import Pictures
 from .processing import LlavaMiniProcessor
 
 AutoConfig.register("llava_mini", LlavaMiniConfig)
@@ -37,5 +38,6 @@ __all__ = [
     "LlavaMiniModel",
     "LlavaMiniPreTrainedModel",
     "LlavaMiniProcessor",
+    "Pictures",
     "convert_official",
 ]

@@ -88,9 +88,8 @@ class Pictures:
         return sum(part.nbytes for part in self.kept)
 
     def asking(self, frames: slice) -> Int[Tensor, " asked"]:
-        """Which frames of `layout` are among these, in their order."""
-        asked = ((self.frame >= frames.start) & (self.frame < frames.stop)).nonzero().flatten()
-        return asked[self.frame[asked].argsort(stable=True)]
+        """Which frames of `layout` are among these."""
+        return ((self.frame >= frames.start) & (self.frame < frames.stop)).nonzero().flatten()
 
     def check(self, rows: int, visual_layout: Int[Tensor, "pictures 3"] | None) -> None:
         """Raises a ValueError unless a batch of so many rows, with this layout if any is given, has these pictures."""

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from llava_mini import PRESETS
-from llava_mini.layout import VisualLayout
+from llava_mini.layout import VisualLayout, crops_of
 from probes import TokenMap
 from probes.attention import record_attention
 from tests.llava_mini import whole_prefusion as whole
@@ -115,20 +115,51 @@ def test_what_does_not_fit_is_encoded_anew(tiny_mini, chunk, room):
 
 
 @torch.no_grad()
-def test_bytes_are_those_of_the_tensors_and_nothing_more_is_held(tiny_mini):
+def test_bytes_kept_of_each_frame(tiny_mini):
     model = tiny_mini(prefusion_layers=2, compressor_size=2)
     pictures = encoded(model, batch(model))
     # 2 layers x keys and values x 2 heads x width 6, for the patches and 4 tokens, and the 4 tokens of width 24
     positions = [16 + 4] * 3 + [16 * 5 + 4] + [16 + 4]
     assert pictures.nbytes == 4 * sum(2 * 2 * 2 * 6 * n + 4 * 24 for n in positions)
-    tensors = [part.tokens for part in pictures.kept]
-    tensors += [states for part in pictures.kept for pair in part.past for states in pair]
-    assert sum(t.untyped_storage().nbytes() for t in tensors) == pictures.nbytes
-    assert pictures.pixel_values is None
     away = pictures.to("meta")
     assert away.nbytes == pictures.nbytes
     assert {part.tokens.device.type for part in away.kept} == {"meta"}
     assert {states.device.type for part in away.kept for pair in part.past for states in pair} == {"meta"}
+
+
+def storage(tensors):
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 2, 64])
+@pytest.mark.parametrize("fields", [VARIANTS["code"], VARIANTS["text alone"]])
+def test_nothing_more_is_held_than_is_counted(tiny_mini, fields, chunk):
+    """Neither patches nor text hang on in the memory of a view."""
+    model = tiny_mini(frames_per_chunk=chunk, **fields)
+    inputs = batch(model)
+    pictures = encoded(model, inputs)
+    states = [states for part in pictures.kept for pair in part.past for states in pair]
+    assert storage([*states, *(part.tokens for part in pictures.kept)]) == pictures.nbytes
+    assert pictures.pixel_values is None
+    pictures = encoded(model, inputs, max_bytes=0)
+    rows = torch.tensor([0, 0, 0, 0, 1])
+    asked = list(model.model._ask(pictures, torch.randn(2, 6, 24), rows))
+    assert storage([tokens for _, tokens, _ in asked]) == 4 * 24 * 4 * 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("max_bytes", [None, 0])
+@pytest.mark.parametrize("rows", [[1, 0], [1, 1], [0, 0]])
+def test_rows_that_change_places(tiny_mini, rows, max_bytes):
+    """As many frames asked about as there are in a chunk, but not the same in the same order."""
+    model = tiny_mini(attention="sdpa")
+    ids, mask = questions(model, [[(1, 1)], [(1, 1)]], (6, 6))
+    pixels = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(7))
+    found = model(input_ids=ids, pictures=model.encode_pictures(pixels, max_bytes=max_bytes).select(rows)).logits
+    layout = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    expected = whole.logits(model, input_ids=ids, pixel_values=pixels[rows], attention_mask=mask, visual_layout=layout)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -362,3 +393,20 @@ def test_selections(data):
     numbers = [(r, k) for r, n, _ in pictures for k in range(n)]
     of_rows = {row: [i for i, (r, _) in enumerate(numbers) if r == row] for row in range(rows)}
     assert frame.tolist() == [i for row in chosen for i in of_rows[row]]
+
+
+@given(st.data())
+def test_chunks_from_a_frame_on(data):
+    tiles = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=6))
+    first, size = data.draw(st.integers(0, len(tiles))), data.draw(st.integers(1, 4))
+    row = torch.zeros(len(tiles), dtype=torch.long)
+    layout = VisualLayout(row, torch.ones_like(row), torch.tensor(tiles))
+    frames = [torch.full((crops_of(n), 1, 1, 1), float(i)) for i, n in enumerate(tiles)]
+    for pixels in (torch.cat(frames), frames, iter(frames)):
+        expected = list(range(first, len(tiles)))
+        for part, chunk in layout.chunks(pixels, size, first):
+            assert len(chunk) == part.stop - part.start <= size
+            for frame, crops in zip(range(part.start, part.stop), chunk, strict=True):
+                assert frame == expected.pop(0)
+                assert torch.equal(crops, frames[frame])
+        assert expected == []

@@ -54,6 +54,26 @@ def test_what_comes_later_is_not_seen(decoder, prefusion):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("unread", [0, 3, 5])
+def test_a_past_is_of_what_is_visual_alone(decoder, prefusion, unread):
+    """It may be filled at once or in parts, beside text or without, and holds for any text."""
+    visual, text, other = tokens(5, 1), tokens(4, 2), tokens(3, 3)
+    rotary_emb = decoder.rotary_emb
+    expected = [prefusion(visual, x, rotary_emb) for x in (text, other)]
+    past = []
+    read, found = prefusion(visual, text, rotary_emb, unread=unread, past=past)
+    torch.testing.assert_close(read, expected[0][0][:, unread:])
+    torch.testing.assert_close(found, expected[0][1])
+    parts = []
+    prefusion(visual[:, :2], text[:, :0], rotary_emb, unread=2, past=parts)
+    prefusion(visual[:, 2:], text, rotary_emb, unread=max(unread - 2, 0), past=parts)
+    for held in (past, parts):
+        assert {states.shape for pair in held for states in pair} == {(2, 2, 5, 8)}
+        for x, (_, fused) in zip((text, other), expected, strict=True):
+            torch.testing.assert_close(prefusion(visual[:, :0], x, rotary_emb, past=held)[1], fused)
+
+
+@torch.no_grad()
 def test_it_may_be_deeper_than_the_decoder():
     """Qwen2's layers read their kind from a list as long as the decoder."""
     fields = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
