@@ -227,17 +227,15 @@ def gains(sizes: Sizes, repeats: int) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Memory:
-    """Peak bytes of a process, with the libraries and the model: before the video, ahead of the language model, and
-    with its answer; and what the video's tokens themselves take: embeddings, keys and values."""
+    """Bytes that a process takes at most, beyond what it held with libraries and model loaded: up to where the language
+    model starts, and with its answer."""
 
-    before: int
     fused: int
     answered: int
-    tokens: int
 
 
 def peak() -> int:
-    """Of this process, in bytes. Where Linux tells it, without what the process that started it had taken."""
+    """Of this process since its start, in bytes. Where Linux tells it, without what its parent had taken."""
     status = Path("/proc/self/status")
     if status.exists():
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
@@ -245,40 +243,45 @@ def peak() -> int:
 
 
 @torch.inference_mode()
-def memory(sizes: Sizes, streamed: bool) -> Memory:
-    """Of this process while it answers one question about the video."""
+def memory(sizes: Sizes, pixels: str) -> Memory:
+    """Of this process while it answers one question about the video, its pixels "streamed" or "held"; or with "none" a
+    prompt of as many words."""
     logging.set_verbosity_error()
-    model = sizes.model()
+    model: Any = sizes.model()
     model.config.frames_per_chunk = min(sizes.frames, 8)
     inputs = sizes.inputs()
     before = peak()
-    pixels: Any = sizes.stream() if streamed else torch.cat(list(sizes.stream()))
-    embeds = model.model.fuse(**inputs, pixel_values=pixels)[0]  # type: ignore[operator]
+    if pixels == "none":
+        embeds = model.model.embed(inputs["input_ids"] % IMAGE_TOKEN)
+    else:
+        frames: Any = torch.cat(list(sizes.stream())) if pixels == "held" else sizes.stream()
+        embeds = model.model.fuse(**inputs, pixel_values=frames)[0]
     fused = peak()
     answer = model(inputs_embeds=embeds, logits_to_keep=1)
     model(input_ids=answer.logits.argmax(-1), past_key_values=answer.past_key_values)
-    numbers = sizes.frames * sizes.width * (1 + 2 * sizes.layers)
-    return Memory(before, fused, peak(), 4 * numbers)
+    return Memory(fused - before, peak() - before)
 
 
-def memories(runs: list[tuple[Sizes, bool]]) -> list[Memory]:
+def memories(runs: list[tuple[Sizes, str]]) -> list[Memory]:
     """Each in a process of its own, one after the other."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         return list(pool.map(memory, *zip(*runs, strict=True)))
 
 
 def pixels_held(sizes: Sizes) -> list[list[str]]:
-    found = memories([(sizes, False), (sizes, True)])
-    taken = [f"{(one.fused - one.before) / 2**20:,.0f}" for one in found]
-    return [[name, str(sizes.frames), mebibytes] for name, mebibytes in zip(("held", "streamed"), taken, strict=True)]
+    kinds = ["held", "streamed"]
+    found = memories([(sizes, kind) for kind in kinds])
+    return [[kind, str(sizes.frames), f"{one.fused / 2**20:,.0f}"] for kind, one in zip(kinds, found, strict=True)]
 
 
 def long_videos(sizes: list[Sizes]) -> list[list[str]]:
+    """A row for each video: frames; MiB ahead of the language model, and with the answer; with the answer to as many
+    words; of the pixels, were they held."""
+    found = memories([(size, kind) for size in sizes for kind in ("streamed", "none")])
     rows = []
-    for size, one in zip(sizes, memories([(size, True) for size in sizes]), strict=True):
-        taken = [one.fused - one.before, one.answered - one.before, one.tokens]
-        pixels = size.frames * 3 * size.side**2 * 4
-        rows.append([f"{size.frames:,}", *(f"{value / 2**20:,.1f}" for value in (*taken, pixels))])
+    for size, video, words in zip(sizes, found[::2], found[1::2], strict=True):
+        taken = [video.fused, video.answered, words.answered, size.frames * 3 * size.side**2 * 4]
+        rows.append([f"{size.frames:,}", *(f"{value / 2**20:,.1f}" for value in taken)])
     return rows
 
 
@@ -298,7 +301,7 @@ def main() -> None:
     if lengths:
         small = [Sizes(128, 4, 2, 64, 20, length) for length in lengths]
         print("A small model, its frames streamed. MiB taken beyond libraries and weights:\n")
-        columns = ["frames", "ahead of the language model", "with its answer", "tokens alone", "pixels, were they held"]
+        columns = ["frames", "ahead of the language model", "with its answer", "as many words instead", "pixels held"]
         print(table(columns, long_videos(small)))
         return
     print(f"{sizes}, {torch.get_num_threads()} threads. What happens ahead of the language model:\n")

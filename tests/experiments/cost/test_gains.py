@@ -42,14 +42,14 @@ def test_every_way_gives_the_same() -> None:
 def test_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["width=64", "layers=1", "prefusion=2", "patches=16", "text=5", "frames=3", "repeats=1"]
     monkeypatch.setattr(sys, "argv", ["gains", *words])
-    monkeypatch.setattr(gains, "memories", lambda runs: [gains.Memory(0, 2**21, 2**22, 2**20) for _ in runs])
+    monkeypatch.setattr(gains, "memories", lambda runs: [gains.Memory(2**21, 2**22) for _ in runs])
     gains.main()
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("| ") for line in lines) == 2 + 8 + 2 + 2
     assert "| streamed | 256 | 2 |" in lines
     monkeypatch.setattr(sys, "argv", ["gains", "long=10,1000"])
     gains.main()
-    assert "| 1,000 | 2.0 | 4.0 | 1.0 | 143.6 |" in capsys.readouterr().out
+    assert "| 1,000 | 2.0 | 4.0 | 4.0 | 143.6 |" in capsys.readouterr().out
 
 
 @pytest.mark.slow
