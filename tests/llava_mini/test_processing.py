@@ -204,7 +204,7 @@ def test_a_template_that_rewrites_earlier_turns(processor):
         processor.apply_chat_template(CHAT, **SETTINGS)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     size=st.one_of(
         st.tuples(st.integers(1, 60), st.integers(1, 60)), st.sampled_from([(4000, 20), (20, 4000), (1, 900)])

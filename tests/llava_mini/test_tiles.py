@@ -35,7 +35,7 @@ def saved(image: Image.Image, kind: str = "PNG", **options) -> Image.Image:
 
 
 @given(size=sizes, tiles=st.integers(2, 5))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_crops_are_slices_in_row_major_order(size, tiles):
     image = coordinates(*size)
     pixels, (width, height) = np.asarray(image), (max(size[0] // tiles, 1), max(size[1] // tiles, 1))
@@ -74,7 +74,7 @@ def test_tiles_is_a_positive_integer(tiles):
 
 
 @given(size=st.tuples(st.integers(1, 40), st.integers(1, 40)) | st.sampled_from([(600, 2), (2, 600)]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_padding_centres_on_the_longer_side(size):
     image = coordinates(*size)
     padded = np.asarray(pad_to_square(image, MEAN))
@@ -96,7 +96,7 @@ def test_padding_before_cutting_shares_the_border_among_tiles():
 
 
 @given(frames=st.integers(1, 3), tiles=st.integers(1, 4), side=st.integers(1, 4), width=st.integers(1, 3))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_stitch_puts_every_patch_at_its_place(frames, tiles, side, width):
     total = tiles * side
     features = torch.empty(frames, tiles**2, side**2, width, dtype=torch.long)
@@ -159,7 +159,7 @@ def test_colours(image, expected):
     size=sizes,
     mode=st.sampled_from(MODES),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_size_is_kept_whatever_the_mode(size, mode):
     converted = to_rgb(Image.new(mode, size))
     assert (converted.mode, converted.size) == ("RGB", size)

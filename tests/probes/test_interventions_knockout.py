@@ -86,7 +86,7 @@ def test_it_bites_where_it_should(make_llava: Callable[..., Model], make_inputs:
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(source=st.lists(st.booleans(), min_size=7, max_size=7), target=st.lists(st.booleans(), min_size=7, max_size=7))
 def test_any_masks(
     make_llava: Callable[..., Model], implementation: str, source: list[bool], target: list[bool]

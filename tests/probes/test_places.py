@@ -47,7 +47,7 @@ def by_hand(grid: Grid) -> list[Token]:
     return tokens
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows=st.lists(st.lists(grids_of_a_picture, max_size=3), min_size=1, max_size=3), data=st.data())
 def test_tokens_lie_where_they_were_put(rows: list[list[list[Grid]]], data: st.DataObject) -> None:
     """Rows of pictures of grids, with text strewn among the visual tokens."""
@@ -167,7 +167,6 @@ def test_a_family_is_registered() -> None:
         FAMILIES.update(before)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12))
 def test_equal_shares_of_even_cells_are_even(cells: int, count: int) -> None:
     cuts = torch.arange(cells + 1).double() * 3

@@ -80,7 +80,7 @@ def by_definition(scores: torch.Tensor, member: torch.Tensor, source: torch.Tens
     return rows @ mass, rows @ torch.stack(inner, -1), rows @ sees, rows @ weights, rows @ visible.double()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**20),
     batch=st.integers(1, 3),

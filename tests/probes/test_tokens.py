@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -34,7 +34,6 @@ def model() -> LlamaForCausalLM:
 segments = st.tuples(st.integers(0, 4), st.integers(0, 5), st.integers(1, 4), st.integers(0, 3))
 
 
-@settings(deadline=None)
 @given(
     rows=st.lists(segments, min_size=1, max_size=4).filter(lambda rows: any(row[1] for row in rows)),
     sides=st.lists(st.booleans(), min_size=4, max_size=4),
@@ -125,7 +124,6 @@ def test_a_map_by_hand_that_is_no_partition(fields: dict[str, Any], message: str
 masks = st.lists(st.lists(st.integers(0, 4), min_size=6, max_size=6), min_size=2, max_size=2)
 
 
-@settings(deadline=None)
 @given(first=masks, second=masks)
 def test_relabel_leaves_the_rest(first: list[list[int]], second: list[list[int]]) -> None:
     """From any partition, positions with a number get that group, those without keep theirs."""
@@ -141,7 +139,6 @@ def test_relabel_leaves_the_rest(first: list[list[int]], second: list[list[int]]
             assert marked.groups[marked.labels[row, position]] == wanted
 
 
-@settings(deadline=None)
 @given(labels=masks, new=st.lists(st.integers(0, 2), min_size=5, max_size=5), generated=st.sampled_from("abcde"))
 def test_merge_keeps_every_other_position(labels: list[list[int]], new: list[int], generated: str) -> None:
     """Groups go to one of two pools, or stay (0)."""

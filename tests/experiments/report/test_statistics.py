@@ -71,7 +71,7 @@ def test_paired_test_of_one_seed_is_mcnemar(gained: int, lost: int, same: int) -
         assert paired_test(first, second, alternative) == pytest.approx(expected, rel=1e-9)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 10_000), st.integers(1, 3), st.integers(1, 3))
 def test_paired_test_over_seeds_enumerates_every_sign(seed: int, seeds: int, others: int) -> None:
     rng = np.random.default_rng(seed)

@@ -29,7 +29,7 @@ def test_a_picture_that_is_not_split_is_one_tile(family: str) -> None:
     assert places.tile[vision].unique().tolist() == [0]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(width=st.integers(8, 240), height=st.integers(8, 240))
 def test_tiles_are_those_of_the_image_processor(width: int, height: int) -> None:
     """As many rows and columns as it counts itself, for any shape."""
