@@ -32,10 +32,7 @@ class Renumbering:
         kind = {"layer_type": self.decoder.config.layer_types[layer]} if self.by_layer else {}
 
         def renumber() -> tuple[Tensor, Any]:
-            one_each = position_ids is not None and position_ids.ndim == 2 and embeddings is not None
-            if not one_each or not _same(
-                self.decoder.rotary_emb(hidden, position_ids=position_ids, **kind), embeddings
-            ):
+            if not self._one_each(hidden, position_ids, embeddings, kind):
                 raise ValueError(
                     f"{type(self.decoder).__name__} does not turn its tokens by one position id each, as Qwen-VL does not:"
                     " its positions cannot be renumbered"
@@ -46,6 +43,15 @@ class Renumbering:
 
         renumbered, turned = self.once("renumber", renumber, embeddings, position_ids)
         return kwargs | {"position_ids": renumbered, "position_embeddings": turned}
+
+    def _one_each(self, hidden: Tensor, position_ids: Any, embeddings: Any, kind: dict[str, str]) -> bool:
+        """Whether the layer's tokens are turned by one position id each."""
+        if position_ids is None or position_ids.ndim != 2 or embeddings is None:
+            return False
+        try:
+            return _same(self.decoder.rotary_emb(hidden, position_ids=position_ids, **kind), embeddings)
+        except IndexError:  # Qwen-VL's takes three axes alone in transformers before 5.23
+            return False
 
 
 def _same(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:

@@ -202,6 +202,10 @@ def colours_of() -> Callable[..., Tensor]:
                 features = [torch.cat(part, dim=1)[0] if prefused else part[1][0] for part in parts]
             elif "pixel_values_videos" in inputs:
                 features = model.get_video_features(inputs["pixel_values_videos"]).pooler_output
+                # Older transformers put the newline behind a video in the model's forward.
+                tokens = int((inputs["input_ids"] == model.config.video_token_id).sum())
+                if features.shape[0] * features.shape[1] < tokens:
+                    features = nn.functional.pad(features, (0, 0, 0, 1), value=nan)
             else:
                 given = {k: inputs[k] for k in ("pixel_values", "image_sizes", "batch_num_images") if k in inputs}
                 features = model.get_image_features(**given).pooler_output
