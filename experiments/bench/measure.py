@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +14,10 @@ import torch
 
 from experiments.bench import modes
 from experiments.bench.report import draw, table
-from experiments.config import BenchConfig, BenchModel, Config, identity
+from experiments.config import BenchConfig, BenchModel, Config
+from experiments.measuring import in_child, in_turns, peak_memory, results_stem, timed, write_results
 from experiments.models import choose_device
-from experiments.store import code_version, provenance, write_atomically
+from experiments.store import provenance
 
 log = logging.getLogger(__name__)
 WARM_UP = 32  # visual tokens of the first, uncounted pass
@@ -39,21 +37,13 @@ def run_bench(config: Config, resolved: dict[str, Any]) -> list[Path]:
         raise ValueError(f"bench.modes: no '{unknown[0]}'; there are {', '.join(modes.MODES)}")
     if "plain" not in bench.modes:
         raise ValueError("bench.modes: 'plain' is missing, which the others are compared with")
-    folder = Path(config.results) / "bench"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PermissionError(f"results folder '{config.results}' cannot be written ({error.strerror})") from error
+    stem = results_stem(config, resolved, "bench")
     if bench.threads:
         torch.set_num_threads(bench.threads)
 
     rows = [row for model in bench.models for visual in bench.visual for row in _measure(bench, model, visual, device)]
     record = {"bench": asdict(bench), "rows": rows, "provenance": provenance(device)}
-    stem = folder / identity(resolved, "", code_version())
-    path = stem.with_suffix(".json")
-    write_atomically(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
-    write_atomically(stem.with_suffix(".md"), table(record))
-    return [path, stem.with_suffix(".md"), *draw(record, stem)]
+    return [*write_results(record, table(record), stem), *draw(record, stem)]
 
 
 def _measure(bench: BenchConfig, model: BenchModel, visual: int, device: torch.device) -> list[dict[str, Any]]:
@@ -86,68 +76,33 @@ def _times(
     for name in names:
         modes.prepare(name, whole, *modes.inputs(whole, WARM_UP, bench.text))()
         runs[name] = modes.prepare(name, whole, *modes.inputs(whole, visual, bench.text))
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    masses: dict[str, torch.Tensor] = {}
-    for _ in range(bench.repeats):
-        for name, run in runs.items():
-            spent, found = _timed(run, device)
-            seconds[name].append(spent)
-            if found is not None:
-                masses[name] = found.cpu()
-    return seconds, masses
-
-
-def _timed(run: modes.Run, device: torch.device) -> tuple[float, torch.Tensor | None]:
-    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    started = time.perf_counter()
-    found = run()
-    wait()
-    return time.perf_counter() - started, found
+    turns = in_turns({name: partial(timed, run, device) for name, run in runs.items()}, bench.repeats)
+    masses = {name: found[-1][1].cpu() for name, found in turns.items() if found[-1][1] is not None}
+    return {name: [spent for spent, _ in found] for name, found in turns.items()}, masses
 
 
 def _memory(bench: BenchConfig, model: BenchModel, visual: int, device: torch.device, mode: str) -> int:
     """Most bytes at once of weights, activations and all that the mode adds, in a process that does nothing else."""
-    asked = json.dumps({"bench": asdict(bench), "model": asdict(model), "visual": visual, "mode": mode})
-    child = subprocess.run(
-        [sys.executable, "-m", "experiments.bench.measure", str(device)],
-        input=asked,
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).resolve().parents[2],
-        check=False,
-    )
-    if child.returncode:
-        raise RuntimeError(f"bench: measuring the memory of '{mode}' failed: {child.stderr.strip().splitlines()[-1]}")
-    return int(child.stdout.split()[-1])
+    asked = {"bench": asdict(bench), "model": asdict(model), "visual": visual, "mode": mode, "device": str(device)}
+    return in_child("experiments.bench.measure", asked)
 
 
 @torch.no_grad()
-def _memory_here(asked: dict[str, Any], device: torch.device) -> int:
-    bench = BenchConfig(**asked["bench"] | {"models": []})
+def _memory_here(asked: dict[str, Any]) -> int:
+    bench, device = BenchConfig(**asked["bench"] | {"models": []}), torch.device(asked["device"])
     model, mode = BenchModel(**asked["model"]), asked["mode"]
     if bench.threads:
         torch.set_num_threads(bench.threads)
+
+    def prepare(model: BenchModel, vocabulary: int, visual: int, text: int) -> modes.Run:
+        whole = modes.build(model, vocabulary, bench.dtype, device)
+        return modes.prepare(mode, whole, *modes.inputs(whole, visual, text))
+
     # Whatever a mode imports is there before the count begins.
-    small = BenchModel("small", heads=2, head_width=8, mlp=8, layers=1, of_layers=1)
-    tiny = modes.build(small, 8, bench.dtype, device)
-    modes.prepare(mode, tiny, *modes.inputs(tiny, 8, 8))()
-    before = 0 if device.type == "cuda" else _resident()
-    whole = modes.build(model, bench.vocabulary, bench.dtype, device)
-    run = modes.prepare(mode, whole, *modes.inputs(whole, asked["visual"], bench.text))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    run()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-
-
-def _resident() -> int:
-    """Bytes in memory now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+    prepare(BenchModel("small", heads=2, head_width=8, mlp=8, layers=1, of_layers=1), 8, 8, 8)()
+    taken = peak_memory(partial(prepare, model, bench.vocabulary, asked["visual"], bench.text), device)
+    return taken["allocated" if device.type == "cuda" else "resident"]
 
 
 if __name__ == "__main__":
-    print(_memory_here(json.load(sys.stdin), torch.device(sys.argv[1])))
+    print(json.dumps(_memory_here(json.load(sys.stdin))))

@@ -11,15 +11,13 @@ LLaVA-Mini on a 7B model. Times are in seconds, the median of the repeats and th
 from __future__ import annotations
 
 import math
-import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +28,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, logging
 from transformers.masking_utils import create_causal_mask
 
 from experiments.cost.__main__ import request, whole
+from experiments.measuring import in_turns, peak, timed
 from llava_mini import LlavaMiniConfig, LlavaMiniForConditionalGeneration
 from llava_mini.prefusion import Prefusion
 
@@ -156,14 +155,9 @@ Way = Callable[[], Tensor]
 @torch.no_grad()
 def measured(ways: dict[str, Way], repeats: int) -> dict[str, list[float]]:
     """Seconds of each, in turns, after one turn that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repeats + 1):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+    runs = {name: partial(timed, way) for name, way in ways.items()}
+    in_turns(runs, 1)
+    return {name: [seconds for seconds, _ in turns] for name, turns in in_turns(runs, repeats).items()}
 
 
 @torch.no_grad()
@@ -232,14 +226,6 @@ class Memory:
 
     fused: int
     answered: int
-
-
-def peak() -> int:
-    """Of this process since its start, in bytes. Where Linux tells it, without what its parent had taken."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @torch.inference_mode()
