@@ -212,6 +212,36 @@ class BenchConfig:
 
 
 @dataclass
+class CostConfig:
+    """LLaVA and the LLaVA-Minis on it that experiments/cost/measure.py measures, all with random weights.
+
+    Raises:
+        ValueError: if a field is out of its range.
+    """
+
+    geometry: str = MISSING  # one of experiments/cost/geometries.py, or the folder of a saved LLaVA
+    sizes: list[int] = MISSING  # C: a LLaVA-Mini for each, which gives the language model C x C tokens a frame
+    frames: list[int] = MISSING
+    prefusion: int = 0  # layers; 0 for an eighth of the language model's, as the paper's 4 of 32
+    text: int = 60  # tokens of the question
+    answer: int = 16  # tokens generated
+    dtype: str = "float32"
+    repeats: int = 5
+    threads: int = 0  # 0 leaves torch's own choice
+
+    def __post_init__(self) -> None:
+        least = {"sizes": 1, "frames": 1, "prefusion": 0, "text": 1, "answer": 2, "repeats": 1, "threads": 0}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            found = value if isinstance(value, list) else [] if value == MISSING else [value]
+            for number in found:
+                if number < bound:
+                    raise ValueError(f"cost.{name}: must be at least {bound}, found {number}")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"cost.dtype: no '{self.dtype}'; use float32, bfloat16 or float16")
+
+
+@dataclass
 class Config:
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
@@ -220,6 +250,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     bench: BenchConfig | None = None  # measured instead of a cell
+    cost: CostConfig | None = None  # measured instead of a cell
     name: str = "single"  # the experiment that a record belongs to
     seed: int = 0
     batch_size: int = 64  # questions at once outside training

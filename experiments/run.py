@@ -31,12 +31,15 @@ def cell(config: DictConfig) -> None:
     # torch and transformers are imported after the configuration has been accepted: a typing error costs no wait
     from experiments.bench import run_bench
     from experiments.cell import run_cell
+    from experiments.cost.measure import run_cost
     from experiments.drawing import draw_record
 
     try:
         typed: configuration.Config = OmegaConf.to_object(config)  # type: ignore[assignment]
-        if typed.bench is not None:
-            log.info("\n".join(map(str, run_bench(typed, configuration.resolved(config)))))
+        measures = [run for part, run in ((typed.bench, run_bench), (typed.cost, run_cost)) if part is not None]
+        for run in measures:
+            log.info("\n".join(map(str, run(typed, configuration.resolved(config)))))
+        if measures:
             return
         path = run_cell(typed, configuration.resolved(config))
     except EXPECTED as error:

@@ -58,7 +58,16 @@ class Cell:
     @property
     def flops(self) -> float:
         """FLOPs of one prompt, NaN where no record counts them."""
-        counts = [record["cost"]["flops"] for record in self.finished if record.get("cost") is not None]
+        return self._cost("flops")
+
+    @property
+    def cache_bytes(self) -> float:
+        """Bytes of the keys and values of one prompt, NaN where no record counts them."""
+        return self._cost("cache_bytes")
+
+    def _cost(self, name: str) -> float:
+        costs = (record.get("cost") or {} for record in self.finished)
+        counts = [cost[name] for cost in costs if name in cost]
         return float(np.mean(counts)) if counts else math.nan
 
     def outcomes(self, view: str = "image") -> np.ndarray | None:

@@ -128,6 +128,8 @@ def check(record: Any) -> None:
         _field(record, path, kind)
     if record.get("cost") is not None:
         _field(record, "cost.flops", (int, float))
+        if "cache_bytes" in record["cost"]:  # older records lack it
+            _field(record, "cost.cache_bytes", (int, float))
     examples = record["data"]["examples"]
     if len(record["data"]["kinds"]) != examples:
         raise ValueError(f"data.kinds has {len(record['data']['kinds'])} entries for {examples} examples")

@@ -72,6 +72,7 @@ def ablation_table(cells: Sequence[Cell]) -> Table:
                 **_bounds("difference", cell.difference),
                 "p_holm": cell.p_value,
                 "flops": cell.flops,
+                "cache_bytes": cell.cache_bytes,
                 "parameters": parameters,
                 "status": cell.failures or "finished",
             }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from experiments.report.cells import Cell
 from experiments.report.figures.ablation import draw_references, series_styles
-from experiments.report.style import BLACK, legend, panels, styled
+from experiments.report.style import BLACK, ORANGE, legend, panels, styled
 
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
@@ -22,22 +22,45 @@ def unit(value: float) -> tuple[float, str]:
     return next((pair for pair in UNITS if value >= pair[0]), UNITS[-1])
 
 
+COSTS: tuple[tuple[str, Callable[[Cell], float]], ...] = (
+    ("FLOPs", lambda cell: cell.flops),
+    ("bytes of keys and values", lambda cell: cell.cache_bytes),
+)
+
+
 @styled
 def cost_figure(cells: Sequence[Cell]) -> Figure:
-    """Accuracy against FLOPs of a prompt: one line for each compressor and pre-fusion depth, along the token counts.
+    """Accuracy against FLOPs of a prompt, and against the bytes that it leaves in the cache where records count them: one
+    line for each compressor and pre-fusion depth, along the token counts.
 
     Bars: 95% bootstrap intervals over examples and seeds; horizontal lines as in `ablation_figure`. Filled markers are
-    the first compressor by name, open ones the second. Raises ValueError without a finished cell that counts FLOPs.
+    the first compressor by name, open ones the second. Dashed: the Pareto front. Raises ValueError without a finished
+    cell that counts FLOPs.
     """
-    counted = [cell for cell in cells if cell.accuracy is not None and cell.flops > 0]
-    if not counted:
+    finished = [cell for cell in cells if cell.accuracy is not None]
+    counted = [(name, cost) for name, cost in COSTS if any(cost(cell) > 0 for cell in finished)]
+    if not any(cell.flops > 0 for cell in finished):
         raise ValueError("no finished ablation cell counts its FLOPs")
-    scale, prefix = unit(min(cell.flops for cell in counted))
-    figure, axes = panels(1, columns=1, height=3.4, label="Accuracy (%)")
-    axis = axes[0]
+    figure, axes = panels(len(counted), columns=2, height=3.4, label="Accuracy (%)")
+    for axis, (name, cost) in zip(axes, counted, strict=True):
+        _panel(axis, cells, name, cost)
+    legend(figure, axes, columns=3)
+    return figure
+
+
+def _panel(axis: Axes, cells: Sequence[Cell], name: str, cost: Callable[[Cell], float]) -> None:
+    counted = [cell for cell in cells if cell.accuracy is not None and cost(cell) > 0]
+    scale, prefix = unit(min(cost(cell) for cell in counted))
     swept = [cell for cell in counted if not cell.is_baseline]
     series = series_styles([cell for cell in cells if not cell.is_baseline])
     compressors = sorted({cell.compressor for cell in swept})
+
+    def points(line: Sequence[Cell], style: dict[str, Any]) -> None:
+        line = sorted(line, key=cost)
+        mean, low, high = 100 * np.asarray([cell.accuracy for cell in line]).T
+        x = [cost(cell) / scale for cell in line]
+        axis.errorbar(x, mean, yerr=(mean - low, high - mean), **style, capsize=2, elinewidth=1)
+
     for number, compressor in enumerate(compressors):
         for (layers, settings), style in series.items():
             line = [
@@ -46,26 +69,30 @@ def cost_figure(cells: Sequence[Cell]) -> Figure:
             if line:
                 face = style["color"] if number % 2 == 0 else "white"
                 label = {"label": f"{compressor}, {style['label']}", "markerfacecolor": face}
-                _draw(axis, sorted(line, key=lambda c: c.flops), scale, {**style, **label})
+                points(line, {**style, **label})
     for baseline in (cell for cell in counted if cell.is_baseline):
-        _draw(axis, [baseline], scale, {"color": BLACK, "marker": "*", "markersize": 9, "linestyle": "none"})
+        points([baseline], {"color": BLACK, "marker": "*", "markersize": 9, "linestyle": "none"})
+    front = pareto_front([(cost(cell), cell.accuracy.mean) for cell in counted if cell.accuracy is not None])
+    x, y = zip(*((value / scale, 100 * mean) for value, mean in front), strict=True)
+    axis.plot(x, y, color=ORANGE, linestyle="--", linewidth=3.5, alpha=0.5, zorder=1, label="Pareto front")
     draw_references(axis, cells)
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
-    costs = [cell.flops / scale for cell in counted]
+    costs = [cost(cell) / scale for cell in counted]
     limits = min(costs) / 1.15, max(costs) * 1.15
     axis.set_xticks(_ticks(*limits))
     axis.set_xlim(*limits)
-    axis.set_xlabel(f"Cost of a prompt ({prefix}FLOPs, log scale)")
-    legend(figure, axes, columns=3)
-    return figure
+    axis.set_xlabel(f"Cost of a prompt ({prefix}{name}, log scale)")
 
 
-def _draw(axis: Axes, line: Sequence[Cell], scale: float, style: dict[str, Any]) -> None:
-    mean, low, high = 100 * np.asarray([cell.accuracy for cell in line]).T
-    x = [cell.flops / scale for cell in line]
-    axis.errorbar(x, mean, yerr=(mean - low, high - mean), **style, capsize=2, elinewidth=1)
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of points (cost, accuracy) those that no other beats at the same cost or less, cheapest first."""
+    front: list[tuple[float, float]] = []
+    for cost, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or accuracy > front[-1][1]:
+            front.append((cost, accuracy))
+    return front
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -76,6 +76,7 @@ def finished(
         },
         "cost": {
             "flops": 2.2e6 * (tokens + 14.2) + 4e5 * layers * (50.2 + tokens),
+            "cache_bytes": 3072 * (tokens + 14),
             "text_tokens": 14.2,
             "convention": "linear layers and attention, one prompt, no generated token",
         },

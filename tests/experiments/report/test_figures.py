@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from experiments.report import figures
 from experiments.report.captions import draw
 from experiments.report.cells import ablation_cells
-from experiments.report.figures.cost import unit
+from experiments.report.figures.cost import pareto_front, unit
 from experiments.report.records import Records
 
 
@@ -176,6 +176,29 @@ def test_cells_trained_otherwise_are_not_drawn_together(records: list[dict[str, 
     figure = drawings["ablation"].figure
     assert figure is not None
     assert not any("train.steps=400" in label for label in labels(figure))
+
+
+def test_cost_is_drawn_in_flops_and_cache_bytes(records: list[dict[str, Any]]) -> None:
+    cells = ablation_cells(loaded(records))
+    figure = figures.cost_figure(cells)
+    assert [axis.get_xlabel() for axis in figure.axes] == [
+        "Cost of a prompt (MFLOPs, log scale)",
+        "Cost of a prompt (kbytes of keys and values, log scale)",
+    ]
+    for axis, name, scale in zip(figure.axes, ("flops", "cache_bytes"), (1e6, 1e3), strict=True):
+        handles, names = axis.get_legend_handles_labels()
+        front = np.asarray(handles[names.index("Pareto front")].get_xydata())
+        points = [(getattr(c, name) / scale, 100 * c.accuracy.mean) for c in cells if c.accuracy is not None]
+        best = sorted(p for p in points if not any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in points))
+        np.testing.assert_allclose(front, best)
+    for record in records:
+        (record.get("cost") or {}).pop("cache_bytes", None)  # as older records are
+    assert len(figures.cost_figure(ablation_cells(loaded(records))).axes) == 1
+
+
+def test_the_pareto_front_holds_what_nothing_beats() -> None:
+    points = [(3.0, 0.5), (1.0, 0.2), (1.0, 0.4), (2.0, 0.4), (4.0, 0.9), (5.0, 0.8)]
+    assert pareto_front(points) == [(1.0, 0.4), (3.0, 0.5), (4.0, 0.9)]
 
 
 def test_unit() -> None:

@@ -80,6 +80,7 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (put("accuracy.blank", "x" * 120), "accuracy.blank is not a string of 0 and 1"),
         (put("data.kinds", ["place"]), "data.kinds has 1 entries for 120 examples"),
         (put("cost.flops", None), "cost.flops is None, of the wrong type"),
+        (put("cost.cache_bytes", "12"), "cost.cache_bytes is '12', of the wrong type"),
         (put("removal.onward", []), "removal.onward is missing or empty"),
         (
             put("removal.onward", [{"layers": [0], "correct": "1" * 120}]),
