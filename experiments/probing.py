@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from probes.curves import knockout_curve, removal_curve, text_states
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,6 +17,7 @@ from experiments.config import ProbeConfig
 from experiments.evaluation import Inputs, Questions, digits, greedy_matches
 from experiments.models import inference
 from probes import FusionDepth, RemoveTokens, TokenMap, fusion_depth, intervene, record_attention
+from probes.curves import knockout_curve, removal_curve, text_states
 from probes.readout import linear_readout
 
 PAIRS = (("instruction", "vision"), ("instruction", "instruction"), ("response", "vision"), ("response", "instruction"))
