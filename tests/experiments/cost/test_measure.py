@@ -21,7 +21,7 @@ from experiments.config import Config, CostConfig
 from experiments.cost import built, measure
 from experiments.cost.measure import answer, run_cost
 from experiments.cost.report import flops, ratios, table
-from experiments.measuring import in_child
+from experiments.measuring import in_child, in_turns
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
@@ -140,6 +140,23 @@ def test_seconds_belong_to_their_component(models: dict[str, Any]) -> None:
     assert 0.4 * plain["first token"] < parts <= plain["first token"]
     assert min(plain.values()) > 0
     assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()] == hooks
+
+
+def test_decode_is_seconds_of_each_further_token(models: dict[str, Any]) -> None:
+    model = models[MINI]
+    given = built.inputs(model, 1, 9)
+    plain = answer(model, given, 3, CPU).seconds["decode"]
+    handle = model.lm_head.register_forward_hook(lambda *_: time.sleep(0.3))
+    slow = answer(model, given, 3, CPU).seconds["decode"]
+    handle.remove()
+    assert slow - plain == pytest.approx(0.3, abs=0.08)
+
+
+def test_runs_take_turns() -> None:
+    order: list[str] = []
+    found = in_turns({name: lambda name=name: order.append(name) or len(order) for name in "ab"}, 2)
+    assert order == ["a", "b", "a", "b"]
+    assert found == {"a": [1, 3], "b": [2, 4]}
 
 
 def test_a_size_without_room_is_refused_before_anything_is_built(
