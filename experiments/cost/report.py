@@ -119,6 +119,10 @@ def _ratio(found: tuple[float, float, float] | None) -> str:
     return "" if found is None else "{:.2f} ({:.2f} to {:.2f})".format(*found)
 
 
+def _short(name: str) -> str:
+    return name.removeprefix("LLaVA-Mini, ")
+
+
 @styled
 def draw(record: Mapping[str, Any], stem: Path) -> tuple[Path, Path]:
     """FLOPs and time to the first token of each model by component, for the fewest frames; peak memory against frames."""
@@ -128,7 +132,7 @@ def draw(record: Mapping[str, Any], stem: Path) -> tuple[Path, Path]:
     fewest = [row for row in rows if row["frames"] == frames]
     figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
     work, time, memory = figure.subplots(1, 3)
-    names = [row["model"].replace("LLaVA-Mini, ", "") for row in fewest]
+    names = [_short(row["model"]) for row in fewest]
     stacks = (
         (work, [{part: row["flops"][part] / 1e12 for part in PARTS} for row in fewest], "TFLOPs to the first token"),
         (
@@ -153,9 +157,13 @@ def draw(record: Mapping[str, Any], stem: Path) -> tuple[Path, Path]:
         ran = [row for row in rows if row["model"] == name and row["memory"]]
         looks = CONTROL if number == 0 else {"color": ORDERED[(number - 1) % len(ORDERED)]}
         looks = {"marker": MARKERS[number % len(MARKERS)], "linestyle": LINESTYLES[number % len(LINESTYLES)]} | looks
-        memory.plot([row["frames"] for row in ran], [peak(row) / GIB for row in ran], label=name, **looks)
+        memory.plot([row["frames"] for row in ran], [peak(row) / GIB for row in ran], label=_short(name), **looks)
     memory.set(xscale="log", xlabel="frames", ylabel="peak memory (GiB)")
-    memory.legend()
+    memory.set_xticks(record["cost"]["frames"], [f"{count:,}" for count in record["cost"]["frames"]])
+    memory.set_xticks([], minor=True)
+    low, high = memory.get_ylim()
+    memory.set_ylim(low, high + 0.7 * (high - low))  # room for the legend
+    memory.legend(loc="upper left", handlelength=2)
     handles, labels = work.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(PARTS))
     return save(figure, stem)
