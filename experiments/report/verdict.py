@@ -92,7 +92,7 @@ def depth_text(record: Record, kind: str) -> str:
     if depth["depth"] is None:
         return f"none: {_no_depth(record, kind)}"
     reads = [layer for layer in depth.get("reads") or () if layer != depth["depth"]]
-    named = f", read at layers {', '.join(map(str, depth['reads']))}" if reads else ""
+    named = f", read at layer{'s' * (len(depth['reads']) > 1)} {', '.join(map(str, depth['reads']))}" if reads else ""
     return f"{depth['depth']} of {depth['layers']} layers ({interval_text(depth)}{named})"
 
 
