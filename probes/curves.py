@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from probes.attention import record_attention
 from probes.decoder import decoder_layers, find_decoder
 from probes.interventions import BlockAttention, RemoveTokens, intervene
-from probes.states import record_states
+from probes.states import hidden_states, record_states
 from probes.tokens import TokenMap
 
 # Scores each sample of the batch by the logits of a forward pass: right or wrong, or a log-probability.
@@ -102,7 +102,7 @@ def text_states(
     embedded: list[Tensor] = []
 
     def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = hidden_states(args, kwargs)
         embedded.append(hidden[positions.to(hidden.device)])
 
     first = decoder_layers(find_decoder(model))[0]

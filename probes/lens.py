@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from probes.decoder import FAMILIES, TokenWindow, decoder_layers, find_decoder
+from probes.states import hidden_states
 from probes.tokens import TokenMap
 
 if TYPE_CHECKING:
@@ -266,7 +267,7 @@ def logit_lens(
         for depth, module in enumerate([*layers, unembed.norm]):
 
             def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], depth: int = depth) -> None:
-                hidden = args[0] if args else kwargs["hidden_states"]
+                hidden = hidden_states(args, kwargs)
                 if module is unembed.norm:
                     last[:] = [hidden[:, -1].detach()]
                 if depth in chosen:

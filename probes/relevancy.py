@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from probes.decoder import FAMILIES, TokenWindow, decoder_layers, find_decoder
 from probes.lens import Unembedding
-from probes.states import hidden_of
+from probes.states import hidden_of, hidden_states
 from probes.tokens import TokenMap
 
 # Matrices of one layer that are alive at once (measured: 4.6): scores, weights, their gradients and the product.
@@ -170,7 +170,7 @@ def _run(
             stack.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
         logits = model(**{**inputs, "use_cache": False}).logits[torch.arange(len(at)), at]
     args, kwargs = calls.pop()
-    return calls, args[0] if args else kwargs["hidden_states"], logits
+    return calls, hidden_states(args, kwargs), logits
 
 
 def _step(
@@ -180,7 +180,7 @@ def _step(
     kept: list[Tensor] = []
     attention = layer.get_submodule("self_attn")
     handle = attention.register_forward_hook(lambda module, args, output: kept.append(output[1]))
-    hidden = (args[0] if args else kwargs["hidden_states"]).detach().requires_grad_()
+    hidden = hidden_states(args, kwargs).detach().requires_grad_()
     try:
         with torch.enable_grad():
             output = hidden_of(

@@ -33,6 +33,11 @@ def component_of(layer: nn.Module, component: str) -> nn.Module:
         raise ValueError(f"{type(layer).__name__} has no {names[component]}: its {component} is not found") from None
 
 
+def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a decoder layer is called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
 def hidden_of(output: Any) -> Tensor:
     """The hidden states in a module's output: layers give a tensor, attention a tuple that starts with it."""
     return output[0] if isinstance(output, tuple) else output

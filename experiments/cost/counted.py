@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -12,25 +13,34 @@ from transformers import Cache, PreTrainedModel
 from experiments.evaluation import Questions
 from probes import TokenMap
 
+T = TypeVar("T")
+
 
 def forward_cost(model: PreTrainedModel, questions: Questions) -> dict[str, Any]:
     """FLOPs of the prefill of the first question alone: tower, projector, compressor, pre-fusion and language model; and
-    the bytes of keys and values that it leaves.
-
-    Attention is run by its plain matrix products, since torch counts nothing inside fused kernels on a CPU; causal
-    attention counts in full, as torch does.
-    """
+    the bytes of keys and values that it leaves."""
     inputs = {name: tensor for name, tensor in questions.first().items() if name != "labels"}
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        outputs = model(**inputs, use_cache=True)
+    flops, outputs = counted(lambda: model(**inputs, use_cache=True))
     visual = int(TokenMap.from_inputs(model, inputs).mask("vision").sum())
     return {
-        "flops": float(counter.get_total_flops()),
+        "flops": float(flops),
         "cache_bytes": cache_bytes(outputs.past_key_values),
         "text_tokens": inputs["input_ids"].shape[1] - visual,
         "visual_tokens": visual,
         "convention": "multiply and add are 2; one question with its answer, all matrix products and attention, counted by torch",
     }
+
+
+@torch.no_grad()
+def counted(run: Callable[[], T]) -> tuple[int, T]:
+    """FLOPs of a run, and what it returned.
+
+    Attention is run by its plain matrix products, since torch counts nothing inside fused kernels on a CPU; causal
+    attention counts in full, as torch does.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        found = run()
+    return counter.get_total_flops(), found
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, LlavaConfig
 
 from llava_mini import LlavaMiniConfig
+from llava_mini.layout import crops_of
 from llava_mini.prefusion import KNOWN
 
 Convention = Literal["paper", "full"]
@@ -77,7 +78,7 @@ class Estimate:
     def __init__(self, geometry: Geometry, prompt: Prompt) -> None:
         self.geometry, self.prompt = geometry, prompt
         config, frames = geometry.config, prompt.frames
-        crops = 1 if prompt.tiles == 1 else prompt.tiles**2 + 1
+        crops = crops_of(prompt.tiles)
         detail = geometry.patches * prompt.tiles**2  # what is compressed: not the picture as a whole beside its tiles
         patches = geometry.patches * crops
         mini = config if isinstance(config, LlavaMiniConfig) else None
@@ -134,9 +135,8 @@ class Estimate:
     def pixel_bytes(self, bytes_per_number: int = 2) -> float:
         """Of the pixels of all frames, where they are held at once."""
         vision = self.geometry.config.vision_config
-        crops = 1 if self.prompt.tiles == 1 else self.prompt.tiles**2 + 1
         side = vision.image_size
-        return self.prompt.frames * crops * vision.num_channels * side * side * bytes_per_number
+        return self.prompt.frames * crops_of(self.prompt.tiles) * vision.num_channels * side * side * bytes_per_number
 
 
 class Geometry:

@@ -22,12 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, logging
 from transformers.masking_utils import create_causal_mask
 
 from experiments.cost.__main__ import request, whole
+from experiments.cost.counted import counted
 from experiments.measuring import in_turns, peak, timed
 from llava_mini import LlavaMiniConfig, LlavaMiniForConditionalGeneration
 from llava_mini.prefusion import Prefusion
@@ -160,13 +159,6 @@ def measured(ways: dict[str, Way], repeats: int) -> dict[str, list[float]]:
     return {name: [seconds for seconds, _ in turns] for name, turns in in_turns(runs, repeats).items()}
 
 
-@torch.no_grad()
-def flops(way: Way) -> int:
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        way()
-    return counter.get_total_flops()
-
-
 def ways_of_running(sizes: Sizes) -> dict[str, Way]:
     """What leads to the language model's input, and the language model's pass over it, from the same weights."""
     model = sizes.model()
@@ -202,15 +194,15 @@ def gains(sizes: Sizes, repeats: int) -> list[list[str]]:
     ways = ways_of_running(sizes)
     seconds = measured(ways, repeats)
     median = {name: statistics.median(times) for name, times in seconds.items()}
-    counted = {name: flops(way) for name, way in ways.items()}
+    flops = {name: counted(way)[0] for name, way in ways.items()}
     first = next(iter(ways))
     with torch.no_grad():
         expected = ways[first]()
         changed = {name: way() for name, way in ways.items()}
     rows = []
     for name, times in seconds.items():
-        row = [name, f"{median[name]:.3f} ({min(times):.3f} to {max(times):.3f})", f"{counted[name] / 1e9:.2f}"]
-        row += [f"{median[name] / median[first]:.3f}", f"{counted[name] / counted[first]:.3f}"]
+        row = [name, f"{median[name]:.3f} ({min(times):.3f} to {max(times):.3f})", f"{flops[name] / 1e9:.2f}"]
+        row += [f"{median[name] / median[first]:.3f}", f"{flops[name] / flops[first]:.3f}"]
         same = changed[name].shape == expected.shape
         rows.append([*row, f"{float((changed[name] - expected).abs().max() / expected.std()):.1e}" if same else ""])
     asked, whole_model = median["second question"], median["language model"]

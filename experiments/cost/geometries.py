@@ -10,17 +10,8 @@ from transformers import AutoConfig, CLIPVisionConfig, Dinov2Config, LlamaConfig
 
 from experiments.models import ASSETS
 from llava_mini import LlavaMiniConfig
+from llava_mini.convert import CLIP_L_336
 
-# openai/clip-vit-large-patch14-336
-CLIP_LARGE = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "projection_dim": 768,
-}
 # lmsys/vicuna-7b-v1.5 and -13b-v1.5, with LLaVA's placeholder and padding in the vocabulary
 VICUNA_7B = {"vocab_size": 32064, "hidden_size": 4096, "intermediate_size": 11008, "max_position_embeddings": 4096}
 VICUNA_13B = VICUNA_7B | {
@@ -59,9 +50,9 @@ def _llava(vision: Any, text: dict[str, Any]) -> LlavaConfig:
 GEOMETRIES: dict[str, Callable[[], LlavaConfig]] = {
     "tiny": lambda: AutoConfig.from_pretrained(ASSETS / "tiny"),
     "smol": lambda: _llava(Dinov2Config(**DINOV2_SMALL), SMOLLM2),
-    "llava-1.5-7b": lambda: _llava(CLIPVisionConfig(**CLIP_LARGE), VICUNA_7B),
-    "llava-1.5-13b": lambda: _llava(CLIPVisionConfig(**CLIP_LARGE), VICUNA_13B),
-    "llama-3.1-8b": lambda: _llava(CLIPVisionConfig(**CLIP_LARGE), LLAMA_8B),
+    "llava-1.5-7b": lambda: _llava(CLIPVisionConfig(**CLIP_L_336), VICUNA_7B),
+    "llava-1.5-13b": lambda: _llava(CLIPVisionConfig(**CLIP_L_336), VICUNA_13B),
+    "llama-3.1-8b": lambda: _llava(CLIPVisionConfig(**CLIP_L_336), LLAMA_8B),
 }
 
 

@@ -10,7 +10,8 @@ import pandas as pd
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from experiments.cost.estimate import Convention, Geometry, Prompt, Work
-from experiments.cost.geometries import CLIP_LARGE, VICUNA_7B, mini
+from experiments.cost.geometries import VICUNA_7B, mini
+from llava_mini.convert import CLIP_L_336
 
 # The paper does not say how much text it counts. No one length fits all figures to their last digit, but these two do:
 # one all of LLaVA's, the other all of LLaVA-Mini's that have no note.
@@ -101,7 +102,7 @@ PRINTED = (
 @cache
 def _geometry(size: int, layers: int, compressor: str) -> Geometry:
     llava = LlavaConfig(
-        vision_config=CLIPVisionConfig(**CLIP_LARGE), text_config=LlamaConfig(**VICUNA_7B | {"vocab_size": VOCABULARY})
+        vision_config=CLIPVisionConfig(**CLIP_L_336), text_config=LlamaConfig(**VICUNA_7B | {"vocab_size": VOCABULARY})
     )
     if not size:
         return Geometry(llava)

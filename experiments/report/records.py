@@ -8,12 +8,13 @@ in the report with its reason, and never stops it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+from jaxtyping import Float
 
 SCHEMA = 1
 
@@ -157,6 +158,11 @@ def check(record: Any) -> None:
 def outcomes(text: str) -> np.ndarray:
     """One character an example to one 0 or 1 an example, uint8."""
     return np.frombuffer(text.encode("ascii"), dtype=np.uint8) - ord("0")
+
+
+def percent_right(runs: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, "runs examples"]:
+    """The outcomes of several runs over the same examples, 0 or 100."""
+    return 100.0 * np.stack([outcomes(run["correct"]) for run in runs])
 
 
 def seed(record: Record) -> int | None:

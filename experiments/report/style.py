@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -94,6 +94,12 @@ def legend(figure: Figure, axes: list[Axes], columns: int) -> None:
     labels = sorted(entries, key=lambda label: _is_reference(entries[label]))
     handles = [entries[label] for label in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
+
+
+def mark_depth(axis: Axes, depth: Mapping[str, Any], label: str) -> None:
+    """A fusion depth as a dotted line, its interval as a shade."""
+    axis.axvspan(depth["low"] - 0.04, depth["high"] + 0.04, color=GREEN, alpha=0.12, linewidth=0)
+    axis.axvline(depth["depth"], color=GREEN, linestyle=(0, (1, 1)), linewidth=1.2, label=label)
 
 
 def _is_reference(handle: object) -> bool:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from probes.cut import Cut, cut_of, kept_first, set_cut
-from probes.interventions.masks import explicit, hidden_states, hide, key_length, replace_hidden, with_hidden
-from probes.states import hidden_of
+from probes.interventions.masks import explicit, hide, key_length, replace_hidden, with_hidden
+from probes.states import hidden_of, hidden_states
 
 if TYPE_CHECKING:
     from probes.interventions.removal import _Removed

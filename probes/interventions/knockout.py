@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from probes.cut import cut_of
 from probes.decoder import TokenWindow, decoder_layers, select_layers
 from probes.interventions.kernel import KernelWatch
-from probes.interventions.masks import explicit, hidden_states, hide, key_length, visible
+from probes.interventions.masks import explicit, hide, key_length, visible
 from probes.interventions.receipt import Effect
 from probes.interventions.selection import OncePerCall, Selection, Tokens, When, acts, check_when, describe
+from probes.states import hidden_states
 
 
 @dataclass(frozen=True, eq=False)

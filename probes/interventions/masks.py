@@ -8,10 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-
-def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a decoder layer is called with."""
-    return args[0] if args else kwargs["hidden_states"]
+from probes.states import hidden_states
 
 
 def replace_hidden(

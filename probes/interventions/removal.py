@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from probes.decoder import TokenWindow, decoder_layers, select_layers
 from probes.interventions.drop import LayerDrop
-from probes.interventions.masks import explicit, hidden_states, hide, key_length, with_hidden
+from probes.interventions.masks import explicit, hide, key_length, with_hidden
 from probes.interventions.positions import Renumbering
 from probes.interventions.receipt import Effect
 from probes.interventions.selection import (
@@ -26,7 +26,7 @@ from probes.interventions.selection import (
     check_when,
     describe,
 )
-from probes.states import component_of, hidden_of
+from probes.states import component_of, hidden_of, hidden_states
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.report.records import Record, first_layers, outcomes
+from experiments.report.records import Record, first_layers, outcomes, percent_right
 from experiments.report.statistics import mean_interval
-from experiments.report.style import BLACK, CONTROL, GREEN, GREY, MEASURED, SECOND, legend, panels, styled
+from experiments.report.style import BLACK, CONTROL, GREY, MEASURED, SECOND, legend, mark_depth, panels, styled
 
 TITLES = {
     "attention": "Attention, instruction → vision",
@@ -49,15 +49,15 @@ def _attention(axis: Axes, record: Record) -> None:
 
 
 def _removal(axis: Axes, record: Record) -> None:
-    _band(axis, np.asarray(first_layers(record)), _right(record["removal"]["onward"]), SECOND)
+    _band(axis, np.asarray(first_layers(record)), percent_right(record["removal"]["onward"]), SECOND)
     axis.set_xlabel("First layers that still see vision")
 
 
 def _knockout(axis: Axes, record: Record) -> None:
     intact, *windows = record["knockout"]["windows"]
     middle = np.array([(min(run["layers"]) + max(run["layers"])) / 2 + 1 for run in windows])
-    _band(axis, middle, _right(windows), {**SECOND, "marker": "v"})
-    axis.axhline(float(_right([intact]).mean()), color=BLACK, linestyle="-", linewidth=1.1, label="intact")
+    _band(axis, middle, percent_right(windows), {**SECOND, "marker": "v"})
+    axis.axhline(float(percent_right([intact]).mean()), color=BLACK, linestyle="-", linewidth=1.1, label="intact")
     width = record["knockout"]["width"]
     axis.set_xlabel("Layer" if width == 1 else f"Middle of {width} layers")
 
@@ -65,14 +65,10 @@ def _knockout(axis: Axes, record: Record) -> None:
 def _readout(axis: Axes, record: Record) -> None:
     depths = record["readout"]["depths"]
     x = np.arange(len(depths))
-    _band(axis, x, _right(depths), {**MEASURED, "marker": "^"})
+    _band(axis, x, percent_right(depths), {**MEASURED, "marker": "^"})
     control = [100 * outcomes(run["control"]).mean() for run in depths]
     axis.plot(x, control, **CONTROL, label="control: shuffled labels")
     axis.set_xlabel("After layer")
-
-
-def _right(runs: list[Any]) -> np.ndarray:
-    return 100.0 * np.stack([outcomes(run["correct"]) for run in runs])
 
 
 def _band(axis: Axes, x: np.ndarray, values: np.ndarray, style: dict[str, Any]) -> None:
@@ -87,8 +83,7 @@ def _depth(axis: Axes, depth: dict[str, Any] | None) -> None:
     if depth["depth"] is None:
         axis.text(0.98, 0.05, "no depth", transform=axis.transAxes, ha="right", color=GREY)
         return
-    axis.axvspan(depth["low"] - 0.04, depth["high"] + 0.04, color=GREEN, alpha=0.12, linewidth=0)
-    axis.axvline(depth["depth"], color=GREEN, linestyle=(0, (1, 1)), linewidth=1.2, label="fusion depth, 95% interval")
+    mark_depth(axis, depth, "fusion depth, 95% interval")
 
 
 _DRAW = {"attention": _attention, "removal": _removal, "knockout": _knockout, "readout": _readout}

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.report.records import Record, first_layers, outcomes
+from experiments.report.records import Record, first_layers, outcomes, percent_right
 from experiments.report.statistics import mean_interval
-from experiments.report.style import CONTROL, GREEN, MEASURED, REFERENCES, SECOND, legend, panels, styled
+from experiments.report.style import CONTROL, MEASURED, REFERENCES, SECOND, legend, mark_depth, panels, styled
 
 
 @styled
@@ -45,9 +45,7 @@ def removal_figure(record: Record) -> Figure:
     onward.plot(seen, mean, **SECOND, label="hidden from a layer onward")
     depth = (record.get("fusion") or {}).get("removal")
     if depth is not None and depth["depth"] is not None:
-        onward.axvspan(depth["low"] - 0.04, depth["high"] + 0.04, color=GREEN, alpha=0.12, linewidth=0)
-        label = f"fusion depth {depth['depth']} (95% CI {depth['low']:g} to {depth['high']:g})"
-        onward.axvline(depth["depth"], color=GREEN, linestyle=(0, (1, 1)), linewidth=1.2, label=label)
+        mark_depth(onward, depth, f"fusion depth {depth['depth']} (95% CI {depth['low']:g} to {depth['high']:g})")
     onward.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
     onward.set_xlabel("First layers that still see the visual tokens")
 
@@ -74,7 +72,7 @@ def _points(axis: Axes, x: np.ndarray, runs: Sequence[Any], style: dict[str, Any
 
 
 def _intervals(runs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return mean_interval(100.0 * np.stack([outcomes(run["correct"]) for run in runs]))
+    return mean_interval(percent_right(runs))
 
 
 def _block(layers: Sequence[int]) -> str:
