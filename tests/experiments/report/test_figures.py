@@ -81,6 +81,16 @@ def test_removal_shows_the_curves_the_controls_and_the_depth(probed: dict[str, A
     assert wanted <= set(labels(figure))
 
 
+def test_a_depth_is_marked_where_it_is(probed: dict[str, Any]) -> None:
+    probed["fusion"]["removal"] |= {"depth": 3, "low": 2, "high": 5}
+    for figure, label in ((figures.removal_figure, "fusion depth 3 (95% CI 2 to 5)"), (figures.fusion_figure, None)):
+        axis = figure(probed).axes[1]
+        handles, names = axis.get_legend_handles_labels()
+        assert list(handles[names.index(label or "fusion depth, 95% interval")].get_xdata()) == [3, 3]
+        (shade,) = axis.patches
+        assert (shade.get_x(), shade.get_x() + shade.get_width()) == pytest.approx((1.96, 5.04))
+
+
 def test_removal_in_blocks_of_layers(probed: dict[str, Any]) -> None:
     removal = probed["removal"]
     removal["inside"] = [{**run, "layers": [2 * i, 2 * i + 1]} for i, run in enumerate(removal["inside"][:3])]
