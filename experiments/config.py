@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+
+from experiments.rows import scaled
 
 TRAIN_CHOICES = {
     "trainable": ("all", "projector"),
@@ -24,6 +27,7 @@ class ModelConfig:
     name: str = MISSING
     dtype: str = "float32"  # any torch dtype: float32, bfloat16, float16
     attention: str = "sdpa"  # sdpa, eager, flash_attention_2
+    grid: int | None = None  # patches a side of the vision tower, for tables whose sizes scale with it
 
 
 @dataclass
@@ -252,6 +256,8 @@ class Config:
     bench: BenchConfig | None = None  # measured instead of a cell
     cost: CostConfig | None = None  # measured instead of a cell
     name: str = "single"  # the experiment that a record belongs to
+    rows: list[Any] = field(default_factory=list)  # of the experiment's table (experiments/rows.py)
+    row: int | None = None  # the one to run
     seed: int = 0
     batch_size: int = 64  # questions at once outside training
     device: str = "auto"
@@ -259,19 +265,19 @@ class Config:
     save: str | None = None  # a folder for the trained model and its processor
 
 
-# where a cell runs and where it writes does not change what it finds
-_NOT_IDENTITY = ("device", "results", "save", "batch_size")
+# where a cell runs, where it writes and for which table does not change what it finds
+_NOT_IDENTITY = ("name", "device", "results", "save", "batch_size")
 
 
 def resolved(config: Config | DictConfig) -> dict[str, Any]:
-    """Plain containers with every interpolation resolved.
+    """Plain containers with every interpolation resolved, of a configuration whose row has been chosen.
 
     Raises:
         omegaconf.MissingMandatoryValue: if a field that has no default was not given.
     """
     plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return {str(key): value for key, value in plain.items() if key not in ("rows", "row")}
 
 
 def identity(config: dict[str, Any], data: str, code: str) -> str:
@@ -280,8 +286,15 @@ def identity(config: dict[str, Any], data: str, code: str) -> str:
     return hashlib.sha256(json.dumps([kept, data, code], sort_keys=True).encode()).hexdigest()[:16]
 
 
+def asset(name: str) -> str:
+    """`${asset:tiny}` in a config: a folder that ships with the project."""
+    return str(Path(__file__).parent / "assets" / name)
+
+
 def register() -> None:
-    """Make the classes known to Hydra, under the names that conf/ refers to."""
+    """Make the classes and the resolvers known to Hydra, under the names that conf/ refers to."""
+    OmegaConf.register_new_resolver("asset", asset, replace=True)
+    OmegaConf.register_new_resolver("scaled", scaled, replace=True)
     store = ConfigStore.instance()
     store.store("schema", Config)
     groups: dict[str, dict[str, type]] = {

@@ -34,9 +34,13 @@ def build(config: Config, train: Split | None) -> tuple[PreTrainedModel, Process
 
     Raises:
         FileNotFoundError: if a folder does not exist.
-        ValueError: if a checkpoint lacks weights, or a model from scratch has no scenes to learn from.
+        ValueError: if a checkpoint lacks weights, its tower has another grid than the config says, or a model from
+            scratch has no scenes to learn from.
     """
     model, processor = _llava(config, train)
+    patches, grid = getattr(model.config, "image_seq_length", None), config.model.grid
+    if grid is not None and patches is not None and patches != grid * grid:
+        raise ValueError(f"model.grid: {grid} x {grid} patches, but the vision tower makes {patches} of an image")
     compressor, prefusion = config.compressor, config.prefusion
     if compressor.name != "none" or prefusion.layers:
         model, processor = _mini(model, processor, compressor, prefusion)

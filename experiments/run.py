@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
@@ -14,16 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import config as configuration
+from experiments import rows
 
 log = logging.getLogger("experiments.run")  # under `python -m` __name__ is "__main__"
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _full_error_wanted = os.environ.get(_FULL_ERROR) == "1"
 EXPECTED = (HydraException, OmegaConfBaseException, ValueError, OSError, ImportError)  # what wrong input ends in
-
-
-def asset(name: str) -> str:
-    """`${asset:tiny}` in a config: a folder that ships with the project."""
-    return str(Path(__file__).parent / "assets" / name)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
@@ -35,6 +30,7 @@ def cell(config: DictConfig) -> None:
     from experiments.drawing import draw_record
 
     try:
+        config = rows.choose(config)
         typed: configuration.Config = OmegaConf.to_object(config)  # type: ignore[assignment]
         measures = [run for part, run in ((typed.bench, run_bench), (typed.cost, run_cost)) if part is not None]
         for run in measures:
@@ -67,7 +63,6 @@ def one_line(error: BaseException) -> str:
 
 def main() -> Any:
     configuration.register()
-    OmegaConf.register_new_resolver("asset", asset, replace=True)
     os.environ[_FULL_ERROR] = "1"  # Hydra then raises instead of printing, and main alone decides what is shown
     try:
         return cell()

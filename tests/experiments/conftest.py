@@ -1,10 +1,20 @@
 """Small things that several tests of experiments build on."""
 
 import pytest
+from hydra import compose, initialize_config_module
 
+from experiments import config as configuration
 from experiments import tiny
 from experiments.data.scenes import SIDE
 from experiments.data.shapes import load_shapes
+
+
+@pytest.fixture
+def composed():
+    """A configuration from overrides, as the command line composes it."""
+    configuration.register()
+    with initialize_config_module("conf", version_base="1.3"):
+        yield lambda *overrides: compose("config", list(overrides))
 
 
 @pytest.fixture(scope="session")

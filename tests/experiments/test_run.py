@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from experiments import config as configuration
-from experiments.run import asset, one_line
+from experiments.run import one_line
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -25,14 +24,6 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "experiments.run", *arguments]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-
-
-@pytest.fixture(scope="module")
-def composed():
-    configuration.register()
-    OmegaConf.register_new_resolver("asset", asset, replace=True)
-    with initialize_config_module("conf", version_base="1.3"):
-        yield lambda *overrides: compose("config", list(overrides))
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -103,7 +94,7 @@ def test_bad_data_ends_with_one_line_and_writes_nothing(tmp_path, entries, said)
 
 
 def test_lost_weights_end_with_one_line(tmp_path):
-    shutil.copytree(Path(asset("tiny")), tmp_path / "model")
+    shutil.copytree(Path(configuration.asset("tiny")), tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
     lost = next(name for name in weights if "layers.3.mlp.up_proj" in name)
     del weights[lost]

@@ -21,7 +21,6 @@ import shutil
 import pytest
 import torch
 from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 from PIL import Image
 from safetensors import safe_open
 from transformers import set_seed
@@ -34,7 +33,6 @@ from experiments.data.llava_json import load_llava_json
 from experiments.data.samples import Sample, conversation
 from experiments.joined import image_chat_template
 from experiments.models import build
-from experiments.run import asset
 from experiments.training import Conversations, last_checkpoint, share, train
 from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
 from llava_mini.video import Video
@@ -146,7 +144,6 @@ def test_a_plain_llava_learns_too(llava, processor, few, tmp_path):
 @pytest.fixture(scope="module")
 def composed():
     configuration.register()
-    OmegaConf.register_new_resolver("asset", asset, replace=True)
     with initialize_config_module("conf", version_base="1.3"):
         yield lambda *overrides: OmegaConf.to_object(compose("config", list(overrides)))
 
