@@ -21,6 +21,7 @@ import shutil
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors import safe_open
 from transformers import set_seed
