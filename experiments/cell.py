@@ -88,9 +88,11 @@ def _label(config: Config) -> str:
     parts = [config.model.name]
     if config.compressor.name != "none":
         tokens = config.compressor.size**2
-        parts.append(f"{tokens} token{'s' * (tokens > 1)} by {config.compressor.name}")
-    if config.prefusion.layers:
-        parts.append(f"{config.prefusion.layers} pre-fusion layers")
+        parts.append(f"{tokens} token{'s' * (tokens != 1)} by {config.compressor.name}")
+    if layers := config.prefusion.layers:
+        parts.append(f"{layers} pre-fusion layer{'s' * (layers > 1)}")
+    if config.tiles > 1:
+        parts.append(f"{config.tiles} x {config.tiles} tiles")
     if config.train.steps:
         parts.append(f"{config.train.steps} steps")
     elif config.train.epochs:

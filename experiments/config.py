@@ -118,7 +118,11 @@ class CompressorConfig:
     """LLaVA-Mini's compressor (paper section 4.1). `none` hands all patches to the language model."""
 
     name: str = "none"
-    size: int = 1  # C: the language model sees C x C tokens
+    size: int = 1  # C: the language model sees C x C tokens; 0 for none
+    # where paper and released code differ, the code's (llava_mini/configuration.py)
+    before_projection: bool = True
+    attention: str = "multi_head"  # of the compressor `query`: multi_head or bare
+    positions: str = "query_grid"  # of the compressor `query`: query_grid or own_grid
 
 
 @dataclass
@@ -127,6 +131,7 @@ class PrefusionConfig:
 
     layers: int = 0
     init: str = "language_model"  # copy the language model's first layers, or fresh
+    visual_tokens: bool = True  # they go through it too, as in the released code; not in the paper's equation 3
 
 
 @dataclass
@@ -251,6 +256,7 @@ class Config:
     data: DataConfig = MISSING
     compressor: CompressorConfig = field(default_factory=CompressorConfig)
     prefusion: PrefusionConfig = field(default_factory=PrefusionConfig)
+    tiles: int = 1  # a picture is cut into tiles x tiles and also seen whole (paper, LLaVA-Mini-HD: 2)
     train: TrainConfig = field(default_factory=TrainConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     bench: BenchConfig | None = None  # measured instead of a cell

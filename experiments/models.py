@@ -41,9 +41,10 @@ def build(config: Config, train: Split | None) -> tuple[PreTrainedModel, Process
     patches, grid = getattr(model.config, "image_seq_length", None), config.model.grid
     if grid is not None and patches is not None and patches != grid * grid:
         raise ValueError(f"model.grid: {grid} x {grid} patches, but the vision tower makes {patches} of an image")
-    compressor, prefusion = config.compressor, config.prefusion
-    if compressor.name != "none" or prefusion.layers:
-        model, processor = _mini(model, processor, compressor, prefusion)
+    if config.compressor.name != "none" or config.prefusion.layers:
+        model, processor = _mini(model, processor, config.compressor, config.prefusion, config.tiles)
+    elif config.tiles > 1:
+        raise ValueError(f"tiles: only a LLaVA-Mini takes {config.tiles} x {config.tiles} tiles; give it a compressor")
     model.eval()
     return model, processor
 
@@ -71,7 +72,11 @@ def _llava(config: Config, train: Split | None) -> tuple[PreTrainedModel, Proces
 
 
 def _mini(
-    model: PreTrainedModel, processor: ProcessorMixin, compressor: CompressorConfig, prefusion: PrefusionConfig
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    compressor: CompressorConfig,
+    prefusion: PrefusionConfig,
+    tiles: int,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     if not isinstance(model, LlavaForConditionalGeneration) or isinstance(model, LlavaMiniForConditionalGeneration):
         raise ValueError(
@@ -82,10 +87,14 @@ def _mini(
         model,
         compressor=compressor.name,
         compressor_size=compressor.size,
+        compress_before_projection=compressor.before_projection,
+        compressor_attention=compressor.attention,
+        compressor_positions=compressor.positions,
         prefusion_layers=prefusion.layers,
         prefusion_init=prefusion.init,
+        prefuse_visual_tokens=prefusion.visual_tokens,
     )
-    return mini, LlavaMiniProcessor.from_llava(processor, mini.config)
+    return mini, LlavaMiniProcessor.from_llava(processor, mini.config, tiles=tiles)
 
 
 def _folder_or_hub_name(path: str, field: str) -> str:

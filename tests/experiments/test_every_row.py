@@ -1,0 +1,31 @@
+"""Every row of every table runs: builds its model, trains a step, is scored and recorded."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from experiments import config as configuration
+from experiments import rows
+from experiments.cell import run_cell
+
+FAST = ("train.steps=1", "train.batch_size=2", "data.train=8", "data.test=6", "device=cpu")
+CELLS = [
+    (path.stem, row)
+    for path in sorted((Path(__file__).resolve().parents[2] / "conf" / "experiment").glob("*.yaml"))
+    for row in range(len(yaml.safe_load(path.read_text()).get("rows", ())))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("experiment", "row"), CELLS)
+def test_a_row_runs(composed, tmp_path, experiment, row):
+    config = rows.choose(composed(f"experiment={experiment}", f"row={row}", *FAST, f"results={tmp_path}"))
+    record = json.loads(run_cell(OmegaConf.to_object(config), configuration.resolved(config)).read_text())
+    assert record["status"] == "finished"
+    assert len(record["accuracy"]["image"]) == 6
+    if config.compressor.name != "none":
+        assert record["model"]["visual_tokens"] == config.compressor.size**2
+    assert record["model"]["prefusion_layers"] == config.prefusion.layers
