@@ -160,6 +160,13 @@ class ShapesData(DataConfig):
 
 
 @dataclass
+class ShapesVideoData(DataConfig):
+    """Clips of shapes, one a second (experiments/data/shapes_video.py)."""
+
+    frames: int = 0  # of each clip, spread evenly; 0 for one a second
+
+
+@dataclass
 class LlavaJsonData(DataConfig):
     """LLaVA-format JSON. Without `test_path` all of `path` is the test split and there is no training split."""
 
@@ -305,7 +312,12 @@ def register() -> None:
     store.store("schema", Config)
     groups: dict[str, dict[str, type]] = {
         "model": {"checkpoint": CheckpointModel, "joined": JoinedModel, "scratch": ScratchModel},
-        "data": {"shapes": ShapesData, "llava_json": LlavaJsonData, "photo_grid": PhotoGridData},
+        "data": {
+            "shapes": ShapesData,
+            "shapes_video": ShapesVideoData,
+            "llava_json": LlavaJsonData,
+            "photo_grid": PhotoGridData,
+        },
         "compressor": {"": CompressorConfig},
         "prefusion": {"": PrefusionConfig},
         "train": {"": TrainConfig},

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from experiments.config import DataConfig, LlavaJsonData, PhotoGridData, ShapesData
+from experiments.config import DataConfig, LlavaJsonData, PhotoGridData, ShapesData, ShapesVideoData
 from experiments.data.llava_json import load_llava_json
 from experiments.data.photo_grid import load_photo_grid
 from experiments.data.samples import OneQuestionEach, Split, fingerprint
 from experiments.data.shapes import load_shapes
+from experiments.data.shapes_video import load_shapes_video
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ def load_data(config: DataConfig) -> Data:
     if isinstance(config, ShapesData):
         train = load_shapes("train", config.train, config.seed, asdict(config.rounds))
         return Data(train, _one_question_each(load_shapes("test", config.test, config.seed)))
+    if isinstance(config, ShapesVideoData):
+        train, test = (
+            load_shapes_video(split, count, config.seed, config.frames)
+            for split, count in (("train", config.train), ("test", config.test))
+        )
+        return Data(train, _one_question_each(test))
     if isinstance(config, PhotoGridData):
         train, test = (
             load_photo_grid(config.photos, split, count, config.seed, config.grid, config.cell)
