@@ -2,67 +2,95 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
+from .compressors import Compressor
 from .configuration import LlavaMiniConfig
 from .layout import Pixels, pack
 from .pictures import EncodedFrames, Pictures
 from .prefusion import Past, Prefusion
-from .tiles import stitch
+from .tower import TowerView, look
 
 
 class FusionMixin:
     """What LLaVA-Mini does ahead of the language model, for a LlavaModel with `compressor` and `prefusion`."""
 
     config: LlavaMiniConfig
-    compressor: nn.Module | None
+    compressor: Compressor | None
     prefusion: Prefusion | None
     vision_tower: Any
     multi_modal_projector: Any
     language_model: Any
 
-    def get_vision_features(
-        self, pixel_values: Float[Tensor, "crops channels height width"]
-    ) -> Float[Tensor, "crops patches vision_width"]:
-        """Raw features of the selected layers of the vision tower, ahead of the projector."""
-        hidden_states = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
-        selected = self.config.vision_feature_layer
-        layers = [selected] if isinstance(selected, int) else selected
-        features = torch.cat([hidden_states[layer] for layer in layers], dim=-1)
-        return features[:, 1:] if self.config.vision_feature_select_strategy == "default" else features
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What the compressor works on besides the features."""
+        return () if self.compressor is None else self.compressor.needs
+
+    def look_at(self, pixel_values: Float[Tensor, "crops channels height width"]) -> TowerView:
+        """Raw features of the selected layers of the vision tower, ahead of the projector; with saliency and keys where
+        the compressor needs either. All that is known of the pixels comes from here."""
+        return look(
+            self.vision_tower,
+            pixel_values,
+            self.config.vision_feature_layer,
+            has_class=self.config.vision_feature_select_strategy == "default",
+            attends=not {"saliency", "keys"}.isdisjoint(self.needs),
+        )
 
     def encode(
-        self, pixels: Float[Tensor, "frames crops channels height width"]
+        self,
+        pixels: Float[Tensor, "frames crops channels height width"],
+        text: Float[Tensor, "frames length width"] | None = None,
+        text_mask: Bool[Tensor, "frames length"] | None = None,
     ) -> tuple[Float[Tensor, "frames patches width"], Float[Tensor, "frames tokens width"]]:
         """Frames -> what pre-fusion sees of them, and their visual tokens, both projected. A frame is one crop, or its
-        tiles in row-major order and then the whole picture. Without pre-fusion the first is empty."""
-        features = self.get_vision_features(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
-        if pixels.shape[1] == 1:
-            patches = detail = features[:, 0]  # (frames, patches, vision_width)
-        else:
-            tiles = math.isqrt(pixels.shape[1])
-            detail = stitch(features[:, :-1], tiles)  # (frames, tiles * tiles * patches, vision_width)
-            patches = torch.cat([detail, features[:, -1]], dim=1)
+        tiles in row-major order and then the whole picture. Without pre-fusion the first is empty.
+
+        Args:
+            text, text_mask: Raw embeddings of the text that is asked of each frame, and where they are no padding; for a
+                compressor that needs the text.
+
+        Raises:
+            ValueError: If the compressor needs the text and there is none.
+        """
+        crops = pixels.shape[1]
+        view = self.look_at(pixels.flatten(0, 1))
+        seen = view.of_frames(crops)
+        patches = detail = seen.features  # (frames, tiles * tiles * patches, vision_width)
+        if crops > 1:
+            whole = view.features.unflatten(0, pixels.shape[:2])[:, -1]
+            patches = torch.cat([detail, whole], dim=1)
         count = self.config.num_visual_tokens(detail.shape[1])
         if not self.config.compress_before_projection:
             patches = self.multi_modal_projector(patches)
             detail = patches[:, : detail.shape[1]]
-            return patches, detail[:, :count] if self.compressor is None else self.compressor(detail)[0]
+            return patches, detail[:, :count] if self.compressor is None else self._compress(
+                detail, seen, text, text_mask
+            )
         if self.compressor is None:
             patches = self.multi_modal_projector(detail if self.prefusion is None else patches)
             return patches, patches[:, :count]
-        tokens = self.compressor(detail)[0]
+        tokens = self._compress(detail, seen, text, text_mask)
         if self.prefusion is None:
             patches = patches[:, :0]
         both = self.multi_modal_projector(torch.cat([patches, tokens], dim=1))
         return both[:, :-count], both[:, -count:]
+
+    def _compress(
+        self, features: Float[Tensor, "frames patches width"], seen: TowerView, text: Tensor | None, mask: Tensor | None
+    ) -> Float[Tensor, "frames tokens width"]:
+        if "text" in self.needs and (text is None or mask is None):
+            raise ValueError(f"the compressor {self.config.compressor!r} reads the text: give text and text_mask")
+        text = text if text is None else text.to(features.dtype)
+        known = {"saliency": seen.saliency, "keys": seen.keys, "text": text, "text_mask": mask}
+        return cast(Compressor, self.compressor)(features, **{name: known[name] for name in self.needs})[0]
 
     def encode_pictures(
         self,
@@ -80,8 +108,13 @@ class FusionMixin:
 
         Raises:
             ValueError: If the layout does not fit the pixels, or frames do not fit in and are a stream that can be
-                gone through only once.
+                gone through only once; or if the compressor needs the text, so that nothing can be kept.
         """
+        if "text" in self.needs:
+            raise ValueError(
+                f"the compressor {self.config.compressor!r} reads the question, so pictures cannot be encoded ahead of "
+                "it: give pixel_values with each question"
+            )
         if visual_layout is not None:
             rows = int(visual_layout[:, 0].max()) + 1
         else:
@@ -129,14 +162,14 @@ class FusionMixin:
         frame_row, frame_weight = layout.frame_row.to(embeds.device), layout.frame_weight.to(embeds.device)
 
         is_text = torch.zeros_like(is_visual)
-        if self.prefusion is not None:
+        if self.prefusion is not None or "text" in self.needs:
             masks = (mask if mask is None else mask[::copies] for mask in (attention_mask, answer_mask))
             is_text = layout.fused_text(is_visual, *masks)
         text, filled = pack(embeds[::copies], is_text)  # (rows, most, width)
         fused = torch.zeros_like(text, dtype=torch.float32)
 
         visual: list[Tensor] = [embeds.new_empty(0)] * len(frame_row)
-        for asked, tokens, frame_text in self._ask(pictures, text, frame_row):
+        for asked, tokens, frame_text in self._ask(pictures, text, filled, frame_row):
             fused = fused.index_add(0, frame_row[asked], frame_text.float() * frame_weight[asked, None, None])
             for frame, of_frame in zip(asked.tolist(), tokens.unbind(), strict=True):
                 visual[frame] = of_frame
@@ -144,14 +177,19 @@ class FusionMixin:
 
         tokens = torch.cat(visual)  # (tokens, width)
         is_visual, is_text, filled = (x.repeat_interleave(copies, dim=0) for x in (is_visual, is_text, filled))
-        fused = fused.to(embeds.dtype).repeat_interleave(copies, dim=0)
-        embeds = embeds.masked_scatter(is_text[..., None], fused[filled])
+        if self.prefusion is not None:
+            fused = fused.to(embeds.dtype).repeat_interleave(copies, dim=0)
+            embeds = embeds.masked_scatter(is_text[..., None], fused[filled])
         if copies > 1:
             tokens = torch.cat([row for row in tokens.split(placeholders.tolist()) for _ in range(copies)])
         return embeds.masked_scatter(is_visual[..., None], tokens), tokens
 
     def _ask(
-        self, pictures: Pictures, text: Float[Tensor, "rows length width"], frame_row: Int[Tensor, " frames"]
+        self,
+        pictures: Pictures,
+        text: Float[Tensor, "rows length width"],
+        filled: Bool[Tensor, "rows length"],
+        frame_row: Int[Tensor, " frames"],
     ) -> Iterator[
         tuple[Int[Tensor, " asked"], Float[Tensor, "asked tokens width"], Float[Tensor, "asked length width"]]
     ]:
@@ -165,7 +203,8 @@ class FusionMixin:
         for frames, pixels in pictures.source.chunks(pictures.pixel_values, size, pictures.kept_frames):
             if not len(asked := pictures.asking(frames)):
                 continue
-            patches, tokens = self._look(pixels, text)
+            read = [x[frame_row[asked]] for x in (text, filled)] if "text" in self.needs else []
+            patches, tokens = self._look(pixels, text, *read)
             if torch.equal(pictures.frame[asked], torch.arange(frames.start, frames.stop)):  # one question a frame
                 fused = text[frame_row[asked]]
                 if self.prefusion is not None:
@@ -184,10 +223,10 @@ class FusionMixin:
             yield some, part.tokens[frame - part.frames.start], fused
 
     def _look(
-        self, pixels: Float[Tensor, "frames crops channels height width"], like: Tensor
+        self, pixels: Float[Tensor, "frames crops channels height width"], like: Tensor, *read: Tensor
     ) -> tuple[Float[Tensor, "frames patches width"], Float[Tensor, "frames tokens width"]]:
-        """`encode`, from any device and dtype to those of `like`."""
-        patches, tokens = self.encode(pixels.to(like.device, self.vision_tower.dtype))
+        """`encode`, from any device and dtype to those of `like`. What is read is the text and its mask."""
+        patches, tokens = self.encode(pixels.to(like.device, self.vision_tower.dtype), *read)
         return patches.to(like.device, like.dtype), tokens.to(like.device, like.dtype)
 
     def _keep(

@@ -27,6 +27,7 @@ from .fusion import FusionMixin
 from .layout import Pixels, prefusion_positions
 from .pictures import Pictures
 from .prefusion import Prefusion
+from .tower import query_and_key
 
 NEW_MODULES = re.compile(r"(^|\.)(compressor|prefusion)\.")
 
@@ -102,6 +103,8 @@ class LlavaMiniModel(FusionMixin, LlavaMiniPreTrainedModel, LlavaModel):
         super().__init__(config)
         compresses = config.compressor != "none" and config.compressor_size > 0
         self.compressor = COMPRESSORS[config.compressor](config) if compresses else None
+        if not {"saliency", "keys"}.isdisjoint(self.needs):
+            query_and_key(self.vision_tower, config.vision_feature_layer)  # raises for a tower it does not know
         self.prefusion = Prefusion(self.language_model, config.prefusion_layers) if config.prefusion_layers else None
         self.post_init()
 

@@ -10,9 +10,8 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-from jaxtyping import Float
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -24,7 +23,22 @@ CompressorClass = TypeVar("CompressorClass", bound="type[Compressor]")
 
 
 class Compressor(nn.Module):
-    """Base of every compressor; built from a [`LlavaMiniConfig`], works on features of `config.compressor_width`."""
+    """Base of every compressor; built from a [`LlavaMiniConfig`], works on features of `config.compressor_width`.
+
+    `forward(features)` takes (batch, patches, width) and returns the C x C tokens, (batch, tokens, width), row-major
+    where they lie on a grid, and the weight each patch has in each token, (batch, tokens, patches), rows that sum to one.
+
+    `needs` names what `forward` takes besides, by keyword:
+
+    - "saliency", (batch, patches): the attention that each patch gets in the vision tower's selected layer, from the
+      class token, or from all patches on average where there is none; the mean over the heads.
+    - "keys", (batch, patches, key_width): that layer's keys, all heads side by side.
+    - "text", (batch, length, text_width), and "text_mask", (batch, length): raw embeddings of the text that is asked, as
+      pre-fusion has it, without placeholders, padding and answers; the mask is True at its tokens. A row may have none.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    forward: Callable[..., tuple[Tensor, Tensor]]
 
     def __init__(self, config: LlavaMiniConfig):
         super().__init__()
@@ -33,12 +47,6 @@ class Compressor(nn.Module):
     def reset_parameters(self) -> None:
         """Initialises the parameters that are held by this module itself, not those of its children. Uses
         `transformers.initialization`, whose functions leave loaded parameters alone."""
-
-    def forward(
-        self, features: Float[Tensor, "batch patches width"]
-    ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens patches"]]:
-        """Returns the C x C tokens, row-major, and the weight each patch has in each token (rows sum to one)."""
-        raise NotImplementedError
 
 
 def register(name: str) -> Callable[[CompressorClass], CompressorClass]:

@@ -141,7 +141,7 @@ def test_nothing_more_is_held_than_is_counted(tiny_mini, fields, chunk):
     assert pictures.pixel_values is None
     pictures = encoded(model, inputs, max_bytes=0)
     rows = torch.tensor([0, 0, 0, 0, 1])
-    asked = list(model.model._ask(pictures, torch.randn(2, 6, 24), rows))
+    asked = list(model.model._ask(pictures, torch.randn(2, 6, 24), torch.ones(2, 6, dtype=torch.bool), rows))
     assert storage([tokens for _, tokens, _ in asked]) == 4 * 24 * 4 * 5
 
 

@@ -228,7 +228,7 @@ def test_several_vision_layers(tiny_llava, sample):
     model = LlavaMiniForConditionalGeneration(config).eval()
     ids, pixels = sample(1, 5)
     hidden_states = model.model.vision_tower(pixels[None], output_hidden_states=True).hidden_states
-    features = model.model.get_vision_features(pixels[None])
+    features = model.model.look_at(pixels[None]).features
     assert torch.equal(features, torch.cat([hidden_states[-1], hidden_states[-3]], dim=-1)[:, 1:])
     assert model(input_ids=ids[None], pixel_values=pixels[None]).logits.shape == (1, 6, 100)
 

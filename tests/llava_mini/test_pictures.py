@@ -175,7 +175,7 @@ def test_no_visual_tokens(tiny_mini):
     ids, pixels = torch.tensor([TEXT, TEXT[::-1]]), torch.randn(3, 3, 24, 24)
     embeds, tokens = model.model.fuse(ids, pixels[:2])
     assert tokens.shape == (0, 24)
-    patches = model.model.multi_modal_projector(model.model.get_vision_features(pixels[:2]))
+    patches = model.model.multi_modal_projector(model.model.look_at(pixels[:2]).features)
     raw = model.get_input_embeddings()(ids)
     states = model.model.prefusion(patches, raw, model.model.language_model.rotary_emb)[1]
     torch.testing.assert_close(embeds, states)

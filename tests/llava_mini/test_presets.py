@@ -25,7 +25,7 @@ def test_paper(tiny_mini, sample, size):
     embeds, tokens = mini.model.fuse(ids[None], pixels[None])
 
     model, width = mini.model, 24
-    h = model.multi_modal_projector(model.get_vision_features(pixels[None]))[0]
+    h = model.multi_modal_projector(model.look_at(pixels[None]).features)[0]
     scores = (model.compressor.query + sincos_table(size, width)) @ (h + sincos_table(4, width)).T
     expected = scores.softmax(-1) @ h
     torch.testing.assert_close(tokens, expected)
