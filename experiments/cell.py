@@ -14,8 +14,8 @@ import transformers
 from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
-from experiments import probing, schooling, training
-from experiments.config import Config, ScratchModel, identity
+from experiments import probing, reduction, schooling, training
+from experiments.config import Config, ReductionConfig, ScratchModel, identity
 from experiments.cost.counted import forward_cost
 from experiments.data import Data, load_data
 from experiments.data.samples import Sample, TextGuess, single_questions
@@ -51,6 +51,7 @@ def run_cell(config: Config, resolved: dict[str, Any]) -> Path | None:
     set_seed(config.seed)
     model, processor = build(config, data.train)
     probing.check(model, config.probe)
+    reduction.check(model, config)
     model.to(device)
     log_history, train_seconds = _train(model, processor, config, data, store.work(name), device)
     if log_history and not PartialState().is_main_process:
@@ -67,13 +68,13 @@ def run_cell(config: Config, resolved: dict[str, Any]) -> Path | None:
         "status": "finished",
         "error": None,
         "config": resolved,
-        "cost": forward_cost(model, questions),
+        "cost": forward_cost(model, questions, reduction.in_answering(config)),
         "data": _data_part(config, data, samples),
         "accuracy": _accuracy(model, processor, config, samples, questions, device),
         **probing.analyse(model, questions, some, config.probe),
         "train": {"log": log_history} if log_history else None,
     }
-    record["model"] = _model_part(model, record["cost"]["visual_tokens"])
+    record["model"] = _model_part(model, config, record["cost"])
     seconds = {"seconds": round(time.monotonic() - started, 1), "train_seconds": train_seconds}
     record["provenance"] = {"started": begun, **seconds, **provenance(device)}
     path = store.write(record)
@@ -90,7 +91,10 @@ def _label(config: Config) -> str:
         tokens = config.compressor.size**2
         parts.append(f"{tokens} token{'s' * (tokens != 1)} by {config.compressor.name}")
     if layers := config.prefusion.layers:
-        parts.append(f"{layers} pre-fusion layer{'s' * (layers > 1)}")
+        inside = " inside" if config.prefusion.place == "inside" else ""
+        parts.append(f"{layers} pre-fusion layer{'s' * (layers > 1)}{inside}")
+    if config.reduction.name != "none":
+        parts.append(_reduction_label(config.reduction))
     if config.tiles > 1:
         parts.append(f"{config.tiles} x {config.tiles} tiles")
     if config.train.steps:
@@ -98,6 +102,12 @@ def _label(config: Config) -> str:
     elif config.train.epochs:
         parts.append(f"{config.train.epochs} epoch{'s' * (config.train.epochs > 1)}")
     return ", ".join([*parts, f"seed {config.seed}"])
+
+
+def _reduction_label(reduction: ReductionConfig) -> str:
+    layers = ", ".join(map(str, reduction.layers)) + (f" of {reduction.of}" if reduction.of else "")
+    keeping = "" if reduction.name == "vtw" else f" keeping {reduction.keep:.3g}"
+    return f"{reduction.name}{keeping} at {layers}"
 
 
 def _train(
@@ -111,7 +121,9 @@ def _train(
     started = time.monotonic()
     if isinstance(config.model, ScratchModel) and training.last_checkpoint(work) is None:
         schooling.school(model, processor, schooling.scenes_of(data.train), config.model, work, config.seed, device)
-    history = training.train(model, processor, data.train.samples, config.train, work, config.seed, device)
+    history = training.train(
+        model, processor, data.train.samples, config.train, work, config.seed, device, reduction.in_training(config)
+    )
     model.eval()
     return history, round(time.monotonic() - started, 1)
 
@@ -124,11 +136,12 @@ def _accuracy(
     questions: Questions,
     device: torch.device,
 ) -> dict[str, str]:
-    found = {"image": digits(correct(model, questions, "accuracy"))}
+    around = reduction.in_answering(config)
+    found = {"image": digits(correct(model, questions, "accuracy", around))}
     if config.probe.controls:
         for condition in (blank, shuffled):
             changed = Questions(condition(samples), processor, config.batch_size, device)
-            found[condition.__name__] = digits(correct(model, changed, f"{condition.__name__} pictures"))
+            found[condition.__name__] = digits(correct(model, changed, f"{condition.__name__} pictures", around))
     return found
 
 
@@ -147,15 +160,22 @@ def _data_part(config: Config, data: Data, samples: list[Sample]) -> dict[str, A
     return part
 
 
-def _model_part(model: PreTrainedModel, visual_tokens: int) -> dict[str, Any]:
+def _model_part(model: PreTrainedModel, config: Config, cost: dict[str, Any]) -> dict[str, Any]:
+    """What tables name a row by. `visual_tokens` enter the language model; `visual_tokens_mean` is the mean over its
+    layers, which is less where some leave on the way."""
     mini = isinstance(model.config, LlavaMiniConfig)
+    inside = config.prefusion.place == "inside"
+    compressor = model.config.compressor if mini else "none"
+    methods = [name for name in (compressor, config.reduction.name) if name != "none"]
     return {
         "label": "LLaVA-Mini" if mini else "LLaVA" if model.config.model_type == "llava" else type(model).__name__,
         "layers": model.config.get_text_config().num_hidden_layers,
-        "visual_tokens": visual_tokens,
-        "patches": getattr(model.config, "image_seq_length", visual_tokens),
-        "prefusion_layers": model.config.prefusion_layers if mini else 0,
-        "compressor": model.config.compressor if mini else "none",
+        "visual_tokens": cost["visual_tokens"],
+        "visual_tokens_mean": cost["visual_tokens_mean"],
+        "patches": getattr(model.config, "image_seq_length", cost["visual_tokens"]),
+        "prefusion_layers": config.prefusion.layers if inside else model.config.prefusion_layers if mini else 0,
+        "prefusion_place": config.prefusion.place,
+        "compressor": "+".join(methods) or "none",
         "parameters": model.num_parameters(),
     }
 

@@ -18,6 +18,8 @@ TRAIN_CHOICES = {
     "optimizer": ("adamw", "muon"),
     "schedule": ("cosine", "linear", "constant", "constant_with_warmup"),
 }
+REDUCTIONS = ("none", "fastv", "vtw", "pyramid_drop")
+PREFUSION_PLACES = ("outside", "inside")
 
 
 @dataclass
@@ -127,11 +129,52 @@ class CompressorConfig:
 
 @dataclass
 class PrefusionConfig:
-    """LLaVA-Mini's modality pre-fusion (paper section 4.1). 0 layers and no compressor is plain LLaVA."""
+    """LLaVA-Mini's modality pre-fusion (paper section 4.1). 0 layers and no compressor is plain LLaVA.
+
+    Raises:
+        ValueError: if a field is out of its range.
+    """
 
     layers: int = 0
     init: str = "language_model"  # copy the language model's first layers, or fresh
     visual_tokens: bool = True  # they go through it too, as in the released code; not in the paper's equation 3
+    place: str = "outside"  # ahead of the language model, or inside: its own first layers see the patches (Table 12)
+
+    def __post_init__(self) -> None:
+        if self.place not in PREFUSION_PLACES:
+            raise ValueError(f"prefusion.place: no '{self.place}'; use {' or '.join(PREFUSION_PLACES)}")
+        if self.place == "inside" and self.layers < 1:
+            raise ValueError(f"prefusion.layers: must be at least 1 inside the language model, found {self.layers}")
+
+
+@dataclass
+class ReductionConfig:
+    """Visual tokens dropped inside the language model while it answers (experiments/reduction.py). Layers count from 0.
+
+    Raises:
+        ValueError: if a field is out of its range, or does not go with the method.
+    """
+
+    name: str = "none"  # or fastv, vtw, pyramid_drop
+    layers: list[int] = field(default_factory=list)  # the first that run on fewer tokens: fastv and vtw have one
+    of: int = 0  # layers of the model that `layers` are of, and are scaled from; 0 for the model at hand
+    keep: float = 0.0  # share of the tokens that stays; of pyramid_drop's, each time
+
+    def __post_init__(self) -> None:
+        if self.name not in REDUCTIONS:
+            raise ValueError(f"reduction.name: no '{self.name}'; use {', '.join(REDUCTIONS)}")
+        if self.name == "none" and self.layers:
+            raise ValueError("reduction.layers: 'none' drops nothing; leave them out, or choose a method")
+        if self.name in ("fastv", "vtw") and len(self.layers) != 1:
+            raise ValueError(f"reduction.layers: {self.name} drops tokens once; name one layer, found {self.layers}")
+        if self.name == "pyramid_drop" and not self.layers:
+            raise ValueError("reduction.layers: pyramid_drop needs at least one layer to drop tokens at")
+        if self.of < 0:
+            raise ValueError(f"reduction.of: must be at least 0, found {self.of}")
+        if self.name in ("none", "vtw") and self.keep:
+            raise ValueError(f"reduction.keep: {self.name} has no share to keep; leave it out, found {self.keep}")
+        if not 0 <= self.keep < 1:
+            raise ValueError(f"reduction.keep: a share from 0 to below 1, found {self.keep}")
 
 
 @dataclass
@@ -263,6 +306,7 @@ class Config:
     data: DataConfig = MISSING
     compressor: CompressorConfig = field(default_factory=CompressorConfig)
     prefusion: PrefusionConfig = field(default_factory=PrefusionConfig)
+    reduction: ReductionConfig = field(default_factory=ReductionConfig)
     tiles: int = 1  # a picture is cut into tiles x tiles and also seen whole (paper, LLaVA-Mini-HD: 2)
     train: TrainConfig = field(default_factory=TrainConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
@@ -320,6 +364,7 @@ def register() -> None:
         },
         "compressor": {"": CompressorConfig},
         "prefusion": {"": PrefusionConfig},
+        "reduction": {"": ReductionConfig},
         "train": {"": TrainConfig},
         "probe": {"": ProbeConfig},
     }

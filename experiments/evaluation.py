@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from experiments.data.conversation import IGNORED, Collator, Encoder
 from experiments.data.samples import Picture, Sample
 from experiments.models import inference
+from experiments.reduction import Around, untouched
 from llava_mini.video import Video
 
 Inputs = dict[str, Tensor]
@@ -65,12 +66,15 @@ def greedy_matches(
     return ((said == wanted) | (wanted == IGNORED)).all(-1)
 
 
-def correct(model: PreTrainedModel, questions: Questions, say: str) -> Bool[Tensor, " questions"]:
-    """Which questions are answered right."""
+def correct(
+    model: PreTrainedModel, questions: Questions, say: str, around: Around = untouched
+) -> Bool[Tensor, " questions"]:
+    """Which questions are answered right, with `around` around every forward call."""
     outcomes = []
     with inference(model):
         for inputs in questions.batches(say):
-            logits = model(**inputs).logits
+            with around(model, inputs):
+                logits = model(**inputs).logits
             outcomes.append(greedy_matches(logits, inputs["labels"]).cpu())
     return torch.cat(outcomes)
 

@@ -83,6 +83,11 @@ def _mini(
             f"a compressor or pre-fusion is put into a LLaVA, and this model is a {type(model).__name__}; "
             "choose a LLaVA, or compressor=none prefusion.layers=0"
         )
+    inside = prefusion.place == "inside"
+    if inside and (compressor.name == "none" or not compressor.size):
+        raise ValueError(
+            "prefusion.place=inside leaves compressed tokens to later layers: choose a compressor with at least one token"
+        )
     mini = LlavaMiniForConditionalGeneration.from_llava(
         model,
         compressor=compressor.name,
@@ -90,9 +95,10 @@ def _mini(
         compress_before_projection=compressor.before_projection,
         compressor_attention=compressor.attention,
         compressor_positions=compressor.positions,
-        prefusion_layers=prefusion.layers,
+        prefusion_layers=0 if inside else prefusion.layers,
         prefusion_init=prefusion.init,
         prefuse_visual_tokens=prefusion.visual_tokens,
+        keep_patches=inside,
     )
     return mini, LlavaMiniProcessor.from_llava(processor, mini.config, tiles=tiles)
 

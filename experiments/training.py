@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from experiments.data.conversation import Collator, Encoder
 from experiments.data.samples import VIDEO_SLOT, Sample
 from experiments.optimizer import MuonAdamW, give_own_rate
 from experiments.order import SortedSteps
+from experiments.reduction import Around, untouched
 
 log = logging.getLogger(__name__)
 _TRAINER_STATE = "trainer_state.json"  # Trainer writes it last: a checkpoint that has it whole is whole
@@ -48,15 +51,22 @@ class Conversations(Dataset[dict[str, Any]]):
 
 
 class ResumingTrainer(Trainer):
-    """A Trainer that may take rows in an order of ours, may give the projector a learning rate of its own, and resumes
-    models whose weights are renamed when they are saved.
+    """A Trainer that may take rows in an order of ours, may give the projector a learning rate of its own, may put
+    something around the forward calls, and resumes models whose weights are renamed when they are saved.
 
     transformers writes LLaVA's weights under the names of its older layout, and Trainer reads them back by name without
     the renaming that `from_pretrained` does: it would go on from the weights at hand, with a warning alone.
     """
 
-    def __init__(self, *, order: SortedSteps | None, projector_rate: float | None, **kwargs: Any) -> None:
-        self.order, self.projector_rate = order, projector_rate
+    def __init__(
+        self,
+        *,
+        order: SortedSteps | None,
+        projector_rate: float | None,
+        around: Callable[[dict[str, Any]], AbstractContextManager[Any]],
+        **kwargs: Any,
+    ) -> None:
+        self.order, self.projector_rate, self.around = order, projector_rate, around
         super().__init__(callbacks=[order] if order else None, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
@@ -69,6 +79,10 @@ class ResumingTrainer(Trainer):
             named = (self.model if model is None else model).named_parameters()
             give_own_rate(optimizer, [p for name, p in named if PROJECTOR in name], self.projector_rate)
         return optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with self.around(inputs):
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.model if model is None else model
@@ -120,12 +134,14 @@ def fit(
     seed: int,
     device: torch.device,
     sizes: Sequence[Any] | None = None,
+    around: Callable[[dict[str, Any]], AbstractContextManager[Any]] = nullcontext,
 ) -> list[dict[str, float]]:
     """Train in place for `config.steps` steps or `config.epochs` epochs, from the newest whole checkpoint in `work` if
     there is one. `config.batch_size` rows make a step, whatever the processes of a distributed launch.
 
     Args:
         sizes: What the rows of a step are sorted by; see [`SortedSteps`].
+        around: Of the inputs of a forward call: what to run it in.
 
     Returns:
         Trainer's log: loss, learning rate and gradient norm by step.
@@ -163,6 +179,7 @@ def fit(
         optimizers=(_optimizer(model, config), None),
         order=SortedSteps(sizes, config.batch_size, seed) if sizes else None,
         projector_rate=config.projector_learning_rate,
+        around=around,
     )
     found = last_checkpoint(work)
     if found:
@@ -198,14 +215,16 @@ def train(
     work: Path,
     seed: int,
     device: torch.device,
+    around: Around = untouched,
 ) -> list[dict[str, float]]:
-    """Train a LLaVA or LLaVA-Mini on conversations, in place. With `config.lora` adapters are trained, left in `work`,
+    """Train a LLaVA or LLaVA-Mini on conversations, in place, with `around` around every forward call. With `config.lora` adapters are trained, left in `work`,
     and merged into the model."""
     data = Conversations(samples, Encoder(processor))
     sizes = data.sizes() if config.group_by_length else None
     choose_parameters(model, config)
     adapted = lora.adapt(model, config.lora) if config.lora else None
-    history = fit(adapted or model, data, Collator(processor), config, work, seed, device, sizes)
+    within = partial(around, model)
+    history = fit(adapted or model, data, Collator(processor), config, work, seed, device, sizes, within)
     if adapted:
         lora.merge(adapted, work / ADAPTER)
     return history

@@ -54,6 +54,8 @@ class LlavaMiniConfig(LlavaConfig):
             with names such as `0.self_attn.q_proj.weight`, as the official `--pretrain_prefusion` takes it.
         prefuse_visual_tokens: The language model gets its visual tokens as they leave pre-fusion (code), or as they
             were before it (equation 3, where pre-fusion gives the text only).
+        keep_patches: The language model sees the patches that were compressed too, ahead of the compressed tokens: for
+            pre-fusion within its own first layers (paper Table 12), from which the caller has to drop the patches.
         detach_embeddings: Keep gradients from the text embeddings, as the released training code does; the paper
             trains all but the vision tower.
         frames_per_chunk: Frames that go through vision tower, compressor and pre-fusion at once. Trades memory for
@@ -74,6 +76,7 @@ class LlavaMiniConfig(LlavaConfig):
     prefusion_layers: int = 4
     prefusion_init: str = "fresh"
     prefuse_visual_tokens: bool = True
+    keep_patches: bool = False
     detach_embeddings: bool = False
     frames_per_chunk: int = 32
 
@@ -97,6 +100,11 @@ class LlavaMiniConfig(LlavaConfig):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        if self.keep_patches and (self.compressor == "none" or not self.compressor_size or self.prefusion_layers):
+            raise ValueError(
+                "keep_patches puts patches beside compressed tokens into the language model, in place of pre-fusion ahead "
+                "of it: give a compressor with compressor_size of at least 1, and prefusion_layers=0"
+            )
         if self.compressor != "none" and not (self.compressor_size or self.prefusion_layers):
             raise ValueError(
                 "compressor_size=0 with prefusion_layers=0 leaves the picture no way to the language model"
@@ -125,7 +133,9 @@ class LlavaMiniConfig(LlavaConfig):
 
     def num_visual_tokens(self, patches: int) -> int:
         """How many tokens the language model sees of an image that the vision tower cut into `patches` patches."""
-        return patches if self.compressor == "none" else self.compressor_size**2
+        if self.compressor == "none":
+            return patches
+        return self.compressor_size**2 + (patches if self.keep_patches else 0)
 
 
 __all__ = ["PRESETS", "LlavaMiniConfig"]

@@ -71,15 +71,16 @@ class FusionMixin:
         if not self.config.compress_before_projection:
             patches = self.multi_modal_projector(patches)
             detail = patches[:, : detail.shape[1]]
-            return patches, detail[:, :count] if self.compressor is None else self._compress(
-                detail, seen, text, text_mask
-            )
+            if self.compressor is None:
+                return patches, detail[:, :count]
+            tokens = self._compress(detail, seen, text, text_mask)
+            return patches, torch.cat([detail, tokens], dim=1) if self.config.keep_patches else tokens
         if self.compressor is None:
             patches = self.multi_modal_projector(detail if self.prefusion is None else patches)
             return patches, patches[:, :count]
         tokens = self._compress(detail, seen, text, text_mask)
         if self.prefusion is None:
-            patches = patches[:, :0]
+            patches = detail if self.config.keep_patches else patches[:, :0]
         both = self.multi_modal_projector(torch.cat([patches, tokens], dim=1))
         return both[:, :-count], both[:, -count:]
 

@@ -33,6 +33,7 @@ class LlavaMiniProcessor(LlavaProcessor):
             was fine-tuned. Otherwise images are cropped at the centre, and frames squashed, as the released code does.
         fuse_answers: Let pre-fusion fuse what the assistant said in earlier turns, as the released code does. In
             training answers are never fused, so by default `apply_chat_template` marks them in `answer_mask`.
+        keep_patches: A frame takes a placeholder for each patch ahead of those for its compressed tokens.
         The other arguments are those of [`LlavaProcessor`].
     """
 
@@ -49,12 +50,14 @@ class LlavaMiniProcessor(LlavaProcessor):
         tiles: int = 1,
         pad_to_square: bool = False,
         fuse_answers: bool = False,
+        keep_patches: bool = False,
         **kwargs: Any,
     ):
         self.num_visual_tokens = num_visual_tokens
         self.tiles = tiles
         self.pad_to_square = pad_to_square
         self.fuse_answers = fuse_answers
+        self.keep_patches = keep_patches
         super().__init__(
             image_processor=image_processor,
             tokenizer=tokenizer,
@@ -79,6 +82,7 @@ class LlavaMiniProcessor(LlavaProcessor):
             image_token=processor.image_token,
             num_additional_image_tokens=processor.num_additional_image_tokens,
             num_visual_tokens=None if config.compressor == "none" else config.compressor_size**2,
+            keep_patches=config.keep_patches,
             **fields,
         )
 
@@ -200,12 +204,13 @@ class LlavaMiniProcessor(LlavaProcessor):
         return self._slots.sub(placeholders, text), moves
 
     def _tokens_of_a_frame(self) -> int:
-        if self.num_visual_tokens is not None:
-            return self.num_visual_tokens
+        compressed = self.num_visual_tokens
+        if compressed is not None and not self.keep_patches:
+            return compressed
         pixels = self.image_processor(Image.new("RGB", (8, 8)), return_tensors="pt")["pixel_values"]
         patches = (pixels.shape[-2] // self.patch_size) * (pixels.shape[-1] // self.patch_size)
         extra = self.num_additional_image_tokens - (self.vision_feature_select_strategy == "default")
-        return (patches + extra) * self.tiles**2
+        return (patches + extra) * self.tiles**2 + (compressed or 0)
 
     def _encode(self, rows: list[str], spans: list[Spans] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         if spans is None:

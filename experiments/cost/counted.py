@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Cache, PreTrainedModel
 
 from experiments.evaluation import Questions
+from experiments.reduction import Around, untouched
 from probes.tokens import visual_token_ids
 
 T = TypeVar("T")
 
 
-def forward_cost(model: PreTrainedModel, questions: Questions) -> dict[str, Any]:
-    """FLOPs of the prefill of the first question alone: tower, projector, compressor, pre-fusion and language model; and
-    the bytes of keys and values that it leaves."""
+@torch.no_grad()
+def forward_cost(model: PreTrainedModel, questions: Questions, around: Around = untouched) -> dict[str, Any]:
+    """FLOPs of the prefill of the first question alone, with `around` around it: tower, projector, compressor,
+    pre-fusion and language model; and the bytes of keys and values that it leaves. Visual tokens that are gone in the
+    last layer get no logits."""
     inputs = {name: tensor for name, tensor in questions.first().items() if name != "labels"}
-    flops, outputs = counted(lambda: model(**inputs, use_cache=True))
     # not by a TokenMap, which refuses a prompt without visual tokens: a LLaVA-Mini of size 0 has none
     visual = sum(int((inputs["input_ids"] == token).sum()) for token in visual_token_ids(model.config))
+    with around(model, inputs) as receipt:
+        left: dict[str, Any] = {}
+        if receipt is not None:
+            model(**inputs)  # only a run tells which tokens are left in the end
+            left["logits_to_keep"] = (~cast(Tensor, receipt[-1].chosen)[0]).nonzero()[:, 0].to(model.device)
+        flops, outputs = counted(lambda: model(**inputs, **left, use_cache=True))
+    dropped = 0.0
+    for effect in receipt or ():
+        dropped += sum(effect.tokens[layer] / effect.calls[layer] for layer in effect.calls)
     return {
         "flops": float(flops),
         "cache_bytes": cache_bytes(outputs.past_key_values),
         "text_tokens": inputs["input_ids"].shape[1] - visual,
         "visual_tokens": visual,
+        "visual_tokens_mean": visual - dropped / model.config.get_text_config().num_hidden_layers,
         "convention": "multiply and add are 2; one question with its answer, all matrix products and attention, counted by torch",
     }
 

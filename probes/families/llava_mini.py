@@ -33,13 +33,19 @@ class Frame:
 
 @family("llava_mini")
 def llava_mini(config: PretrainedConfig, inputs: Mapping[str, Any], sizes: Sizes, processor: Any) -> list[Grid]:
-    """The C x C tokens of every frame, or its patches where nothing is compressed.
+    """The C x C tokens of every frame, or its patches where nothing is compressed. Where the language model sees both,
+    the patches come first, and the compressed tokens count as one more tile.
 
     A token of the compressor "average" covers the patches of its cell. One of "query" attends to all patches: its box
     is all that they cover, its row and column say which query it is. Of compressors added by others the box is NaN.
     A picture of one frame counts as an image: its box is wrong if it is a video that was not padded to a square.
     """
-    grids = [frame.compressed or frame.patches for frame in frames_of(config, inputs, sizes, processor)]
+    grids = []
+    for frame in frames_of(config, inputs, sizes, processor):
+        if config.keep_patches and frame.compressed:
+            grids += [frame.patches, after(frame.patches, frame.compressed)]
+        else:
+            grids.append(frame.compressed or frame.patches)
     return with_class_tokens(config, inputs, grids) if config.compressor == "none" else grids
 
 
@@ -50,8 +56,13 @@ def prefusion(config: PretrainedConfig, inputs: Mapping[str, Any], sizes: Sizes,
     for frame in frames_of(config, inputs, sizes, processor):
         grids += [frame.patches, frame.whole] if frame.whole else [frame.patches]
         if frame.compressed and config.prefuse_visual_tokens:
-            grids.append(replace(frame.compressed, tile=int(torch.as_tensor(grids[-1].tile).max()) + 1))
+            grids.append(after(grids[-1], frame.compressed))
     return with_class_tokens(config, inputs, grids) if config.compressor == "none" else grids
+
+
+def after(last: Grid, compressed: Grid) -> Grid:
+    """The compressed tokens as the tile that follows the last of a frame's."""
+    return replace(compressed, tile=int(torch.as_tensor(last.tile).max()) + 1)
 
 
 def frames_of(config: PretrainedConfig, inputs: Mapping[str, Any], sizes: Sizes, processor: Any) -> Iterator[Frame]:

@@ -20,6 +20,7 @@ def test_number_of_visual_tokens():
     assert LlavaMiniConfig().num_visual_tokens(576) == 1
     assert LlavaMiniConfig(compressor_size=8).num_visual_tokens(576) == 64
     assert LlavaMiniConfig(compressor="none").num_visual_tokens(576) == 576
+    assert LlavaMiniConfig(compressor_size=2, prefusion_layers=0, keep_patches=True).num_visual_tokens(576) == 580
 
 
 @pytest.mark.parametrize(("layers", "width"), [(-2, 1024), ([-2, -5], 2048)])
@@ -37,6 +38,9 @@ def test_vision_width_counts_the_selected_layers(layers, width):
         ({"compressor_heads": 0}, "compressor_heads must be an integer of at least 1; got 0"),
         ({"prefusion_layers": -1}, "prefusion_layers must be an integer of at least 0; got -1"),
         ({"prefusion_layers": "4"}, "prefusion_layers must be an integer of at least 0; got '4'"),
+        ({"keep_patches": True}, "keep_patches puts patches beside compressed tokens .* and prefusion_layers=0"),
+        ({"keep_patches": True, "prefusion_layers": 0, "compressor": "none"}, "give a compressor"),
+        ({"keep_patches": True, "prefusion_layers": 0, "compressor_size": 0}, "compressor_size of at least 1"),
         ({"prefusion_init": "lm"}, "prefusion_init must be 'fresh', 'language_model' or a .safetensors file; got 'lm'"),
         ({"prefusion_init": "language_model", "prefusion_layers": 33}, "at most the language model's 32 layers"),
     ],

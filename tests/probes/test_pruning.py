@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from probes.attention import record_attention
-from probes.pruning import fastv, pyramid_drop, vtw
+from probes.pruning import fastv, kept_tokens, pyramid_drop, vtw
 from probes.tokens import TokenMap
 from tests.probes import by_hand
 
@@ -135,6 +135,20 @@ def test_dropping_is_hiding_in_generation(
         logits[how] = torch.stack(out.logits)
         assert all(set(effect.calls.values()) == {4} for effect in receipt), "the prompt and three steps"
     close(logits["mask"], logits["drop"])
+
+
+@pytest.mark.parametrize("count", [1, 9, 36, 100, 576, 2880])
+def test_as_many_stay_as_the_share_says(count: int) -> None:
+    """Every share that is a whole number of tokens, whatever its rounding error: 0.53 of 100 are 53."""
+    assert [int(kept_tokens(torch.tensor(count), kept / count)) for kept in range(count)] == list(range(count))
+
+
+def test_the_share_of_a_hundred(make_llama: Callable[..., Any], make_rows: Callable[..., Inputs]) -> None:
+    inputs, model = make_rows([(1, 100, 3), (2, 50, 3)], "left"), make_llama()
+    del inputs["pixel_values"]
+    with torch.no_grad(), fastv(model, TokenMap.from_inputs(model, inputs), 1, 0.53) as receipt:
+        model(**inputs)
+    assert receipt[0].chosen.sum(dim=1).tolist() == [47, 24]
 
 
 def test_layers_do_less_work(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:

@@ -59,6 +59,23 @@ def test_boxes(
     check_boxes(colours_of(model, inputs, stack == "prefusion"), tokens.require_places(), sizes, 0.02)
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["compress first", "project first"])
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_boxes_of_patches_beside_compressed_tokens(
+    make_llava_mini: Any, map_picture: Any, colours_of: Any, check_boxes: Any, tiles: int, first: bool
+) -> None:
+    fields = {"compressor": "average", "prefusion_layers": 0, "keep_patches": True}
+    model, processor = make_llava_mini(tiles, compress_before_projection=first, **fields)
+    pictures = [map_picture(*size) for size in SIZES]
+    inputs = processor(images=pictures, text=["what <image> is"] * len(SIZES), return_tensors="pt")
+    tokens = TokenMap.from_inputs(model, inputs, processor, pictures)
+    check_boxes(colours_of(model, inputs), tokens.require_places(), sizes_of(tokens, SIZES, [1] * len(SIZES)), 0.02)
+    tile = tokens.require_places().tile[tokens.mask("vision")].view(len(SIZES), -1)
+    assert (tile[:, -4:] == tiles**2).all()
+    assert (tile[:, :-4] < tiles**2).all()
+    assert tile.shape[1] == 16 * tiles**2 + 4
+
+
 @pytest.mark.parametrize("stack", ["decoder", "prefusion"])
 @pytest.mark.parametrize("tiles", [1, 2])
 def test_boxes_of_several_pictures_and_videos(
