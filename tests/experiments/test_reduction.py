@@ -15,15 +15,15 @@ from transformers import LlavaForConditionalGeneration
 from experiments import config as configuration
 from experiments import reduction, tiny
 from experiments.cell import run_cell
-from experiments.config import Config, PrefusionConfig, ProbeConfig, ReductionConfig, TrainConfig
+from experiments.config import CompressorConfig, Config, PrefusionConfig, ProbeConfig, ReductionConfig, TrainConfig
 from experiments.cost.counted import forward_cost
 from experiments.cost.estimate import Geometry, Prompt
 from experiments.data.conversation import Collator, Encoder
 from experiments.data.samples import single_questions
 from experiments.data.scenes import SIDE
 from experiments.evaluation import Questions, correct
+from experiments.models import _mini
 from experiments.reduction import first_layers, fusing_inside, in_answering, in_training, patches, visual_by_layer
-from experiments.run import asset
 from experiments.training import train
 from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
 from llava_mini.video import Video
@@ -67,7 +67,6 @@ def questions(few, processor):
 @pytest.fixture(scope="module")
 def composed():
     configuration.register()
-    OmegaConf.register_new_resolver("asset", asset, replace=True)
     with initialize_config_module("conf", version_base="1.3"):
         yield lambda *overrides: compose("config", list(overrides))
 
@@ -148,6 +147,11 @@ def test_settings_that_do_not_go(make, said):
 def test_cells_that_cannot_be_run(deep, parts, said):
     with pytest.raises(ValueError, match=said):
         reduction.check(deep, config(**parts))
+
+
+def test_inside_needs_something_compressed(deep, processor):
+    with pytest.raises(ValueError, match=r"prefusion.place=inside .* choose a compressor with at least one token"):
+        _mini(deep, processor, CompressorConfig(), PrefusionConfig(2, place="inside"), 1)
 
 
 def test_no_visual_token_to_drop(deep):
