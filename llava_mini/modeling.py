@@ -22,6 +22,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .compressors import COMPRESSORS, Compressor
+from .compressors.query import Attention
 from .configuration import LlavaMiniConfig
 from .fusion import FusionMixin
 from .layout import Pixels, prefusion_positions
@@ -40,7 +41,7 @@ class LlavaMiniPreTrainedModel(LlavaPreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Compressor):
+        if isinstance(module, Compressor | Attention):
             module.reset_parameters()
 
     @torch.no_grad()

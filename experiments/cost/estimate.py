@@ -227,6 +227,6 @@ def count(module: nn.Module, *shape: int) -> Work:
     """Of one call with a tensor of that shape, by torch's counter."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         module(torch.empty(*shape))
-    counts = counter.get_flop_counts()["Global"]
+    counts = counter.get_flop_counts().get("Global", {})  # nothing at all where patches are merely chosen
     linear = sum(flops for operation, flops in counts.items() if operation in LINEAR)
     return Work(float(linear), float(sum(counts.values()) - linear))

@@ -10,7 +10,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
@@ -61,15 +61,24 @@ def register(name: str) -> Callable[[CompressorClass], CompressorClass]:
     return decorator
 
 
-def grid_side(patches: int) -> int:
-    """Side of the square grid that `patches` patches form; ValueError if they form none."""
+def grid_side(patches: int, size: int = 0) -> int:
+    """Side of the square grid that `patches` patches form; ValueError if they form none, or one smaller than C = `size`,
+    which a compressor gives where it makes no more tokens than there are patches."""
     side = math.isqrt(patches)
     if side * side != patches:
         raise ValueError(
             f"a compressor needs a square grid of patches, got {patches}; "
             "does vision_feature_select_strategy drop the CLS token exactly where the vision tower has one?"
         )
+    if size > side:
+        raise ValueError(f"compressor_size={size} exceeds the {side} x {side} grid of patches")
     return side
+
+
+def configured_side(config: LlavaMiniConfig) -> int:
+    """Side of the vision tower's grid of patches. A picture in T x T tiles comes as a grid of T times that side."""
+    vision: Any = config.vision_config
+    return vision.image_size // vision.patch_size
 
 
 for _module in pkgutil.iter_modules(__path__):

@@ -20,12 +20,19 @@ class AverageCompressor(Compressor):
     def forward(
         self, features: Float[Tensor, "batch patches width"]
     ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens patches"]]:
-        side = grid_side(features.shape[1])
-        if self.size > side:
-            raise ValueError(f"compressor_size={self.size} exceeds the {side} x {side} grid of patches")
-        cell = torch.arange(self.size, device=features.device)[:, None]  # (size, 1)
-        patch = torch.arange(side, device=features.device)  # (side,)
-        inside = (patch >= cell * side // self.size) & (patch < -(-(cell + 1) * side // self.size))
-        axis = inside.to(features.dtype) / inside.sum(dim=1, keepdim=True)  # (size, side)
-        weights = torch.kron(axis, axis)  # (size * size, side * side)
+        weights = cell_means(self.size, features)
         return weights @ features, weights.expand(features.shape[0], -1, -1)
+
+
+def cell_means(size: int, features: Float[Tensor, "batch patches width"]) -> Float[Tensor, "size*size patches"]:
+    """The weight of each patch in the mean of each cell of a `size` x `size` grid, in the features' dtype.
+
+    Raises:
+        ValueError: If the patches form no square grid or a smaller one.
+    """
+    side = grid_side(features.shape[1], size)
+    cell = torch.arange(size, device=features.device)[:, None]  # (size, 1)
+    patch = torch.arange(side, device=features.device)  # (side,)
+    inside = (patch >= cell * side // size) & (patch < -(-(cell + 1) * side // size))
+    axis = inside.to(features.dtype) / inside.sum(dim=1, keepdim=True)  # (size, side)
+    return torch.kron(axis, axis)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -40,8 +40,6 @@ class QueryCompressor(Compressor):
         )
         self.ln_q, self.ln_kv, self.attn = nn.Identity(), nn.Identity(), BareAttention()
         if config.compressor_attention == "multi_head":
-            if width % config.compressor_heads:
-                raise ValueError(f"compressor_heads={config.compressor_heads} does not divide the width {width}")
             self.ln_q = nn.LayerNorm(width, eps=1e-5)
             self.ln_kv = nn.LayerNorm(width, eps=1e-5)
             self.attn = Attention(width, config.compressor_heads)
@@ -49,9 +47,6 @@ class QueryCompressor(Compressor):
 
     def reset_parameters(self) -> None:
         init.normal_(self.query, std=0.02)
-        if isinstance(self.attn, Attention):
-            init.xavier_uniform_(self.attn.in_proj_weight)
-            init.zeros_(self.attn.in_proj_bias)
         if self.pos_embed is not None:
             init.copy_(self.pos_embed, sincos_table(self.size, self.pos_embed.shape[1]).to(self.pos_embed))
 
@@ -89,24 +84,40 @@ class BareAttention(nn.Module):
         query: Float[Tensor, "batch tokens width"],
         key: Float[Tensor, "batch patches width"],
         value: Float[Tensor, "batch patches width"],
+        allowed: Bool[Tensor, "tokens patches"] | None = None,
     ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens patches"]]:
-        """The output, and the attention weights averaged over the heads."""
+        """The output, and the attention weights averaged over the heads. A token looks at all patches or at those
+        `allowed` to it, of which there must be one."""
         q, k, v = self.split(query, key, value)
         scores = q @ k.transpose(2, 3) * self.scale
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, -torch.inf)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)  # (batch, heads, tokens, patches)
         return self.merge(weights @ v), weights.mean(dim=1)
 
 
 class Attention(BareAttention):
     """`nn.MultiheadAttention` with its parameters' names, as the official checkpoint has them. torch's own reads its
-    output map's weights without calling it, which accelerate cannot follow when it offloads them."""
+    output map's weights without calling it, which accelerate cannot follow when it offloads them.
+
+    Raises:
+        ValueError: If `heads` (`compressor_heads`) does not divide the width.
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
+        if width % heads:
+            raise ValueError(f"compressor_heads={heads} does not divide the width {width}")
         self.heads, self.scale = heads, (width // heads) ** -0.5
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = nn.Linear(width, width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As [`Compressor.reset_parameters`]."""
+        init.xavier_uniform_(self.in_proj_weight)
+        init.zeros_(self.in_proj_bias)
 
     def split(self, query: Tensor, key: Tensor, value: Tensor) -> list[Float[Tensor, "batch heads positions width"]]:
         maps = zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)

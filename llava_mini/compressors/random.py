@@ -1,0 +1,49 @@
+"""Random sampling: C x C patches at places that chance has fixed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import initialization as init
+
+from . import Compressor, configured_side, grid_side, register
+from .uniform import move, select
+
+if TYPE_CHECKING:
+    from ..configuration import LlavaMiniConfig
+
+
+@register("random")
+class RandomCompressor(Compressor):
+    """The first C x C of a permutation of the tower's patches, in row-major order: a control without parameters that
+    every method has to beat.
+
+    The permutation is drawn with the module from torch's generator, saved with it, and the same for every picture and
+    every C: smaller samples are parts of larger ones. Of a picture in tiles, a larger grid, it takes the patches that
+    hold the middles of those places.
+
+    Raises:
+        ValueError: If the patches form no square grid, a smaller one than C x C or than the tower's.
+    """
+
+    order: Tensor
+
+    def __init__(self, config: LlavaMiniConfig):
+        super().__init__(config)
+        self.side = configured_side(config)
+        self.register_buffer("order", torch.empty(self.side**2, dtype=torch.long))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.copy_(self.order, torch.randperm(self.side**2))
+
+    def forward(
+        self, features: Float[Tensor, "batch patches width"]
+    ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens patches"]]:
+        side = grid_side(features.shape[1], self.size)
+        if side < self.side:
+            raise ValueError(f"places were drawn on a {self.side} x {self.side} grid of patches, got {side} x {side}")
+        return select(features, move(self.order[: self.size**2].sort().values, self.side, side))

@@ -1,0 +1,51 @@
+"""Compressors on their own, for the tests of each: a tower of 6 x 6 patches, and something of all they may ask for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from llava_mini import LlavaMiniConfig
+from llava_mini.compressors import COMPRESSORS, Compressor
+
+SIDE, TEXT_WIDTH = 6, 24
+
+
+def configure(name: str, size: int = 2, width: int = 32, **fields) -> LlavaMiniConfig:
+    return LlavaMiniConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=width, intermediate_size=48, num_attention_heads=2, image_size=6 * SIDE, patch_size=6
+        ),
+        text_config=LlamaConfig(hidden_size=TEXT_WIDTH, intermediate_size=48, num_attention_heads=4, vocab_size=50),
+        compressor=name,
+        compressor_size=size,
+        **fields,
+    )
+
+
+def build(name: str, size: int = 2, width: int = 32, seed: int = 0, **fields) -> Compressor:
+    """In evaluation mode."""
+    torch.manual_seed(seed)
+    return COMPRESSORS[name](configure(name, size, width, **fields)).eval()
+
+
+def shake(compressor: Compressor) -> Compressor:
+    """Moves every parameter: the zero biases and unit norms of a fresh module would hide errors."""
+    with torch.no_grad():
+        for parameter in compressor.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return compressor
+
+
+def inputs(compressor: Compressor, batch: int = 3) -> dict[str, Tensor]:
+    """Random features, and what else this compressor needs, of `batch` pictures."""
+    generator = torch.Generator().manual_seed(1)
+    draw = {
+        "features": torch.randn(batch, SIDE**2, 32, generator=generator),
+        "saliency": torch.randn(batch, SIDE**2, generator=generator).softmax(-1),
+        "keys": torch.randn(batch, SIDE**2, 32, generator=generator),
+        "text": torch.randn(batch, 5, TEXT_WIDTH, generator=generator),
+        "text_mask": torch.arange(5) <= torch.arange(batch)[:, None],
+    }
+    return {name: draw[name] for name in ("features", *getattr(compressor, "needs", ()))}

@@ -1,0 +1,131 @@
+"""Every registered compressor in a model: it trains, is saved and loaded, and its cost is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from experiments.cost.estimate import Geometry, Prompt
+from llava_mini import LlavaMiniForConditionalGeneration
+from llava_mini.compressors import COMPRESSORS
+from tests.llava_mini.compress import build, configure, inputs
+
+every_compressor = pytest.mark.parametrize("name", sorted(COMPRESSORS))
+
+
+def batch_of(sample, visual):
+    rows = [sample(visual, 6, seed) for seed in range(3)]
+    return {"input_ids": torch.stack([ids for ids, _ in rows]), "pixel_values": torch.stack([x for _, x in rows])}
+
+
+@every_compressor
+@pytest.mark.parametrize("before", [True, False])
+def test_a_model_trains_and_is_loaded_as_it_was_saved(name, before, tiny_mini, sample, tmp_path):
+    model = tiny_mini(compressor=name, compress_before_projection=before)
+    batch = batch_of(sample, 4)
+    labels = batch["input_ids"].where(torch.arange(10) > 6, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    start = {key: p.clone() for key, p in model.named_parameters()}
+    model.train()
+    model(**batch, labels=labels).loss.backward()
+    optimizer.step()
+    moved = {key for key, p in model.named_parameters() if not torch.equal(p, start[key])}
+    assert {key for key in start if ".compressor." in key} <= moved
+    model.eval().save_pretrained(tmp_path)
+
+    torch.manual_seed(1)  # what is loaded must not be drawn anew
+    loaded, info = LlavaMiniForConditionalGeneration.from_pretrained(
+        tmp_path, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+    generated = (m.generate(**batch, max_new_tokens=5, do_sample=False) for m in (model, loaded))
+    assert torch.equal(*generated)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, loaded(**batch).logits)
+
+
+@every_compressor
+def test_the_seed_makes_the_compressor(name, tiny_llava):
+    """Also where transformers builds it without numbers first, as `from_pretrained` does."""
+    llava = tiny_llava()
+
+    def made(seed):
+        torch.manual_seed(seed)
+        model = LlavaMiniForConditionalGeneration.from_llava(llava, compressor=name, prefusion_layers=0)
+        return model.model.compressor.state_dict()
+
+    first, again, other = made(3), made(3), made(4)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not first or any(not torch.equal(first[key], other[key]) for key in first)
+    assert all(value.isfinite().all() for value in first.values())
+
+
+def test_random_places_survive_loading_in_another_dtype(tiny_mini, tmp_path):
+    model = tiny_mini(compressor="random")
+    order = model.model.compressor.order
+    assert sorted(order.tolist()) == list(range(16))
+    model.save_pretrained(tmp_path)
+    loaded = LlavaMiniForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16, compressor_size=3)
+    assert loaded.model.compressor.order.dtype == torch.long
+    assert torch.equal(loaded.model.compressor.order, order)
+
+
+def test_one_training_of_nested_queries_serves_smaller_sizes(tiny_mini, sample, tmp_path):
+    model = tiny_mini(compressor="nested_query", prefusion_layers=0)
+    model.save_pretrained(tmp_path)
+    loaded, info = LlavaMiniForConditionalGeneration.from_pretrained(
+        tmp_path, compressor_size=1, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(info.values())
+    with torch.no_grad():
+        four, one = (m(**batch_of(sample, n)).image_hidden_states for m, n in ((model, 4), (loaded, 1)))
+    torch.testing.assert_close(one, four[::4])
+    assert loaded.generate(**batch_of(sample, 1), max_new_tokens=3, min_new_tokens=3).shape == (3, 10)
+
+
+def test_frames_per_chunk_leaves_the_drawn_queries_alone(tiny_mini, sample):
+    model = tiny_mini(compressor="nested_query").train()
+    losses = []
+    for model.config.frames_per_chunk in (1, 2, 32):
+        torch.manual_seed(0)
+        losses.append(model(**batch_of(sample, 4)).logits)
+    torch.testing.assert_close(losses[0], losses[2])
+    torch.testing.assert_close(losses[1], losses[2])
+
+
+@every_compressor
+def test_the_estimate_counts_what_runs(name):
+    size = 3
+    work = Geometry(configure(name, size))(Prompt(text=10)).components["compressor"]
+    compressor = build(name, size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        compressor(**inputs(compressor, batch=1))
+    assert work.flops("full") == counter.get_total_flops()
+
+
+W, N, P = 32, 4, 36  # width, tokens, patches
+
+
+@pytest.mark.parametrize(
+    ("name", "linear", "other"),
+    [
+        ("uniform", 0, 0),
+        ("random", 0, 0),
+        ("average", 0, N * P * W),
+        ("pixel_shuffle", N * (P // N * W) * W, 0),
+        ("nested_query", (2 * N + 2 * P) * W * W, 2 * N * P * W),
+        ("token_packer", (3 * N + 6 * P) * W * W, 3 * N * P * W),
+        ("qformer", 2 * (4 * N + 2 * N + 2 * P + 8 * N) * W * W, 2 * (2 * N * N + 2 * N * P) * W),
+        ("conv", 3 * ((P + N) * (2 * W * W + 9 * W) + 2 * 2 * W * W // 4) + N * W * W, N * P * W),
+        # rounds that leave 18, 9, 5 and 4
+        ("tome", 0, (18 * 18 + 18 * P + 9 * 9 + 9 * P + 5 * 4 + 5 * P + 3 * 2 + 4 * P) * W),
+    ],
+)
+def test_costs_in_closed_form(name, linear, other):
+    """Multiplications, of which a FLOP counter makes two."""
+    work = Geometry(configure(name)).compress(P)
+    assert (work.linear, work.other) == (2 * linear, 2 * other)
