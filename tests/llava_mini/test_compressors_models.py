@@ -129,3 +129,28 @@ def test_costs_in_closed_form(name, linear, other):
     """Multiplications, of which a FLOP counter makes two."""
     work = Geometry(configure(name)).compress(P)
     assert (work.linear, work.other) == (2 * linear, 2 * other)
+
+
+@every_compressor
+def test_pictures_in_tiles(name, tiny_mini, sample):
+    """2 x 2 tiles and the whole picture: the compressor gets a grid of twice the side."""
+    model = tiny_mini(compressor=name)
+    ids, _ = sample(4, 6)
+    crops = torch.randn(5, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    given = {"input_ids": ids[None], "pixel_values": crops, "visual_layout": torch.tensor([[0, 1, 2]])}
+    if name == "pixel_shuffle":
+        with pytest.raises(ValueError, match="takes no pictures in tiles"):
+            model(**given)
+        return
+    tokens = model(**given).image_hidden_states
+    assert tokens.shape == (4, 24)
+    changed = model(**given | {"pixel_values": crops.index_fill(0, torch.tensor(3), 0.0)}).image_hidden_states
+    assert not torch.equal(changed[3], tokens[3])  # the last token, and the tile that lies under it
+
+
+@pytest.mark.parametrize("name", ["conv", "pixel_shuffle", "random", "token_packer"])
+@pytest.mark.parametrize("vision", ["siglip", "dinov2"])
+def test_other_towers(name, vision, tiny_mini, sample):
+    """The compressors that read the tower's sizes off its configuration."""
+    model = tiny_mini(vision=vision, compressor=name, compressor_size=4)
+    assert model(**batch_of(sample, 16)).image_hidden_states.shape == (48, 24)
