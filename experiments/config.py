@@ -281,6 +281,7 @@ class CostConfig:
     geometry: str = MISSING  # one of experiments/cost/geometries.py, or the folder of a saved LLaVA
     sizes: list[int] = MISSING  # C: a LLaVA-Mini for each, which gives the language model C x C tokens a frame
     frames: list[int] = MISSING
+    tiles: int = 1  # a side: 2 for frames of four tiles and the whole, which LLaVA takes as five pictures
     prefusion: int = 0  # layers; 0 for an eighth of the language model's, as the paper's 4 of 32
     text: int = 60  # tokens of the question
     answer: int = 16  # tokens generated
@@ -289,7 +290,16 @@ class CostConfig:
     threads: int = 0  # 0 leaves torch's own choice
 
     def __post_init__(self) -> None:
-        least = {"sizes": 1, "frames": 1, "prefusion": 0, "text": 1, "answer": 2, "repeats": 1, "threads": 0}
+        least = {
+            "sizes": 1,
+            "frames": 1,
+            "tiles": 1,
+            "text": 1,
+            "answer": 2,
+            "repeats": 1,
+            "prefusion": 0,
+            "threads": 0,
+        }
         for name, bound in least.items():
             value = getattr(self, name)
             found = value if isinstance(value, list) else [] if value == MISSING else [value]

@@ -16,6 +16,7 @@ from experiments.cost.estimate import Estimate, Geometry, Prompt
 from experiments.cost.geometries import geometry, mini
 from llava_mini import LlavaMiniConfig
 from llava_mini.compressors import COMPRESSORS
+from llava_mini.layout import crops_of
 from llava_mini.prefusion import Prefusion
 
 
@@ -49,13 +50,15 @@ class Needs:
         config, prompt, sizes = estimate.geometry.config, estimate.prompt, estimate.geometry
         text, vision = config.get_text_config(), config.vision_config
         length = estimate.visual_tokens + prompt.text
+        crops = crops_of(prompt.tiles)
         at_once, tokens = prompt.frames, 0  # what stands beside the patches in pre-fusion
         if isinstance(config, LlavaMiniConfig):
             at_once = min(prompt.frames, config.frames_per_chunk)
-            tokens = config.num_visual_tokens(sizes.patches) + int(prompt.text)
-        looked = at_once * (sizes.patches + 1) * vision.hidden_size * (vision.num_hidden_layers + 8)  # all states stay
+            tokens = config.num_visual_tokens(sizes.patches * prompt.tiles**2) + int(prompt.text)
+        states = vision.num_hidden_layers + 8  # all of the tower's stay
+        looked = at_once * crops * (sizes.patches + 1) * vision.hidden_size * states
         each = 6 * text.hidden_size + 2 * text.intermediate_size  # of a token in a layer of the language model
-        fused = at_once * (sizes.patches + tokens) * each if sizes.prefusion_layers else 0
+        fused = at_once * (crops * sizes.patches + tokens) * each if sizes.prefusion_layers else 0
         pixels = estimate.pixel_bytes(1) * at_once / prompt.frames
         return cls(
             sum(sizes.parameters().values()) * bytes_each,
@@ -89,15 +92,16 @@ def estimates(cost: CostConfig, device: torch.device) -> dict[tuple[str, int], t
     found: dict[tuple[str, int], tuple[Estimate, Needs, bool]] = {}
     for frames in cost.frames:
         for name, sizes in geometries.items():
-            estimate = sizes(Prompt(cost.text, frames))
+            estimate = sizes(Prompt(cost.text, frames, cost.tiles))
             needs = Needs.of(estimate, cost.answer, bytes_each)
             found[name, frames] = estimate, needs, needs.total <= free
         if not any(found[name, frames][2] for name in geometries):
             name = min(geometries, key=lambda name: found[name, frames][1].total)
             needs = found[name, frames][1]
+            cut = f" of {cost.tiles:,} x {cost.tiles:,} tiles" if cost.tiles > 1 else ""
             raise ValueError(
-                f"cost: {cost.geometry} in {cost.dtype} over {frames:,} frame{'s' * (frames > 1)} has no room on {device}: "
-                f"{name} takes least, {needs}, {(needs.total - free) / 2**30:,.3g} GiB more than the "
+                f"cost: {cost.geometry} in {cost.dtype} over {frames:,} frame{'s' * (frames > 1)}{cut} has no room on "
+                f"{device}: {name} takes least, {needs}, {(needs.total - free) / 2**30:,.3g} GiB more than the "
                 f"{free / 2**30:,.3g} GiB that are free"
             )
     return found
@@ -130,23 +134,28 @@ def _mini(config: LlavaMiniConfig, llava: Any, kind: torch.dtype, device: torch.
     return model
 
 
-def inputs(model: PreTrainedModel, frames: int, text: int) -> dict[str, Any]:
+def inputs(model: PreTrainedModel, frames: int, text: int, tiles: int = 1) -> dict[str, Any]:
     """A prompt: pictures, then the text of a question, on the model's device. The frames are all alike, and LLaVA-Mini
-    gets them as a stream; LLaVA takes them as one tensor."""
+    gets them as a stream; LLaVA takes them as one tensor.
+
+    A frame in `tiles` x `tiles` is its tiles and the whole of it. LLaVA takes these as so many pictures, each with all
+    its tokens.
+    """
     config: Any = model.config
-    vision = config.vision_config
+    vision, crops = config.vision_config, crops_of(tiles)
     draw = torch.Generator().manual_seed(0)
     words = torch.randint(config.get_text_config().vocab_size - 1, (text,), generator=draw)
     words += words >= config.image_token_index
-    frame = torch.randn(1, vision.num_channels, vision.image_size, vision.image_size, generator=draw).to(model.dtype)
+    frame = torch.randn(crops, vision.num_channels, vision.image_size, vision.image_size, generator=draw)
+    frame = frame.to(model.dtype)
     found: dict[str, Any] = {}
     if isinstance(config, LlavaMiniConfig):
         tokens = config.compressor_size**2
         found["pixel_values"] = Repeated(frame, frames)
-        found["visual_layout"] = torch.tensor([[0, frames, 1]])
+        found["visual_layout"] = torch.tensor([[0, frames, tiles]])
     else:
-        tokens = Geometry(config).patches
-        found["pixel_values"] = frame.expand(frames, -1, -1, -1)
+        tokens = Geometry(config).patches * crops
+        found["pixel_values"] = frame.repeat(frames, 1, 1, 1)
     placeholders = torch.full((tokens * frames,), config.image_token_index)
     found["input_ids"] = torch.cat([words[:1], placeholders, words[1:]])[None].to(model.device)
     return found

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import platform
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,13 +25,16 @@ from experiments.config import Config, CostConfig
 from experiments.cost.built import Needs, build, configurations, estimates, inputs
 from experiments.cost.counted import cache_bytes
 from experiments.cost.estimate import Estimate
-from experiments.cost.report import draw, table
+from experiments.cost.figures import bars, memory
+from experiments.cost.records import measured as by_setting
+from experiments.cost.report import table
 from experiments.measuring import in_child, in_turns, peak_memory, results_stem, timed, write_results
 from experiments.models import choose_device
+from experiments.report.style import save
 from experiments.store import provenance
 
 log = logging.getLogger(__name__)
-COMPONENTS = ("tower", "projector", "compressor", "prefusion", "prefill", "head")
+_processor = Path("/proc/cpuinfo")
 
 
 def run_cost(config: Config, resolved: dict[str, Any]) -> list[Path]:
@@ -41,6 +47,7 @@ def run_cost(config: Config, resolved: dict[str, Any]) -> list[Path]:
     cost, device = config.cost, choose_device(config.device)
     assert cost is not None
     transformers_logging.set_verbosity_error()
+    begun = datetime.now(timezone.utc).isoformat(timespec="seconds")
     expected = estimates(cost, device)
     stem = results_stem(config, resolved, "cost")
     if cost.threads:
@@ -49,7 +56,9 @@ def run_cost(config: Config, resolved: dict[str, Any]) -> list[Path]:
     rows = []
     for frames in cost.frames:
         of_frames = {name: expected[name, frames] for name in models}
-        asked = {name: inputs(models[name], frames, cost.text) for name, (*_, fits) in of_frames.items() if fits}
+        asked = {
+            name: inputs(models[name], frames, cost.text, cost.tiles) for name, (*_, fits) in of_frames.items() if fits
+        }
         runs = {name: partial(answer, models[name], given, cost.answer, device) for name, given in asked.items()}
         in_turns(runs, 1)  # does not count
         measured = in_turns(runs, cost.repeats)
@@ -60,8 +69,27 @@ def run_cost(config: Config, resolved: dict[str, Any]) -> list[Path]:
             asked_of_child = {"cost": asdict(cost), "model": row["model"], "frames": row["frames"]}
             row["memory"] = in_child("experiments.cost.measure", asked_of_child | {"device": str(device)})
         log.info("%s", json.dumps({key: row[key] for key in ("model", "frames", "memory", "cache_bytes")}))
-    record = {"cost": asdict(cost), "rows": rows, "provenance": provenance(device)}
-    return [*write_results(record, table(record), stem), *draw(record, stem)]
+    record = {
+        "cost": asdict(cost),
+        "pixels": models["LLaVA"].config.vision_config.image_size * cost.tiles,
+        "machine": machine(device),
+        "rows": rows,
+        "provenance": {"started": begun, **provenance(device)},
+    }
+    found = by_setting([record])
+    written = [*write_results(record, table(record), stem), *save(bars(found), stem)]
+    if len(cost.frames) > 1:
+        written += save(memory(found), stem.with_name(f"{stem.name}-memory"))
+    return written
+
+
+def machine(device: torch.device) -> str:
+    """The name of the GPU, or of the processor with the threads that torch uses of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = re.findall(r"^model name\s*: (.+)$", _processor.read_text(), re.M) if _processor.exists() else []
+    threads = torch.get_num_threads()
+    return f"{names[0] if names else platform.processor() or device.type}, {threads} thread{'s' * (threads > 1)}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +97,7 @@ class Answer:
     """What one answer took.
 
     Args:
-        seconds: Of `COMPONENTS` until the first token ("prefill" is the language model's layers); "first token", from
+        seconds: Of each of `records.PARTS` until the first token ("prefill" is the language model's layers); "first token", from
             the pictures to it; "decode", each further token.
         cache_bytes: Of keys and values of the prompt.
     """
@@ -149,6 +177,7 @@ def _row(name: str, estimate: Estimate, needs: Needs, cost: CostConfig) -> dict[
     flops["head"] = estimate.geometry.head.flops("full")
     return {
         "model": name,
+        "size": getattr(estimate.geometry.config, "compressor_size", 0),
         "frames": estimate.prompt.frames,
         "visual_tokens": estimate.visual_tokens,
         "prefusion_layers": estimate.geometry.prefusion_layers,
@@ -177,7 +206,7 @@ def _memory_here(asked: dict[str, Any]) -> dict[str, int]:
     def prepare(name: str, cost: CostConfig, frames: int) -> Callable[[], object]:
         wanted = {key: config for key, config in configurations(cost).items() if key in ("LLaVA", name)}
         model = build(wanted, cost.dtype, device)[name]
-        return partial(answer, model, inputs(model, frames, cost.text), cost.answer, device)
+        return partial(answer, model, inputs(model, frames, cost.text, cost.tiles), cost.answer, device)
 
     # Whatever libraries load and set up at first is there before the count begins.
     prepare("LLaVA-Mini, 1 token", CostConfig("tiny", [1], [1], dtype=cost.dtype, text=2, answer=2), 1)()

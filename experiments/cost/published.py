@@ -79,6 +79,7 @@ PRINTED = (
     Printed("Table 14, 336 px, LLaVA, vision encoder", 0.349, 3, part="tower", **LLAVA),
     Printed("Table 14, 336 px, LLaVA, projection", 0.024, 3, part="projector", **LLAVA),
     Printed("Table 14, 336 px, LLaVA, LLM", 8.177, 3, part="language model", **LLAVA),
+    Printed("Table 14, 336 px, LLaVA, total", 8.55, **LLAVA),
     Printed("Table 14, 336 px, Mini, vision encoder", 0.349, 3, part="tower"),
     Printed("Table 14, 336 px, Mini, projection", 0.024, 3, part="projector"),
     Printed("Table 14, 336 px, Mini, compression", 0.001, 3, part="compressor", note="Table 8 has 2.42 G for the same"),
@@ -97,6 +98,30 @@ PRINTED = (
     Printed("Table 14, 672 px, Mini, total", 7.19, tiles=2, note="of one token, where the model at 672 px has 64"),
     Printed("Section 5, 672 px, Mini with 64 tokens", 8.13, size=8, tiles=2),
 )
+
+# What the figures below are of, by its name in experiments/cost/geometries.py.
+GEOMETRY = "llava-1.5-7b"
+# Milliseconds to the first token of one picture of 336 pixels, by device and by C, 0 for LLaVA (Table 13; Fig. 7 draws
+# those of the A100).
+FIRST_TOKEN: dict[str, dict[int, float]] = {
+    "RTX 3090": {0: 198.75, 1: 64.52, 2: 65.52, 4: 68.97, 8: 80.10},
+    "A100 40G": {0: 113.04, 1: 38.64, 2: 38.84, 4: 39.28, 8: 46.23},
+    "A800": {0: 87.43, 1: 27.43, 2: 27.71, 4: 28.92, 8: 34.65},
+}
+# LLaVA's time over LLaVA-Mini's at 672 pixels (section 5, of Fig. 8).
+SPEED_UP_672 = 3.76
+# Fig. 9: GB at most over so many frames, of LLaVA-Mini with one token; and MB that each frame adds, by C.
+MEMORY = {1: 15.2, 10_000: 21.5}
+MEMORY_OF_A_FRAME = {0: 358, 1: 0.6}
+# TeraFLOPs by tiles a side and by C, of Figs. 7 and 8.
+TOTALS: dict[int, dict[int, float]] = {
+    tiles: {
+        p.size: p.value
+        for p in PRINTED
+        if p.tiles == tiles and p.source.startswith(("Fig. 7", "Table 14", "Section 5")) and p.part == "total"
+    }
+    for tiles in (1, 2)
+}
 
 
 @cache

@@ -20,7 +20,8 @@ from transformers import AutoModelForImageTextToText
 from experiments.config import Config, CostConfig
 from experiments.cost import built, measure
 from experiments.cost.measure import answer, run_cost
-from experiments.cost.report import flops, ratios, table
+from experiments.cost.records import Measured, Ratio, ratios
+from experiments.cost.report import table
 from experiments.measuring import in_child, in_turns
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -105,17 +106,17 @@ def test_models_share_their_weights(models: dict[str, Any]) -> None:
         assert len({next(m.get_submodule(part).parameters()).data_ptr() for m in models.values()}) == 1, part
 
 
-@pytest.mark.parametrize("frames", TINY.frames)
-def test_the_estimate_is_of_what_runs(models: dict[str, Any], frames: int) -> None:
+@pytest.mark.parametrize(("frames", "tiles"), [(1, 1), (3, 1), (1, 2), (3, 3)])
+def test_the_estimate_is_of_what_runs(models: dict[str, Any], frames: int, tiles: int) -> None:
     """FLOPs, weights and cache bytes of one answer, as torch counts and holds them."""
-    expected = built.estimates(TINY, CPU)
+    expected = built.estimates(replace(TINY, tiles=tiles), CPU)
     for name, model in models.items():
         estimate, needs, fits = expected[name, frames]
-        given = built.inputs(model, frames, TINY.text)
+        given = built.inputs(model, frames, TINY.text, tiles)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             found = answer(model, given, 2, CPU)
         row = measure._row(name, estimate, needs, TINY)
-        assert counter.get_total_flops() == pytest.approx(flops(row) + row["flops"]["decode"], rel=5e-3)
+        assert counter.get_total_flops() == pytest.approx(Measured(row, None).flops + row["flops"]["decode"], rel=5e-3)
         assert needs.weights == sum(p.nbytes for p in model.parameters())
         length = given["input_ids"].shape[1]
         assert found.cache_bytes == key_value_bytes(model.config, length)
@@ -228,6 +229,8 @@ def test_the_table_and_its_ratios() -> None:
 
     record = {
         "cost": vars(TINY),
+        "pixels": 48,
+        "machine": "a GPU",
         "provenance": {"device": "a GPU"},
         "rows": [
             row("LLaVA", 1, [4.0, 8.0]),
@@ -236,7 +239,7 @@ def test_the_table_and_its_ratios() -> None:
             row(MINI, 9, [3.0, 5.0]),
         ],
     }
-    assert ratios(record, "first token")[MINI, 1] == (3.0, 2.0, 4.0)
+    assert ratios(record, "first token")[MINI, 1] == Ratio(3.0, 2.0, 4.0)
     assert ratios(record, "first token")[MINI, 9] is None
     written = table(record).splitlines()
     assert written[3].startswith(

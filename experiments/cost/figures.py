@@ -1,0 +1,109 @@
+"""Measured costs as the paper's Figs. 7, 8 and 9 draw them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.cost.published import FIRST_TOKEN, GEOMETRY, MEMORY, TOTALS
+from experiments.cost.records import PARTS, Measured, Setting
+from experiments.report.style import (
+    BLACK,
+    BLUE,
+    CONTROL,
+    GREEN,
+    GREY,
+    LINESTYLES,
+    MARKERS,
+    ORANGE,
+    ORDERED,
+    WIDTH,
+    styled,
+)
+
+_COLOURS = (GREY, "#bbbbbb", GREEN, ORANGE, BLUE, "#003a70")
+_PRINTED: dict[str, Any] = {"color": BLACK, "marker": "D", "linestyle": "none", "markerfacecolor": "white", "zorder": 5}
+GIB = 2**30
+
+
+@styled
+def bars(found: Mapping[Setting, Sequence[Measured]]) -> Figure:
+    """Figs. 7 and 8: FLOPs and time to the first token by component, a row of two panels for each setting, over the
+    fewest frames that it has. Diamonds: what the paper prints, where the geometry is its own."""
+    figure = Figure(figsize=(WIDTH, 2.6 * len(found) + 0.3), layout="constrained")
+    panels = figure.subplots(len(found), 2, squeeze=False)
+    for (setting, rows), (work, time) in zip(found.items(), panels, strict=True):
+        frames = min(row.frames for row in rows)
+        fewest = [row for row in rows if row.frames == frames]
+        _stack(work, fewest, [{part: row.row["flops"][part] / 1e12 for part in PARTS} for row in fewest])
+        _stack(time, fewest, [_milliseconds(row) for row in fewest])
+        work.set_ylabel("TFLOPs to the first token")
+        time.set_ylabel("time to the first token (ms)")
+        work.set_title(f"{setting}{f', {frames:,} frames' if frames > 1 else ''}", loc="left")
+        if setting.geometry == GEOMETRY and frames == 1:
+            _mark(work, fewest, TOTALS.get(setting.tiles, {}))
+            _mark(time, fewest, FIRST_TOKEN["A100 40G"] if setting.tiles == 1 else {})
+    entries: dict[str, Any] = {}
+    for axes in panels.flat:
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def _milliseconds(row: Measured) -> dict[str, float]:
+    return {part: 1000 * row.seconds[part] if row.seconds else 0.0 for part in PARTS}
+
+
+def _stack(axes: Axes, rows: Sequence[Measured], heights: Sequence[Mapping[str, float]]) -> None:
+    below = [0.0] * len(rows)
+    for (part, name), colour in zip(PARTS.items(), _COLOURS, strict=True):
+        axes.bar(range(len(rows)), [h[part] for h in heights], 0.7, bottom=below, color=colour, label=name)
+        below = [low + h[part] for low, h in zip(below, heights, strict=True)]
+    for place, height in enumerate(below):
+        shown = f"{height:.3g}" if height else "no room"
+        axes.annotate(shown, (place, height), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+    axes.set_xticks(range(len(rows)), [row.name for row in rows])
+    axes.grid(visible=False, axis="x")
+    axes.margins(y=0.12)
+
+
+def _mark(axes: Axes, rows: Sequence[Measured], printed: Mapping[int, float]) -> None:
+    places = [place for place, row in enumerate(rows) if row.size in printed]
+    if places:
+        axes.plot(places, [printed[rows[place].size] for place in places], **_PRINTED, label="printed (A100)")
+
+
+@styled
+def memory(found: Mapping[Setting, Sequence[Measured]]) -> Figure:
+    """Fig. 9: peak memory against frames, a panel for each setting. Diamonds: what the paper prints of LLaVA-Mini, where
+    the geometry is its own."""
+    columns = min(2, len(found))
+    rows_of_panels = -(-len(found) // columns)
+    figure = Figure(figsize=(WIDTH, 3.0 * rows_of_panels), layout="constrained")
+    panels = list(figure.subplots(rows_of_panels, columns, squeeze=False).flat)
+    for spare in panels[len(found) :]:
+        spare.remove()
+    for axes, (setting, rows) in zip(panels, found.items(), strict=False):
+        for number, size in enumerate(dict.fromkeys(row.size for row in rows)):
+            line = [(row.frames, row.peak / GIB) for row in rows if row.size == size and row.peak]
+            looks = {"color": ORDERED[(number - 1) % len(ORDERED)]} if size else CONTROL
+            looks = {
+                "marker": MARKERS[number % len(MARKERS)],
+                "linestyle": LINESTYLES[number % len(LINESTYLES)],
+            } | looks
+            name = next(row.name for row in rows if row.size == size)
+            axes.plot([frames for frames, _ in line], [peak for _, peak in line], label=name, **looks)
+        if setting.geometry == GEOMETRY and setting.tiles == 1:
+            axes.plot(*zip(*MEMORY.items(), strict=True), **_PRINTED, label="printed, 1 token")
+        frames = sorted({row.frames for row in rows})
+        axes.set(xscale="log", xlabel="frames", ylabel="peak memory (GiB)")
+        axes.set_xticks(frames, [f"{count:,}" for count in frames])
+        axes.set_xticks([], minor=True)
+        axes.set_ylim(bottom=0)
+        axes.set_title(str(setting), loc="left")
+        axes.legend(loc="upper left")
+    return figure
