@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from experiments.rows import scaled
 
@@ -332,6 +333,14 @@ class Config:
     save: str | None = None  # a folder for the trained model and its processor
 
 
+MODELS: dict[str, type] = {"checkpoint": CheckpointModel, "joined": JoinedModel, "scratch": ScratchModel}
+DATA: dict[str, type] = {
+    "shapes": ShapesData,
+    "shapes_video": ShapesVideoData,
+    "llava_json": LlavaJsonData,
+    "photo_grid": PhotoGridData,
+}
+
 # where a cell runs, where it writes and for which table does not change what it finds
 _NOT_IDENTITY = ("name", "device", "results", "save", "batch_size")
 
@@ -353,6 +362,25 @@ def identity(config: dict[str, Any], data: str, code: str) -> str:
     return hashlib.sha256(json.dumps([kept, data, code], sort_keys=True).encode()).hexdigest()[:16]
 
 
+def typed(plain: dict[str, Any]) -> Config:
+    """The configuration that `resolved` gave these containers of: what a record holds becomes what ran.
+
+    Raises:
+        ValueError: if its settings are not those of this version.
+    """
+    schema = OmegaConf.structured(Config)
+    for part, kinds in (("model", MODELS), ("data", DATA)):
+        given = set(plain.get(part, {}))
+        kind = next((kind for kind in kinds.values() if {field.name for field in fields(kind)} == given), None)
+        if kind is None:
+            raise ValueError(f"{part}: no kind of it has the settings {', '.join(sorted(given))}; is the record older?")
+        schema[part] = kind
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(schema, plain))  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ValueError(f"not a configuration of this version: {str(error).splitlines()[0]}") from error
+
+
 def asset(name: str) -> str:
     """`${asset:tiny}` in a config: a folder that ships with the project."""
     return str(Path(__file__).parent / "assets" / name)
@@ -365,13 +393,8 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store("schema", Config)
     groups: dict[str, dict[str, type]] = {
-        "model": {"checkpoint": CheckpointModel, "joined": JoinedModel, "scratch": ScratchModel},
-        "data": {
-            "shapes": ShapesData,
-            "shapes_video": ShapesVideoData,
-            "llava_json": LlavaJsonData,
-            "photo_grid": PhotoGridData,
-        },
+        "model": MODELS,
+        "data": DATA,
         "compressor": {"": CompressorConfig},
         "prefusion": {"": PrefusionConfig},
         "reduction": {"": ReductionConfig},

@@ -123,15 +123,21 @@ def build(wanted: dict[str, LlavaConfig], dtype: str, device: torch.device) -> d
 def _mini(config: LlavaMiniConfig, llava: Any, kind: torch.dtype, device: torch.device) -> PreTrainedModel:
     with torch.device("meta"):
         model: Any = AutoModelForImageTextToText.from_config(config, dtype=kind).eval()
-    inner, parts = model.model, llava.model
-    inner.vision_tower, inner.multi_modal_projector = parts.vision_tower, parts.multi_modal_projector
-    inner.language_model, model.lm_head = parts.language_model, llava.lm_head
+    share(model, llava)
     with torch.device(device):
         compressor = COMPRESSORS[config.compressor](config)
         compressor.reset_parameters()
-        prefusion = Prefusion(parts.language_model, config.prefusion_layers)
+        prefusion = Prefusion(llava.model.language_model, config.prefusion_layers)
+    inner = model.model
     inner.compressor, inner.prefusion = (module.to(kind).eval() for module in (compressor, prefusion))
     return model
+
+
+def share(model: Any, llava: Any) -> None:
+    """Put the parts that any LLaVA has, of `llava`, into a LLaVA or LLaVA-Mini of the same sizes."""
+    for name in ("vision_tower", "multi_modal_projector", "language_model"):
+        setattr(model.model, name, getattr(llava.model, name))
+    model.lm_head = llava.lm_head
 
 
 def inputs(model: PreTrainedModel, frames: int, text: int, tiles: int = 1) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments.cost.published import FIRST_TOKEN, GEOMETRY, MEMORY, TOTALS
 from experiments.cost.records import PARTS, Measured, Setting
+from experiments.report.figures.cost import unit
 from experiments.report.style import (
     BLACK,
     BLUE,
@@ -24,9 +25,9 @@ from experiments.report.style import (
     styled,
 )
 
-_COLOURS = (GREY, "#bbbbbb", GREEN, ORANGE, BLUE, "#003a70")
+_COLOURS = (GREY, "#bbbbbb", GREEN, ORANGE, BLUE, "#003a70", "#e6c100")
 _PRINTED: dict[str, Any] = {"color": BLACK, "marker": "D", "linestyle": "none", "markerfacecolor": "white", "zorder": 5}
-GIB = 2**30
+SIZES = ((2**30, "GiB"), (2**20, "MiB"))
 
 
 @styled
@@ -38,13 +39,14 @@ def bars(found: Mapping[Setting, Sequence[Measured]]) -> Figure:
     for (setting, rows), (work, time) in zip(found.items(), panels, strict=True):
         frames = min(row.frames for row in rows)
         fewest = [row for row in rows if row.frames == frames]
-        _stack(work, fewest, [{part: row.row["flops"][part] / 1e12 for part in PARTS} for row in fewest])
+        scale, prefix = unit(max(row.flops for row in fewest))
+        _stack(work, fewest, [{part: row.row["flops"][part] / scale for part in PARTS} for row in fewest])
         _stack(time, fewest, [_milliseconds(row) for row in fewest])
-        work.set_ylabel("TFLOPs to the first token")
+        work.set_ylabel(f"{prefix}FLOPs to the first token")
         time.set_ylabel("time to the first token (ms)")
         work.set_title(f"{setting}{f', {frames:,} frames' if frames > 1 else ''}", loc="left")
         if setting.geometry == GEOMETRY and frames == 1:
-            _mark(work, fewest, TOTALS.get(setting.tiles, {}))
+            _mark(work, fewest, {size: 1e12 / scale * value for size, value in TOTALS.get(setting.tiles, {}).items()})
             _mark(time, fewest, FIRST_TOKEN["A100 40G"] if setting.tiles == 1 else {})
     entries: dict[str, Any] = {}
     for axes in panels.flat:
@@ -55,14 +57,20 @@ def bars(found: Mapping[Setting, Sequence[Measured]]) -> Figure:
 
 
 def _milliseconds(row: Measured) -> dict[str, float]:
-    return {part: 1000 * row.seconds[part] if row.seconds else 0.0 for part in PARTS}
+    """By component, with what passes between them."""
+    if row.seconds is None:
+        return dict.fromkeys(PARTS, 0.0)
+    parts = {part: 1000 * row.seconds[part] for part in PARTS}
+    return parts | {"rest": max(0.0, 1000 * row.seconds["first token"] - sum(parts.values()))}
 
 
 def _stack(axes: Axes, rows: Sequence[Measured], heights: Sequence[Mapping[str, float]]) -> None:
     below = [0.0] * len(rows)
-    for (part, name), colour in zip(PARTS.items(), _COLOURS, strict=True):
-        axes.bar(range(len(rows)), [h[part] for h in heights], 0.7, bottom=below, color=colour, label=name)
-        below = [low + h[part] for low, h in zip(below, heights, strict=True)]
+    for (part, name), colour in zip((PARTS | {"rest": "in between"}).items(), _COLOURS, strict=True):
+        if any(h.get(part) for h in heights):
+            values = [h.get(part, 0.0) for h in heights]
+            axes.bar(range(len(rows)), values, 0.7, bottom=below, color=colour, label=name)
+            below = [low + value for low, value in zip(below, values, strict=True)]
     for place, height in enumerate(below):
         shown = f"{height:.3g}" if height else "no room"
         axes.annotate(shown, (place, height), (0, 2), textcoords="offset points", ha="center", fontsize=7)
@@ -88,8 +96,10 @@ def memory(found: Mapping[Setting, Sequence[Measured]]) -> Figure:
     for spare in panels[len(found) :]:
         spare.remove()
     for axes, (setting, rows) in zip(panels, found.items(), strict=False):
+        most = max(row.peak or 0 for row in rows)
+        scale, name_of_scale = next((pair for pair in SIZES if most >= pair[0]), SIZES[-1])
         for number, size in enumerate(dict.fromkeys(row.size for row in rows)):
-            line = [(row.frames, row.peak / GIB) for row in rows if row.size == size and row.peak]
+            line = [(row.frames, row.peak / scale) for row in rows if row.size == size and row.peak]
             looks = {"color": ORDERED[(number - 1) % len(ORDERED)]} if size else CONTROL
             looks = {
                 "marker": MARKERS[number % len(MARKERS)],
@@ -98,9 +108,10 @@ def memory(found: Mapping[Setting, Sequence[Measured]]) -> Figure:
             name = next(row.name for row in rows if row.size == size)
             axes.plot([frames for frames, _ in line], [peak for _, peak in line], label=name, **looks)
         if setting.geometry == GEOMETRY and setting.tiles == 1:
-            axes.plot(*zip(*MEMORY.items(), strict=True), **_PRINTED, label="printed, 1 token")
+            printed = [value * 2**30 / scale for value in MEMORY.values()]
+            axes.plot(list(MEMORY), printed, **_PRINTED, label="printed, 1 token")
         frames = sorted({row.frames for row in rows})
-        axes.set(xscale="log", xlabel="frames", ylabel="peak memory (GiB)")
+        axes.set(xscale="log", xlabel="frames", ylabel=f"peak memory ({name_of_scale})")
         axes.set_xticks(frames, [f"{count:,}" for count in frames])
         axes.set_xticks([], minor=True)
         axes.set_ylim(bottom=0)

@@ -161,13 +161,13 @@ def memory_table(found: Mapping[Setting, Sequence[Measured]]) -> Table:
                 {
                     **named,
                     "Frames": f"{first.frames:,} to {last.frames:,}",
-                    "Peak (GiB)": f"{(first.peak or 0) / GIB:,.2f} to {(last.peak or 0) / GIB:,.2f}",
+                    "Peak (MiB)": f"{(first.peak or 0) / MIB:,.0f} to {(last.peak or 0) / MIB:,.0f}",
                     "A frame adds (MiB)": f"{peak / MIB:,.2f}",
                     "Of it cache (MiB)": f"{cache / MIB:,.2f}",
                     "Printed (MB)": NONE if printed is None else f"{printed:g}",
                 }
             )
-    columns = ["Geometry", "Pixels", "Device", "Numbers", "Model", "Frames", "Peak (GiB)", "A frame adds (MiB)"]
+    columns = ["Geometry", "Pixels", "Device", "Numbers", "Model", "Frames", "Peak (MiB)", "A frame adds (MiB)"]
     columns += ["Of it cache (MiB)", "Printed (MB)"]
     notes = (
         "Peak memory of weights, pictures and an answer in a process of its own, on the device where the model is. "

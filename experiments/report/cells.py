@@ -65,6 +65,11 @@ class Cell:
         """Bytes of the keys and values of one prompt, NaN where no record counts them."""
         return self._cost("cache_bytes")
 
+    @property
+    def latency(self) -> float:
+        """Seconds of the prefill of one prompt, NaN where none was measured."""
+        return self._cost("latency")
+
     def _cost(self, name: str) -> float:
         costs = (record.get("cost") or {} for record in self.finished)
         counts = [cost[name] for cost in costs if name in cost]

@@ -16,6 +16,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Float
 
+from experiments.report import latency
+
 SCHEMA = 1
 
 Record: TypeAlias = Mapping[str, Any]
@@ -71,14 +73,17 @@ class Records:
 
 
 def load(folder: Path) -> Records:
-    """Read every `*.json` in `folder`, in the order of their names.
+    """Read every `*.json` in `folder`, in the order of their names. A latency that was measured of a record's model, and
+    lies beside `folder`, is in its `cost`.
 
     Raises:
         FileNotFoundError: if `folder` does not exist or holds no `*.json` file.
+        ValueError: if what lies beside it as latencies is none.
     """
     paths = sorted(folder.glob("*.json"))
     if not paths:
         raise FileNotFoundError(f"no records in {folder}: make some with `python -m experiments.run`")
+    latencies = latency.load(folder.parent)
     newest: dict[str, Record] = {}
     unreadable, superseded = [], []
     for path in paths:
@@ -87,6 +92,8 @@ def load(folder: Path) -> Records:
         except (OSError, ValueError) as error:
             unreadable.append(Hole(path.name, str(error)))
             continue
+        if record.get("cost") and (timed := latencies.get(latency.timed_part(record["config"]))):
+            record = {**record, "cost": {**record["cost"], **timed}}
         key = json.dumps([record["experiment"], record["config"]], sort_keys=True)
         other = newest.get(key)
         if other is not None:

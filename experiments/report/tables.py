@@ -73,6 +73,7 @@ def ablation_table(cells: Sequence[Cell]) -> Table:
                 "p_holm": cell.p_value,
                 "flops": cell.flops,
                 "cache_bytes": cell.cache_bytes,
+                "latency_seconds": cell.latency,
                 "parameters": parameters,
                 "status": cell.failures or "finished",
             }
@@ -86,6 +87,7 @@ def ablation_table(cells: Sequence[Cell]) -> Table:
                 "Difference": percent(cell.difference, sign=True) if cell.difference else cell.comparison,
                 "p": p_text(cell.p_value) if cell.p_value is not None else cell.comparison,
                 "FLOPs": quantity(cell.flops),
+                LATENCY: "not timed" if math.isnan(cell.latency) else f"{1000 * cell.latency:,.1f}",
                 "Parameters": quantity(parameters),
             }
         )
@@ -95,6 +97,11 @@ def ablation_table(cells: Sequence[Cell]) -> Table:
     columns = pd.DataFrame(text)
     if len(columns) and (columns["Settings"] == NONE).all():
         columns = columns.drop(columns="Settings")
+    numbers, timed = pd.DataFrame(data), [cell for cell in cells if cell.latency > 0]
+    if not timed:
+        numbers, columns = (
+            frame.drop(columns=[LATENCY, "latency_seconds"], errors="ignore") for frame in (numbers, columns)
+        )
     conventions = sorted(
         {r["cost"].get("convention") or "unstated" for c in cells for r in c.finished if r.get("cost")}
     )
@@ -106,16 +113,16 @@ def ablation_table(cells: Sequence[Cell]) -> Table:
         "rows compared; it speaks of these trained models, not of other seeds.",
         "Tokens: visual tokens the language model reads. Pre-fusion: layers before the language model.",
         *(f"FLOPs of one prompt: {convention}." for convention in conventions),
+        *(f"Latency: {note}." for note in sorted({cell.finished[0]["cost"]["latency_note"] for cell in timed})),
         *_guess_notes(cells),
         *(f"{_cell_name(cell)}: {cell.failures}." for cell in cells if cell.failed),
     )
     numeric = ("Tokens", "Pre-fusion", "Accuracy (%)", *_REST)
-    return Table(
-        "ablation", "Ablation: accuracy and cost of every configuration.", pd.DataFrame(data), columns, numeric, notes
-    )
+    return Table("ablation", "Ablation: accuracy and cost of every configuration.", numbers, columns, numeric, notes)
 
 
-_REST = ("n", "Seeds", "Difference", "p", "FLOPs", "Parameters")
+LATENCY = "Latency (ms)"
+_REST = ("n", "Seeds", "Difference", "p", "FLOPs", LATENCY, "Parameters")
 
 
 def kinds_table(cells: Sequence[Cell], probed: Sequence[Record]) -> Table:

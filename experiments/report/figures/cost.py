@@ -17,40 +17,50 @@ from experiments.report.style import BLACK, ORANGE, legend, panels, styled
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
 
-def unit(value: float) -> tuple[float, str]:
+SECONDS = ((1.0, ""), (1e-3, "milli"))
+
+
+def unit(value: float, units: Sequence[tuple[float, str]] = UNITS) -> tuple[float, str]:
     """The largest unit in which `value` is at least 1: (1e9, "G") for 2.5e9."""
-    return next((pair for pair in UNITS if value >= pair[0]), UNITS[-1])
+    return next((pair for pair in units if value >= pair[0]), units[-1])
 
 
-COSTS: tuple[tuple[str, Callable[[Cell], float]], ...] = (
-    ("FLOPs", lambda cell: cell.flops),
-    ("bytes of keys and values", lambda cell: cell.cache_bytes),
+COSTS: tuple[tuple[str, Callable[[Cell], float], Sequence[tuple[float, str]]], ...] = (
+    ("FLOPs", lambda cell: cell.flops, UNITS),
+    ("seconds", lambda cell: cell.latency, SECONDS),
+    ("bytes of keys and values", lambda cell: cell.cache_bytes, UNITS),
 )
 
 
 @styled
 def cost_figure(cells: Sequence[Cell]) -> Figure:
-    """Accuracy against FLOPs of a prompt, and against the bytes that it leaves in the cache where records count them: one
-    line for each compressor and pre-fusion depth, along the token counts.
+    """Accuracy against FLOPs of a prompt, and against its latency and the bytes that it leaves in the cache where they were
+    measured: one line for each compressor and pre-fusion depth, along the token counts.
 
     Bars: 95% bootstrap intervals over examples and seeds; horizontal lines as in `ablation_figure`. Filled markers are
     the first compressor by name, open ones the second. Dashed: the Pareto front. Raises ValueError without a finished
     cell that counts FLOPs.
     """
     finished = [cell for cell in cells if cell.accuracy is not None]
-    counted = [(name, cost) for name, cost in COSTS if any(cost(cell) > 0 for cell in finished)]
+    counted = [panel for panel in COSTS if any(panel[1](cell) > 0 for cell in finished)]
     if not any(cell.flops > 0 for cell in finished):
         raise ValueError("no finished ablation cell counts its FLOPs")
     figure, axes = panels(len(counted), columns=2, height=3.4, label="Accuracy (%)")
-    for axis, (name, cost) in zip(axes, counted, strict=True):
-        _panel(axis, cells, name, cost)
+    for axis, panel in zip(axes, counted, strict=True):
+        _panel(axis, cells, *panel)
     legend(figure, axes, columns=3)
     return figure
 
 
-def _panel(axis: Axes, cells: Sequence[Cell], name: str, cost: Callable[[Cell], float]) -> None:
+def _panel(
+    axis: Axes,
+    cells: Sequence[Cell],
+    name: str,
+    cost: Callable[[Cell], float],
+    units: Sequence[tuple[float, str]],
+) -> None:
     counted = [cell for cell in cells if cell.accuracy is not None and cost(cell) > 0]
-    scale, prefix = unit(min(cost(cell) for cell in counted))
+    scale, prefix = unit(min(cost(cell) for cell in counted), units)
     swept = [cell for cell in counted if not cell.is_baseline]
     series = series_styles([cell for cell in cells if not cell.is_baseline])
     compressors = sorted({cell.compressor for cell in swept})

@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText
 from experiments.config import Config, CostConfig
 from experiments.cost import built, measure
 from experiments.cost.measure import answer, run_cost
-from experiments.cost.records import Measured, Ratio, ratios
+from experiments.cost.records import Measured, Ratio, measured, ratios, read
 from experiments.cost.report import table
 from experiments.measuring import in_child, in_turns
 
@@ -55,6 +55,9 @@ def check_written(results: Path) -> None:
         assert all(len(times) == 2 for times in row["seconds"].values())
         assert row["memory"]["resident"] > 0
     assert (path.with_suffix(".png")).stat().st_size > 1000
+    (rows,) = measured([read(path)]).values()
+    assert [row.size for row in rows] == [0, 1]
+    assert json.loads(path.read_text())["pixels"] == 48
     assert "| LLaVA-Mini, 1 token | 2 | 2 |" in path.with_suffix(".md").read_text()
     assert not list((results / "cost").glob(".*")), "nothing half written is left"
 
@@ -70,10 +73,11 @@ def test_the_command_measures_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_memory_is_that_of_weights_and_one_answer() -> None:
-    cost = CostConfig("smol", [1], [1], text=4, answer=2, threads=1)
-    _, needs, _ = built.estimates(cost, CPU)["LLaVA", 1]
-    found = in_child("experiments.cost.measure", {"cost": asdict(cost), "model": "LLaVA", "frames": 1, "device": "cpu"})
+@pytest.mark.parametrize(("model", "tiles"), [("LLaVA", 1), ("LLaVA", 2), (MINI, 2)])
+def test_memory_is_that_of_weights_and_one_answer(model: str, tiles: int) -> None:
+    cost = CostConfig("smol", [1], [1], tiles=tiles, text=4, answer=2, threads=1)
+    _, needs, _ = built.estimates(cost, CPU)[model, 1]
+    found = in_child("experiments.cost.measure", {"cost": asdict(cost), "model": model, "frames": 1, "device": "cpu"})
     assert list(found) == ["resident"]
     assert needs.weights < found["resident"] < 1.3 * needs.total
 
@@ -175,6 +179,42 @@ def test_a_size_without_room_is_refused_before_anything_is_built(
     assert not list(tmp_path.rglob("*.json"))
 
 
+@pytest.mark.parametrize(("frames", "tiles"), [(1, 30_000), (7, 20_000)])
+def test_tiles_without_room_are_refused_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: int, tiles: int
+) -> None:
+    monkeypatch.setattr("experiments.cost.measure.build", lambda *_: pytest.fail("built"))
+    cost = CostConfig("tiny", [1], [frames], tiles=tiles)
+    said = (
+        rf"over {frames:,} frames? of {tiles:,} x {tiles:,} tiles has no room on cpu: LLaVA-Mini, 1 token takes least"
+    )
+    with pytest.raises(ValueError, match=said):
+        run_cost(Config(results=str(tmp_path), device="cpu", cost=cost), {})
+
+
+def test_needs_grow_with_crops_where_crops_are_held() -> None:
+    """LLaVA holds the crops of all frames, LLaVA-Mini those of a chunk; the patches in pre-fusion are of all crops."""
+    config = built.configurations(TINY)
+    llava, mini = (built.Geometry(config[name]) for name in ("LLaVA", MINI))
+    one, five = (built.Needs.of(llava(built.Prompt(9, 200, tiles)), 2, 4) for tiles in (1, 2))
+    assert five.activations == pytest.approx(5 * one.activations, rel=0.01)
+    whole, cut = (built.Needs.of(mini(built.Prompt(9, 32, tiles)), 2, 4) for tiles in (1, 2))
+    assert 4 < cut.activations / whole.activations < 5, "the question's words stay as they are"
+    more = built.Needs.of(mini(built.Prompt(9, 64, 2)), 2, 4)
+    assert more.activations == pytest.approx(cut.activations, rel=0.01)
+    assert cut.cache == whole.cache
+
+
+def test_the_crops_of_a_prompt(models: dict[str, Any]) -> None:
+    given = built.inputs(models["LLaVA"], 2, 9, 2)
+    assert given["pixel_values"].shape == (10, 3, 48, 48)
+    assert int((given["input_ids"] == models["LLaVA"].config.image_token_id).sum()) == 2 * 5 * 36
+    given = built.inputs(models[MINI_4], 2, 9, 2)
+    assert [frame.shape[0] for frame in given["pixel_values"]] == [5, 5]
+    assert given["visual_layout"].tolist() == [[0, 2, 2]]
+    assert int((given["input_ids"] == models[MINI_4].config.image_token_id).sum()) == 2 * 4
+
+
 def test_only_what_has_room_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     many = replace(TINY, frames=[100])
     needs = {key: needs.total for key, (_, needs, _) in built.estimates(many, CPU).items()}
@@ -191,6 +231,7 @@ def test_only_what_has_room_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     ("fields", "message"),
     [
         ({"sizes": [0]}, "cost.sizes: must be at least 1, found 0"),
+        ({"tiles": 0}, "cost.tiles: must be at least 1, found 0"),
         ({"answer": 1}, "cost.answer: must be at least 2, found 1"),
         ({"dtype": "int8"}, "cost.dtype: no 'int8'; use float32, bfloat16 or float16"),
     ],
