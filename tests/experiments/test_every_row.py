@@ -26,8 +26,9 @@ def test_a_row_runs(composed, tmp_path, experiment, row):
     record = json.loads(run_cell(OmegaConf.to_object(config), configuration.resolved(config)).read_text())
     assert record["status"] == "finished"
     assert len(record["accuracy"]["image"]) == 6
-    if config.compressor.name != "none":
-        frames = max(record["model"]["visual_tokens"] // max(config.compressor.size**2, 1), 1)  # of the first question
-        assert record["model"]["visual_tokens"] == config.compressor.size**2 * frames
-        assert frames == 1 or config.data.name == "shapes_video"
+    tokens = record["model"]["patches"] if config.compressor.name == "none" else config.compressor.size**2
+    if config.prefusion.place == "inside":  # the language model's first layers see the patches too
+        tokens += record["model"]["patches"]
+    assert record["model"]["visual_tokens"] % max(tokens, 1) == 0
+    assert record["model"]["visual_tokens"] == tokens or config.data.name == "shapes_video"
     assert record["model"]["prefusion_layers"] == config.prefusion.layers
