@@ -42,7 +42,8 @@ class LlavaMiniConfig(LlavaConfig):
             the language model every patch.
         compressor_size: C; an image or a frame becomes C x C visual tokens. 0 leaves pre-fusion alone to carry the
             picture. Ignored by the compressor "none".
-        compressor_heads: Attention heads of the compressor "query"; must divide the width of its features.
+        compressor_heads: Attention heads of the compressors that attend ("query", "nested_query", "qformer",
+            "token_packer"); must divide the width of their features.
         compressor_attention: The compressor "query" as "multi_head" attention with layer norms and linear maps (code),
             or "bare": softmax((Q + PE)(H + PE)^T) H, unscaled and without weights of its own (equation 2).
         compressor_positions: Its position table: "query_grid", a C x C table resized to the patches (code), which with

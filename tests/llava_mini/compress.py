@@ -15,9 +15,16 @@ SIDE, TEXT_WIDTH = 6, 24
 def configure(name: str, size: int = 2, width: int = 32, **fields) -> LlavaMiniConfig:
     return LlavaMiniConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=width, intermediate_size=48, num_attention_heads=2, image_size=6 * SIDE, patch_size=6
+            hidden_size=width,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=6 * SIDE,
+            patch_size=6,
         ),
-        text_config=LlamaConfig(hidden_size=TEXT_WIDTH, intermediate_size=48, num_attention_heads=4, vocab_size=50),
+        text_config=LlamaConfig(
+            hidden_size=TEXT_WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=50
+        ),
         compressor=name,
         compressor_size=size,
         **fields,
@@ -46,6 +53,6 @@ def inputs(compressor: Compressor, batch: int = 3) -> dict[str, Tensor]:
         "saliency": torch.randn(batch, SIDE**2, generator=generator).softmax(-1),
         "keys": torch.randn(batch, SIDE**2, 32, generator=generator),
         "text": torch.randn(batch, 5, TEXT_WIDTH, generator=generator),
-        "text_mask": torch.arange(5) <= torch.arange(batch)[:, None],
+        "text_mask": torch.arange(5) < torch.arange(batch)[:, None],  # the first has none
     }
-    return {name: draw[name] for name in ("features", *getattr(compressor, "needs", ()))}
+    return {name: draw[name] for name in ("features", *compressor.needs)}

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_mini.compressors.uniform import move
@@ -102,10 +102,11 @@ def merged_by_hand(features: torch.Tensor, tokens: int) -> list[list[int]]:
     return groups
 
 
-@given(st.integers(1, 8), st.integers(0, 10_000), st.data())
+@settings(max_examples=40)
+@given(st.integers(1, 7), st.integers(0, 10_000), st.data())
 def test_merging_is_bipartite_soft_matching(side, seed, data):
     size = data.draw(st.integers(1, side))
-    features = torch.randn(2, side**2, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    features = torch.randn(2, side**2, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     tokens, weights = build("tome", size)(features)
     for picture, token, weight in zip(features, tokens, weights, strict=True):
         groups = merged_by_hand(picture.float(), size**2)
