@@ -363,17 +363,18 @@ def identity(config: dict[str, Any], data: str, code: str) -> str:
 
 
 def typed(plain: dict[str, Any]) -> Config:
-    """The configuration that `resolved` gave these containers of: what a record holds becomes what ran.
+    """The configuration that `resolved` gave these containers of: what a record holds becomes what ran. Settings that a
+    record lacks have their defaults.
 
     Raises:
-        ValueError: if its settings are not those of this version.
+        ValueError: if there are settings that this version does not know.
     """
     schema = OmegaConf.structured(Config)
     for part, kinds in (("model", MODELS), ("data", DATA)):
         given = set(plain.get(part, {}))
-        kind = next((kind for kind in kinds.values() if {field.name for field in fields(kind)} == given), None)
+        kind = next((kind for kind in kinds.values() if given <= {field.name for field in fields(kind)}), None)
         if kind is None:
-            raise ValueError(f"{part}: no kind of it has the settings {', '.join(sorted(given))}; is the record older?")
+            raise ValueError(f"{part}: no kind of it has the settings {', '.join(sorted(given))}")
         schema[part] = kind
     try:
         return OmegaConf.to_object(OmegaConf.merge(schema, plain))  # type: ignore[return-value]

@@ -29,6 +29,7 @@ from experiments.data.samples import single_questions
 from experiments.evaluation import Questions
 from experiments.measuring import in_turns, timed
 from experiments.models import build, choose_device
+from experiments.reduction import Around, in_answering
 from experiments.report import records
 from experiments.report.latency import FILE, timed_part
 from experiments.store import provenance, write_atomically
@@ -46,17 +47,17 @@ def measure(configs: Sequence[Mapping[str, Any]], repeats: int, device: torch.de
         that could not be built, `repeats`, `machine`, `provenance`.
     """
     left_out: list[dict[str, Any]] = []
-    runs = {key: partial(timed, run, device) for key, run in _passes(configs, device, left_out)}
+    runs = dict(_passes(configs, device, left_out))
     in_turns(runs, 1)
     rounds = in_turns(runs, repeats)
-    rows = [{"config": json.loads(key), "seconds": [spent for spent, _ in rounds[key]]} for key in runs]
+    rows = [{"config": json.loads(key), "seconds": rounds[key]} for key in runs]
     found = {"repeats": repeats, "machine": machine(device), "provenance": provenance(device)}
     return found | {"rows": rows, "left_out": left_out}
 
 
 def _passes(
     configs: Sequence[Mapping[str, Any]], device: torch.device, left_out: list[dict[str, Any]]
-) -> Iterator[tuple[str, Callable[[], None]]]:
+) -> Iterator[tuple[str, Callable[[], float]]]:
     """For each that takes a time of its own what to run; those that cannot be built go to `left_out`."""
     sets: dict[str, Data] = {}
     bases: dict[str, LlavaForConditionalGeneration] = {}
@@ -77,12 +78,13 @@ def _passes(
         first = list(islice(single_questions(data.test.samples), 1))
         asked = Questions(first, processor, 1, device).first()
         asked.pop("labels")
-        yield key, partial(_prefill, model.to(device), asked)
+        yield key, partial(_prefill, model.to(device), asked, in_answering(config), device)
 
 
 @torch.no_grad()
-def _prefill(model: Any, asked: dict[str, torch.Tensor]) -> None:
-    model(**asked, use_cache=True)
+def _prefill(model: Any, asked: dict[str, torch.Tensor], around: Around, device: torch.device) -> float:
+    with around(model, asked):
+        return timed(lambda: model(**asked, use_cache=True), device)[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

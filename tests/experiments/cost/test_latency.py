@@ -77,6 +77,9 @@ def test_a_recorded_configuration_becomes_what_ran(plain: dict[str, Any]) -> Non
     assert isinstance(typed.data, configuration.ShapesData)
     assert typed.train.steps == 7
     assert configuration.resolved(typed) == plain
+    older = copy.deepcopy(plain)
+    del older["model"]["grid"], older["tiles"]
+    assert configuration.typed(older).model == configuration.CheckpointModel(name="tiny", path=plain["model"]["path"])
     with pytest.raises(ValueError, match="model: no kind of it has the settings name, shape"):
         configuration.typed(plain | {"model": {"name": "tiny", "shape": 3}})
     with pytest.raises(ValueError, match="not a configuration of this version: Key 'colour'"):
@@ -96,14 +99,15 @@ def test_each_model_is_timed_once_and_in_turns(plain: dict[str, Any], monkeypatc
     """The passes that run are those of the models that the configurations name, on shared weights."""
     ran: list[Any] = []
 
-    def passes(model: Any, asked: dict[str, Any]) -> None:
+    def passes(model: Any, asked: dict[str, Any], *more: Any) -> float:
         ran.append((model, asked))
+        return float(len(ran))
 
     monkeypatch.setattr(latency, "_prefill", passes)
     configs = [plain, mini(plain), mini(plain, 2, 1), plain | {"seed": 1}]
     found = latency.measure(configs, 2, CPU)
     assert [timed_part(row["config"]) for row in found["rows"]] == [timed_part(config) for config in configs[:3]]
-    assert [len(row["seconds"]) for row in found["rows"]] == [2, 2, 2]
+    assert [row["seconds"] for row in found["rows"]] == [[4, 7], [5, 8], [6, 9]]
     models = [model for model, _ in ran]
     assert models == models[:3] * 3, "a turn that does not count, and two that do"
     llava, one, four = models[:3]
@@ -115,6 +119,24 @@ def test_each_model_is_timed_once_and_in_turns(plain: dict[str, Any], monkeypatc
     visual = [int((asked["input_ids"] == model.config.image_token_id).sum()) for model, asked in ran[:3]]
     assert visual == [36, 1, 4]
     assert "labels" not in ran[0][1]
+
+
+def test_a_reduction_is_timed_as_it_runs(plain: dict[str, Any]) -> None:
+    """VTW: the last layers hold no visual tokens while it is timed, and nothing stays on the model."""
+    reduced = copy.deepcopy(plain)
+    reduced["reduction"] |= {"name": "vtw", "layers": [3]}
+    runs = dict(latency._passes([plain, reduced], CPU, []))
+    whole, less = runs[timed_part(plain)], runs[timed_part(reduced)]
+    model = less.args[0]  # type: ignore[attr-defined]
+    lengths: list[int] = []
+    handle = model.model.language_model.layers[-1].register_forward_hook(
+        lambda module, given, result: lengths.append(given[0].shape[1])
+    )
+    whole()
+    less()
+    whole()
+    handle.remove()
+    assert lengths == [lengths[0], lengths[0] - 36, lengths[0]]
 
 
 def test_a_model_that_shares_answers_as_it_did(plain: dict[str, Any]) -> None:
