@@ -54,7 +54,7 @@ def run_cell(config: Config, resolved: dict[str, Any]) -> Path | None:
     reduction.check(model, config)
     model.to(device)
     log_history, train_seconds = _train(model, processor, config, data, store.work(name), device)
-    if log_history and not PartialState().is_main_process:
+    if config.train.trains and not PartialState().is_main_process:
         return None  # of several processes that train together, one measures and writes
 
     samples = list(single_questions(data.test.samples))
@@ -72,7 +72,7 @@ def run_cell(config: Config, resolved: dict[str, Any]) -> Path | None:
         "data": _data_part(config, data, samples),
         "accuracy": _accuracy(model, processor, config, samples, questions, device),
         **probing.analyse(model, questions, some, config.probe),
-        "train": {"log": log_history} if log_history else None,
+        "train": {"log": log_history} if config.train.trains else None,
     }
     record["model"] = _model_part(model, config, record["cost"])
     seconds = {"seconds": round(time.monotonic() - started, 1), "train_seconds": train_seconds}

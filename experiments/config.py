@@ -329,8 +329,13 @@ class Config:
     seed: int = 0
     batch_size: int = 64  # questions at once outside training
     device: str = "auto"
+    threads: int = 1  # of the CPU; a sum's last bits depend on how many share it, so one is what every launcher gives
     results: str = "results"
     save: str | None = None  # a folder for the trained model and its processor
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ValueError(f"threads: must be at least 1, found {self.threads}")
 
 
 MODELS: dict[str, type] = {"checkpoint": CheckpointModel, "joined": JoinedModel, "scratch": ScratchModel}
@@ -342,7 +347,7 @@ DATA: dict[str, type] = {
 }
 
 # where a cell runs, where it writes and for which table does not change what it finds
-_NOT_IDENTITY = ("name", "device", "results", "save", "batch_size")
+_NOT_IDENTITY = ("name", "device", "threads", "results", "save", "batch_size")
 
 
 def resolved(config: Config | DictConfig) -> dict[str, Any]:

@@ -187,9 +187,14 @@ def fit(
         state = TrainerState.load_from_json(str(found / _TRAINER_STATE))
         if state.global_step == (config.steps or state.max_steps):  # Trainer would take a step before it sees that
             trainer._load_from_checkpoint(str(found))
-            return state.log_history
+            return _steps(state)
     trainer.train(resume_from_checkpoint=str(found) if found else None)
-    return trainer.state.log_history
+    return _steps(trainer.state)
+
+
+def _steps(state: TrainerState) -> list[dict[str, float]]:
+    """The log without Trainer's last entry: times, and means over what this process has run."""
+    return [entry for entry in state.log_history if "loss" in entry]
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer | None:
