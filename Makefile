@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RESULTS ?= results
 
-.PHONY: reproduce test test-slow lint clean
+# make test-slurm: a sweep through a SLURM of one node, which root may install here (Debian, Ubuntu) and the test starts.
+.PHONY: reproduce test test-slow test-slurm lint clean
 
 reproduce: $(STAMP)
 	$(BIN)/python -m experiments.run experiment=attention results=$(RESULTS)
@@ -17,6 +18,11 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+test-slurm: $(STAMP)
+	@command -v sbatch >/dev/null || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge; }
+	$(BIN)/python -m pytest -m slurm -rs
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
