@@ -160,6 +160,7 @@ def fit(
         save_steps=config.save_every,
         save_total_limit=2,
         logging_steps=10,
+        logging_first_step=True,
         seed=seed,
         use_cpu=device.type == "cpu",
         remove_unused_columns=False,
@@ -187,14 +188,15 @@ def fit(
         state = TrainerState.load_from_json(str(found / _TRAINER_STATE))
         if state.global_step == (config.steps or state.max_steps):  # Trainer would take a step before it sees that
             trainer._load_from_checkpoint(str(found))
-            return _steps(state)
+            return _history(state)
     trainer.train(resume_from_checkpoint=str(found) if found else None)
-    return _steps(trainer.state)
+    return _history(trainer.state)
 
 
-def _steps(state: TrainerState) -> list[dict[str, float]]:
-    """The log without Trainer's last entry: times, and means over what this process has run."""
-    return [entry for entry in state.log_history if "loss" in entry]
+def _history(state: TrainerState) -> list[dict[str, float]]:
+    """The log by step, and where it ended. Trainer's own last entry tells times, and means over what this process ran."""
+    ended = {"step": state.global_step, "epoch": state.epoch, "total_flos": state.total_flos}
+    return [*(entry for entry in state.log_history if "loss" in entry), ended]
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer | None:

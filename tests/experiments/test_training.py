@@ -193,7 +193,7 @@ def test_a_step_has_as_many_rows_as_configured(mini, mini_processor, mixed, tmp_
             mini, mini_processor, mixed, dataclasses.replace(whole, **fields), tmp_path / str(len(runs)), 0, CPU
         )
         assert log[-1]["step"] == 2
-        runs.append((log[-1]["train_loss"], values(mini)))
+        runs.append((log[0]["loss"], values(mini)))
     (loss, weights), *others = runs
     for other_loss, other_weights in others:
         assert other_loss == pytest.approx(loss, rel=1e-5)
