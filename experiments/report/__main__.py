@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from experiments.report import captions, figures, formats, page, summary, tables, verdict
-from experiments.report.cells import ablation_cells
+from experiments.report.cells import ablation_cells, group_cells
 from experiments.report.records import Records, load
 
 _WRITERS = {"md": formats.markdown, "tex": formats.latex, "csv": formats.csv}
@@ -49,7 +49,7 @@ def write(records: Records, out: Path) -> None:
     probed = verdict.probed(records)
     verdicts = [verdict.judge(record) for record in probed]
     headline = verdict.headline(verdicts)
-    cells = ablation_cells(records)
+    cells = ablation_cells(group_cells(records))
     failed_probes = [record for record in records.failed if record["experiment"] == "attention"]
     made = (
         tables.ablation_table(cells),

@@ -1,23 +1,23 @@
-"""Ablation cells: the records of one configuration, its seeds taken together, compared with their baseline."""
+"""Cells: the records of one configuration, its seeds taken together; and how an ablation's compare with its baseline."""
 
 from __future__ import annotations
 
-import json
+import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from experiments.report.records import Record, Records, failure, outcomes
+from experiments.report.records import INCIDENTAL, Record, Records, configuration, failure, outcomes, seed
 from experiments.report.statistics import Interval, accuracy_interval, difference_interval, holm, paired_test
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration of an ablation over its seeds.
+    """One configuration over its seeds.
 
     `settings` names the settings in which the cells of a report differ besides those shown; `family` is equal for cells
     trained alike on the same data. `difference` (from 0 to 1) and `p_value` compare with the baseline on the same
@@ -36,6 +36,17 @@ class Cell:
     difference: Interval | None = None
     p_value: float | None = None
     comparison: str = ""
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """Finished ones first."""
+        return (*self.finished, *self.failed)
+
+    @functools.cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration by dotted keys, less the seed and what is incidental."""
+        config = self.records[0]["config"]
+        return dict(_flatten({key: value for key, value in config.items() if key not in ("seed", *INCIDENTAL)}))
 
     @property
     def is_baseline(self) -> bool:
@@ -83,35 +94,40 @@ class Cell:
         return np.stack([outcomes(text) for text in texts])
 
 
-def ablation_cells(records: Records) -> tuple[Cell, ...]:
-    """The cells of every record that is not of the attention experiment: baselines first, then by compressor and size.
+def group_cells(records: Records) -> tuple[Cell, ...]:
+    """The cells of all records: baselines first, then by compressor and size.
 
-    Records belong to one cell if their configurations differ in nothing but the seed and their data are the same. A
-    cell's baseline is the LLaVA whose configuration differs in nothing but the compressor and pre-fusion. P-values are
-    corrected (Holm) for the number of cells compared.
+    Records belong to one cell if their configurations differ in nothing but the seed and their data are the same.
     """
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records.finished:
-        if record["experiment"] != "attention":
-            groups[_key(record["config"], "seed"), record["data"]["fingerprint"]].append(record)
+        groups[configuration(record["config"], "seed"), record["data"]["fingerprint"]].append(record)
     failed: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records.failed:
-        if record["experiment"] != "attention":
-            config, family = _key(record["config"], "seed"), _family(record["config"])
-            # A failed record does not know its data: it joins its own cell, or the table, of those trained alike.
-            own = (key for key in groups if key[0] == config)
-            alike = ((config, key[1]) for key, found in groups.items() if _family(found[0]["config"]) == family)
-            failed[next(iter((*own, *alike)), (config, ""))].append(record)
-
-    keys = list(dict.fromkeys((*groups, *failed)))
-    settings = _differing_settings([(*groups[key], *failed[key])[0] for key in keys])
-    cells = [_cell(groups[key], failed[key], text, key[1]) for key, text in zip(keys, settings, strict=True)]
+        config, family = configuration(record["config"], "seed"), _family(record["config"])
+        # A failed record does not know its data: it joins its own cell, or the table, of those trained alike.
+        own = (key for key in groups if key[0] == config)
+        alike = ((config, key[1]) for key, found in groups.items() if _family(found[0]["config"]) == family)
+        failed[next(iter((*own, *alike)), (config, ""))].append(record)
+    cells = [_cell(groups[key], failed[key], key[1]) for key in dict.fromkeys((*groups, *failed))]
     cells.sort(key=lambda c: (c.family, not c.is_baseline, c.compressor, c.visual_tokens or 0, c.prefusion_layers))
-    return tuple(_compare(cells))
+    settings = _differing_settings(cells)
+    return tuple(replace(cell, settings=text) for cell, text in zip(cells, settings, strict=True))
 
 
-def _cell(finished: list[Record], failed: list[Record], settings: str, fingerprint: str) -> Cell:
-    finished = sorted(finished, key=lambda record: str(record["config"].get("seed")))
+def ablation_cells(cells: Iterable[Cell]) -> tuple[Cell, ...]:
+    """Those of the cells that are not of the attention experiment alone, each compared with its baseline.
+
+    That is the LLaVA whose configuration differs in nothing but the compressor and pre-fusion. P-values are corrected
+    (Holm) for the number of cells compared.
+    """
+    chosen = [cell for cell in cells if any(record["experiment"] != "attention" for record in cell.records)]
+    settings = _differing_settings(chosen)
+    return tuple(_compare([replace(cell, settings=text) for cell, text in zip(chosen, settings, strict=True)]))
+
+
+def _cell(finished: list[Record], failed: list[Record], fingerprint: str) -> Cell:
+    finished, failed = (sorted(some, key=lambda record: str(seed(record))) for some in (finished, failed))
     config = (*finished, *failed)[0]["config"]
     family = f"{_family(config)} {fingerprint}"
     if finished:
@@ -126,7 +142,7 @@ def _cell(finished: list[Record], failed: list[Record], settings: str, fingerpri
         size = config.get("compressor", {}).get("size")
         tokens = None if compressor == "none" or size is None else size**2
         label = "LLaVA" if compressor == "none" and layers == 0 else "LLaVA-Mini"
-    return Cell(label, tokens, layers, compressor, settings, family, tuple(finished), tuple(failed), accuracy)
+    return Cell(label, tokens, layers, compressor, "", family, tuple(finished), tuple(failed), accuracy)
 
 
 def _compare(cells: list[Cell]) -> Iterable[Cell]:
@@ -152,24 +168,18 @@ def _image(cell: Cell) -> np.ndarray:
     return np.stack([outcomes(record["accuracy"]["image"]) for record in cell.finished])
 
 
-def _key(config: Mapping[str, Any], *without: str) -> str:
-    return json.dumps({key: value for key, value in config.items() if key not in without}, sort_keys=True)
-
-
 def _family(config: Mapping[str, Any]) -> str:
-    return _key(config, "seed", "compressor", "prefusion")
+    return configuration(config, "seed", "compressor", "prefusion")
 
 
-def _differing_settings(records: list[Record]) -> list[str]:
-    """For each record, its settings that are not equal in all of them and have no column of their own."""
-    shown = {"seed", "compressor.name", "compressor.size", "prefusion.layers"}
-    flat = [{key: value for key, value in _flatten(record["config"]) if key not in shown} for record in records]
-    for settings, record in zip(flat, records, strict=True):
+def _differing_settings(cells: Sequence[Cell]) -> list[str]:
+    """For each cell, its settings that are not equal in all of them and have no column of their own."""
+    shown = {"compressor.name", "compressor.size", "prefusion.layers"}
+    flat = [{key: value for key, value in cell.config.items() if key not in shown} for cell in cells]
+    for settings, cell in zip(flat, cells, strict=True):
         # A cell without compressor or pre-fusion has no use for their other settings.
-        model = record["config"]
-        for part, unused in (("compressor.", "none"), ("prefusion.", 0)):
-            group = model.get(part[:-1], {})
-            if group.get("name" if part == "compressor." else "layers") == unused:
+        for part, name, unused in (("compressor.", "name", "none"), ("prefusion.", "layers", 0)):
+            if cell.config.get(part + name) == unused:
                 for key in [key for key in settings if key.startswith(part)]:
                     del settings[key]
     values: dict[str, set[str]] = defaultdict(set)

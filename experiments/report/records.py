@@ -22,6 +22,9 @@ SCHEMA = 1
 
 Record: TypeAlias = Mapping[str, Any]
 
+INCIDENTAL = ("name", "device", "results", "save", "batch_size")
+"""Where a cell ran, where it wrote and for which table: keys of its configuration that do not change what it finds."""
+
 _ALWAYS: dict[str, Any] = {"id": str, "experiment": str, "name": str, "config": dict}
 _FINISHED: dict[str, Any] = {
     "model.label": str,
@@ -73,8 +76,10 @@ class Records:
 
 
 def load(folder: Path) -> Records:
-    """Read every `*.json` in `folder`, in the order of their names. A latency that was measured of a record's model, and
-    lies beside `folder`, is in its `cost`.
+    """Read every `*.json` in `folder`; the records come in the order of their identities. A latency that was measured of
+    a record's model, and lies beside `folder`, is in its `cost`.
+
+    Of records whose configurations differ in nothing but `INCIDENTAL` the newest counts.
 
     Raises:
         FileNotFoundError: if `folder` does not exist or holds no `*.json` file.
@@ -94,17 +99,18 @@ def load(folder: Path) -> Records:
             continue
         if record.get("cost") and (timed := latencies.get(latency.timed_part(record["config"]))):
             record = {**record, "cost": {**record["cost"], **timed}}
-        key = json.dumps([record["experiment"], record["config"]], sort_keys=True)
+        key = configuration(record["config"])
         other = newest.get(key)
         if other is not None:
-            older, record = sorted((other, record), key=started)
+            older, record = sorted((other, record), key=_age)
             superseded.append(Hole(f"{describe(older)} ({older['id']})", f"replaced by the newer {record['id']}"))
         newest[key] = record
+    kept = sorted(newest.values(), key=lambda record: record["id"])
     return Records(
-        finished=tuple(record for record in newest.values() if record["status"] == "finished"),
-        failed=tuple(record for record in newest.values() if record["status"] == "failed"),
+        finished=tuple(record for record in kept if record["status"] == "finished"),
+        failed=tuple(record for record in kept if record["status"] == "failed"),
         unreadable=tuple(unreadable),
-        superseded=tuple(superseded),
+        superseded=tuple(sorted(superseded, key=lambda hole: hole.name)),
     )
 
 
@@ -193,9 +199,20 @@ def first_layers(record: Record) -> list[int]:
     return [record["model"]["layers"] - len(run["layers"]) for run in record["removal"]["onward"]]
 
 
+def configuration(config: Mapping[str, Any], *without: str) -> str:
+    """A configuration as text that is equal where nothing differs but `INCIDENTAL` and the keys `without`."""
+    return json.dumps(
+        {key: value for key, value in config.items() if key not in (*INCIDENTAL, *without)}, sort_keys=True
+    )
+
+
 def started(record: Record) -> str:
     """When a record's run began (ISO 8601), "" where it does not say."""
     return (record.get("provenance") or {}).get("started") or ""
+
+
+def _age(record: Record) -> tuple[str, str]:
+    return started(record), record["id"]
 
 
 def _field(mapping: Any, path: str, kind: Any, shown: str | None = None) -> Any:

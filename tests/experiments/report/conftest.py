@@ -62,6 +62,7 @@ def finished(
         "prefusion": {"layers": layers, "init": "language_model"},
         "train": {"steps": 200},
         "data": {"name": "shapes"},
+        "probe": {"removal": experiment == "attention"},
     }
     guess = draw(np.random.default_rng(7), np.random.default_rng(8).random(examples), 0.35)
     return base(identity, experiment, name, config) | {

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.report.cells import Cell, ablation_cells
+from experiments.report.cells import Cell, ablation_cells, group_cells
 from experiments.report.records import Records, outcomes
 from experiments.report.statistics import paired_test
 
@@ -14,7 +14,7 @@ from experiments.report.statistics import paired_test
 def cells_of(records: list[dict[str, Any]]) -> tuple[Cell, ...]:
     finished = tuple(record for record in records if record["status"] == "finished")
     failed = tuple(record for record in records if record["status"] == "failed")
-    return ablation_cells(Records(finished, failed, (), ()))
+    return ablation_cells(group_cells(Records(finished, failed, (), ())))
 
 
 def test_seeds_are_taken_together_and_the_baseline_comes_first(records: list[dict[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from experiments.report import figures
 from experiments.report.captions import draw
-from experiments.report.cells import ablation_cells
+from experiments.report.cells import ablation_cells, group_cells
 from experiments.report.figures.cost import pareto_front, unit
 from experiments.report.records import Records
 
@@ -136,7 +136,7 @@ def test_fusion_puts_the_curves_side_by_side(probed: dict[str, Any]) -> None:
 
 def test_ablation_marks_failed_cells_and_controls(records: list[dict[str, Any]]) -> None:
     records[-2]["status"] = records[-3]["status"] = "failed"
-    figure = figures.ablation_figure(ablation_cells(loaded(records)))
+    figure = figures.ablation_figure(ablation_cells(group_cells(loaded(records))))
     assert [axis.get_title("left") for axis in figure.axes] == ["Average compressor", "Query compressor"]
     wanted = {"failed", "no pre-fusion", "2 pre-fusion layers", "LLaVA, 36 tokens", "text-only guess"}
     assert wanted | {"LLaVA, blank image"} == set(labels(figure))
@@ -144,7 +144,7 @@ def test_ablation_marks_failed_cells_and_controls(records: list[dict[str, Any]])
 
 def test_series_differ_in_more_than_colour(records: list[dict[str, Any]]) -> None:
     for draw_cells in (figures.ablation_figure, figures.cost_figure):
-        for axis in draw_cells(ablation_cells(loaded(records))).axes:
+        for axis in draw_cells(ablation_cells(group_cells(loaded(records)))).axes:
             handles, names = axis.get_legend_handles_labels()
             lines = [handle[0] if isinstance(handle, tuple) else handle for handle in handles]
             filled = [str(h.get_markerfacecolor()) == "white" for h in lines]
@@ -166,13 +166,13 @@ def test_drawing_leaves_matplotlib_as_it_was(probed: dict[str, Any]) -> None:
 
 
 def test_what_cannot_be_drawn_is_said(records: list[dict[str, Any]]) -> None:
-    drawings = list(draw([], ablation_cells(loaded(records[-1:]))))
+    drawings = list(draw([], ablation_cells(group_cells(loaded(records[-1:])))))
     assert [drawing.figure for drawing in drawings] == [None] * 6
     assert all(drawing.caption.startswith("Not drawn: no finished ") for drawing in drawings)
 
 
 def test_captions_state_n_seeds_and_device(records: list[dict[str, Any]]) -> None:
-    drawings = {d.stem: d.caption for d in draw([records[-1]], ablation_cells(loaded(records)))}
+    drawings = {d.stem: d.caption for d in draw([records[-1]], ablation_cells(group_cells(loaded(records))))}
     assert "n = 40 samples" in drawings["attention_by_layer"]
     assert "cpu (2 threads)" in drawings["attention_by_layer"]
     assert "n = 120 test examples a seed, 1 to 2 seeds a cell" in drawings["ablation"]
@@ -181,7 +181,7 @@ def test_captions_state_n_seeds_and_device(records: list[dict[str, Any]]) -> Non
 def test_cells_trained_otherwise_are_not_drawn_together(records: list[dict[str, Any]]) -> None:
     longer = copy.deepcopy(records[4])
     longer["config"]["train"]["steps"] = 400
-    drawings = {d.stem: d for d in draw([], ablation_cells(loaded([*records, longer])))}
+    drawings = {d.stem: d for d in draw([], ablation_cells(group_cells(loaded([*records, longer]))))}
     assert "the largest of 2 groups" in drawings["ablation"].caption
     figure = drawings["ablation"].figure
     assert figure is not None
@@ -189,7 +189,7 @@ def test_cells_trained_otherwise_are_not_drawn_together(records: list[dict[str, 
 
 
 def test_cost_is_drawn_in_flops_and_cache_bytes(records: list[dict[str, Any]]) -> None:
-    cells = ablation_cells(loaded(records))
+    cells = ablation_cells(group_cells(loaded(records)))
     figure = figures.cost_figure(cells)
     assert [axis.get_xlabel() for axis in figure.axes] == [
         "Cost of a prompt (MFLOPs, log scale)",
@@ -203,7 +203,7 @@ def test_cost_is_drawn_in_flops_and_cache_bytes(records: list[dict[str, Any]]) -
         np.testing.assert_allclose(front, best)
     for record in records:
         (record.get("cost") or {}).pop("cache_bytes", None)  # as older records are
-    assert len(figures.cost_figure(ablation_cells(loaded(records))).axes) == 1
+    assert len(figures.cost_figure(ablation_cells(group_cells(loaded(records)))).axes) == 1
 
 
 def test_the_pareto_front_holds_what_nothing_beats() -> None:

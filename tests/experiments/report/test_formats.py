@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from experiments.report import formats, tables
-from experiments.report.cells import ablation_cells
+from experiments.report.cells import ablation_cells, group_cells
 from experiments.report.records import Records
 from experiments.report.verdict import judge, probed
 
@@ -23,7 +23,7 @@ NAMES = ("ablation", "accuracy_by_kind", "fusion_depth", "provenance")
 def made(records: list[dict[str, Any]]) -> dict[str, tables.Table]:
     finished = tuple(record for record in records if record["status"] == "finished")
     loaded = Records(finished, tuple(record for record in records if record["status"] == "failed"), (), ())
-    cells, found = ablation_cells(loaded), probed(loaded)
+    cells, found = ablation_cells(group_cells(loaded)), probed(loaded)
     all_tables = (
         tables.ablation_table(cells),
         tables.kinds_table(cells, found),
