@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.rows import scaled
+from experiments import rows
 
 TRAIN_CHOICES = {
     "trainable": ("all", "projector"),
@@ -395,7 +395,7 @@ def asset(name: str) -> str:
 def register() -> None:
     """Make the classes and the resolvers known to Hydra, under the names that conf/ refers to."""
     OmegaConf.register_new_resolver("asset", asset, replace=True)
-    OmegaConf.register_new_resolver("scaled", scaled, replace=True)
+    rows.register()
     store = ConfigStore.instance()
     store.store("schema", Config)
     groups: dict[str, dict[str, type]] = {

@@ -90,3 +90,8 @@ def scaled(grid: int | None, size: int, resolution: int = 1) -> int:
         )
     here, paper = grid * resolution, PAPER_GRID * resolution
     return round(here ** (math.log(size) / math.log(paper)))
+
+
+def register() -> None:
+    """Make `${scaled:...}` known to OmegaConf."""
+    OmegaConf.register_new_resolver("scaled", scaled, replace=True)

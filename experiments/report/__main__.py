@@ -12,52 +12,71 @@ from pathlib import Path
 
 from rich.console import Console
 
-from experiments.report import captions, figures, formats, page, summary, tables, verdict
-from experiments.report.cells import ablation_cells, group_cells
-from experiments.report.records import Records, load
+from experiments.report import asked, captions, figures, formats, page, row_tables, summary, tables, verdict
+from experiments.report.asked import Asked
+from experiments.report.cells import Cell, ablation_cells, group_cells
+from experiments.report.definitions import Definition, definitions
+from experiments.report.records import Records, chosen, load
+from experiments.report.studies import Study, study_of
 
 _WRITERS = {"md": formats.markdown, "tex": formats.latex, "csv": formats.csv}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the report. Returns the exit status: 1 if there is no record or the folder cannot be written, else 0."""
+    """Make the report. Returns the exit status: 1 if what was asked for is not there or the folder cannot be written."""
     parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__)
     parser.add_argument(
         "--results", type=Path, default=Path("results"), help="folder that holds records/ (%(default)s)"
     )
     parser.add_argument("--out", type=Path, default=None, help="where the report goes (RESULTS/report)")
+    parser.add_argument(
+        "asked",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="experiment=NAME,... reports on these tables alone; other settings choose among their cells: train.steps=60",
+    )
     arguments = parser.parse_args(argv)
     out = arguments.out or arguments.results / "report"
     try:
-        records = load(arguments.results / "records")
-        write(records, out)
+        write(load(arguments.results / "records"), out, asked.parse(arguments.asked))
     except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def write(records: Records, out: Path) -> None:
+def write(records: Records, out: Path, wanted: Asked) -> None:
     """Write the report into `out` and print its summary.
 
     Everything is made in a folder beside `out` and then moved file by file, the page last: a report that breaks off
-    leaves the one before it as it was. Raises OSError if `out` cannot be written.
+    leaves the one before it as it was. A report on some experiments alone leaves the figures and tables of others away.
+
+    Raises:
+        OSError: if `out` cannot be written.
+        ValueError: if an experiment has no record, or there is no such experiment or setting.
     """
     if records.unreadable:
         named = "; ".join(f"{hole.name}: {hole.reason}" for hole in records.unreadable)
         print(f"warning: {len(records.unreadable)} record(s) left out: {named}", file=sys.stderr)
+    known = definitions()
+    records = wanted.records(records)
+    cells = group_cells(records)
+    studies = _studies(wanted, known, cells)
+    if wanted.experiments:
+        records = chosen(records, (record for study in studies for record in study.records))
+        cells = group_cells(records)
     probed = verdict.probed(records)
     verdicts = [verdict.judge(record) for record in probed]
     headline = verdict.headline(verdicts)
-    cells = ablation_cells(group_cells(records))
+    ablation = ablation_cells(_elsewhere(cells, studies, known))
     failed_probes = [record for record in records.failed if record["experiment"] == "attention"]
-    made = (
-        tables.ablation_table(cells),
+    made = [
+        *row_tables.study_tables(studies),
+        tables.ablation_table(ablation),
         tables.kinds_table(cells, probed),
         tables.fusion_table(verdicts, failed_probes),
         tables.provenance_table(records),
-    )
-    by_name = {table.name: table for table in made}
+    ]
 
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".report-", dir=out.parent))
@@ -66,25 +85,45 @@ def write(records: Records, out: Path) -> None:
         for table in made:
             for suffix, format_ in _WRITERS.items():
                 (aside / "tables" / f"{table.name}.{suffix}").write_text(format_(table), encoding="utf-8")
-        drawings = list(captions.draw(probed, cells))
+        drawings = list(captions.draw(studies, probed, ablation, cells))
         pictures = {d.stem: figures.save(d.figure, aside / "figures" / d.stem)[0] for d in drawings if d.figure}
-        text = page.render(records, headline, verdicts, by_name, drawings, pictures)
+        text = page.render(records, headline, verdicts, studies, made, drawings, pictures)
         (aside / "index.html").write_text(text, encoding="utf-8")
-        _move(aside, out)
+        _move(aside, out, known)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     # Where output is piped there is no width to keep to; 120 columns hold the table.
     console = Console(width=None if sys.stdout.isatty() else 120)
-    summary.show(console, headline, verdicts, by_name["ablation"], out / "index.html")
+    summary.show(console, headline, verdicts, studies, made, out / "index.html")
 
 
-def _move(aside: Path, out: Path) -> None:
+def _studies(wanted: Asked, known: Sequence[Definition], cells: Sequence[Cell]) -> list[Study]:
+    found = []
+    for definition in wanted.definitions(known):
+        study = study_of(definition, cells, asked=bool(wanted.experiments))
+        if study is not None:
+            found.append(study)
+        elif wanted.experiments:
+            run = f"python -m experiments.run -m experiment={definition.name}"
+            raise ValueError(f"experiment {definition.name}: no record belongs to it; make some with `{run}`")
+    return found
+
+
+def _elsewhere(cells: Sequence[Cell], studies: Sequence[Study], known: Sequence[Definition]) -> list[Cell]:
+    """The cells that no study shows, or that were run for something else as well."""
+    shown = {record["id"] for study in studies for record in study.records}
+    names = {definition.name for definition in known}
+    return [c for c in cells if not all(r["id"] in shown and r["experiment"] in names for r in c.records)]
+
+
+def _move(aside: Path, out: Path, known: Sequence[Definition]) -> None:
     made = sorted(path.relative_to(aside) for path in aside.rglob("*") if path.is_file())
-    # A figure of an earlier report that these records no longer give would contradict the page.
-    for stem in captions.STEMS:
-        for suffix in ("png", "pdf"):
-            if Path("figures", f"{stem}.{suffix}") not in made:
-                (out / "figures" / f"{stem}.{suffix}").unlink(missing_ok=True)
+    # What an earlier report made and these records no longer give would contradict the page.
+    names = [definition.name for definition in known]
+    files = {f"figures/{stem}.{suffix}" for stem in (*captions.STEMS, *names) for suffix in ("png", "pdf")}
+    files |= {f"tables/{name}{end}.{suffix}" for name in names for end in ("", "_orderings") for suffix in _WRITERS}
+    for stale in files - {path.as_posix() for path in made}:
+        (out / stale).unlink(missing_ok=True)
     for path in sorted(made, key=lambda path: path.name == "index.html"):
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         os.replace(aside / path, out / path)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from matplotlib.figure import Figure
 
 from experiments.report import figures
-from experiments.report.cells import Cell
+from experiments.report.cells import Cell, told_apart
 from experiments.report.records import Record, describe
+from experiments.report.studies import Study
 
 
 @dataclass(frozen=True)
@@ -23,24 +25,45 @@ class Drawing:
     figure: Figure | None
 
 
-def draw(probed: Sequence[Record], cells: Sequence[Cell]) -> Iterator[Drawing]:
-    """Draw every figure: the probes of the first of the probed records that holds them, the largest group of cells."""
+def draw(
+    studies: Sequence[Study], probed: Sequence[Record], ablation: Sequence[Cell], cells: Sequence[Cell]
+) -> Iterator[Drawing]:
+    """Draw every figure: each study; the probes of the first of the probed records that holds them; the largest group of
+    the ablation's cells, and of all cells by their cost. Where there are studies, figures of other experiments that were not run are not missed."""
+    for study in studies:
+        if study.finished:
+            yield Drawing(study.name, study.definition.title, _rows(study), figures.rows_figure(study))
+        else:
+            yield Drawing(study.name, study.definition.title, "Not drawn: no row is finished.", None)
     for stem, title, needs, draw_record, caption in _PROBES:
         record = next((record for record in probed if record.get(needs) is not None), None)
-        if record is None:
-            yield Drawing(stem, title, f"Not drawn: no finished record holds {needs} measurements.", None)
-        else:
+        if record is not None:
             yield Drawing(stem, title, f"{caption(record)} {_source(record)}", draw_record(record))
-    families = Counter(cell.family for cell in cells if cell.finished)
-    # Cells trained otherwise, or on other data, cannot share axes with these.
-    drawn = [cell for cell in cells if families and cell.family == families.most_common(1)[0][0]]
-    for stem, title, draw_cells, text in _SWEEPS:
+        elif probed or not studies:
+            yield Drawing(stem, title, f"Not drawn: no finished record holds {needs} measurements.", None)
+    for stem, title, draw_cells, text, some in (
+        (*_SWEEP, ablation),
+        (*_COST, [cell for cell in cells if not cell.is_attention]),
+    ):
+        if studies and not some:
+            continue
+        families = Counter(cell.family for cell in some if cell.finished)
+        # Cells trained otherwise, or on other data, cannot share axes with these.
+        drawn = told_apart([cell for cell in some if families and cell.family == families.most_common(1)[0][0]])
         try:
             figure = draw_cells(drawn)
         except ValueError as error:
             yield Drawing(stem, title, f"Not drawn: {error}.", None)
         else:
             yield Drawing(stem, title, f"{text} {_sample(drawn)}{_left_out(len(families))}", figure)
+
+
+def _rows(study: Study) -> str:
+    seeds = " Small dots: single seeds." if len(study.seeds) > 1 else ""
+    return (
+        "Accuracy of each row, with its 95% bootstrap interval over examples and seeds, and the FLOPs of one prompt."
+        f"{seeds} Lines: the first row, and what is right without sight."
+    )
 
 
 def _sample(cells: Sequence[Cell]) -> str:
@@ -129,21 +152,20 @@ _PROBES: tuple[tuple[str, str, str, Callable[[Record], Figure], Callable[[Record
     ("attention_by_layer", "Attention mass by layer", "attention", figures.attention_figure, _mass),
     ("entropy_by_layer", "Attention entropy by layer", "attention", figures.entropy_figure, _entropy),
 )
-_SWEEPS: tuple[tuple[str, str, Callable[[Sequence[Cell]], Figure], str], ...] = (
-    (
-        "ablation",
-        "Accuracy by visual tokens, pre-fusion depth and compressor",
-        figures.ablation_figure,
-        "Test accuracy of every ablation cell; horizontal lines are plain LLaVA and the controls without a picture; a "
-        "cross marks a cell that failed. Points are set apart sideways to keep bars readable.",
-    ),
-    (
-        "accuracy_vs_cost",
-        "Accuracy against cost",
-        figures.cost_figure,
-        "Test accuracy against the FLOPs of one prompt, and against the bytes of keys and values that it leaves in the "
-        "language model's cache where they were counted; the star is plain LLaVA. Broad dashes join the cells that no "
-        "other beats in mean accuracy at the same cost or less (the Pareto front).",
-    ),
+_Sweep: TypeAlias = tuple[str, str, Callable[[Sequence[Cell]], Figure], str]
+_SWEEP: _Sweep = (
+    "ablation",
+    "Accuracy by visual tokens, pre-fusion depth and compressor",
+    figures.ablation_figure,
+    "Test accuracy of every ablation cell; horizontal lines are plain LLaVA and the controls without a picture; a "
+    "cross marks a cell that failed. Points are set apart sideways to keep bars readable.",
 )
-STEMS = tuple(entry[0] for entry in (*_PROBES, *_SWEEPS))
+_COST: _Sweep = (
+    "accuracy_vs_cost",
+    "Accuracy against cost",
+    figures.cost_figure,
+    "Test accuracy against the FLOPs of one prompt, and against the bytes of keys and values that it leaves in the "
+    "language model's cache where they were counted; the star is plain LLaVA. Broad dashes join the cells that no "
+    "other beats in mean accuracy at the same cost or less (the Pareto front).",
+)
+STEMS = tuple(entry[0] for entry in (*_PROBES, _SWEEP, _COST))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.report.records import INCIDENTAL, Record, Records, configuration, failure, outcomes, seed
+from experiments.report.records import INCIDENTAL, Record, Records, configuration, failure, flatten, outcomes, seed
 from experiments.report.statistics import Interval, accuracy_interval, difference_interval, holm, paired_test
 
 
@@ -46,12 +46,22 @@ class Cell:
     def config(self) -> Mapping[str, Any]:
         """The configuration by dotted keys, less the seed and what is incidental."""
         config = self.records[0]["config"]
-        return dict(_flatten({key: value for key, value in config.items() if key not in ("seed", *INCIDENTAL)}))
+        return dict(flatten({key: value for key, value in config.items() if key not in ("seed", *INCIDENTAL)}))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the data, "" where no finished record says it."""
+        return self.finished[0]["data"]["fingerprint"] if self.finished else ""
 
     @property
     def is_baseline(self) -> bool:
         """Plain LLaVA: no compression, no pre-fusion."""
         return self.compressor == "none" and self.prefusion_layers == 0
+
+    @property
+    def is_attention(self) -> bool:
+        """Of the attention experiment alone, which is about one model and is no part of an ablation."""
+        return all(record["experiment"] == "attention" for record in self.records)
 
     @property
     def failures(self) -> str:
@@ -111,6 +121,11 @@ def group_cells(records: Records) -> tuple[Cell, ...]:
         failed[next(iter((*own, *alike)), (config, ""))].append(record)
     cells = [_cell(groups[key], failed[key], key[1]) for key in dict.fromkeys((*groups, *failed))]
     cells.sort(key=lambda c: (c.family, not c.is_baseline, c.compressor, c.visual_tokens or 0, c.prefusion_layers))
+    return told_apart(cells)
+
+
+def told_apart(cells: Sequence[Cell]) -> tuple[Cell, ...]:
+    """The cells with `settings`: those in which they differ from each other."""
     settings = _differing_settings(cells)
     return tuple(replace(cell, settings=text) for cell, text in zip(cells, settings, strict=True))
 
@@ -121,9 +136,7 @@ def ablation_cells(cells: Iterable[Cell]) -> tuple[Cell, ...]:
     That is the LLaVA whose configuration differs in nothing but the compressor and pre-fusion. P-values are corrected
     (Holm) for the number of cells compared.
     """
-    chosen = [cell for cell in cells if any(record["experiment"] != "attention" for record in cell.records)]
-    settings = _differing_settings(chosen)
-    return tuple(_compare([replace(cell, settings=text) for cell, text in zip(chosen, settings, strict=True)]))
+    return tuple(_compare(told_apart([cell for cell in cells if not cell.is_attention])))
 
 
 def _cell(finished: list[Record], failed: list[Record], fingerprint: str) -> Cell:
@@ -145,7 +158,7 @@ def _cell(finished: list[Record], failed: list[Record], fingerprint: str) -> Cel
     return Cell(label, tokens, layers, compressor, "", family, tuple(finished), tuple(failed), accuracy)
 
 
-def _compare(cells: list[Cell]) -> Iterable[Cell]:
+def _compare(cells: Sequence[Cell]) -> Iterable[Cell]:
     baselines = {cell.family: cell for cell in cells if cell.is_baseline and cell.finished}
     compared = [cell for cell in cells if cell.finished and not cell.is_baseline and cell.family in baselines]
     pairs = [(_image(cell), _image(baselines[cell.family])) for cell in compared]
@@ -188,11 +201,3 @@ def _differing_settings(cells: Sequence[Cell]) -> list[str]:
             values[key].add(str(value))
     differing = {key for key, found in values.items() if len(found) > 1}
     return [", ".join(f"{key}={settings[key]}" for key in sorted(differing & settings.keys())) for settings in flat]
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

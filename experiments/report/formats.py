@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from experiments.report.tables import Table
 
@@ -30,8 +31,8 @@ def markdown(table: Table) -> str:
     """GitHub-flavoured Markdown: caption, table, notes."""
     columns = list(table.text.columns)
     rule = ["---:" if column in table.numeric else "---" for column in columns]
-    rows = [columns, rule, *([_markdown_cell(cell) for cell in row] for row in table.text.itertuples(index=False))]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
+    rows = _cells(table, _markdown_cell, "**{}**")
+    lines = [f"| {' | '.join(row)} |" for row in (columns, rule, *rows)]
     return "\n".join([f"**{table.caption}**", "", *lines, *(f"\n{note}" for note in table.notes)]) + "\n"
 
 
@@ -39,7 +40,7 @@ def latex(table: Table) -> str:
     r"""A `table` environment with booktabs rules, to be \input as it is. Needs the packages booktabs
     and graphicx, which shrinks a table wider than the line."""
     columns = "".join("r" if column in table.numeric else "l" for column in table.text.columns)
-    rows = [[escape(str(cell)) for cell in row] for row in table.text.itertuples(index=False)]
+    rows = _cells(table, escape, r"\textbf{{{}}}")
     return "\n".join(
         [
             r"\begin{table}",
@@ -74,5 +75,17 @@ def escape(text: str) -> str:
     return re.sub("|".join(map(re.escape, _LATEX)), lambda match: _LATEX[match.group()], text)
 
 
-def _markdown_cell(cell: object) -> str:
-    return str(cell).replace("\\", "\\\\").replace("|", "\\|")
+def _cells(table: Table, write: Callable[[str], str], bold: str) -> list[list[str]]:
+    columns = list(table.text.columns)
+    rows = enumerate(table.text.itertuples(index=False, name=None))
+    return [
+        [
+            bold.format(write(cell)) if (i, column) in table.bold else write(cell)
+            for column, cell in zip(columns, row, strict=True)
+        ]
+        for i, row in rows
+    ]
+
+
+def _markdown_cell(cell: str) -> str:
+    return cell.replace("\\", "\\\\").replace("|", "\\|")

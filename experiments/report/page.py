@@ -10,6 +10,7 @@ import jinja2
 
 from experiments.report.captions import Drawing
 from experiments.report.records import Records, describe
+from experiments.report.studies import Study
 from experiments.report.tables import Table
 from experiments.report.verdict import CLAIM, RULE, Headline, Verdict
 
@@ -18,11 +19,12 @@ def render(
     records: Records,
     headline: Headline,
     verdicts: Sequence[Verdict],
-    tables: Mapping[str, Table],
+    studies: Sequence[Study],
+    tables: Sequence[Table],
     drawings: Sequence[Drawing],
     pictures: Mapping[str, Path],
 ) -> str:
-    """The page as HTML text. `pictures` maps the stem of every figure drawn to its PNG, which is embedded."""
+    """The page as HTML text: each study with its figure and tables, then the other figures and tables. `pictures` maps the stem of every figure drawn to its PNG, which is embedded."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -36,8 +38,9 @@ def render(
         rule=RULE,
         headline=headline,
         verdicts=verdicts,
-        tables=tables,
-        figures=[(drawing, uris.get(drawing.stem)) for drawing in drawings],
+        studies=[study.name for study in studies],
+        tables={table.name: table for table in tables},
+        figures={drawing.stem: (drawing, uris.get(drawing.stem)) for drawing in drawings},
         records=records,
         describe=describe,
     )

@@ -8,8 +8,8 @@ in the report with its reason, and never stops it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -114,6 +114,13 @@ def load(folder: Path) -> Records:
     )
 
 
+def chosen(records: Records, some: Iterable[Record]) -> Records:
+    """Some of the records alone; files that could not be read stay named."""
+    ids = {record["id"] for record in some}
+    finished, failed = (tuple(r for r in part if r["id"] in ids) for part in (records.finished, records.failed))
+    return replace(records, finished=finished, failed=failed, superseded=())
+
+
 def read(path: Path) -> Record:
     """Read and check one record file. Raises ValueError with one line that says what is wrong with it."""
     try:
@@ -197,6 +204,15 @@ def failure(record: Record) -> str:
 def first_layers(record: Record) -> list[int]:
     """How many first layers still see the visual tokens, for each entry of `removal.onward`."""
     return [record["model"]["layers"] - len(run["layers"]) for run in record["removal"]["onward"]]
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """A nested configuration as dotted keys with their values."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def configuration(config: Mapping[str, Any], *without: str) -> str:

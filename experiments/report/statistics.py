@@ -7,7 +7,6 @@ cost does not grow with the number of examples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -41,40 +40,28 @@ def mean_interval(
     return mean, low, high
 
 
-def bootstrap(
-    groups: Sequence[Integer[np.ndarray, "seeds examples"]],
-) -> Float[np.ndarray, "draws groups"]:
-    """Mean 0/1 outcomes of each group in draws over examples and seeds (crossed bootstrap).
-
-    A draw takes the same examples for all groups, so differences between groups are paired over examples, and seeds of
-    each group independently.
-    """
-    rng = np.random.default_rng(0)
-    means = _resampled_means(np.concatenate(groups), rng)
-    ends = np.cumsum([len(group) for group in groups])[:-1]
-    return np.stack([_resample_seeds(part, rng) for part in np.split(means, ends, axis=1)], axis=1)
-
-
 def accuracy_interval(outcomes: Integer[np.ndarray, "seeds examples"]) -> Interval:
-    """Mean of 0/1 outcomes with a 95% interval over examples and seeds, both resampled.
+    """Mean of 0/1 outcomes with a 95% interval over examples and seeds, both resampled (crossed bootstrap).
 
     Resampling a handful of seeds understates how much seeds differ (by a factor sqrt((s - 1) / s) in the standard
     error); with one seed the interval covers the choice of examples only.
     """
-    return interval(float(outcomes.mean()), bootstrap([outcomes])[:, 0])
+    rng = np.random.default_rng(0)
+    draws = _resample_seeds(_resampled_means(outcomes, rng), rng)
+    return Interval(float(outcomes.mean()), *map(float, np.quantile(draws, _TAILS)))
 
 
 def difference_interval(
     outcomes: Integer[np.ndarray, "seeds examples"], baseline: Integer[np.ndarray, "others examples"]
 ) -> Interval:
-    """Difference of two mean outcomes on the same examples with a 95% interval (paired over examples)."""
-    draws = bootstrap([outcomes, baseline])
-    return interval(float(outcomes.mean() - baseline.mean()), draws[:, 0] - draws[:, 1])
+    """Difference of two mean outcomes on the same examples with a 95% interval (paired over examples).
 
-
-def interval(mean: float, draws: Float[np.ndarray, " draws"]) -> Interval:
-    """A mean with the 95% percentile interval of its bootstrap draws."""
-    return Interval(mean, *map(float, np.quantile(draws, _TAILS)))
+    A draw takes the same examples for both, and seeds of either independently.
+    """
+    rng = np.random.default_rng(0)
+    means = _resampled_means(np.concatenate([outcomes, baseline]), rng)
+    draws = _resample_seeds(means[:, : len(outcomes)], rng) - _resample_seeds(means[:, len(outcomes) :], rng)
+    return Interval(float(outcomes.mean() - baseline.mean()), *map(float, np.quantile(draws, _TAILS)))
 
 
 def paired_test(

@@ -112,6 +112,8 @@ def save(figure: Figure, stem: Path | str) -> tuple[Path, Path]:
     stem = Path(stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
     png, pdf = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.pdf")
+    # Letters are as wide as the dots they are made of allow: place the panels by those of the file.
+    figure.set_dpi(_SETTINGS["savefig.dpi"])
     # Place the panels once: savefig would do it again for either file, which takes as long as drawing.
     figure.draw_without_rendering()
     figure.set_layout_engine(None)

