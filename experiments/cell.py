@@ -18,8 +18,9 @@ from experiments import probing, reduction, schooling, training
 from experiments.config import Config, ReductionConfig, ScratchModel, identity
 from experiments.cost.counted import forward_cost
 from experiments.data import Data, load_data
-from experiments.data.samples import Sample, TextGuess, single_questions
+from experiments.data.samples import Sample, Split, TextGuess, single_questions
 from experiments.evaluation import Questions, blank, correct, digits, shuffled
+from experiments.features import keep_features
 from experiments.models import build, choose_device
 from experiments.scores import by_kind
 from experiments.store import Store, code_version, provenance
@@ -70,7 +71,7 @@ def run_cell(config: Config, resolved: dict[str, Any]) -> Path | None:
         "config": resolved,
         "cost": forward_cost(model, questions, reduction.in_answering(config)),
         "data": _data_part(config, data, samples),
-        "accuracy": _accuracy(model, processor, config, samples, questions, device),
+        "accuracy": _accuracy(model, processor, config, data.test, samples, questions, device),
         **probing.analyse(model, questions, some, config.probe),
         "train": {"log": log_history} if config.train.trains else None,
     }
@@ -121,8 +122,10 @@ def _train(
     started = time.monotonic()
     if isinstance(config.model, ScratchModel) and training.last_checkpoint(work) is None:
         schooling.school(model, processor, schooling.scenes_of(data.train), config.model, work, config.seed, device)
+    around = reduction.in_training(config)
+    features = keep_features(config, model, processor, data.train)
     history = training.train(
-        model, processor, data.train.samples, config.train, work, config.seed, device, reduction.in_training(config)
+        model, processor, data.train.samples, config.train, work, config.seed, device, around, features
     )
     model.eval()
     return history, round(time.monotonic() - started, 1)
@@ -132,15 +135,21 @@ def _accuracy(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     config: Config,
+    split: Split,
     samples: list[Sample],
     questions: Questions,
     device: torch.device,
 ) -> dict[str, str]:
     around = reduction.in_answering(config)
-    found = {"image": digits(correct(model, questions, "accuracy", around))}
+    features = keep_features(config, model, processor, split)
+
+    def about(samples: list[Sample]) -> Questions:
+        return Questions(samples, processor, config.batch_size, device, features)
+
+    found = {"image": digits(correct(model, about(samples) if features else questions, "accuracy", around))}
     if config.probe.controls:
         for condition in (blank, shuffled):
-            changed = Questions(condition(samples), processor, config.batch_size, device)
+            changed = about(condition(samples))
             found[condition.__name__] = digits(correct(model, changed, f"{condition.__name__} pictures", around))
     return found
 

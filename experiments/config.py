@@ -321,6 +321,7 @@ class Config:
     tiles: int = 1  # a picture is cut into tiles x tiles and also seen whole (paper, LLaVA-Mini-HD: 2)
     train: TrainConfig = field(default_factory=TrainConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    keep_features: bool = False  # of the frozen tower, in bf16, for all cells that see them (experiments/features.py)
     bench: BenchConfig | None = None  # measured instead of a cell
     cost: CostConfig | None = None  # measured instead of a cell
     name: str = "single"  # the experiment that a record belongs to
@@ -336,6 +337,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.threads < 1:
             raise ValueError(f"threads: must be at least 1, found {self.threads}")
+        if self.keep_features and self.train.train_vision:
+            raise ValueError("keep_features: train.train_vision changes what the tower says; leave out one of them")
 
 
 MODELS: dict[str, type] = {"checkpoint": CheckpointModel, "joined": JoinedModel, "scratch": ScratchModel}

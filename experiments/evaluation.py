@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -16,8 +17,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from experiments.data.conversation import IGNORED, Collator, Encoder
+from experiments.data.conversation import IGNORED, Collator, Encoded, Encoder
 from experiments.data.samples import Picture, Sample
+from experiments.features import Features
 from experiments.models import inference
 from experiments.reduction import Around, untouched
 from llava_mini.video import Video
@@ -27,15 +29,23 @@ GREY = (128, 128, 128)
 
 
 class Questions:
-    """Questions encoded once, served as left-padded batches as often as wanted."""
+    """Questions encoded once, served as left-padded batches as often as wanted: with pixels, or with `features` of the
+    split that they are about."""
 
     def __init__(
-        self, samples: Sequence[Sample], processor: ProcessorMixin, batch_size: int, device: torch.device
+        self,
+        samples: Sequence[Sample],
+        processor: ProcessorMixin,
+        batch_size: int,
+        device: torch.device,
+        features: Features | None = None,
     ) -> None:
-        encoder = Encoder(processor)
-        self.samples, self.device = samples, device
+        encode: Callable[[Sample], Encoded] = Encoder(processor)
+        if features is not None:
+            encode = partial(features.encoded, encode)
+        self.samples, self.device, self.features = samples, device, features
         with tqdm(samples, desc="encode", leave=False) as bar:
-            self.items = [encoder(sample) for sample in bar]
+            self.items = [encode(sample) for sample in bar]
         self._collate = Collator(processor, side="left")
         self._loader = DataLoader(self.items, batch_size, collate_fn=self._collate)  # type: ignore[arg-type]
 
@@ -71,7 +81,7 @@ def correct(
 ) -> Bool[Tensor, " questions"]:
     """Which questions are answered right, with `around` around every forward call."""
     outcomes = []
-    with inference(model):
+    with inference(model), questions.features.given() if questions.features else contextlib.nullcontext():
         for inputs in questions.batches(say):
             with around(model, inputs):
                 logits = model(**inputs).logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from experiments import lora
 from experiments.config import TrainConfig
 from experiments.data.conversation import Collator, Encoder
 from experiments.data.samples import VIDEO_SLOT, Sample
+from experiments.features import Features
 from experiments.optimizer import MuonAdamW, give_own_rate
 from experiments.order import SortedSteps
 from experiments.reduction import Around, untouched
@@ -31,16 +33,17 @@ ADAPTER = "adapter"  # a folder among the checkpoints
 
 
 class Conversations(Dataset[dict[str, Any]]):
-    """Samples, encoded when they are asked for."""
+    """Samples, encoded when they are asked for, with features in the place of pictures if there are any."""
 
-    def __init__(self, samples: Sequence[Sample], encoder: Encoder) -> None:
-        self.samples, self.encoder = samples, encoder
+    def __init__(self, samples: Sequence[Sample], encoder: Encoder, features: Features | None = None) -> None:
+        self.samples, self.encoder, self.features = samples, encoder, features
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.encoder(self.samples[index])
+        sample = self.samples[index]
+        return self.encoder(sample) if self.features is None else self.features.encoded(self.encoder, sample)
 
     def sizes(self) -> list[tuple[int, int, int]]:
         """Of each sample the number of its videos, of its pictures and of its characters, without a look at a picture."""
@@ -223,15 +226,18 @@ def train(
     seed: int,
     device: torch.device,
     around: Around = untouched,
+    features: Features | None = None,
 ) -> list[dict[str, float]]:
-    """Train a LLaVA or LLaVA-Mini on conversations, in place, with `around` around every forward call. With `config.lora` adapters are trained, left in `work`,
-    and merged into the model."""
-    data = Conversations(samples, Encoder(processor))
+    """Train a LLaVA or LLaVA-Mini on conversations, in place, with `around` around every forward call. With
+    `config.lora` adapters are trained, left in `work`, and merged into the model. With `features`, of the split that the
+    samples are, its tower runs for those pictures alone that are not kept."""
+    data = Conversations(samples, Encoder(processor), features)
     sizes = data.sizes() if config.group_by_length else None
     choose_parameters(model, config)
     adapted = lora.adapt(model, config.lora) if config.lora else None
     within = partial(around, model)
-    history = fit(adapted or model, data, Collator(processor), config, work, seed, device, sizes, within)
+    with features.given() if features else contextlib.nullcontext():
+        history = fit(adapted or model, data, Collator(processor), config, work, seed, device, sizes, within)
     if adapted:
         lora.merge(adapted, work / ADAPTER)
     return history

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from experiments.config import DataConfig, LlavaJsonData, PhotoGridData, ShapesData, ShapesVideoData
 from experiments.data.llava_json import load_llava_json
@@ -29,7 +29,7 @@ class Data:
 
 
 def _one_question_each(split: Split) -> Split:
-    return Split(split.name, OneQuestionEach(split.samples), split.fingerprint)
+    return replace(split, samples=OneQuestionEach(split.samples))
 
 
 def load_data(config: DataConfig) -> Data:

@@ -153,6 +153,6 @@ class Collator:
             batch |= self.image_processor(images, return_tensors="pt")
         if crops := [frame for x in items for frame in x.get("pixel_values", ())]:
             batch["pixel_values"] = torch.cat(crops)
-            shown = [(i, x["visual_layout"]) for i, x in enumerate(items) if "visual_layout" in x]
+        if shown := [(i, x["visual_layout"]) for i, x in enumerate(items) if "visual_layout" in x]:
             batch["visual_layout"] = torch.cat([layout + torch.tensor([i, 0, 0]) for i, layout in shown])
         return batch

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from experiments.data.samples import IMAGE_SLOT, SLOT, VIDEO_SLOT, Picture, Sample, Split, fingerprint
+from experiments.data.samples import IMAGE_SLOT, SLOT, VIDEO_SLOT, Numbered, Picture, Sample, Split, fingerprint
 from llava_mini.tiles import to_rgb
 from llava_mini.video import Video
 
@@ -67,6 +68,7 @@ class JsonSamples(Sequence[Sample]):
 
     def __init__(self, entries: list[dict[str, Any]], folder: Path, frames: int) -> None:
         self.entries, self.folder, self.frames = entries, folder, frames
+        self.first_image = [0, *accumulate(len(entry["image"]) for entry in entries)]
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -75,7 +77,10 @@ class JsonSamples(Sequence[Sample]):
         entry = self.entries[index]
         turns = entry["conversations"]
         readers: dict[str, Iterator[Callable[[], Picture]]] = {
-            IMAGE_SLOT: (partial(to_rgb, self.folder / path) for path in entry["image"]),
+            IMAGE_SLOT: (
+                Numbered(number, partial(to_rgb, self.folder / path))
+                for number, path in enumerate(entry["image"], self.first_image[index])
+            ),
             VIDEO_SLOT: (partial(Video, self.folder / path, frames=self.frames) for path in entry["video"]),
         }
         slots = [slot for turn in turns for slot in SLOT.findall(turn["value"])]
@@ -115,4 +120,5 @@ def load_llava_json(path: str, images: str, split: str, count: int = 0, frames: 
     checked = [_entry(entry, i, source, folder) for i, entry in enumerate(entries[: count or None])]
     sizes = {kind: [(p, (folder / p).stat().st_size) for e in checked for p in e[kind]] for kind in _KIND.values()}
     videos = [sizes["video"], frames] if sizes["video"] else []
-    return Split(split, JsonSamples(checked, folder, frames), fingerprint(text, sizes["image"], count, *videos))
+    whole = fingerprint(text, sizes["image"], count, *videos)
+    return Split(split, JsonSamples(checked, folder, frames), whole, len(sizes["image"]))

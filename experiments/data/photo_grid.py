@@ -13,7 +13,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from experiments.data.balanced import Pair, ask, beside, cell_name
-from experiments.data.samples import Sample, Split, at_least_one, conversation, fingerprint
+from experiments.data.samples import Numbered, Sample, Split, at_least_one, conversation, fingerprint
 
 
 def _some(name: str) -> str:
@@ -61,7 +61,8 @@ class PhotoGrids(Sequence[Sample]):
         asked = ask(candidates, dict.fromkeys(candidates, 1), np.random.default_rng([self.seed, index]))
         turns = conversation((question, answer) for _, question, answer in asked)
         kinds = [kind for kind, _, _ in asked]
-        return Sample(f"photos-{self.split}-{self.seed}-{index}", (partial(self.draw, index),), turns, kinds)
+        image = Numbered(index, partial(self.draw, index))
+        return Sample(f"photos-{self.split}-{self.seed}-{index}", (image,), turns, kinds)
 
     def draw(self, index: int) -> Image.Image:
         side = self.grid * self.cell
@@ -110,6 +111,5 @@ def load_photo_grid(folder: str, split: str, count: int, seed: int, grid: int, c
     if not 0 <= labels.min() <= labels.max() < len(classes):
         raise ValueError(f"'{source}': labels run to {labels.max()}, and '{names}' has {len(classes)} names")
     samples = PhotoGrids(split, photos, labels, classes, at_least_one(count, split), seed, grid, cell)
-    return Split(
-        split, samples, fingerprint(photos.tobytes(), labels.tobytes(), classes, split, count, seed, grid, cell)
-    )
+    whole = fingerprint(photos.tobytes(), labels.tobytes(), classes, split, count, seed, grid, cell)
+    return Split(split, samples, whole, count)

@@ -20,6 +20,17 @@ Picture = Image.Image | Video
 
 
 @dataclass(frozen=True)
+class Numbered:
+    """Draws or reads an image when it is called, and says without that which of its split's images it is."""
+
+    number: int
+    make: Callable[[], Image.Image]
+
+    def __call__(self) -> Image.Image:
+        return self.make()
+
+
+@dataclass(frozen=True)
 class Sample:
     """Pictures and what is said about them, as LLaVA's training files have it.
 
@@ -59,11 +70,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Split:
-    """A part of a data set. `samples` may make its items when asked for; the fingerprint stands for all of their bytes."""
+    """A part of a data set. `samples` may make its items when asked for; the fingerprint stands for all of their bytes.
+    `images` is how many of its pictures are `Numbered`, from 0."""
 
     name: str
     samples: Sequence[Sample]
     fingerprint: str
+    images: int = 0
 
     def __len__(self) -> int:
         return len(self.samples)

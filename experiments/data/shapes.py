@@ -12,7 +12,7 @@ from PIL import Image
 
 from experiments.data import scenes as drawing
 from experiments.data.balanced import Pair, ask, beside, cell_name
-from experiments.data.samples import Sample, Split, at_least_one, conversation, fingerprint
+from experiments.data.samples import Numbered, Sample, Split, at_least_one, conversation, fingerprint
 from experiments.data.scenes import COLOURS, GRID, SHAPES
 
 Thing = tuple[str, str] | None  # (colour, shape) of a cell, None where it is empty
@@ -106,7 +106,12 @@ class ShapeSamples(Sequence[Sample]):
             raise IndexError(index)
         kinds, questions, answers = zip(*self.asked(index), strict=True)
         turns = conversation(zip(questions, answers, strict=True))
-        return Sample(f"shapes-{self.split}-{self.seed}-{index}", (partial(self.draw, index),), turns, list(kinds))
+        return Sample(
+            f"shapes-{self.split}-{self.seed}-{index}",
+            (Numbered(index, partial(self.draw, index)),),
+            turns,
+            list(kinds),
+        )
 
     def draw(self, index: int) -> Image.Image:
         return Image.fromarray(drawing.render(self.scenes[index : index + 1])[0])
@@ -147,4 +152,4 @@ def load_shapes(split: str, count: int, seed: int = 0, rounds: Mapping[str, int]
     scenes = drawing.draw(split, seed, at_least_one(count, split))
     samples = ShapeSamples(split, scenes, seed, rounds)
     drawn = [getattr(scenes, name).tobytes() for name in scenes.__dataclass_fields__]
-    return Split(split, samples, fingerprint("shapes", split, count, seed, dict(rounds), *drawn))
+    return Split(split, samples, fingerprint("shapes", split, count, seed, dict(rounds), *drawn), count)
