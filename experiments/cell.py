@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from experiments import probing, reduction, schooling, training
 from experiments.config import Config, ReductionConfig, ScratchModel, identity
 from experiments.cost.counted import forward_cost
-from experiments.data import Data, load_data
-from experiments.data.samples import Sample, Split, TextGuess, single_questions
+from experiments.data import GUESS_IMAGES, Data, load_data
+from experiments.data.samples import Sample, Split, single_questions
 from experiments.evaluation import Questions, blank, correct, digits, shuffled
 from experiments.features import keep_features
 from experiments.models import build, choose_device
@@ -27,7 +27,6 @@ from experiments.store import Store, code_version, provenance
 from llava_mini import LlavaMiniConfig
 
 log = logging.getLogger(__name__)
-GUESS_IMAGES = 5000
 GUESS_NOTE = f"most frequent answer to the same question text in {GUESS_IMAGES} training conversations"
 
 
@@ -49,7 +48,6 @@ def run_cell(config: Config, resolved: dict[str, Any]) -> Path | None:
     started = time.monotonic()
     begun = datetime.now(timezone.utc).isoformat(timespec="seconds")
     transformers.logging.set_verbosity_error()  # it tells of weights that are new on purpose; load() refuses missing ones
-    set_seed(config.seed)
     model, processor = build(config, data.train)
     probing.check(model, config.probe)
     reduction.check(model, config)
@@ -57,6 +55,7 @@ def run_cell(config: Config, resolved: dict[str, Any]) -> Path | None:
     log_history, train_seconds = _train(model, processor, config, data, store.work(name), device)
     if config.train.trains and not PartialState().is_main_process:
         return None  # of several processes that train together, one measures and writes
+    set_seed(config.seed)  # what measuring draws is the same after a training that was cut and resumed
 
     samples = list(single_questions(data.test.samples))
     questions = Questions(samples, processor, config.batch_size, device)
@@ -163,8 +162,7 @@ def _data_part(config: Config, data: Data, samples: list[Sample]) -> dict[str, A
         "kinds": [sample.kinds[0] for sample in samples],
     }
     if data.train is not None:
-        guess = TextGuess(data.train.samples[i] for i in range(min(GUESS_IMAGES, len(data.train))))
-        right = [guess(s.questions[0], s.kinds[0]) == s.answers[0] for s in samples]
+        right = [data.guess(s.questions[0], s.kinds[0]) == s.answers[0] for s in samples]
         part |= {"guess": digits(torch.tensor(right)), "guess_note": GUESS_NOTE}
     return part
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,22 +15,34 @@ from transformers import (
     LlavaForConditionalGeneration,
     PreTrainedModel,
     ProcessorMixin,
+    set_seed,
 )
 
 from experiments import joined, schooling, tiny
-from experiments.config import CheckpointModel, CompressorConfig, Config, JoinedModel, PrefusionConfig, ScratchModel
+from experiments.config import (
+    CheckpointModel,
+    CompressorConfig,
+    Config,
+    JoinedModel,
+    PrefusionConfig,
+    ScratchModel,
+)
 from experiments.data import scenes
 from experiments.data.samples import Split
+from experiments.stamps import stamps
 from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
 
 ASSETS = Path(__file__).parent / "assets"
+KEPT_BYTES = 4 * 2**30  # a larger one is read anew: the memory is worth more
+_last: dict[str, tuple[PreTrainedModel, ProcessorMixin]] = {}  # the LLaVA that this process's last cell was made of
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def build(config: Config, train: Split | None) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The model that a cell starts from, in eval mode, with its processor.
+    """The model that a cell starts from, in eval mode, with its processor. What is new in it is drawn from the seed.
 
-    A model from scratch learns its vocabulary from the training split. A compressor or pre-fusion layers make a
+    The LLaVA below it is kept for the next cell of this process, up to 4 GiB of it, and each cell gets a copy. A model
+    from scratch learns its vocabulary from the training split. A compressor or pre-fusion layers make a
     LLaVA-Mini of the LLaVA that the model config names.
 
     Raises:
@@ -37,7 +50,9 @@ def build(config: Config, train: Split | None) -> tuple[PreTrainedModel, Process
         ValueError: if a checkpoint lacks weights, its tower has another grid than the config says, or a model from
             scratch has no scenes to learn from.
     """
-    model, processor = _llava(config, train)
+    set_seed(config.seed)
+    model, processor, kept = _base(config, train)
+    set_seed(config.seed)  # what comes next is drawn alike whether the LLaVA was read or at hand
     patches, grid = getattr(model.config, "image_seq_length", None), config.model.grid
     if grid is not None and patches is not None and patches != grid * grid:
         raise ValueError(f"model.grid: {grid} x {grid} patches, but the vision tower makes {patches} of an image")
@@ -45,8 +60,25 @@ def build(config: Config, train: Split | None) -> tuple[PreTrainedModel, Process
         model, processor = _mini(model, processor, config.compressor, config.prefusion, config.tiles)
     elif config.tiles > 1:
         raise ValueError(f"tiles: only a LLaVA-Mini takes {config.tiles} x {config.tiles} tiles; give it a compressor")
+    elif kept:
+        model = copy.deepcopy(model)
     model.eval()
     return model, processor
+
+
+def _base(config: Config, train: Split | None) -> tuple[PreTrainedModel, ProcessorMixin, bool]:
+    """The LLaVA that a cell's model is made of, and whether it is kept for other cells, which must find it as it is."""
+    if isinstance(config.model, ScratchModel):
+        return *_llava(config, train), False
+    folders = stamps(getattr(config.model, name, None) for name in ("path", "vision", "language"))
+    name = repr([config.model, folders, isinstance(config.model, JoinedModel) and config.seed])
+    base = _last.get(name)
+    if base is None:
+        _last.clear()
+        base = _llava(config, train)
+        if sum(p.nbytes for p in base[0].parameters()) <= KEPT_BYTES:
+            _last[name] = base
+    return *base, name in _last
 
 
 def _llava(config: Config, train: Split | None) -> tuple[PreTrainedModel, ProcessorMixin]:

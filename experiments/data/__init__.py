@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
 from experiments.config import DataConfig, LlavaJsonData, PhotoGridData, ShapesData, ShapesVideoData
 from experiments.data.llava_json import load_llava_json
 from experiments.data.photo_grid import load_photo_grid
-from experiments.data.samples import OneQuestionEach, Split, fingerprint
+from experiments.data.samples import OneQuestionEach, Split, TextGuess, fingerprint
 from experiments.data.shapes import load_shapes
 from experiments.data.shapes_video import load_shapes_video
+from experiments.stamps import stamps
+
+GUESS_IMAGES = 5000
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,12 @@ class Data:
     train: Split | None
     test: Split
 
+    @cached_property
+    def guess(self) -> TextGuess:
+        """What GUESS_IMAGES training conversations tell without their pictures."""
+        assert self.train
+        return TextGuess(self.train.samples[i] for i in range(min(GUESS_IMAGES, len(self.train))))
+
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.train.fingerprint if self.train else None, self.test.fingerprint)
@@ -32,12 +42,23 @@ def _one_question_each(split: Split) -> Split:
     return replace(split, samples=OneQuestionEach(split.samples))
 
 
+_last: dict[str, Data] = {}  # what this process loaded last
+
+
 def load_data(config: DataConfig) -> Data:
-    """The splits that a data config names.
+    """The splits that a data config names, kept for the next cell of this process.
 
     Raises:
         FileNotFoundError, ValueError: if a file is missing or is not what it should be; the message names the file.
     """
+    key = repr([config, stamps(getattr(config, name, None) for name in ("path", "test_path", "photos"))])
+    if key not in _last:
+        _last.clear()
+        _last[key] = _load(config)
+    return _last[key]
+
+
+def _load(config: DataConfig) -> Data:
     if isinstance(config, ShapesData):
         train = load_shapes("train", config.train, config.seed, asdict(config.rounds))
         return Data(train, _one_question_each(load_shapes("test", config.test, config.seed)))
