@@ -33,24 +33,26 @@ def in_training(config: Config) -> Around:
     """
     if config.prefusion.place == "outside":
         return untouched
-    return _where_vision_is(lambda model, tokens: fusing_inside(model, tokens, config.prefusion.layers))
+    return _where_vision_is(lambda model, tokens: fusing_inside(model, tokens, config.prefusion.layers), places=True)
 
 
 def in_answering(config: Config) -> Around:
     """What goes around the forward calls in which questions are answered."""
     if config.reduction.name == "none":
         return in_training(config)
-    return _where_vision_is(lambda model, tokens: reducing(model, tokens, config.reduction))
+    return _where_vision_is(lambda model, tokens: reducing(model, tokens, config.reduction), places=False)
 
 
 def _where_vision_is(
-    context: Callable[[PreTrainedModel, TokenMap], AbstractContextManager[Receipt | None]],
+    context: Callable[[PreTrainedModel, TokenMap], AbstractContextManager[Receipt | None]], places: bool
 ) -> Around:
     def around(model: PreTrainedModel, inputs: Mapping[str, Any]) -> AbstractContextManager[Receipt | None]:
         visual = torch.tensor(visual_token_ids(model.config), device=inputs["input_ids"].device)
         if not torch.isin(inputs["input_ids"], visual).any():
             return nullcontext()
-        return context(model, TokenMap.from_inputs(model, inputs))
+        # what stands in the place of pixels may be kept features, whose shape tells a LLaVA's layout nothing
+        known = {name: value for name, value in inputs.items() if places or name != "pixel_values"}
+        return context(model, TokenMap.from_inputs(model, known))
 
     return around
 

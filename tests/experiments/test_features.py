@@ -3,19 +3,19 @@
 import dataclasses
 import errno
 import os
-import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from experiments.config import Config, ShapesData, TrainConfig
+from experiments.config import Config, ReductionConfig, ShapesData, TrainConfig
 from experiments.data.conversation import Collator, Encoder
 from experiments.data.samples import Numbered, Sample, conversation
 from experiments.data.shapes import load_shapes
 from experiments.evaluation import Questions, blank, shuffled
 from experiments.features import Features, keep_features
+from experiments.reduction import in_answering
 from experiments.training import train
 from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
 from llava_mini.video import Video
@@ -252,7 +252,7 @@ def test_the_tower_is_itself_again_and_goes_into_checkpoints(mini, mini_processo
     start = {name: value.clone() for name, value in mini.state_dict().items()}
     features = Features(tmp_path / "kept", mini, mini_processor, few)
     config = TrainConfig(steps=2, batch_size=4, warmup=0, save_every=1)
-    train(mini, mini_processor, few.samples, config, tmp_path / "work", 0, CPU, features)
+    train(mini, mini_processor, few.samples, config, tmp_path / "work", 0, CPU, features=features)
     saved = LlavaMiniForConditionalGeneration.from_pretrained(tmp_path / "work" / "checkpoint-2").state_dict()
     after = mini.state_dict()
     assert all(torch.equal(saved[name], after[name]) for name in after)
@@ -272,7 +272,7 @@ def test_training_is_the_same_whatever_is_kept_already(mini, mini_processor, few
     def run(name, features):
         mini.load_state_dict(start)
         tower_runs.clear()
-        log = train(mini, mini_processor, few.samples, config, tmp_path / name, 0, CPU, features)
+        log = train(mini, mini_processor, few.samples, config, tmp_path / name, 0, CPU, features=features)
         return log[-1]["train_loss"], {name: value.clone() for name, value in mini.state_dict().items()}
 
     def keep(name):
@@ -315,6 +315,19 @@ def test_videos_text_and_several_images(mini, mini_processor, few, tmp_path):
         torch.testing.assert_close(found, mini(**pixels).logits, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("reduces", [ReductionConfig("fastv", [1], keep=0.5), ReductionConfig("vtw", [1])])
+def test_methods_within_the_language_model_work_on_features(llava, processor, few, tmp_path, reduces):
+    config = Config(data=ShapesData(name="shapes"), reduction=reduces)
+    features = Features(tmp_path, llava, processor, few)
+    samples = list(few.samples)[:3]
+    given, pixels = batch(processor, samples, features), batch(processor, samples)
+    with torch.no_grad(), features.given(), in_answering(config)(llava, given):
+        found = llava(**given).logits
+    rounded(llava)
+    with torch.no_grad(), in_answering(config)(llava, pixels):
+        torch.testing.assert_close(found, llava(**pixels).logits, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("condition", [list, blank, shuffled])
 def test_questions_with_features_are_about_the_same_pictures(mini, mini_processor, few, tmp_path, condition):
     samples = condition(list(few.samples))
@@ -333,10 +346,13 @@ def test_what_cannot_be_kept(llava, mini, processor, mini_processor, few, tmp_pa
     assert keep_features(dataclasses.replace(config, keep_features=False), llava, processor, few) is None
     assert keep_features(config, llava, processor, None) is None
     assert keep_features(config, llava, processor, few).path.parent == tmp_path / "shared"
+    assert keep_features(config, mini, mini_processor, few) is not None
+    mini.model.compressor.needs = ("text", "text_mask")
+    assert keep_features(config, mini, mini_processor, few) is not None
     mini.model.compressor.needs = ("saliency",)
+    assert keep_features(config, mini, mini_processor, few) is None
     with pytest.raises(ValueError, match=r"train\.train_vision") as error:
         dataclasses.replace(config, train=TrainConfig(train_vision=True))
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="only a LLaVA's features are kept, and this model is a CLIPVisionModel"):
         keep_features(config, llava.model.vision_tower, processor, few)
-    shutil.rmtree(tmp_path / "shared")
