@@ -48,7 +48,9 @@ def answer(
         num_frames=options.num_frames,
         stream=True,  # a video's frames are decoded while the model takes them
     ).to(model.device)
-    if options.query is None and "pixel_values" in inputs:  # a lone query needs nothing kept
+    # a lone query needs nothing kept, and of a compressor that reads the question nothing can be
+    keeps = options.query is None and "text" not in model.model.needs
+    if keeps and "pixel_values" in inputs:
         pixel_values = inputs.pop("pixel_values")
         if pictures is None:
             with torch.no_grad():

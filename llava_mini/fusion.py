@@ -36,13 +36,8 @@ class FusionMixin:
     def look_at(self, pixel_values: Float[Tensor, "crops channels height width"]) -> TowerView:
         """Raw features of the selected layers of the vision tower, ahead of the projector; with saliency and keys where
         the compressor needs either. All that is known of the pixels comes from here."""
-        return look(
-            self.vision_tower,
-            pixel_values,
-            self.config.vision_feature_layer,
-            has_class=self.config.vision_feature_select_strategy == "default",
-            attends=not {"saliency", "keys"}.isdisjoint(self.needs),
-        )
+        attends = not {"saliency", "keys"}.isdisjoint(self.needs)
+        return look(self.vision_tower, self.config, pixel_values, attends)
 
     def encode(
         self,

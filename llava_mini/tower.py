@@ -6,13 +6,16 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from .tiles import stitch
+
+if TYPE_CHECKING:
+    from .configuration import LlavaMiniConfig
 
 # The attention modules whose queries and keys are the outputs of two linear maps, and those maps' names. DINOv2's have
 # changed class and names between versions of transformers.
@@ -121,31 +124,25 @@ def attention_received(
 
 
 def look(
-    tower: Any,
+    tower: nn.Module,
+    config: LlavaMiniConfig,
     pixel_values: Float[Tensor, "crops channels height width"],
-    feature_layer: int | list[int],
-    has_class: bool,
     attends: bool,
 ) -> TowerView:
-    """One run of the tower, in whatever attention it is set to.
-
-    Args:
-        feature_layer: Index into the hidden states; the features of several are concatenated.
-        has_class: The first position is the class token, and is left out of all that is returned.
-        attends: Give saliency and keys.
-    """
-    maps = query_and_key(tower, feature_layer) if attends else ()
+    """One run of the tower, in whatever attention it is set to, with saliency and keys if `attends`. Positions that the
+    configuration drops, the class token's, are left out of all."""
+    selected, first = config.vision_feature_layer, int(config.vision_feature_select_strategy == "default")
+    maps = query_and_key(tower, selected) if attends else ()
     with outputs(*maps) as seen:
         hidden_states = tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
-    layers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
-    features = torch.cat([hidden_states[layer] for layer in layers], dim=-1)
-    first = int(has_class)
+    layers = [selected] if isinstance(selected, int) else selected
+    features = torch.cat([hidden_states[layer] for layer in layers], dim=-1)[:, first:]
     if not attends:
-        return TowerView(features[:, first:])
+        return TowerView(features)
     queries, keys = cast(list[Tensor], seen)
-    asking = queries[:, :1] if has_class else queries
-    saliency = attention_received(asking, keys, tower.config.num_attention_heads)
-    return TowerView(features[:, first:], saliency[:, first:], keys[:, first:])
+    heads = cast(Any, config.vision_config).num_attention_heads
+    saliency = attention_received(queries[:, :1] if first else queries, keys, heads)
+    return TowerView(features, saliency[:, first:], keys[:, first:])
 
 
 __all__ = ["TowerView"]

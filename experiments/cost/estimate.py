@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, LlavaConfig
 
 from llava_mini import LlavaMiniConfig
+from llava_mini.compressors import Compressor
 from llava_mini.layout import crops_of
 from llava_mini.prefusion import KNOWN
 
@@ -95,7 +96,7 @@ class Estimate:
         else:
             read = patches if fuses else detail
         self.projector = geometry.projector * (read * frames)
-        self.compressor = geometry.compress(detail) * frames if compresses else Work()
+        self.compressor = geometry.compress(detail, prompt.text) * frames if compresses else Work()
         through = patches + prompt.text
         if compresses and mini is not None and mini.prefuse_visual_tokens:
             through += tokens
@@ -165,7 +166,7 @@ class Geometry:
         self.head = Work(2.0 * _linear(self.model.lm_head))
         self.projector = Work(2.0 * _linear(inner.multi_modal_projector))
         self.prefusion_layers = getattr(config, "prefusion_layers", 0)
-        self.compressor: nn.Module | None = getattr(inner, "compressor", None)
+        self.compressor: Compressor | None = getattr(inner, "compressor", None)
         # of a patch in the last pre-fusion layer; None where that runs whole
         self.last_linear: float | None = None
         if self.prefusion_layers and type(attention := inner.prefusion.layers[-1].self_attn) in KNOWN:
@@ -173,10 +174,12 @@ class Geometry:
 
     @cached_property
     def tower(self) -> Work:
-        """Of one crop. Counted by torch as it runs on the meta device: towers differ in what surrounds their layers."""
+        """Of one crop, with what a compressor reads off its attention. Counted by torch as it runs on the meta device:
+        towers differ in what surrounds their layers."""
         vision = self.config.vision_config
         pixels = (1, vision.num_channels, vision.image_size, vision.image_size)
-        return count(self.model.model.vision_tower, *pixels)
+        inner = self.model.model
+        return count(getattr(inner, "look_at", inner.vision_tower), *pixels)
 
     @cached_property
     def patches(self) -> int:
@@ -190,11 +193,19 @@ class Geometry:
         """Of one layer of the language model, which pre-fusion's are of the kind of, over `tokens` tokens."""
         return Work(self.layer_linear * tokens, self.attention * tokens * tokens)
 
-    def compress(self, patches: int) -> Work:
-        """Of one frame."""
+    def compress(self, patches: int, text: float) -> Work:
+        """Of one frame, asked about with so many text tokens, rounded, where the compressor reads them."""
         assert self.compressor is not None
         assert isinstance(self.config, LlavaMiniConfig)
-        return count(self.compressor, 1, patches, self.config.compressor_width)
+        words = round(text)
+        needed = {
+            "saliency": torch.empty(1, patches, device="meta"),
+            "keys": torch.empty(1, patches, self.config.vision_config.hidden_size, device="meta"),
+            "text": torch.empty(1, words, self.config.get_text_config().hidden_size, device="meta"),
+            "text_mask": torch.empty(1, words, dtype=torch.bool, device="meta"),
+        }
+        given = {name: needed[name] for name in self.compressor.needs}
+        return count(self.compressor, 1, patches, self.config.compressor_width, **given)
 
     def parameters(self) -> dict[str, int]:
         """By component."""
@@ -223,10 +234,10 @@ def _linear(module: nn.Module) -> int:
 
 
 @torch.no_grad()
-def count(module: nn.Module, *shape: int) -> Work:
-    """Of one call with a tensor of that shape, by torch's counter."""
+def count(module: Callable[..., Any], *shape: int, **more: Tensor) -> Work:
+    """Of one call with a tensor of that shape and these, by torch's counter."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        module(torch.empty(*shape))
+        module(torch.empty(*shape), **more)
     counts = counter.get_flop_counts().get("Global", {})  # nothing at all where patches are merely chosen
     linear = sum(flops for operation, flops in counts.items() if operation in LINEAR)
     return Work(float(linear), float(sum(counts.values()) - linear))

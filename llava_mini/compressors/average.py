@@ -31,8 +31,14 @@ def cell_means(size: int, features: Float[Tensor, "batch patches width"]) -> Flo
         ValueError: If the patches form no square grid or a smaller one.
     """
     side = grid_side(features.shape[1], size)
-    cell = torch.arange(size, device=features.device)[:, None]  # (size, 1)
-    patch = torch.arange(side, device=features.device)  # (side,)
-    inside = (patch >= cell * side // size) & (patch < -(-(cell + 1) * side // size))
-    axis = inside.to(features.dtype) / inside.sum(dim=1, keepdim=True)  # (size, side)
+    axis = cells(size, side, features)
     return torch.kron(axis, axis)
+
+
+def cells(count: int, side: int, like: Tensor) -> Float[Tensor, "count side"]:
+    """The weight of each of `side` places in the mean of each of `count` cells of a line, as adaptive pooling has them;
+    dtype and device are those of `like`."""
+    cell = torch.arange(count, device=like.device)[:, None]  # (count, 1)
+    place = torch.arange(side, device=like.device)  # (side,)
+    inside = (place >= cell * side // count) & (place < -(-(cell + 1) * side // count))
+    return inside.to(like.dtype) / inside.sum(dim=1, keepdim=True)

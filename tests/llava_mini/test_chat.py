@@ -13,8 +13,8 @@ from llava_mini import LlavaMiniProcessor, chat
 
 
 @pytest.fixture
-def saved(tiny_mini, llava_processor, tmp_path):
-    model = tiny_mini()
+def saved(request, tiny_mini, llava_processor, tmp_path):
+    model = tiny_mini(**getattr(request, "param", {}))
     model.generation_config.suppress_tokens = [0, 1, 2, 3, 99]  # so that what is said can be read back
     model.generation_config.eos_token_id = None
     model.save_pretrained(tmp_path / "model")
@@ -50,6 +50,7 @@ def test_one_question(saved, picture, capsys):
     assert capsys.readouterr().out.split() == said.split()
 
 
+@pytest.mark.parametrize("saved", [{}, {"compressor": "llama_vid"}], ids=["kept", "asked anew"], indirect=True)
 def test_turn_by_turn(saved, picture, capsys, monkeypatch):
     """The second answer follows from the whole chat; the picture stands in its first turn."""
     folder, model = saved

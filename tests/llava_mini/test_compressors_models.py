@@ -100,14 +100,14 @@ def test_frames_per_chunk_leaves_the_drawn_queries_alone(tiny_mini, sample):
 @every_compressor
 def test_the_estimate_counts_what_runs(name):
     size = 3
-    work = Geometry(configure(name, size))(Prompt(text=10)).components["compressor"]
+    work = Geometry(configure(name, size))(Prompt(text=5)).components["compressor"]
     compressor = build(name, size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         compressor(**inputs(compressor, batch=1))
     assert work.flops("full") == counter.get_total_flops()
 
 
-W, N, P = 32, 4, 36  # width, tokens, patches
+W, N, P, T = 32, 4, 36, 5  # width, tokens, patches, words of width 24
 
 
 @pytest.mark.parametrize(
@@ -121,13 +121,16 @@ W, N, P = 32, 4, 36  # width, tokens, patches
         ("token_packer", (3 * N + 6 * P) * W * W, 3 * N * P * W),
         ("qformer", 2 * (4 * N + 2 * N + 2 * P + 8 * N) * W * W, 2 * (2 * N * N + 2 * N * P) * W),
         ("conv", 3 * ((P + N) * (2 * W * W + 9 * W) + 2 * 2 * W * W // 4) + N * W * W, N * P * W),
+        ("prumerge", 0, 2 * N * P * W),
+        ("visionzip", 0, N * P * W + 33 * W // 2),  # 33 patches beside one, in the width of one of two heads
+        ("llama_vid", (T * 24 + P * W + W) * W, (T + N) * P * W),
         # rounds that leave 18, 9, 5 and 4
         ("tome", 0, (18 * 18 + 18 * P + 9 * 9 + 9 * P + 5 * 4 + 5 * P + 3 * 2 + 4 * P) * W),
     ],
 )
 def test_costs_in_closed_form(name, linear, other):
     """Multiplications, of which a FLOP counter makes two."""
-    work = Geometry(configure(name)).compress(P)
+    work = Geometry(configure(name)).compress(P, T)
     assert (work.linear, work.other) == (2 * linear, 2 * other)
 
 

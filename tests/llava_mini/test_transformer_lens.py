@@ -81,6 +81,8 @@ VARIANTS = {
     "code": {},
     "paper": PRESETS["paper"],
     "average": {"compressor": "average"},
+    "saliency and keys": {"compressor": "prumerge"},
+    "text": {"compressor": "llama_vid"},
     "no tokens": {"compressor_size": 0},
     "no compressor": {"compressor": "none"},
     "no pre-fusion": {"prefusion_layers": 0},

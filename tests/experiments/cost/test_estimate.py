@@ -60,7 +60,8 @@ def counted(config: LlavaConfig, visual: int, text: int, crops: int) -> tuple[fl
         if config.model_type == "llava":
             inner.get_image_features(pixels)
         else:
-            patches, tokens = inner.encode(pixels[None])
+            asked = torch.empty(1, text, config.text_config.hidden_size), torch.empty(1, text, dtype=torch.bool)
+            patches, tokens = inner.encode(pixels[None], *asked)
             if inner.prefusion is not None:
                 inner._prefuse(patches, tokens, torch.empty(1, text, config.text_config.hidden_size))
         model(inputs_embeds=torch.empty(1, visual + text, config.text_config.hidden_size))
@@ -103,6 +104,24 @@ def test_llava_mini_costs_what_torch_counts(
     assert estimate.flops("paper") - estimate.prefusion.spared == linear
     assert (estimate.prefusion.spared > 0) == (layers > 0 and (compressor != "none" or not through))
     assert estimate.flops("full") == pytest.approx(everything, rel=0.005)
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pytest.mark.parametrize("compressor", ["prumerge_plus", "visionzip", "llama_vid"])
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_what_looks_at_the_tower_or_the_text_costs_what_torch_counts(tower: str, compressor: str, tiles: int) -> None:
+    config = mini(small(tower), compressor=compressor, compressor_size=2, prefusion_layers=0)
+    costs = Geometry(config)
+    estimate = costs(Prompt(text=11, tiles=tiles))
+    linear, everything = counted(config, estimate.visual_tokens, 11, 1 if tiles == 1 else 5)
+    assert estimate.flops("paper") == linear
+    assert estimate.flops("full") == pytest.approx(everything, rel=0.005)
+    assert costs(Prompt(text=10.6, tiles=tiles)).compressor == estimate.compressor  # a mean of prompts
+    assert (estimate.compressor.linear > 0) == (compressor == "llama_vid")
+    plain = Geometry(mini(small(tower), compressor="average", compressor_size=2, prefusion_layers=0))
+    more = estimate.tower.other - plain(Prompt(text=11, tiles=tiles)).tower.other
+    queries, keys = (16, 16) if tower == "siglip" else (1, 17)
+    assert more == (0 if compressor == "llama_vid" else 2 * queries * keys * 48 * (1 if tiles == 1 else 5))
 
 
 @pytest.mark.parametrize(("name", "size", "layers"), [("llava-1.5-7b", 0, 0), ("llama-3.1-8b", 1, 4)])
