@@ -3,22 +3,28 @@
     python -m experiments.cost model=llava-1.5-7b tokens=1,4,16,all prefusion=4 frames=1,100,10000
     python -m experiments.cost published
 
-`tokens` are visual tokens a frame: squares, or `all` for LLaVA itself. Further: text=60, tiles=1, compressor=query.
+`tokens` are visual tokens a frame: squares, or `all` for LLaVA itself. Further: text=60, tiles=1, compressor=query;
+reduction=fastv,vtw,pyramid_drop adds LLaVA under these, as conf/reduction has them; place=inside makes pre-fusion's
+layers the language model's own first ones.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import pandas as pd
 from transformers import logging
 
+from experiments.config import PREFUSION_PLACES
 from experiments.cost.estimate import Estimate, Geometry, Prompt
 from experiments.cost.geometries import geometry, mini
 from experiments.cost.published import table
+from experiments.cost.reduced import fused_inside, published, reduced
 
 COLUMNS = (
     "frames",
@@ -42,6 +48,8 @@ class Request:
     text: str = "60"
     tiles: str = "1"
     compressor: str = "query"
+    reduction: str = ""
+    place: str = "outside"
 
 
 def request(arguments: list[str], kind: Any = Request) -> Any:
@@ -69,20 +77,26 @@ def estimates(asked: Request) -> pd.DataFrame:
     llava = geometry(asked.model)
     plain, rows = Geometry(llava), []
     layers, text, tiles = (whole(name, getattr(asked, name)) for name in ("prefusion", "text", "tiles"))
-    minis: dict[str, Geometry] = {}
+    if asked.place not in PREFUSION_PLACES:
+        raise ValueError(f"place: no {asked.place!r}; use {' or '.join(PREFUSION_PLACES)}")
+    inside = asked.place == "inside"
+    models: dict[str, Callable[[Prompt], Estimate]] = {}
     for tokens in asked.tokens.split(","):
         if tokens == "all":
-            minis[tokens] = plain
+            models[tokens] = plain
             continue
         side = math.isqrt(whole("tokens", tokens))
         if side * side != int(tokens):
             raise ValueError(f"tokens: {tokens} is no square; near it are {side**2} and {(side + 1) ** 2}")
-        fields = {"compressor": asked.compressor, "compressor_size": side, "prefusion_layers": layers}
-        minis[tokens] = Geometry(mini(llava, **fields))
+        fields = {"compressor": asked.compressor, "compressor_size": side, "keep_patches": inside}
+        each = Geometry(mini(llava, **fields, prefusion_layers=0 if inside else layers))
+        models[tokens] = partial(fused_inside, each, layers=layers) if inside else each
+    for name in asked.reduction.split(",") if asked.reduction else ():
+        models[name] = partial(reduced, plain, reduction=published(name))
     for frames in asked.frames.split(","):
         prompt = Prompt(text, whole("frames", frames), tiles)
         whole_cost = plain(prompt).flops("paper")
-        rows += [_row(tokens, each(prompt), whole_cost) for tokens, each in minis.items()]
+        rows += [_row(tokens, model(prompt), whole_cost) for tokens, model in models.items()]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -97,7 +111,7 @@ def _row(tokens: str, estimate: Estimate, of_llava: float) -> list[str]:
 def notes(asked: Request, rows: pd.DataFrame) -> list[str]:
     limit = geometry(asked.model).get_text_config().max_position_embeddings
     lines = [
-        f"{asked.model}, {asked.text} text tokens, {asked.prefusion} pre-fusion layers, compressor {asked.compressor}. "
+        f"{asked.model}, {asked.text} text tokens, {asked.prefusion} pre-fusion layers {asked.place} the language model, compressor {asked.compressor}. "
         "TFLOPs of a prompt: linear maps alone (as the paper counts), and with attention (as torch counts).",
         "Cache: keys and values of the prompt in 16 bits. Pixels: of all frames in 16 bits, if they are held at once.",
     ]

@@ -5,6 +5,7 @@ from hydra import compose, initialize_config_module
 
 from experiments import config as configuration
 from experiments import tiny
+from experiments.data.samples import single_questions
 from experiments.data.scenes import SIDE
 from experiments.data.shapes import load_shapes
 
@@ -35,3 +36,26 @@ def llava(processor):
 
     torch.manual_seed(0)
     return tiny.llava(processor.tokenizer, SIDE, patch=16, width=32, layers=2).eval()
+
+
+@pytest.fixture
+def deep(processor):
+    """Four layers over nine visual tokens, with attention that is far from uniform."""
+    import torch
+
+    torch.manual_seed(0)
+    model = tiny.llava(processor.tokenizer, SIDE, patch=16, width=32, layers=4).eval()
+    for name, parameter in model.model.language_model.named_parameters():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            parameter.data *= 10
+    return model
+
+
+@pytest.fixture
+def questions(few, processor):
+    """Three of the first scene, one at a time."""
+    import torch
+
+    from experiments.evaluation import Questions
+
+    return Questions(list(single_questions(few.samples))[:3], processor, 1, torch.device("cpu"))

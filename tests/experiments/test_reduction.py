@@ -7,20 +7,17 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from torch import nn
-from transformers import LlavaForConditionalGeneration
 
 from experiments import config as configuration
-from experiments import reduction, tiny
+from experiments import reduction
 from experiments.cell import run_cell
 from experiments.config import CompressorConfig, Config, PrefusionConfig, ProbeConfig, ReductionConfig, TrainConfig
 from experiments.cost.counted import forward_cost
 from experiments.cost.estimate import Geometry, Prompt
 from experiments.data.conversation import Collator, Encoder
 from experiments.data.samples import single_questions
-from experiments.data.scenes import SIDE
 from experiments.evaluation import Questions, correct
 from experiments.models import _mini
 from experiments.reduction import first_layers, fusing_inside, in_answering, in_training, patches, visual_by_layer
@@ -31,23 +28,12 @@ from probes.tokens import TokenMap
 from tests.probes import by_hand
 
 CPU = torch.device("cpu")
-PATCHES, LAYERS = 9, 4
+PATCHES, LAYERS = 9, 4  # of the fixture `deep`
 REDUCTIONS = {
     "fastv": ReductionConfig("fastv", [1], keep=0.5),
     "vtw": ReductionConfig("vtw", [2]),
     "pyramid_drop": ReductionConfig("pyramid_drop", [1, 3], keep=0.6),
 }
-
-
-@pytest.fixture
-def deep(processor) -> LlavaForConditionalGeneration:
-    """Four layers over nine visual tokens, with attention that is far from uniform."""
-    torch.manual_seed(0)
-    model = tiny.llava(processor.tokenizer, SIDE, patch=16, width=32, layers=LAYERS).eval()
-    for name, parameter in model.model.language_model.named_parameters():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            parameter.data *= 10
-    return model
 
 
 @pytest.fixture
@@ -57,18 +43,6 @@ def mini(deep, processor) -> tuple[LlavaMiniForConditionalGeneration, LlavaMiniP
     fields = {"compressor": "query", "compressor_size": 2, "prefusion_layers": 0, "keep_patches": True}
     model = LlavaMiniForConditionalGeneration.from_llava(deep, **fields)
     return model, LlavaMiniProcessor.from_llava(processor, model.config)
-
-
-@pytest.fixture
-def questions(few, processor):
-    return Questions(list(single_questions(few.samples))[:3], processor, 1, CPU)
-
-
-@pytest.fixture(scope="module")
-def composed():
-    configuration.register()
-    with initialize_config_module("conf", version_base="1.3"):
-        yield lambda *overrides: compose("config", list(overrides))
 
 
 def config(**parts) -> Config:
