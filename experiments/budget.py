@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ from transformers import LlavaConfig
 
 from experiments.config import REDUCTIONS
 from experiments.cost.estimate import Geometry, Prompt
-from experiments.cost.geometries import mini
+from experiments.cost.geometries import GEOMETRIES, geometry, mini
 from experiments.cost.reduced import published, reduced
 from experiments.reduction import first_layers
 from llava_mini.compressors import COMPRESSORS
@@ -29,6 +30,20 @@ class Budgeted:
     settings: dict[str, Any]
     flops: float
     share: float
+
+
+def settings(model: Any, method: str, share: float, text: int) -> dict[str, Any]:
+    """What `within` finds for a cell's model: one of the geometries by its name, or the folder that it is in.
+
+    Raises:
+        ValueError: If its sizes are not known, or as `within`.
+    """
+    return _settings(model.name if model.name in GEOMETRIES else str(model.get("path")), method, share, text)
+
+
+@functools.cache
+def _settings(name: str, method: str, share: float, text: int) -> dict[str, Any]:
+    return within(geometry(name), method, share, text).settings
 
 
 def within(llava: LlavaConfig, method: str, share: float, text: int) -> Budgeted:

@@ -179,6 +179,15 @@ class ReductionConfig:
 
 
 @dataclass
+class BudgetConfig:
+    """Has the settings of a method chosen for it: the dearest within a share of LLaVA's FLOPs (experiments/budget.py)."""
+
+    method: str = "none"  # a compressor, without pre-fusion, or a reduction
+    share: float = 1.0
+    text: int = 40  # tokens of the prompt that are no picture
+
+
+@dataclass
 class DataConfig:
     name: str = MISSING
     train: int = 0  # images to train on; 0 takes all where the set is finite
@@ -318,6 +327,7 @@ class Config:
     compressor: CompressorConfig = field(default_factory=CompressorConfig)
     prefusion: PrefusionConfig = field(default_factory=PrefusionConfig)
     reduction: ReductionConfig = field(default_factory=ReductionConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     tiles: int = 1  # a picture is cut into tiles x tiles and also seen whole (paper, LLaVA-Mini-HD: 2)
     train: TrainConfig = field(default_factory=TrainConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)

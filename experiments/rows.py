@@ -56,10 +56,11 @@ def read(name: str, rows: Any) -> list[Row]:
 
 
 def choose(config: DictConfig) -> DictConfig:
-    """The configuration of the row that `row` names, or as it is where none is named.
+    """The configuration of the row that `row` names, or as it is where none is named; with the settings that fit the
+    budget, where there is one.
 
     Raises:
-        ValueError: if there is no such row.
+        ValueError: if there is no such row, or nothing fits the budget.
         omegaconf.errors.OmegaConfBaseException: if a row's setting is no field of the configuration, or of another type.
     """
     chosen = config.copy()
@@ -72,6 +73,11 @@ def choose(config: DictConfig) -> DictConfig:
         for key, value in rows[number].settings.items():
             OmegaConf.update(chosen, key, value)
     chosen.rows, chosen.row = [], None
+    if chosen.budget.method != "none":
+        from experiments.budget import settings  # imports torch, which hardly any row needs to be known
+
+        for key, value in settings(chosen.model, **chosen.budget).items():
+            OmegaConf.update(chosen, key, value)
     return chosen
 
 

@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from experiments import config as configuration
 from experiments import rows
+from llava_mini.compressors import COMPRESSORS
 
 TABLES = {
     path.stem: found
@@ -83,3 +84,15 @@ def test_scaled_sizes():
     assert rows.scaled(6, 48, 2) == 12
     with pytest.raises(ValueError, match=r"model\.grid: say how many"):
         rows.scaled(None, 4)
+
+
+def test_table_10_has_every_compressor():
+    for experiment, key in (("table10_compressors", "compressor.name"), ("table10_equal_flops", "budget.method")):
+        assert set(COMPRESSORS) | {"none"} <= {row[key] for row in TABLES[experiment]["rows"]}
+
+
+def test_a_budget_sets_what_it_finds(composed):
+    chosen = rows.choose(composed("model=tiny", "budget={method: average, share: 0.62, text: 14}"))
+    assert chosen.compressor == {**chosen.compressor, "name": "average", "size": 3}
+    with pytest.raises(ValueError, match=r"fastv cannot get down to 10.0% of LLaVA's FLOPs"):
+        rows.choose(composed("model=tiny", "budget={method: fastv, share: 0.1}"))
