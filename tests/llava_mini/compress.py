@@ -53,6 +53,6 @@ def inputs(compressor: Compressor, batch: int = 3) -> dict[str, Tensor]:
         "saliency": torch.randn(batch, SIDE**2, generator=generator).softmax(-1),
         "keys": torch.randn(batch, SIDE**2, 32, generator=generator),
         "text": torch.randn(batch, 5, TEXT_WIDTH, generator=generator),
-        "text_mask": torch.arange(5) < torch.arange(batch)[:, None],  # the first has none
+        "text_mask": torch.arange(5) <= torch.arange(batch)[:, None],
     }
     return {name: draw[name] for name in ("features", *compressor.needs)}
