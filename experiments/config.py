@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -35,7 +34,8 @@ class ModelConfig:
 
 @dataclass
 class CheckpointModel(ModelConfig):
-    """A saved LLaVA or LLaVA-Mini: a folder or a name on the model hub."""
+    """A saved LLaVA or LLaVA-Mini: a folder, a name on the model hub, or `asset:NAME` for one that ships with the
+    project."""
 
     path: str = MISSING
 
@@ -400,14 +400,8 @@ def typed(plain: dict[str, Any]) -> Config:
         raise ValueError(f"not a configuration of this version: {str(error).splitlines()[0]}") from error
 
 
-def asset(name: str) -> str:
-    """`${asset:tiny}` in a config: a folder that ships with the project."""
-    return str(Path(__file__).parent / "assets" / name)
-
-
 def register() -> None:
-    """Make the classes and the resolvers known to Hydra, under the names that conf/ refers to."""
-    OmegaConf.register_new_resolver("asset", asset, replace=True)
+    """Make the classes and the resolver known to Hydra, under the names that conf/ refers to."""
     rows.register()
     store = ConfigStore.instance()
     store.store("schema", Config)

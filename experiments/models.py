@@ -35,6 +35,7 @@ from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
 ASSETS = Path(__file__).parent / "assets"
 KEPT_BYTES = 4 * 2**30  # a larger one is read anew: the memory is worth more
 _last: dict[str, tuple[PreTrainedModel, ProcessorMixin]] = {}  # the LLaVA that this process's last cell was made of
+_SHIPPED = "asset:"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -136,6 +137,8 @@ def _mini(
 
 
 def _folder_or_hub_name(path: str, field: str) -> str:
+    if path.startswith(_SHIPPED):  # a name and no path, so that a cell is the same in every clone
+        path = str(ASSETS / path.removeprefix(_SHIPPED))
     if not Path(path).is_dir() and (Path(path).is_absolute() or not _HUB_NAME.fullmatch(path)):
         raise FileNotFoundError(f"model.{field}: no folder '{path}'")
     return path

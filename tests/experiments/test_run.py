@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from experiments import config as configuration
+from experiments.models import ASSETS
 from experiments.run import one_line
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,7 +95,7 @@ def test_bad_data_ends_with_one_line_and_writes_nothing(tmp_path, entries, said)
 
 
 def test_lost_weights_end_with_one_line(tmp_path):
-    shutil.copytree(Path(configuration.asset("tiny")), tmp_path / "model")
+    shutil.copytree(ASSETS / "tiny", tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
     lost = next(name for name in weights if "layers.3.mlp.up_proj" in name)
     del weights[lost]

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def plain() -> dict[str, Any]:
     """A resolved configuration of the tiny LLaVA."""
     typed = configuration.Config(
-        model=configuration.CheckpointModel(name="tiny", path=configuration.asset("tiny"), grid=6),
+        model=configuration.CheckpointModel(name="tiny", path="asset:tiny", grid=6),
         data=configuration.ShapesData(name="shapes", train=8, test=4),
         train=configuration.TrainConfig(steps=7),
     )
