@@ -259,8 +259,8 @@ def test_gradients(tiny_mini, way, text):
         found = gradients(model, sum(losses))
     assert found.keys() == expected.keys()
     assert any(name.startswith("model.prefusion.layers.1.self_attn.k_proj") for name in found)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+    for name, gradient in expected.items():  # of up to 10; norms and softmax round to float32
+        torch.testing.assert_close(found[name], gradient, atol=5e-6, rtol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_checkpointed_layers_cannot_see_what_was_encoded(tiny_mini):
