@@ -147,9 +147,8 @@ def test_a_fixed_tensor_gives_a_fixed_selection(name, chosen):
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
 def test_llama_vid_by_hand(size):
     compressor = shake(build("llama_vid", size))
-    given = inputs(compressor)
+    given = inputs(compressor) | {"text_mask": torch.arange(5) <= torch.arange(3)[:, None]}
     tokens, weights = compressor(**given)
-    assert given["text_mask"].sum(dim=1).tolist() == [1, 2, 3]
     for picture in range(3):
         features = given["features"][picture]
         maps = []

@@ -180,9 +180,10 @@ def test_the_text_is_the_frames_rows_question(tiny_mini, spy, layers, chunk):
 
 @torch.no_grad()
 def test_without_prefusion_the_text_stays_raw(tiny_mini, spy, sample):
+    """To the bit, where a mean over three frames would not be."""
     model = tiny_mini(compressor="spy", prefusion_layers=0)
-    ids, pixels = sample(4, 5)
-    embeds, _ = model.model.fuse(ids[None], pixels[None])
+    ids, _ = sample(12, 5)
+    embeds, _ = model.model.fuse(ids[None], torch.randn(3, 3, 24, 24), visual_layout=torch.tensor([[0, 3, 1]]))
     is_text = ids != IMAGE_TOKEN
     assert torch.equal(embeds[0, is_text], model.get_input_embeddings()(ids[is_text]))
 
