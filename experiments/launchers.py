@@ -12,8 +12,7 @@ def lost(error: Exception) -> str | None:
     """What a launcher says of jobs that it could not start, or that ended without a word. None where the error is not
     a launcher's."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    modules = (type(error).__module__, frame.f_globals["__name__"])
-    if not any(module.split(".")[0] in _PACKAGES for module in modules):
+    if frame.f_globals["__name__"].split(".")[0] not in _PACKAGES:
         return None
     said, log, _ = str(error).partition(_LOG)
     return said + "; its log lies there too, and the same command takes up what is missing" if log else said

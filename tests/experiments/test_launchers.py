@@ -1,5 +1,6 @@
 """One sweep, one set of records, whoever launches the cells; a cell that fails stops no other."""
 
+import json
 import os
 from dataclasses import asdict
 from fractions import Fraction
@@ -34,6 +35,12 @@ def test_a_cell_that_fails_is_named_and_the_others_finish(sweeps, launcher):
     ended, folder = sweeps[launcher]
     assert len(finished(folder)) == 2
     refused(ended)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_cell_takes_one_thread_whoever_launches_it(sweeps, launcher):
+    records = [json.loads(path.read_text()) for path in (sweeps[launcher][1] / "records").iterdir()]
+    assert {record["provenance"]["device"] for record in records} == {"cpu (1 threads)"}
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS[1:])
