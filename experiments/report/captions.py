@@ -164,8 +164,8 @@ _COST: _Sweep = (
     "accuracy_vs_cost",
     "Accuracy against cost",
     figures.cost_figure,
-    "Test accuracy against the FLOPs of one prompt, and against the bytes of keys and values that it leaves in the "
-    "language model's cache where they were counted; the star is plain LLaVA. Broad dashes join the cells that no "
+    "Test accuracy against the FLOPs of one prompt, and where they were measured against the time that its prefill "
+    "takes and the bytes of keys and values that it leaves in the language model's cache; the star is plain LLaVA. Broad dashes join the cells that no "
     "other beats in mean accuracy at the same cost or less (the Pareto front).",
 )
 STEMS = tuple(entry[0] for entry in (*_PROBES, _SWEEP, _COST))

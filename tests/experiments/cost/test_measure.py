@@ -194,8 +194,8 @@ def test_tiles_without_room_are_refused_too(
 
 def test_needs_grow_with_crops_where_crops_are_held() -> None:
     """LLaVA holds the crops of all frames, LLaVA-Mini those of a chunk; the patches in pre-fusion are of all crops."""
-    config = built.configurations(TINY)
-    llava, mini = (built.Geometry(config[name]) for name in ("LLaVA", MINI))
+    tower_takes_most = built.configurations(replace(TINY, geometry="smol"))["LLaVA"]
+    llava, mini = (built.Geometry(config) for config in (tower_takes_most, built.configurations(TINY)[MINI]))
     one, five = (built.Needs.of(llava(built.Prompt(9, 200, tiles)), 2, 4) for tiles in (1, 2))
     assert five.activations == pytest.approx(5 * one.activations, rel=0.01)
     whole, cut = (built.Needs.of(mini(built.Prompt(9, 32, tiles)), 2, 4) for tiles in (1, 2))
