@@ -12,7 +12,7 @@ import torch
 
 from experiments import config as configuration
 from experiments.cost import latency
-from experiments.report.cells import ablation_cells
+from experiments.report.cells import ablation_cells, group_cells
 from experiments.report.latency import FILE, timed_part
 from experiments.report.records import load
 from experiments.report.tables import ablation_table
@@ -161,7 +161,9 @@ def test_the_command_times_and_the_report_shows(tmp_path: Path, plain: dict[str,
     lost["model"] = plain["model"] | {"path": "./no/such/folder"}
     records = [record_of(plain, "a"), record_of(mini(plain), "b"), record_of(mini(plain) | {"seed": 1}, "c")]
     results = write(tmp_path, *records, record_of(lost, "d"))
-    assert all(cell.latency != cell.latency for cell in ablation_cells(load(results / "records"))), "not measured"
+    assert all(cell.latency != cell.latency for cell in ablation_cells(group_cells(load(results / "records")))), (
+        "not measured"
+    )
     assert latency.main(["--results", str(results), "--repeats", "2", "--device", "cpu"]) == 0
     measured = json.loads((results / FILE).read_text())
     assert len(measured["rows"]) == 2
@@ -172,16 +174,16 @@ def test_the_command_times_and_the_report_shows(tmp_path: Path, plain: dict[str,
     (results / FILE).write_text(json.dumps(measured))
     loaded = load(results / "records")
     assert [record["cost"].get("latency") for record in loaded.finished] == [0.5, 0.25, 0.25, None]
-    cells = {(cell.prefusion_layers, len(cell.finished)): cell for cell in ablation_cells(loaded)}
+    cells = {(cell.prefusion_layers, len(cell.finished)): cell for cell in ablation_cells(group_cells(loaded))}
     assert cells[0, 1].latency == 0.5
     assert cells[2, 2].latency == 0.25
-    table = ablation_table(ablation_cells(loaded))
+    table = ablation_table(ablation_cells(group_cells(loaded)))
     assert set(table.text["Latency (ms)"]) >= {"500.0", "250.0", "not timed"}
     assert any("median of 2 rounds in which all models took turns" in note for note in table.notes)
 
 
 def test_without_a_measurement_there_is_no_column(tmp_path: Path, plain: dict[str, Any]) -> None:
-    table = ablation_table(ablation_cells(load(write(tmp_path, record_of(plain, "a")) / "records")))
+    table = ablation_table(ablation_cells(group_cells(load(write(tmp_path, record_of(plain, "a")) / "records"))))
     assert "Latency (ms)" not in table.text.columns
     assert "latency_seconds" not in table.data.columns
 
