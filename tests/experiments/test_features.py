@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import os
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from experiments.config import Config, ReductionConfig, ShapesData, TrainConfig
 from experiments.data.conversation import Collator, Encoder
+from experiments.data.llava_json import load_llava_json
 from experiments.data.samples import Numbered, Sample, conversation
 from experiments.data.shapes import load_shapes
 from experiments.evaluation import Questions, blank, shuffled
@@ -225,6 +227,20 @@ def test_where_nothing_can_be_written_features_are_computed(
     monkeypatch.undo()
     again = Features(folder, llava, processor, few)
     assert all(torch.equal(again.of(load), row) for load, row in zip(loads, whole, strict=True))
+
+
+def test_images_of_a_file_are_numbered_through(few, tmp_path):
+    turns = [("what colour is at row 1 column 2?", "red")]
+    rows = []
+    for entry, images in enumerate((1, 0, 2, 1)):
+        names = [f"{entry}-{i}.png" for i in range(images)]
+        for name in names:
+            few.samples[0].image.save(tmp_path / name)
+        rows.append({"image": names, "conversations": conversation(turns, ["<image>"] * images)})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    split = load_llava_json(str(tmp_path / "rows.json"), str(tmp_path), "train")
+    assert [[load.number for load in sample.load] for sample in split.samples] == [[0], [], [1, 2], [3]]
+    assert split.images == 4
 
 
 def test_processes_fill_one_file_together(llava, processor, few, tmp_path, tower_runs):
