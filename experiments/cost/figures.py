@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments.cost.published import FIRST_TOKEN, GEOMETRY, MEMORY, TOTALS
 from experiments.cost.records import PARTS, Measured, Setting
-from experiments.report.figures.cost import unit
+from experiments.report.numerals import unit
 from experiments.report.style import (
     BLACK,
     BLUE,

@@ -26,8 +26,9 @@ from experiments.cost.published import (
 )
 from experiments.cost.records import Measured, Record, Setting, load, measured
 from experiments.report.formats import csv, latex, markdown
+from experiments.report.numerals import NONE
 from experiments.report.style import save
-from experiments.report.tables import NONE, Table
+from experiments.report.tables import Table
 from experiments.store import write_atomically
 
 MIB, GIB = 2**20, 2**30

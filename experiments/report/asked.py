@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -40,9 +41,9 @@ class Asked:
         """
         kept = [(record, dict(flatten(record["config"]))) for record in (*records.finished, *records.failed)]
         for key, value in self.settings.items():
-            key = key if any(key in config for _, config in kept) else f"{key}.name"
-            found = sorted({str(config[key]) for _, config in kept if key in config})
-            kept = [(record, config) for record, config in kept if config.get(key) == value]
+            full = key if any(key in config for _, config in kept) else f"{key}.name"
+            found = sorted({str(config[full]) for _, config in kept if full in config})
+            kept = [(record, config) for record, config in kept if config.get(full) == value]
             if not kept:
                 there = f"; found {', '.join(found)}" if found else ""
                 raise ValueError(f"{key}={value}: no record has it{there}")
@@ -68,6 +69,6 @@ def parse(words: Sequence[str]) -> Asked:
             continue
         try:
             settings[key] = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore
-        except (OmegaConfBaseException, ValueError) as error:
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ValueError(f"'{word}' is no setting: {str(error).splitlines()[0]}") from None
     return Asked(tuple(dict.fromkeys(experiments)), settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 
 from experiments.report.cells import Cell
-from experiments.report.records import Record, failure, outcomes
+from experiments.report.numerals import NONE, p_text, percent, quantity, signed
+from experiments.report.records import Record, failure, outcomes, seed
 from experiments.report.studies import Row, Study
-from experiments.report.tables import NONE, Table, bounds, p_text, percent, quantity, signed
+from experiments.report.tables import Table, bounds
 
 BENCHMARKS = {"vqav2": "VQAv2", "gqa": "GQA", "mmb": "MMB"}
 """The paper's ablations print these three, by the names that an experiment's rows give them."""
@@ -130,7 +131,7 @@ def orderings_table(study: Study) -> Table | None:
     caption = (
         f"{study.definition.title} Of the {len(pairs)} pairs of rows that the paper orders alike on "
         f"{', '.join(BENCHMARKS.values())}, here ({_where(study)}): "
-        + ", ".join(f"{count} {answer}" for answer, count in counts.items())
+        + "; ".join(f"{answer}: {count}" for answer, count in counts.items())
         + "."
     )
     numeric = tuple(column for column in text[0] if column not in ("Higher in the paper", "Lower", "Ordering"))
@@ -223,15 +224,18 @@ def _no_bold(study: Study) -> str:
 
 
 def _hole_notes(row: Row) -> list[str]:
-    lines = []
-    if row.cell is not None:
-        for record in row.cell.failed:
-            lines.append(f"{row.label}, seed {record['config'].get('seed')}: {failure(record)}.")
     if row.cell is None:
-        lines.append(f"{row.label}: not run.")
-    elif row.absent:
-        lines.append(f"{row.label}: seed{'s' * (len(row.absent) > 1)} {', '.join(map(str, row.absent))} not run.")
-    return lines
+        return [f"{row.label}: not run."]
+    seeds: dict[str, list[Any]] = {}
+    for record in row.cell.failed:
+        seeds.setdefault(failure(record), []).append(seed(record))
+    if row.absent:
+        seeds["not run"] = list(row.absent)
+    return [f"{row.label}, seed{'s' * (len(some) > 1)} {_listed(some)}: {why}." for why, some in seeds.items()]
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(map(str, values))
 
 
 def _seeds(row: Row, study: Study) -> str:

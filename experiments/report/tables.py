@@ -11,13 +11,10 @@ import numpy as np
 import pandas as pd
 
 from experiments.report.cells import Cell
-from experiments.report.figures.cost import unit
+from experiments.report.numerals import NONE, p_text, percent, quantity
 from experiments.report.records import Record, Records, describe, failure, outcomes, seed
 from experiments.report.statistics import Interval, accuracy_interval
 from experiments.report.verdict import Verdict, curves_of, depth_text
-
-NONE = "\u2013"
-"""What a cell shows where nothing applies: an en dash. A hole says "failed" instead."""
 
 
 @dataclass(frozen=True)
@@ -229,25 +226,6 @@ def provenance_table(records: Records) -> Table:
     return Table("provenance", caption, frame, shown, ("Seed", "Seconds", "Train seconds"))
 
 
-def percent(interval: Interval, sign: bool = False) -> str:
-    """Three fractions as "83.1 [81.0, 85.2]" in percent."""
-    mean, low, high = (signed(100 * value, sign) for value in interval)
-    return f"{mean} [{low}, {high}]"
-
-
-def p_text(p_value: float) -> str:
-    """A p-value to two significant places, "< 0.001" below that."""
-    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
-
-
-def quantity(value: float) -> str:
-    """A count with three significant digits and a unit prefix: "1.79 M"."""
-    if math.isnan(value):
-        return "not counted"
-    scale, prefix = unit(value)
-    return f"{value / scale:#.3g}".rstrip(".") + (f" {prefix}" if prefix else "")
-
-
 def shorten(reason: str) -> str:
     """A reason short enough for a cell of a table; the notes below hold the whole of it."""
     return reason if len(reason) <= 36 else f"{reason[:33].rstrip()}..."
@@ -307,9 +285,3 @@ def bounds(name: str, interval: Interval | None) -> dict[str, float | None]:
     """Three columns of a table's data: the mean under `name`, and its bounds."""
     values = (None, None, None) if interval is None else interval
     return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
-
-
-def signed(value: float, sign: bool = True) -> str:
-    """One decimal, with a true minus sign and no "-0.0"."""
-    rounded = round(value, 1) + 0.0
-    return f"{rounded:+.1f}".replace("-", "\u2212") if sign else f"{rounded:.1f}"

@@ -12,19 +12,10 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from experiments.report.cells import Cell
 from experiments.report.figures.ablation import draw_references, series_styles
+from experiments.report.numerals import UNITS, unit
 from experiments.report.style import BLACK, ORANGE, legend, panels, styled
 
-UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
-
-
 SECONDS = ((1.0, ""), (1e-3, "milli"))
-
-
-def unit(value: float, units: Sequence[tuple[float, str]] = UNITS) -> tuple[float, str]:
-    """The largest unit in which `value` is at least 1: (1e9, "G") for 2.5e9."""
-    return next((pair for pair in units if value >= pair[0]), units[-1])
-
-
 COSTS: tuple[tuple[str, Callable[[Cell], float], Sequence[tuple[float, str]]], ...] = (
     ("FLOPs", lambda cell: cell.flops, UNITS),
     ("seconds", lambda cell: cell.latency, SECONDS),

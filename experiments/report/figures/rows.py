@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.report.numerals import quantity
 from experiments.report.row_tables import references
 from experiments.report.studies import Row, Study
 from experiments.report.style import BLACK, BLUE, MEASURED, ORANGE, REFERENCES, WIDTH, legend, styled
-from experiments.report.tables import quantity
 
 
 @styled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from experiments.report.definitions import Definition, definitions
 
 KINDS = ("place", "count", "colour & shape")
 LAYERS = 6
@@ -209,3 +212,63 @@ def write_records(tmp_path: Path) -> Callable[[list[dict[str, Any]]], Path]:
 def make_results() -> Callable[[Path], Path]:
     """Writes the whole small study into a results folder."""
     return lambda results: write(results, make_records())
+
+
+TABLE = """\
+# @package _global_
+# Table 60: what 100% of {tokens} & layers are worth, a_b? This sentence is no title.
+defaults:
+  - override /train: short
+name: table60_mixed
+rows:
+  - {label: "LLaVA", compressor.name: none, compressor.size: 6, prefusion.layers: 0, paper: {vqav2: 78.5, gqa: 62.0, mmb: 64.3}}
+  - {label: "1 token", compressor.name: query, compressor.size: 1, prefusion.layers: 0, paper: {vqav2: 72.4, gqa: 54.2, mmb: 57.7}}
+  - {label: "4 tokens", compressor.name: query, compressor.size: "${scaled:${model.grid},2}", prefusion.layers: 0, paper: {vqav2: 73.0, gqa: 55.0, mmb: 58.0}}
+  - {label: "16 tokens", compressor.name: query, compressor.size: "${scaled:${model.grid},4}", prefusion.layers: 0, paper: {vqav2: 74.1, gqa: 55.4, mmb: 59.2}}
+  - {label: "64 tokens", compressor.name: query, compressor.size: "${scaled:${model.grid},8}", prefusion.layers: 0, paper: {vqav2: 75.3, gqa: 56.7, mmb: 62.1}}
+  - {label: "2 layers", compressor.name: query, compressor.size: 1, prefusion.layers: 2, paper: {vqav2: 76.0, gqa: 57.6, mmb: 63.1}}
+  - {label: "2 layers, 50% | average", compressor.name: average, compressor.size: 2, prefusion.layers: 2}
+"""
+
+
+def table_record(
+    compressor: str, size: int, layers: int, seed: int, experiment: str = "table60_mixed"
+) -> dict[str, Any]:
+    """A record of a model with 6 x 6 patches, right as often as `finished` says."""
+    identity = f"{hash_of(compressor, size, layers, seed):016x}"
+    name = f"tiny, {size}x{size} {compressor}, {layers} layers"
+    ease = np.random.default_rng(5).random(120)
+    record = finished(identity, experiment, name, compressor, size, layers, seed, ease)
+    record["config"]["model"]["grid"] = 6
+    record["config"]["name"] = experiment
+    return record
+
+
+def hash_of(*parts: object) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
+
+
+def fail(record: dict[str, Any]) -> dict[str, Any]:
+    """The record of a cell that raised."""
+    kept = {key: record[key] for key in ("schema", "id", "experiment", "name", "config", "provenance")}
+    return {**kept, "status": "failed", "error": "RuntimeError: out of memory\n at step 12_000"}
+
+
+@pytest.fixture
+def table_records() -> list[dict[str, Any]]:
+    """Of the table above: two rows that coincide, one that was not run, one with a failed and an absent seed, one of
+    which all failed."""
+    found = [
+        table_record(*settings, seed)
+        for settings in (("none", 6, 0), ("query", 1, 0), ("query", 2, 0))
+        for seed in (0, 1, 2)
+    ]
+    found += [table_record("query", 1, 2, 0), fail(table_record("query", 1, 2, 1))]
+    return [*found, *(fail(table_record("average", 2, 2, seed)) for seed in (0, 1, 2))]
+
+
+@pytest.fixture
+def definition(tmp_path: Path) -> Definition:
+    (tmp_path / "table60_mixed.yaml").write_text(TABLE)
+    (found,) = definitions(tmp_path)
+    return found

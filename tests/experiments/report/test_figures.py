@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from experiments.report import figures
 from experiments.report.captions import draw
 from experiments.report.cells import Cell, ablation_cells, group_cells
-from experiments.report.figures.cost import pareto_front, unit
+from experiments.report.figures.cost import pareto_front
+from experiments.report.numerals import unit
 from experiments.report.records import Records
 
 

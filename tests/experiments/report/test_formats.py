@@ -11,6 +11,7 @@ import pytest
 
 from experiments.report import formats, tables
 from experiments.report.cells import ablation_cells, group_cells
+from experiments.report.numerals import quantity
 from experiments.report.records import Records
 from experiments.report.verdict import judge, probed
 
@@ -100,8 +101,8 @@ def test_markdown_bars_stay_in_their_cell() -> None:
     ("value", "text"), [(1.79e6, "1.79 M"), (999, "999"), (1000, "1.00 k"), (8.55e12, "8.55 T"), (0.0, "0.00")]
 )
 def test_quantities(value: float, text: str) -> None:
-    assert tables.quantity(value) == text
+    assert quantity(value) == text
 
 
 def test_quantity_not_counted() -> None:
-    assert tables.quantity(float("nan")) == "not counted"
+    assert quantity(float("nan")) == "not counted"

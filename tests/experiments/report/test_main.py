@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from experiments.report import captions, page
 from experiments.report.__main__ import main
 
+GOLDEN = Path(__file__).parent / "golden"
 Records = list[dict[str, Any]]
 Write = Callable[[Records], Path]
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -59,7 +61,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory, make_results: Callable[[Path
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the figures out where they are not the point."""
-    monkeypatch.setattr(captions, "draw", lambda *_: iter(()))
+    blank = "left out"
+    monkeypatch.setattr(
+        captions, "draw", lambda studies, *_: [captions.Drawing(s.name, "", blank, None) for s in studies]
+    )
+
+
+def as_table6(records: Records) -> Records:
+    """Records as those of the table that comes with the project, trained otherwise than those of the ablation."""
+    for record in records:
+        record["experiment"] = record["config"]["name"] = "table6_prefusion"
+        record["config"]["data"]["test"] = 120
+        if record["config"]["compressor"]["name"] == "none":
+            record["config"]["compressor"]["size"] = 1
+    return [record for record in records if record["config"]["compressor"]["name"] != "average"]
 
 
 def read(results: Path) -> Page:
@@ -179,13 +194,97 @@ def test_a_folder_that_cannot_be_written_is_one_line(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_no_model_is_imported() -> None:
+@pytest.mark.usefixtures("undrawn")
+def test_an_experiments_table_takes_its_cells_out_of_the_ablation(
+    records: Records, write_records: Write, table_records: Records, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = write_records([*records, *as_table6(table_records)])
+    assert main(["--results", str(results)]) == 0
+    tables = results / "report" / "tables"
+    assert (tables / "ablation.md").read_text() == (GOLDEN / "ablation.md").read_text()
+    assert "| 16 tokens | query | 0 | 4 |" in (tables / "table6_prefusion.md").read_text()
+    assert (tables / "table6_prefusion_orderings.tex").read_text().startswith(r"\begin{table}")
+    assert not (tables / "table8_compression.md").exists()
+    found = read(results)
+    assert "Table 6: what pre-fusion layers are worth" in found.text
+    assert "The paper's orderings" in found.text
+    said = capsys.readouterr().out
+    assert "fusion depth from removal" in said
+    assert "16 tokens" in said
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_report_on_one_experiment(
+    records: Records, write_records: Write, table_records: Records, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = write_records([*records, *as_table6(table_records)])
+    stale = results / "report" / "tables" / "table8_compression_orderings.csv"
+    stale.parent.mkdir(parents=True)
+    for name in (stale, stale.with_name("mine.csv")):
+        name.write_text("")
+    assert main(["--results", str(results), "experiment=table6_prefusion", "model=tiny"]) == 0
+    assert not stale.exists()
+    assert stale.with_name("mine.csv").exists()
+    found = read(results)
+    assert "Table 6" in found.text
+    assert "Shallow-layer fusion" not in found.text
+    assert "Not drawn" not in found.text
+    assert "10 finished and 1 failed records" in found.text
+    assert "average" not in (results / "report" / "tables" / "ablation.md").read_text()
+    assert "fusion depth" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["experiment=table6"], "experiment: no table 'table6'; there are "),
+        (["experiment=table7_tokens"], "experiment table7_tokens: no record belongs to it; make some with `python -m"),
+        (["train.steps=61"], "train.steps=61: no record has it; found 200"),
+        (["table6_prefusion"], "'table6_prefusion' is no setting; write KEY=VALUE"),
+    ],
+)
+def test_what_is_not_there_is_one_line(
+    write_records: Write, table_records: Records, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    results = write_records(as_table6(table_records))
+    assert main(["--results", str(results), *words]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert said in error
+    assert not (results / "report").exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_report_does_not_know_how_its_records_were_named(
+    records: Records, table_records: Records, tmp_path: Path
+) -> None:
+    made = [*records, *as_table6(table_records)]
+    written: list[dict[str, bytes]] = []
+    for number, order in enumerate((made, made[::-1])):
+        folder = tmp_path / str(number) / "records"
+        folder.mkdir(parents=True)
+        for place, record in enumerate(order):
+            (folder / f"{place:03d}.json").write_text(json.dumps(record))
+        assert main(["--results", str(folder.parent)]) == 0
+        report = folder.parent / "report"
+        written.append({p.relative_to(report).as_posix(): p.read_bytes() for p in report.rglob("*") if p.is_file()})
+    assert written[0] == written[1]
+
+
+def test_no_model_is_imported(write_records: Write, table_records: Records) -> None:
+    results = write_records(as_table6(table_records))
     script = (
-        "import sys, experiments.report.__main__, experiments.report.figures\n"
+        "import sys\n"
+        "from experiments.report.__main__ import main\n"
+        f"assert main(['--results', {str(results)!r}, 'experiment=table6_prefusion']) == 0\n"
         "ours = [n for n in sys.modules if n.startswith('experiments.') and not n.startswith('experiments.report')]\n"
-        "heavy = {'torch', 'transformers', 'probes', 'llava_mini', 'matplotlib.pyplot'} & sys.modules.keys()\n"
+        "heavy = {'torch', 'transformers', 'hydra', 'probes', 'llava_mini', 'matplotlib.pyplot'} & sys.modules.keys()\n"
         "print(ours, sorted(heavy))"
     )
     root = Path(page.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['experiments.rows'] []"
+    assert done.stdout.splitlines()[-1] == "['experiments.rows'] []"
+    drawn = results / "report" / "figures"
+    assert {path.name for path in drawn.iterdir()} == {
+        f"{stem}.{suffix}" for stem in ("table6_prefusion", "accuracy_vs_cost") for suffix in ("png", "pdf")
+    }
