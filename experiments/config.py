@@ -12,6 +12,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import rows
+from experiments.incidental import INCIDENTAL
 
 TRAIN_CHOICES = {
     "trainable": ("all", "projector"),
@@ -359,9 +360,6 @@ DATA: dict[str, type] = {
     "photo_grid": PhotoGridData,
 }
 
-# where a cell runs, where it writes and for which table does not change what it finds
-_NOT_IDENTITY = ("name", "device", "threads", "results", "save", "batch_size")
-
 
 def resolved(config: Config | DictConfig) -> dict[str, Any]:
     """Plain containers with every interpolation resolved, of a configuration whose row has been chosen.
@@ -376,7 +374,7 @@ def resolved(config: Config | DictConfig) -> dict[str, Any]:
 
 def identity(config: dict[str, Any], data: str, code: str) -> str:
     """16 hex digits that name a cell: its resolved configuration, its data and the code that ran it."""
-    kept = {key: value for key, value in config.items() if key not in _NOT_IDENTITY}
+    kept = {key: value for key, value in config.items() if key not in INCIDENTAL}
     return hashlib.sha256(json.dumps([kept, data, code], sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,2 +1,3 @@
-"""Records in; tables, figures and one HTML page out. Reads record files only: never imports a model or the rest of
-`experiments`, so a report can be made anywhere the records are."""
+"""Records in; tables, figures and one HTML page out. Reads record files and conf/experiment/ only: never imports a model,
+and of the rest of `experiments` only how rows are written and which settings are incidental, so a report can be made
+anywhere the records are."""

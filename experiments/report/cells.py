@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.report.records import INCIDENTAL, Record, Records, configuration, failure, flatten, outcomes, seed
+from experiments.incidental import INCIDENTAL
+from experiments.report.records import Record, Records, configuration, failure, flatten, outcomes, seed
 from experiments.report.statistics import Interval, accuracy_interval, difference_interval, holm, paired_test
 
 

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.incidental import INCIDENTAL
+
 FILE = "latency.json"
 # what says how a model came by its weights, or where it ran, and not what it computes
-_NOT_TIMED = (
-    *("seed", "train", "probe", "name", "rows", "row", "bench", "cost"),
-    *("device", "results", "save", "batch_size"),
-)
+_NOT_TIMED = ("seed", "train", "probe", "rows", "row", "bench", "cost", *INCIDENTAL)
 
 
 def timed_part(config: Mapping[str, Any]) -> str:

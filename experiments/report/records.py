@@ -16,14 +16,12 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Float
 
+from experiments.incidental import INCIDENTAL
 from experiments.report import latency
 
 SCHEMA = 1
 
 Record: TypeAlias = Mapping[str, Any]
-
-INCIDENTAL = ("name", "device", "results", "save", "batch_size")
-"""Where a cell ran, where it wrote and for which table: keys of its configuration that do not change what it finds."""
 
 _ALWAYS: dict[str, Any] = {"id": str, "experiment": str, "name": str, "config": dict}
 _FINISHED: dict[str, Any] = {

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.report.definitions import FOLDER, Definition, definitions, joined
-from experiments.report.records import INCIDENTAL
 
 
 def test_experiments_with_rows_are_found_by_name() -> None:
@@ -23,6 +22,13 @@ def test_every_table_has_a_sentence_as_its_title(definition: Definition) -> None
     assert definition.title[0].isupper()
     assert definition.title[-1] in ".?!"
     assert len(definition.title) < 200
+
+
+@pytest.mark.parametrize("definition", definitions(), ids=lambda definition: definition.name)
+def test_every_tables_rows_are_known_from_the_models_grid_alone(definition: Definition) -> None:
+    settings = definition.settings({"model.grid": 24})
+    assert [setting.label for setting in settings] == [row.label for row in definition.rows]
+    assert not any("$" in str(value) for setting in settings for value in setting.values.values())
 
 
 def test_the_title_is_the_first_sentence_of_the_comment(definition: Definition) -> None:
@@ -74,9 +80,3 @@ def test_joined_labels_lose_no_word(labels: list[str]) -> None:
         assert label.split()[: len(part.split())] == part.split()
     assert last == labels[-1].split()
     assert shared >= 0
-
-
-def test_what_is_incidental_here_is_no_part_of_an_identity() -> None:
-    from experiments import config
-
-    assert INCIDENTAL == config._NOT_IDENTITY

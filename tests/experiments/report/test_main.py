@@ -279,11 +279,11 @@ def test_no_model_is_imported(write_records: Write, table_records: Records) -> N
         f"assert main(['--results', {str(results)!r}, 'experiment=table6_prefusion']) == 0\n"
         "ours = [n for n in sys.modules if n.startswith('experiments.') and not n.startswith('experiments.report')]\n"
         "heavy = {'torch', 'transformers', 'hydra', 'probes', 'llava_mini', 'matplotlib.pyplot'} & sys.modules.keys()\n"
-        "print(ours, sorted(heavy))"
+        "print(sorted(ours), sorted(heavy))"
     )
     root = Path(page.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "['experiments.rows'] []"
+    assert done.stdout.splitlines()[-1] == "['experiments.incidental', 'experiments.rows'] []"
     drawn = results / "report" / "figures"
     assert {path.name for path in drawn.iterdir()} == {
         f"{stem}.{suffix}" for stem in ("table6_prefusion", "accuracy_vs_cost") for suffix in ("png", "pdf")
