@@ -33,7 +33,6 @@ class Cell:
     family: str
     finished: tuple[Record, ...]
     failed: tuple[Record, ...]
-    accuracy: Interval | None = None
     difference: Interval | None = None
     p_value: float | None = None
     comparison: str = ""
@@ -48,6 +47,11 @@ class Cell:
         """The configuration by dotted keys, less the seed and what is incidental."""
         config = self.records[0]["config"]
         return dict(flatten({key: value for key, value in config.items() if key not in ("seed", *INCIDENTAL)}))
+
+    @property
+    def accuracy(self) -> Interval | None:
+        """Mean over examples and seeds with its interval, None where no seed is finished."""
+        return _accuracy(tuple(record["accuracy"]["image"] for record in self.finished)) if self.finished else None
 
     @property
     def fingerprint(self) -> str:
@@ -148,15 +152,19 @@ def _cell(finished: list[Record], failed: list[Record], fingerprint: str) -> Cel
         model = finished[0]["model"]
         label, tokens, layers = model["label"], model["visual_tokens"], model["prefusion_layers"]
         compressor = model["compressor"]
-        accuracy = accuracy_interval(np.stack([outcomes(record["accuracy"]["image"]) for record in finished]))
     else:
-        accuracy = None
         compressor = config.get("compressor", {}).get("name", "unknown")
         layers = config.get("prefusion", {}).get("layers", 0)
         size = config.get("compressor", {}).get("size")
         tokens = None if compressor == "none" or size is None else size**2
         label = "LLaVA" if compressor == "none" and layers == 0 else "LLaVA-Mini"
-    return Cell(label, tokens, layers, compressor, "", family, tuple(finished), tuple(failed), accuracy)
+    return Cell(label, tokens, layers, compressor, "", family, tuple(finished), tuple(failed))
+
+
+@functools.cache
+def _accuracy(texts: tuple[str, ...]) -> Interval:
+    """Kept, since a cell is shown in several tables and figures."""
+    return accuracy_interval(np.stack([outcomes(text) for text in texts]))
 
 
 def _compare(cells: Sequence[Cell]) -> Iterable[Cell]:

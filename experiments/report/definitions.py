@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments import rows
 
 FOLDER = Path(str(resources.files("conf"))) / "experiment"
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 _SCALED = re.compile(r"^\$\{scaled:\$\{model\.grid\}, *(\d+)(?:, *(\d+))?\}$")
 
 
@@ -46,10 +48,26 @@ class Definition:
         Raises:
             ValueError: if a row needs something of the configuration that it does not have.
         """
-        context = OmegaConf.create({"_rows": [row.settings for row in self.rows]})
-        for key in config.keys() - self.keys:
-            OmegaConf.update(context, key, config[key])
+        referred = {key: config[key] for key in self._references if key in config}
+        kept = repr(sorted(referred.items()))
+        if kept not in self._settings:
+            self._settings[kept] = self._resolve(referred)
+        return self._settings[kept]
+
+    @functools.cached_property
+    def _references(self) -> frozenset[str]:
+        """The keys of a configuration that the rows' values refer to."""
+        return frozenset(_REFERENCE.findall(repr([row.settings for row in self.rows]))) - set(self.keys)
+
+    @functools.cached_property
+    def _settings(self) -> dict[str, tuple[Setting, ...]]:
+        return {}  # by what is referred to: few models, many configurations
+
+    def _resolve(self, referred: Mapping[str, Any]) -> tuple[Setting, ...]:
         rows.register()
+        context = OmegaConf.create({"_rows": [row.settings for row in self.rows]})
+        for key, value in referred.items():
+            OmegaConf.update(context, key, value)
         try:
             resolved = OmegaConf.to_container(context["_rows"], resolve=True)
         except OmegaConfBaseException as error:

@@ -21,7 +21,7 @@ def test_experiments_with_rows_are_found_by_name() -> None:
 def test_every_table_has_a_sentence_as_its_title(definition: Definition) -> None:
     assert definition.title[0].isupper()
     assert definition.title[-1] in ".?!"
-    assert len(definition.title) < 200
+    assert len(definition.title) < 250
 
 
 @pytest.mark.parametrize("definition", definitions(), ids=lambda definition: definition.name)
