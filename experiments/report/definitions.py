@@ -42,6 +42,11 @@ class Definition:
         """What the rows name, as dotted keys of a configuration."""
         return tuple(self.rows[0].settings)
 
+    def leaves_open(self, key: str) -> bool:
+        """Whether cells of this table may differ in this key: its rows name it, or a budget that they name chose it."""
+        budgeted = any(named.startswith("budget.") for named in self.keys)
+        return key in self.keys or (budgeted and key.startswith(("compressor.", "reduction.")))
+
     def settings(self, config: Mapping[str, Any]) -> tuple[Setting, ...]:
         """The rows on the model of a configuration (dotted keys), in order; those that coincide there are one.
 

@@ -156,7 +156,7 @@ def study_of(definition: Definition, cells: Iterable[Cell], asked: bool = False)
     families: dict[frozenset[tuple[str, str]], list[Cell]] = defaultdict(list)
     for cell in cells:
         if all(key in cell.config for key in definition.keys):
-            rest = {(key, repr(value)) for key, value in cell.config.items() if key not in definition.keys}
+            rest = {(key, repr(value)) for key, value in cell.config.items() if not definition.leaves_open(key)}
             families[frozenset(rest)].append(cell)
     found = []
     for family in families.values():
@@ -215,7 +215,7 @@ def _weight(placed: Sequence[Cell | None]) -> tuple[int, tuple[bool, str, str]]:
 def _apart(definition: Definition, placed: Sequence[Cell | None], others: Sequence[Cell | None]) -> str:
     """What sets the cells of another family apart, as settings."""
     here, there = (next(cell for cell in cells if cell is not None) for cells in (placed, others))
-    keys = sorted((here.config.keys() | there.config.keys()) - set(definition.keys))
+    keys = sorted(key for key in here.config.keys() | there.config.keys() if not definition.leaves_open(key))
     different = [key for key in keys if here.config.get(key, math.nan) != there.config.get(key, math.nan)]
     return (
         ", ".join(f"{key}={there.config.get(key, 'unset')}" for key in different) or "the same settings on other data"

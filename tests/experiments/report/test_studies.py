@@ -205,3 +205,22 @@ def test_the_bootstrap_is_that_of_a_loop(definition: Definition, table_records: 
         draws.append(ours - theirs)
     found = study.difference(*study.rows[:2])
     np.testing.assert_allclose(found[1:], np.quantile(draws, (0.025, 0.975)), atol=0.012)
+
+
+def test_what_a_budget_chose_sets_no_cells_apart(table_records: Made) -> None:
+    definition = Definition(
+        "equal", "Equal FLOPs.", tuple(rows.Row(name, {"budget.method": name}) for name in ("none", "query", "fastv"))
+    )
+    chosen = {"none": ("none", 1, []), "query": ("query", 3, []), "fastv": ("none", 1, [2])}
+    made = []
+    for method, (compressor, size, layers) in chosen.items():
+        record = copy.deepcopy(table_records[0])
+        record["id"], record["experiment"] = f"{len(made):016x}", "equal"
+        record["config"] |= {
+            "budget": {"method": method, "share": 0.6},
+            "compressor": {"name": compressor, "size": size},
+            "reduction": {"name": "none", "layers": layers},
+        }
+        made.append(record)
+    assert [row.state for row in whole(definition, made).rows] == ["finished"] * 3
+    assert not whole(definition, made).left_out
