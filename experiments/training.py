@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -162,7 +163,8 @@ def fit(
         bf16=config.bf16,
         save_steps=config.save_every,
         save_total_limit=2,
-        logging_steps=10,
+        # a divisor of the steps between checkpoints: a resumed run then averages losses over the same steps
+        logging_steps=math.gcd(10, config.save_every),
         logging_first_step=True,
         seed=seed,
         use_cpu=device.type == "cpu",
