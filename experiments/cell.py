@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +14,37 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from experiments import probing, reduction, schooling, training
-from experiments.config import Config, ReductionConfig, ScratchModel, identity
+from experiments.config import Config, ScratchModel
 from experiments.cost.counted import forward_cost
-from experiments.data import GUESS_IMAGES, Data, load_data
+from experiments.data import GUESS_IMAGES, Data
 from experiments.data.samples import Sample, Split, single_questions
 from experiments.evaluation import Questions, blank, correct, digits, shuffled
 from experiments.features import keep_features
 from experiments.models import build, choose_device
+from experiments.plan import Cell
 from experiments.scores import by_kind
-from experiments.store import Store, code_version, provenance
+from experiments.store import provenance
 from llava_mini import LlavaMiniConfig
 
 log = logging.getLogger(__name__)
 GUESS_NOTE = f"most frequent answer to the same question text in {GUESS_IMAGES} training conversations"
 
 
-def run_cell(config: Config, resolved: dict[str, Any]) -> Path | None:
-    """Run a cell and write its record, or find it done. Returns the record's path, None in a helping process.
+def run_cell(cell: Cell, work: Path) -> dict[str, Any] | None:
+    """Run a cell and return its record, None in a helping process.
 
     Args:
-        config: The typed configuration.
-        resolved: The same as plain containers: what is hashed and recorded.
+        work: Where it keeps its checkpoints, from which it goes on where it was cut.
     """
-    store = Store(config.results)
+    config, data = cell.config, cell.data
+    torch.set_num_threads(config.threads)
     device = choose_device(config.device)
-    data = load_data(config.data)
-    name = identity(resolved, data.fingerprint, code_version())
-    if store.finished(name):
-        log.info("%s is done: %s", _label(config), store.path(name))
-        return store.path(name)
-    log.info("%s (%s)", _label(config), name)
-    started = time.monotonic()
-    begun = datetime.now(timezone.utc).isoformat(timespec="seconds")
     transformers.logging.set_verbosity_error()  # it tells of weights that are new on purpose; load() refuses missing ones
     model, processor = build(config, data.train)
     probing.check(model, config.probe)
     reduction.check(model, config)
     model.to(device)
-    log_history, train_seconds = _train(model, processor, config, data, store.work(name), device)
+    log_history, train_seconds = _train(model, processor, config, data, work, device)
     if config.train.trains and not PartialState().is_main_process:
         return None  # of several processes that train together, one measures and writes
     set_seed(config.seed)  # what measuring draws is the same after a training that was cut and resumed
@@ -62,12 +54,12 @@ def run_cell(config: Config, resolved: dict[str, Any]) -> Path | None:
     some = Questions(samples[: config.probe.attention_questions], processor, config.batch_size, device)
     record: dict[str, Any] = {
         "schema": 1,
-        "id": name,
+        "id": cell.id,
         "experiment": config.name,
-        "name": _label(config),
+        "name": cell.label,
         "status": "finished",
         "error": None,
-        "config": resolved,
+        "config": cell.resolved,
         "cost": forward_cost(model, questions, reduction.in_answering(config)),
         "data": _data_part(config, data, samples),
         "accuracy": _accuracy(model, processor, config, data.test, samples, questions, device),
@@ -75,39 +67,11 @@ def run_cell(config: Config, resolved: dict[str, Any]) -> Path | None:
         "train": {"log": log_history} if config.train.trains else None,
     }
     record["model"] = _model_part(model, config, record["cost"])
-    seconds = {"seconds": round(time.monotonic() - started, 1), "train_seconds": train_seconds}
-    record["provenance"] = {"started": begun, **seconds, **provenance(device)}
-    path = store.write(record)
+    record["provenance"] = {"train_seconds": train_seconds, **provenance(device)}
     log.info("percent right, %s:\n%s", record["data"]["split"], by_kind(record))
     if config.save:
-        _save(model, processor, store.work(name) / training.ADAPTER, Path(config.save))
-    shutil.rmtree(store.work(name), ignore_errors=True)
-    return path
-
-
-def _label(config: Config) -> str:
-    parts = [config.model.name]
-    if config.compressor.name != "none":
-        tokens = config.compressor.size**2
-        parts.append(f"{tokens} token{'s' * (tokens != 1)} by {config.compressor.name}")
-    if layers := config.prefusion.layers:
-        inside = " inside" if config.prefusion.place == "inside" else ""
-        parts.append(f"{layers} pre-fusion layer{'s' * (layers > 1)}{inside}")
-    if config.reduction.name != "none":
-        parts.append(_reduction_label(config.reduction))
-    if config.tiles > 1:
-        parts.append(f"{config.tiles} x {config.tiles} tiles")
-    if config.train.steps:
-        parts.append(f"{config.train.steps} steps")
-    elif config.train.epochs:
-        parts.append(f"{config.train.epochs} epoch{'s' * (config.train.epochs > 1)}")
-    return ", ".join([*parts, f"seed {config.seed}"])
-
-
-def _reduction_label(reduction: ReductionConfig) -> str:
-    layers = ", ".join(map(str, reduction.layers)) + (f" of {reduction.of}" if reduction.of else "")
-    keeping = "" if reduction.name == "vtw" else f" keeping {reduction.keep:.3g}"
-    return f"{reduction.name}{keeping} at {layers}"
+        _save(model, processor, work / training.ADAPTER, Path(config.save))
+    return record
 
 
 def _train(

@@ -343,6 +343,7 @@ class Config:
     device: str = "auto"
     threads: int = 1  # of the CPU; a sum's last bits depend on how many share it, so one is what every launcher gives
     results: str = "results"
+    retry_failed: bool = False  # run cells again that failed before: --retry-failed
     save: str | None = None  # a folder for the trained model and its processor
 
     def __post_init__(self) -> None:
@@ -360,6 +361,8 @@ DATA: dict[str, type] = {
     "photo_grid": PhotoGridData,
 }
 
+_NOT_RECORDED = ("rows", "row", "retry_failed")
+
 
 def resolved(config: Config | DictConfig) -> dict[str, Any]:
     """Plain containers with every interpolation resolved, of a configuration whose row has been chosen.
@@ -369,7 +372,7 @@ def resolved(config: Config | DictConfig) -> dict[str, Any]:
     """
     plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items() if key not in ("rows", "row")}
+    return {str(key): value for key, value in plain.items() if key not in _NOT_RECORDED}
 
 
 def identity(config: dict[str, Any], data: str, code: str) -> str:

@@ -9,9 +9,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from experiments.data.samples import IMAGE_SLOT, SLOT, VIDEO_SLOT, Numbered, Picture, Sample, Split, fingerprint
-from llava_mini.tiles import to_rgb
-from llava_mini.video import Video
 
 _FROM = ("human", "gpt")
 _KIND = {IMAGE_SLOT: "image", VIDEO_SLOT: "video"}
@@ -63,6 +63,18 @@ def _entry(entry: Any, index: int, source: Path, folder: Path) -> dict[str, Any]
     return entry | files | {"conversations": turns, "kinds": kinds}
 
 
+def _image(path: Path) -> Image.Image:
+    from llava_mini.tiles import to_rgb  # takes seconds, which data that is only fingerprinted need not
+
+    return to_rgb(path)
+
+
+def _video(path: Path, frames: int) -> Picture:
+    from llava_mini.video import Video
+
+    return Video(path, frames=frames)
+
+
 class JsonSamples(Sequence[Sample]):
     """Checked entries; pictures are read when they are asked for."""
 
@@ -78,10 +90,10 @@ class JsonSamples(Sequence[Sample]):
         turns = entry["conversations"]
         readers: dict[str, Iterator[Callable[[], Picture]]] = {
             IMAGE_SLOT: (
-                Numbered(number, partial(to_rgb, self.folder / path))
+                Numbered(number, partial(_image, self.folder / path))
                 for number, path in enumerate(entry["image"], self.first_image[index])
             ),
-            VIDEO_SLOT: (partial(Video, self.folder / path, frames=self.frames) for path in entry["video"]),
+            VIDEO_SLOT: (partial(_video, self.folder / path, self.frames) for path in entry["video"]),
         }
         slots = [slot for turn in turns for slot in SLOT.findall(turn["value"])]
         return Sample(str(entry.get("id", index)), tuple(next(readers[slot]) for slot in slots), turns, entry["kinds"])

@@ -9,14 +9,16 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, TypeAlias
 
 from PIL import Image
 
-from llava_mini.video import Video
+if TYPE_CHECKING:  # llava_mini takes seconds to import
+    from llava_mini.video import Video
 
 IMAGE_SLOT, VIDEO_SLOT = "<image>", "<video>"
 SLOT = re.compile(f"{IMAGE_SLOT}|{VIDEO_SLOT}")
-Picture = Image.Image | Video
+Picture: TypeAlias = "Image.Image | Video"
 
 
 @dataclass(frozen=True)

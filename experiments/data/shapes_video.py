@@ -13,9 +13,8 @@ from PIL import Image
 
 from experiments.data import scenes as drawing
 from experiments.data.balanced import Pair, ask
-from experiments.data.samples import VIDEO_SLOT, Sample, Split, at_least_one, conversation, fingerprint
+from experiments.data.samples import VIDEO_SLOT, Picture, Sample, Split, at_least_one, conversation, fingerprint
 from experiments.data.scenes import COLOURS, SHAPES, Scenes
-from llava_mini.video import Video
 
 Thing = tuple[str, str]  # (colour, shape)
 SECONDS = range(4, 17)  # lengths of clips
@@ -51,6 +50,12 @@ def count(things: Sequence[Thing]) -> list[Pair]:
 
 
 KINDS = {"existence": existence, "ends": ends, "order": order, "count": count}
+
+
+def _video(clip: Clip, frames: int | None) -> Picture:
+    from llava_mini.video import Video  # takes seconds, which data that is only fingerprinted need not
+
+    return Video(clip, frames=frames)
 
 
 class Clip(Sequence[Image.Image]):
@@ -94,7 +99,7 @@ class ClipSamples(Sequence[Sample]):
         asked = ask({kind: candidates(things) for kind, candidates in KINDS.items()}, dict.fromkeys(KINDS, 1), rng)
         kinds, questions, answers = zip(*asked, strict=True)
         turns = conversation(zip(questions, answers, strict=True), (VIDEO_SLOT,))
-        load = partial(Video, Clip(shown), frames=self.frames or None)
+        load = partial(_video, Clip(shown), self.frames or None)
         return Sample(f"clip-{self.split}-{self.seed}-{index}", (load,), turns, list(kinds))
 
 

@@ -7,6 +7,7 @@ in the report with its reason, and never stops it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from experiments.incidental import INCIDENTAL
 from experiments.report import latency
 
 SCHEMA = 1
+_SEAL = ',"digest":"'
 
 Record: TypeAlias = Mapping[str, Any]
 
@@ -119,10 +121,19 @@ def chosen(records: Records, some: Iterable[Record]) -> Records:
     return replace(records, finished=finished, failed=failed, superseded=())
 
 
+def sealed(body: str) -> str:
+    """A record file's text, of a JSON object's: with a digest at its end that tells when it has been changed since."""
+    return f'{body[:-1]}{_SEAL}{hashlib.sha256(body.encode()).hexdigest()}"}}\n'
+
+
 def read(path: Path) -> Record:
     """Read and check one record file. Raises ValueError with one line that says what is wrong with it."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        record = json.loads(text)
+        body, seal, _ = text.rpartition(_SEAL)
+        if seal and text != sealed(f"{body}}}"):
+            raise ValueError("changed since it was written; remove it and run its cell again")
     except UnicodeDecodeError:
         raise ValueError("not a text file") from None
     except json.JSONDecodeError as error:

@@ -1,15 +1,12 @@
 """Every row of every table runs: builds its model, trains a step, is scored and recorded."""
 
-import json
 from pathlib import Path
 
 import pytest
 import yaml
-from omegaconf import OmegaConf
 
-from experiments import config as configuration
-from experiments import rows
-from experiments.cell import run_cell
+from experiments.attempt import attempt
+from experiments.plan import identify
 
 FAST = ("train.steps=1", "train.batch_size=2", "data.train=8", "data.test=6", "device=cpu")
 CELLS = [
@@ -22,8 +19,8 @@ CELLS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("experiment", "row"), CELLS)
 def test_a_row_runs(composed, tmp_path, experiment, row):
-    config = rows.choose(composed(f"experiment={experiment}", f"row={row}", *FAST, f"results={tmp_path}"))
-    record = json.loads(run_cell(OmegaConf.to_object(config), configuration.resolved(config)).read_text())
+    cell = identify(composed(f"experiment={experiment}", f"row={row}", *FAST, f"results={tmp_path}"))
+    config, record = cell.config, attempt(cell, record_all=False).record
     assert record["status"] == "finished"
     assert len(record["accuracy"]["image"]) == 6
     tokens = record["model"]["patches"] if config.compressor.name == "none" else config.compressor.size**2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import AbstractContextManager
 
 import pytest
@@ -10,9 +9,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from experiments import config as configuration
 from experiments import reduction
-from experiments.cell import run_cell
+from experiments.attempt import attempt
 from experiments.config import CompressorConfig, Config, PrefusionConfig, ProbeConfig, ReductionConfig, TrainConfig
 from experiments.cost.counted import forward_cost
 from experiments.cost.estimate import Geometry, Prompt
@@ -20,6 +18,7 @@ from experiments.data.conversation import Collator, Encoder
 from experiments.data.samples import single_questions
 from experiments.evaluation import Questions, correct
 from experiments.models import _mini
+from experiments.plan import identify
 from experiments.reduction import first_layers, fusing_inside, in_answering, in_training, patches, visual_by_layer
 from experiments.training import train
 from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
@@ -314,8 +313,7 @@ TINY = ("data.test=10", "data.train=10", "device=cpu", "model=tiny")
 )
 def test_a_cell_of_each(composed, tmp_path, overrides, model, name):
     given = composed(*TINY, f"results={tmp_path}", *overrides)
-    path = run_cell(OmegaConf.to_object(given), configuration.resolved(given))
-    record = json.loads(path.read_text())
+    record = attempt(identify(given), record_all=False).record
     assert {key: record["model"][key] for key in model} == pytest.approx(model)
     assert name in record["name"]
     assert len(record["accuracy"]["image"]) == 10

@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from experiments import config as configuration
+from experiments.attempt import one_line
 from experiments.models import ASSETS
-from experiments.run import one_line
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))

@@ -1,23 +1,86 @@
+import errno
 import json
 import os
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
 from experiments.config import Config, identity
-from experiments.store import Store, write_atomically
+from experiments.report.records import read
+from experiments.store import ResultsError, Store, write_atomically
+
+BASE = {"schema": 1, "id": "ab", "experiment": "table", "name": "a cell, seed 0", "config": {"seed": 0}}
+FAILED = BASE | {"status": "failed", "error": "ValueError: no"}
+FINISHED = BASE | {
+    "status": "finished",
+    "model": {
+        "label": "LLaVA",
+        "layers": 2,
+        "visual_tokens": 9,
+        "prefusion_layers": 0,
+        "compressor": "none",
+        "parameters": 1,
+    },
+    "data": {"name": "shapes", "fingerprint": "f", "examples": 4, "kinds": ["count"] * 4},
+    "accuracy": {"image": "0110"},
+    "provenance": {"started": "2026-01-01T00:00:00+00:00"},
+}
 
 
-def test_a_record_is_whole_or_not_there(tmp_path):
-    store = Store(tmp_path)
-    assert not store.finished("ab")
-    store.path("ab").write_text('{"status": "fini')
-    assert not store.finished("ab")
-    store.write({"id": "ab", "status": "finished"})
-    assert store.finished("ab")
-    assert json.loads(store.path("ab").read_text())["id"] == "ab"
-    store.write({"id": "cd", "status": "failed"})
-    assert not store.finished("cd")
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    found = Store(tmp_path)
+    found.prepare()
+    return found
+
+
+def test_a_cell_stands_as_its_record_says(store):
+    assert store.standing("ab").state == "missing"
+    store.write(FAILED)
+    assert store.standing("ab").state == "failed"
+    assert store.standing("ab").record["error"] == "ValueError: no"
+    store.write(FINISHED)
+    assert store.standing("ab").state == "finished"
+    store.write(FAILED)
+    assert store.standing("ab").record["accuracy"] == {"image": "0110"}
+
+
+def test_a_cell_runs_while_its_lock_is_held(store):
+    with store.lock("ab"):
+        assert store.standing("ab").state == "running"
+        assert store.standing("ab").owner.pid == os.getpid()
+        assert list(store.locked()) == ["ab"]
+    assert store.standing("ab").state == "missing"
+    assert list(store.locked()) == []
+
+
+@pytest.mark.parametrize("cut", [0, 1, 40, -40, -2])
+def test_a_truncated_record_is_none(store, cut):
+    text = store.write(FINISHED).read_text()
+    store.path("ab").write_text(text[:cut])
+    assert store.standing("ab").state == "missing"
+    store.write(FAILED)  # nothing finished is lost
+    assert store.standing("ab").state == "failed"
+
+
+def test_a_changed_record_is_none_though_it_is_json(store):
+    text = store.write(FINISHED).read_text()
+    store.path("ab").write_text(text.replace("0110", "1110"))
+    assert json.loads(store.path("ab").read_text())["accuracy"] == {"image": "1110"}
+    assert store.standing("ab").state == "missing"
+    with pytest.raises(ValueError, match="changed since it was written"):
+        read(store.path("ab"))
+
+
+def test_a_record_under_another_name_is_none(store):
+    store.write(FINISHED).rename(store.path("cd"))
+    assert store.standing("cd").state == "missing"
+
+
+def test_bytes_that_are_no_text(store):
+    store.write(FINISHED).write_bytes(os.urandom(400))
+    assert store.standing("ab").state == "missing"
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -34,23 +97,41 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_no_number_is_written_that_json_does_not_have(tmp_path):
+def test_no_number_is_written_that_json_does_not_have(store):
     with pytest.raises(ValueError, match="not JSON compliant"):
-        Store(tmp_path).write({"id": "ab", "x": float("nan")})
-    assert not list(Store(tmp_path).records.iterdir())
+        store.write(FINISHED | {"x": float("nan")})
+    assert not list(store.records.iterdir())
 
 
 def test_a_folder_that_cannot_be_made_is_refused_at_once(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(PermissionError, match=r"results folder '.*file/results' cannot be written"):
-        Store(tmp_path / "file" / "results")
+    with pytest.raises(ResultsError, match=r"results folder '.*file/results' cannot be written .*results=FOLDER"):
+        Store(tmp_path / "file" / "results").prepare()
+
+
+def test_a_full_disk_says_what_to_do_and_leaves_no_half_record(store, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ResultsError, match=r"No space left on device\); make room there, then run the same command"):
+        store.write(FINISHED)
+    assert not list(store.records.iterdir())
+
+
+def test_a_full_disk_is_known_by_what_libraries_say_of_it(store):
+    wrapped = RuntimeError("could not save")
+    wrapped.__cause__ = OSError(errno.ENOSPC, "anything")
+    assert "make room" in str(store.full(wrapped))
+    assert store.full(Exception("I/O error: No space left on device (os error 28)"))
+    assert store.full(RuntimeError("shapes differ")) is None
 
 
 def test_identity_tells_what_matters_from_what_does_not():
     def named(**changes) -> str:
         return identity(asdict(Config(model=None, data=None, **changes)), "data", "code")
 
-    assert named() == named(results="elsewhere") == named(device="cuda") == named(batch_size=1)
-    assert len({named(), named(seed=1), named(name="other")}) == 3
+    assert named() == named(results="elsewhere") == named(device="cuda") == named(batch_size=1) == named(name="other")
+    assert named() != named(seed=1)
     config = asdict(Config(model=None, data=None))
     assert len({identity(config, "a", "c"), identity(config, "b", "c"), identity(config, "a", "d")}) == 3
