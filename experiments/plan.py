@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,14 +126,34 @@ def expand(hydra: Hydra, overrides: Sequence[str]) -> tuple[DictConfig, list[Job
     parsed = OverridesParser.create(hydra.config_loader).parse_overrides([*params, *sweep.hydra.overrides.task])
     (jobs,) = BasicSweeper.split_arguments(parsed, None)
     shared = set(jobs[0]).intersection(*jobs)
+    composed: dict[tuple[str, ...], DictConfig] = {}
     found = []
     for job in jobs:
-        config = hydra.config_loader.load_sweep_config(sweep, job)
-        with open_dict(config):
-            del config["hydra"]
+        config = _compose(hydra, sweep, job, composed)
         cell = None if measured(config) else identify(config)
         apart = [override for override in job if override not in shared]
         if cell and cell.row:
             apart = [cell.row, *(override for override in apart if not override.startswith("row="))]
         found.append(Job(job, ", ".join(apart) or (cell.label if cell else config.name), cell))
     return sweep, found
+
+
+def _compose(
+    hydra: Hydra, sweep: DictConfig, job: Sequence[str], composed: dict[tuple[str, ...], DictConfig]
+) -> DictConfig:
+    """A job's configuration. Those whose files are the same are read from them once and kept in `composed`: it is the
+    files that take time."""
+    parsed = OverridesParser.create(hydra.config_loader).parse_overrides(list(job))
+    values = [
+        override
+        for override in parsed
+        if isinstance(override.value(), dict) or not hydra.config_loader.repository.group_exists(override.key_or_group)
+    ]
+    files = tuple(text for text, override in zip(job, parsed, strict=True) if override not in values)
+    if files not in composed:
+        composed[files] = hydra.config_loader.load_sweep_config(sweep, list(files))
+        with open_dict(composed[files]):
+            del composed[files]["hydra"]
+    config = copy.deepcopy(composed[files])
+    hydra.config_loader._apply_overrides_to_config(values, config)
+    return config

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import open_dict
 
 from experiments import config as configuration
 from experiments import plan, status
@@ -163,6 +164,26 @@ def test_a_disk_that_fills_ends_a_sweep_at_that_cell(swept, tmp_path, capsys, mo
     assert "make room there, then run the same command again" in told
     assert "#1" not in told
     assert not times(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["experiment=table6_prefusion", "row=0,3,8", "seed=0,1", "train.steps=2"],
+        ["compressor=query,query_4", "compressor.name=average", "probe=full,none", "model.grid=null,6"],
+        ["experiment=ablation", "+data.rounds={place:2,count:3}", "model.dtype=float32"],
+    ],
+)
+def test_jobs_are_what_hydra_makes_of_them(overrides):
+    configuration.register()
+    with plan.hydra() as hydra:
+        sweep_, jobs = plan.expand(hydra, overrides)
+        assert len({job.cell.id for job in jobs}) == len(jobs) > 1
+        for job in jobs:
+            config = hydra.config_loader.load_sweep_config(sweep_, job.overrides)
+            with open_dict(config):
+                del config["hydra"]
+            assert plan.identify(config) == job.cell
 
 
 def test_tables_share_a_cell(swept, cell):
