@@ -42,7 +42,7 @@ def job(config: DictConfig) -> None:
         else:
             cell = identify(config)
             standing = attempt(cell, sweeping)
-            if not sweeping:
+            if first() and not sweeping:
                 _tell(cell, standing)
     except EXPECTED as error:
         if sweeping and not isinstance(error, ResultsError):
@@ -70,10 +70,9 @@ def _tell(cell: Cell, standing: Standing) -> None:
         stop(f"{cell.label} failed: {standing.record['error']} (traceback in {path}; --retry-failed runs it again)")
     if standing.state == "running":
         stop(f"{cell.label} is being run by {standing.owner or 'another process'}")
-    if first():
-        from experiments.drawing import draw_record
+    from experiments.drawing import draw_record
 
-        log.info("record %s%s", path, "".join(f"\nfigure {figure}" for figure in draw_record(path)))
+    log.info("record %s%s", path, "".join(f"\nfigure {figure}" for figure in draw_record(path)))
 
 
 def attempt(cell: Cell, record_all: bool) -> Standing:
