@@ -14,7 +14,8 @@ import torch
 
 from experiments.bench import modes
 from experiments.bench.report import draw, table
-from experiments.config import BenchConfig, BenchModel, Config
+from experiments.config import Config
+from experiments.measurements import BenchConfig, BenchModel
 from experiments.measuring import in_child, in_turns, peak_memory, results_stem, timed, write_results
 from experiments.models import choose_device
 from experiments.store import provenance

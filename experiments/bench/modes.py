@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from experiments.config import BenchConfig, BenchModel
+from experiments.measurements import BenchConfig, BenchModel
 from probes import TokenMap
 from probes.attention import record_attention
 

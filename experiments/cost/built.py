@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, LlavaConfig, PreTrainedModel
 
-from experiments.config import CostConfig
 from experiments.cost.estimate import Estimate, Geometry, Prompt
 from experiments.cost.geometries import geometry, mini
+from experiments.measurements import CostConfig
 from llava_mini import LlavaMiniConfig
 from llava_mini.compressors import COMPRESSORS
 from llava_mini.layout import crops_of

@@ -21,13 +21,14 @@ import torch
 from torch import nn
 from transformers import logging as transformers_logging
 
-from experiments.config import Config, CostConfig
+from experiments.config import Config
 from experiments.cost.built import Needs, build, configurations, estimates, inputs
 from experiments.cost.counted import cache_bytes
 from experiments.cost.estimate import Estimate
 from experiments.cost.figures import bars, memory
 from experiments.cost.records import measured as by_setting
 from experiments.cost.report import table
+from experiments.measurements import CostConfig
 from experiments.measuring import in_child, in_turns, peak_memory, results_stem, timed, write_results
 from experiments.models import choose_device
 from experiments.report.style import save

@@ -11,7 +11,8 @@ import torch
 
 from experiments.bench import modes, run_bench
 from experiments.bench.report import ratios, table
-from experiments.config import BenchConfig, BenchModel, Config
+from experiments.config import Config
+from experiments.measurements import BenchConfig, BenchModel
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "bench.models=[{name: tiny, heads: 2, head_width: 16, mlp: 64, layers: 2, of_layers: 4}]"

@@ -17,11 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
-from experiments.config import Config, CostConfig
+from experiments.config import Config
 from experiments.cost import built, measure
 from experiments.cost.measure import answer, run_cost
 from experiments.cost.records import Measured, Ratio, measured, ratios, read
 from experiments.cost.report import table
+from experiments.measurements import CostConfig
 from experiments.measuring import in_child, in_turns
 
 ROOT = Path(__file__).resolve().parents[3]
