@@ -249,7 +249,7 @@ class FusionMixin:
         unread = patches.shape[1]
         if not self.config.prefuse_visual_tokens:
             return tokens, prefusion(patches, text, rotary_emb, unread=unread, past=past)[1]
-        if self.compressor is None:  # the visual tokens are the first of the patches
+        if self.compressor is None and tokens.shape[1]:  # the visual tokens are the first of the patches
             visual, text = prefusion(patches, text, rotary_emb, past=past)
             return visual[:, : tokens.shape[1]], text
         return prefusion(torch.cat([patches, tokens], dim=1), text, rotary_emb, unread=unread, past=past)

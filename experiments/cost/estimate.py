@@ -101,7 +101,8 @@ class Estimate:
         if compresses and mini is not None and mini.prefuse_visual_tokens:
             through += tokens
         last = geometry.layer(through)
-        if geometry.last_linear is not None and (compresses or (mini is not None and not mini.prefuse_visual_tokens)):
+        unread = mini is not None and (compresses or not tokens or not mini.prefuse_visual_tokens)
+        if geometry.last_linear is not None and unread:
             spared = (geometry.layer_linear - geometry.last_linear) * patches
             last = Work(last.linear, geometry.attention * (through - patches) * through, spared)
         self.prefusion = (

@@ -106,6 +106,18 @@ def test_llava_mini_costs_what_torch_counts(
     assert estimate.flops("full") == pytest.approx(everything, rel=0.005)
 
 
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_without_visual_tokens_no_patch_is_read(tiles: int) -> None:
+    """Fewer FLOPs than with one token, down to the last layer of pre-fusion."""
+    none, one = (mini(small(), compressor_size=size, compressor_heads=4, prefusion_layers=2) for size in (0, 1))
+    estimate, more = (Geometry(config)(Prompt(text=11, tiles=tiles)) for config in (none, one))
+    linear, everything = counted(none, 0, 11, 1 if tiles == 1 else 5)
+    assert estimate.visual_tokens == 0
+    assert estimate.flops("paper") - estimate.prefusion.spared == linear
+    assert estimate.flops("full") == pytest.approx(everything, rel=0.005)
+    assert estimate.flops("full") < more.flops("full")
+
+
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
 @pytest.mark.parametrize("compressor", ["prumerge_plus", "visionzip", "llama_vid"])
 @pytest.mark.parametrize("tiles", [1, 2])
