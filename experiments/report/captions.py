@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from matplotlib.figure import Figure
 
@@ -25,11 +24,10 @@ class Drawing:
     figure: Figure | None
 
 
-def draw(
-    studies: Sequence[Study], probed: Sequence[Record], ablation: Sequence[Cell], cells: Sequence[Cell]
-) -> Iterator[Drawing]:
+def draw(studies: Sequence[Study], probed: Sequence[Record], ablation: Sequence[Cell]) -> Iterator[Drawing]:
     """Draw every figure: each study; the probes of the first of the probed records that holds them; the largest group of
-    the ablation's cells, and of all cells by their cost. Where there are studies, figures of other experiments that were not run are not missed."""
+    the ablation's cells. Where there are studies, figures of other experiments that were not run are not missed.
+    """
     for study in studies:
         if study.finished:
             yield Drawing(study.name, study.definition.title, _rows(study), figures.rows_figure(study))
@@ -41,15 +39,12 @@ def draw(
             yield Drawing(stem, title, f"{caption(record)} {_source(record)}", draw_record(record))
         elif probed or not studies:
             yield Drawing(stem, title, f"Not drawn: no finished record holds {needs} measurements.", None)
-    for stem, title, draw_cells, text, some in (
-        (*_SWEEP, ablation),
-        (*_COST, [cell for cell in cells if not cell.is_attention]),
-    ):
-        if studies and not some:
-            continue
-        families = Counter(cell.family for cell in some if cell.finished)
-        # Cells trained otherwise, or on other data, cannot share axes with these.
-        drawn = told_apart([cell for cell in some if families and cell.family == families.most_common(1)[0][0]])
+    if studies and not ablation:
+        return
+    families = Counter(cell.family for cell in ablation if cell.finished)
+    # Cells trained otherwise, or on other data, cannot share axes with these.
+    drawn = told_apart([cell for cell in ablation if families and cell.family == families.most_common(1)[0][0]])
+    for stem, title, draw_cells, text in _SWEEPS:
         try:
             figure = draw_cells(drawn)
         except ValueError as error:
@@ -152,20 +147,21 @@ _PROBES: tuple[tuple[str, str, str, Callable[[Record], Figure], Callable[[Record
     ("attention_by_layer", "Attention mass by layer", "attention", figures.attention_figure, _mass),
     ("entropy_by_layer", "Attention entropy by layer", "attention", figures.entropy_figure, _entropy),
 )
-_Sweep: TypeAlias = tuple[str, str, Callable[[Sequence[Cell]], Figure], str]
-_SWEEP: _Sweep = (
-    "ablation",
-    "Accuracy by visual tokens, pre-fusion depth and compressor",
-    figures.ablation_figure,
-    "Test accuracy of every ablation cell; horizontal lines are plain LLaVA and the controls without a picture; a "
-    "cross marks a cell that failed. Points are set apart sideways to keep bars readable.",
+_SWEEPS: tuple[tuple[str, str, Callable[[Sequence[Cell]], Figure], str], ...] = (
+    (
+        "ablation",
+        "Accuracy by visual tokens, pre-fusion depth and compressor",
+        figures.ablation_figure,
+        "Test accuracy of every ablation cell; horizontal lines are plain LLaVA and the controls without a picture; a "
+        "cross marks a cell that failed. Points are set apart sideways to keep bars readable.",
+    ),
+    (
+        "accuracy_vs_cost",
+        "Accuracy against cost",
+        figures.cost_figure,
+        "Test accuracy against the FLOPs of one prompt, and where they were measured against the time that its prefill "
+        "takes and the bytes of keys and values that it leaves in the language model's cache; the star is plain LLaVA. "
+        "Broad dashes join the cells that no other beats in mean accuracy at the same cost or less (the Pareto front).",
+    ),
 )
-_COST: _Sweep = (
-    "accuracy_vs_cost",
-    "Accuracy against cost",
-    figures.cost_figure,
-    "Test accuracy against the FLOPs of one prompt, and where they were measured against the time that its prefill "
-    "takes and the bytes of keys and values that it leaves in the language model's cache; the star is plain LLaVA. Broad dashes join the cells that no "
-    "other beats in mean accuracy at the same cost or less (the Pareto front).",
-)
-STEMS = tuple(entry[0] for entry in (*_PROBES, _SWEEP, _COST))
+STEMS = tuple(entry[0] for entry in (*_PROBES, *_SWEEPS))

@@ -40,3 +40,8 @@ def signed(value: float, sign: bool = True) -> str:
     """One decimal, with a true minus sign and no "-0.0"."""
     rounded = round(value, 1) + 0.0
     return f"{rounded:+.1f}".replace("-", "\u2212") if sign else f"{rounded:.1f}"
+
+
+def milliseconds(seconds: float) -> str:
+    """A time to a tenth of a millisecond, "not timed" for NaN."""
+    return "not timed" if math.isnan(seconds) else f"{1000 * seconds:,.1f}"

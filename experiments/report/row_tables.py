@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from experiments.report.cells import Cell
-from experiments.report.numerals import NONE, p_text, percent, quantity, signed
+from experiments.report.numerals import NONE, milliseconds, p_text, percent, quantity, signed
 from experiments.report.records import Record, failure, outcomes, seed
 from experiments.report.studies import Row, Study
-from experiments.report.tables import Table, bounds
+from experiments.report.tables import LATENCY, Table, bounds
 
 BENCHMARKS = {"vqav2": "VQAv2", "gqa": "GQA", "mmb": "MMB"}
 """The paper's ablations print these three, by the names that an experiment's rows give them."""
@@ -31,6 +31,7 @@ def row_table(study: Study) -> Table:
     baseline, task = study.rows[0], _task(study)
     p_values = [None, *study.p_corrected([(row, baseline) for row in study.rows[1:]])]
     varied = _varied(study)
+    timed = any(row.cell.latency > 0 for row in study.finished if row.cell)
     data, text = [], []
     for row, p_value in zip(study.rows, p_values, strict=True):
         difference = study.difference(row, baseline) if p_value is not None else None
@@ -47,13 +48,15 @@ def row_table(study: Study) -> Table:
                 **bounds("difference", difference),
                 "p_holm": p_value,
                 "flops": row.cell.flops if row.cell else None,
+                **({"latency_seconds": row.cell.latency if row.cell else None} if timed else {}),
                 **({f"paper_{task}": _shared(row, task)} if task else {}),
                 "status": row.state,
             }
         )
         shown = {"Row": row.label} | {heading(key): _value(row.setting.values[key]) for key in varied}
         if row.cell is None or row.cell.accuracy is None:
-            text.append({**shown, **dict.fromkeys(_COLUMNS, row.state), "Seeds": f"0 of {len(study.seeds)}"})
+            columns = [column for column in _COLUMNS if timed or column != LATENCY]
+            text.append({**shown, **dict.fromkeys(columns, row.state), "Seeds": f"0 of {len(study.seeds)}"})
         else:
             why = "baseline" if row is baseline else "other questions" if baseline.finished else "no baseline"
             text.append(
@@ -61,6 +64,7 @@ def row_table(study: Study) -> Table:
                     **shown,
                     "Tokens": f"{_tokens(row.cell):.3g}",
                     "FLOPs": quantity(row.cell.flops),
+                    **({LATENCY: milliseconds(row.cell.latency)} if timed else {}),
                     "Accuracy (%)": percent(row.cell.accuracy),
                     "Difference": percent(difference, sign=True) if difference else why,
                     "p": p_text(p_value) if p_value is not None else why,
@@ -79,7 +83,7 @@ def row_table(study: Study) -> Table:
     )
 
 
-_COLUMNS = ("Tokens", "FLOPs", "Accuracy (%)", "Difference", "p", "n")
+_COLUMNS = ("Tokens", "FLOPs", LATENCY, "Accuracy (%)", "Difference", "p", "n")
 
 
 def orderings_table(study: Study) -> Table | None:
@@ -198,6 +202,10 @@ def _notes(study: Study) -> list[str]:
         "models, not of other seeds.",
         "Tokens: visual tokens that the language model reads, the mean over its layers where some leave on the way.",
         *(f"FLOPs of one prompt: {convention}." for convention in conventions),
+        *(
+            f"Latency: {note}."
+            for note in sorted({r["cost"]["latency_note"] for r in records if "latency_note" in (r.get("cost") or {})})
+        ),
         *(line for row in study.rows for line in _hole_notes(row)),
         *(["Rows were asked about other data, question by question in the same order."] if len(prints) > 1 else []),
         *([f"The records come from {len(versions)} versions of the code."] if len(versions) > 1 else []),

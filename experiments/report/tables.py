@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.report.cells import Cell
-from experiments.report.numerals import NONE, p_text, percent, quantity
+from experiments.report.numerals import NONE, milliseconds, p_text, percent, quantity
 from experiments.report.records import Record, Records, describe, failure, outcomes, seed
 from experiments.report.statistics import Interval, accuracy_interval
 from experiments.report.verdict import Verdict, curves_of, depth_text
@@ -88,7 +87,7 @@ def ablation_table(cells: Sequence[Cell]) -> Table:
                 "Difference": percent(cell.difference, sign=True) if cell.difference else cell.comparison,
                 "p": p_text(cell.p_value) if cell.p_value is not None else cell.comparison,
                 "FLOPs": quantity(cell.flops),
-                LATENCY: "not timed" if math.isnan(cell.latency) else f"{1000 * cell.latency:,.1f}",
+                LATENCY: milliseconds(cell.latency),
                 "Parameters": quantity(parameters),
             }
         )

@@ -7,26 +7,24 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from experiments.report import figures
 from experiments.report.captions import draw
-from experiments.report.cells import Cell, ablation_cells, group_cells
+from experiments.report.cells import ablation_cells, group_cells
+from experiments.report.definitions import Definition
 from experiments.report.figures.cost import pareto_front
 from experiments.report.numerals import unit
 from experiments.report.records import Records
+from experiments.report.studies import Study, study_of
 
 
 def loaded(records: list[dict[str, Any]]) -> Records:
     parts = {status: tuple(r for r in records if r["status"] == status) for status in ("finished", "failed")}
     return Records(parts["finished"], parts["failed"], (), ())
-
-
-def two(records: list[dict[str, Any]]) -> tuple[tuple[Cell, ...], tuple[Cell, ...]]:
-    """The cells of an ablation, and all."""
-    cells = group_cells(loaded(records))
-    return ablation_cells(cells), cells
 
 
 def line(figure: Figure, panel: int, label: str) -> np.ndarray:
@@ -173,13 +171,13 @@ def test_drawing_leaves_matplotlib_as_it_was(probed: dict[str, Any]) -> None:
 
 
 def test_what_cannot_be_drawn_is_said(records: list[dict[str, Any]]) -> None:
-    drawings = list(draw([], [], *two(records[-1:])))
+    drawings = list(draw([], [], ablation_cells(group_cells(loaded(records[-1:])))))
     assert [drawing.figure for drawing in drawings] == [None] * 6
     assert all(drawing.caption.startswith("Not drawn: no finished ") for drawing in drawings)
 
 
 def test_captions_state_n_seeds_and_device(records: list[dict[str, Any]]) -> None:
-    drawings = {d.stem: d.caption for d in draw([], [records[-1]], *two(records))}
+    drawings = {d.stem: d.caption for d in draw([], [records[-1]], ablation_cells(group_cells(loaded(records))))}
     assert "n = 40 samples" in drawings["attention_by_layer"]
     assert "cpu (2 threads)" in drawings["attention_by_layer"]
     assert "n = 120 test examples a seed, 1 to 2 seeds a cell" in drawings["ablation"]
@@ -188,7 +186,7 @@ def test_captions_state_n_seeds_and_device(records: list[dict[str, Any]]) -> Non
 def test_cells_trained_otherwise_are_not_drawn_together(records: list[dict[str, Any]]) -> None:
     longer = copy.deepcopy(records[4])
     longer["config"]["train"]["steps"] = 400
-    drawings = {d.stem: d for d in draw([], [], *two([*records, longer]))}
+    drawings = {d.stem: d for d in draw([], [], ablation_cells(group_cells(loaded([*records, longer]))))}
     assert "the largest of 2 groups" in drawings["ablation"].caption
     figure = drawings["ablation"].figure
     assert figure is not None
@@ -221,3 +219,70 @@ def test_the_pareto_front_holds_what_nothing_beats() -> None:
 def test_unit() -> None:
     assert unit(2.5e9) == (1e9, "G")
     assert unit(0.5) == (1.0, "")
+
+
+def rows_study(definition: Definition, records: list[dict[str, Any]]) -> Study:
+    study = study_of(definition, group_cells(loaded(records)))
+    assert study is not None
+    return study
+
+
+def test_rows_are_drawn_in_the_order_of_the_table(definition: Definition, table_records: list[dict[str, Any]]) -> None:
+    figure = figures.rows_figure(rows_study(definition, table_records))
+    left, right = figure.axes
+    ticks = dict(zip([text.get_text() for text in left.get_yticklabels()], left.get_yticks(), strict=True))
+    assert sorted(ticks, key=lambda label: -ticks[label]) == [
+        *("LLaVA", "1 token / 4 tokens", "16 tokens", "64 tokens", "2 layers", "2 layers, 50% | average")
+    ]
+    beside = dict(zip(right.get_yticks(), [text.get_text() for text in right.get_yticklabels()], strict=True))
+    assert [beside[y] for y in ticks.values()] == ["110 M", "33.4 M", "40.0 M", "not run", "74.4 M", "failed"]
+    assert left.get_ylim() == right.get_ylim()
+    rates = [record["accuracy"]["image"].count("1") / 1.2 for record in table_records if record["status"] == "finished"]
+    container = left.containers[0]
+    points = sorted(zip(*container.lines[0].get_data(), strict=True), key=lambda point: -point[1])
+    means = [np.mean(rates[:3]), np.mean(rates[3:6]), np.mean(rates[6:9]), rates[9]]
+    np.testing.assert_allclose([x for x, _ in points], means)
+    (bars,) = container.lines[2]
+    for (x, _), ((low, _), (high, _)) in zip(container.lines[0].get_xydata(), bars.get_segments(), strict=True):
+        assert low < x < high
+    np.testing.assert_allclose(sorted(line_of(left, "one seed").get_xdata()), sorted(rates))
+
+
+def line_of(axis: Axes, label: str) -> Line2D:
+    return next(line for line in axis.lines if line.get_label() == label)
+
+
+def test_rows_have_lines_for_the_first_row_and_for_what_is_right_without_sight(
+    definition: Definition, table_records: list[dict[str, Any]]
+) -> None:
+    axis = figures.rows_figure(rows_study(definition, table_records)).axes[0]
+    first = np.mean([record["accuracy"]["image"].count("1") / 1.2 for record in table_records[:3]])
+    blank = np.mean([record["accuracy"]["blank"].count("1") / 1.2 for record in table_records[:3]])
+    guess = table_records[0]["data"]["guess"].count("1") / 1.2
+    for label, value in (("LLaVA", first), ("LLaVA, blank picture", blank), ("text-only guess", guess)):
+        np.testing.assert_allclose(line_of(axis, label).get_xdata(), value)
+    styles = {
+        str(line_of(axis, label).get_linestyle()) for label in ("LLaVA", "LLaVA, blank picture", "text-only guess")
+    }
+    assert len(styles) == 3
+
+
+def test_long_labels_stay_on_the_page(
+    definition: Definition, table_records: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    figure = figures.rows_figure(rows_study(definition, table_records))
+    figures.save(figure, tmp_path / "rows")
+    FigureCanvasAgg(figure).draw()
+    for axis in figure.axes:
+        for label in axis.get_yticklabels():
+            box = label.get_window_extent()
+            assert box.x0 >= 0
+            assert box.x1 <= figure.bbox.x1
+
+
+def test_rows_that_all_failed_are_not_drawn(definition: Definition, table_records: list[dict[str, Any]]) -> None:
+    study = rows_study(definition, table_records[10:])
+    with pytest.raises(ValueError, match="no finished row of table60_mixed to draw"):
+        figures.rows_figure(study)
+    (drawing,) = draw([study], [], [])
+    assert (drawing.stem, drawing.figure) == ("table60_mixed", None)

@@ -286,5 +286,6 @@ def test_no_model_is_imported(write_records: Write, table_records: Records) -> N
     assert done.stdout.splitlines()[-1] == "['experiments.incidental', 'experiments.rows'] []"
     drawn = results / "report" / "figures"
     assert {path.name for path in drawn.iterdir()} == {
-        f"{stem}.{suffix}" for stem in ("table6_prefusion", "accuracy_vs_cost") for suffix in ("png", "pdf")
+        "table6_prefusion.png",
+        "table6_prefusion.pdf",
     }

@@ -206,6 +206,16 @@ def test_tokens_of_a_row_are_the_mean_over_layers(definition: Definition, table_
     assert tables(definition, table_records)["table60_mixed"].text["Tokens"][0] == "12.3"
 
 
+def test_latency_has_a_column_where_it_was_measured(definition: Definition, table_records: Made) -> None:
+    assert not any("atency" in column for column in tables(definition, table_records)["table60_mixed"].text)
+    for record in table_records[:3]:
+        record["cost"] |= {"latency": 1.2345, "latency_note": "median of 9"}
+    table = tables(definition, table_records)["table60_mixed"]
+    assert list(table.text["Latency (ms)"]) == ["1,234.5", *["not timed"] * 2, "not run", "not timed", "failed"]
+    assert table.data["latency_seconds"][0] == 1.2345
+    assert "Latency: median of 9." in table.notes
+
+
 def test_zero_tokens_are_a_number(definition: Definition, table_records: Made) -> None:
     for record in table_records[:3]:
         record["model"]["visual_tokens"] = 0
