@@ -130,6 +130,20 @@ def test_a_record_that_is_harmed_is_made_again(swept, cell, harm):
     assert differ <= {"provenance", "digest"}
 
 
+@pytest.mark.parametrize("state", ["finished", "failed"])
+def test_what_another_ended_just_before_the_lock_was_had_is_not_run_again(cell, tmp_path, monkeypatch, state):
+    ended = cell()
+    lock = Store.lock
+
+    def late(store: Store, identity: str) -> object:
+        planted(ended, state, 5)
+        return lock(store, identity)
+
+    monkeypatch.setattr(Store, "lock", late)
+    monkeypatch.setattr("experiments.cell.run_cell", lambda *_: pytest.fail("run again"))
+    assert attempt(ended, record_all=False).state == state
+
+
 def test_what_a_kill_left_of_a_finished_cell_is_removed(swept, cell):
     swept("seed=0")
     work = Store(cell().config.results).work(cell().id)
@@ -172,6 +186,7 @@ def test_a_disk_that_fills_ends_a_sweep_at_that_cell(swept, tmp_path, capsys, mo
         ["experiment=table6_prefusion", "row=0,3,8", "seed=0,1", "train.steps=2"],
         ["compressor=query,query_4", "compressor.name=average", "probe=full,none", "model.grid=null,6"],
         ["experiment=ablation", "+data.rounds={place:2,count:3}", "model.dtype=float32"],
+        ["data.rounds={place:2},{count:3}"],
     ],
 )
 def test_jobs_are_what_hydra_makes_of_them(overrides):
@@ -183,7 +198,8 @@ def test_jobs_are_what_hydra_makes_of_them(overrides):
             config = hydra.config_loader.load_sweep_config(sweep_, job.overrides)
             with open_dict(config):
                 del config["hydra"]
-            assert plan.identify(config) == job.cell
+            found = plan.identify(config)
+            assert (found.id, found.resolved, found.row) == (job.cell.id, job.cell.resolved, job.cell.row)
 
 
 def test_tables_share_a_cell(swept, cell):
