@@ -4,6 +4,8 @@ import dataclasses
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -243,21 +245,35 @@ def test_images_of_a_file_are_numbered_through(few, tmp_path):
     assert split.images == 4
 
 
+FILL = """
+import sys
+from pathlib import Path
+import numpy as np
+import torch
+from experiments import tiny
+from experiments.data.scenes import SIDE
+from experiments.data.shapes import load_shapes
+from experiments.features import Features
+folder, turn, threads = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(threads)
+few = load_shapes("train", 8)
+processor = tiny.processor(tiny.tokenizer(few.samples, 384), SIDE, patch=16)
+torch.manual_seed(0)
+llava = tiny.llava(processor.tokenizer, SIDE, patch=16, width=32, layers=2).eval()
+features = Features(folder, llava, processor, few)
+for i in np.random.default_rng(turn).permutation(8).tolist():
+    features.of(few.samples[i].load[0])
+"""
+
+
 def test_processes_fill_one_file_together(llava, processor, few, tmp_path, tower_runs):
+    """Processes of their own: a fork of one whose torch has threads may hang."""
     loads = [sample.load[0] for sample in few.samples]
     expected = [Features(tmp_path / "alone", llava, processor, few).of(load) for load in loads]
-    children = []
-    for turn in range(3):
-        child = os.fork()
-        if not child:
-            try:
-                features = Features(tmp_path, llava, processor, few)
-                order = np.random.default_rng(turn).permutation(8)
-                os._exit(0 if all(torch.equal(features.of(loads[i]), expected[i]) for i in order) else 1)
-            finally:
-                os._exit(2)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    threads = str(torch.get_num_threads())
+    started = [subprocess.Popen([sys.executable, "-c", FILL, tmp_path, str(turn), threads]) for turn in range(3)]
+    assert [process.wait() for process in started] == [0, 0, 0]
+    assert len(list(tmp_path.glob("*.features"))) == 1
     tower_runs.clear()
     features = Features(tmp_path, llava, processor, few)
     assert all(torch.equal(features.of(load), row) for load, row in zip(loads, expected, strict=True))
