@@ -40,7 +40,8 @@ def test_a_cell_that_fails_is_named_and_the_others_finish(sweeps, launcher):
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_cell_takes_one_thread_whoever_launches_it(sweeps, launcher):
     records = [json.loads(path.read_text()) for path in (sweeps[launcher][1] / "records").iterdir()]
-    assert {record["provenance"]["device"] for record in records} == {"cpu (1 threads)"}
+    devices = {record["provenance"]["device"] for record in records if record["status"] == "finished"}
+    assert devices == {"cpu (1 threads)"}
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS[1:])
