@@ -87,10 +87,9 @@ def attempt(cell: Cell, record_all: bool) -> Standing:
         ResultsError: if the results folder cannot be written.
     """
     store = Store(cell.config.results)
-    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
     with ExitStack() as held:
         settled = _claim(cell, store, held) if first() else None
-        if together:
+        if together():
             settled = _as_the_first(settled, cell.config.device)
         if settled:
             return settled
@@ -106,7 +105,7 @@ def attempt(cell: Cell, record_all: bool) -> Standing:
             if not first() or (isinstance(error, EXPECTED) and not record_all):
                 raise
             record = _failure(cell, error)
-            if together:  # the others wait for a step that never comes: all end here
+            if together():  # the others wait for a step that never comes: all end here
                 store.write(_timed(record, began, started))
                 raise
         if not first():
@@ -126,6 +125,11 @@ def first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def together() -> bool:
+    """Whether several processes, launched by torchrun, train one cell together."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def _claim(cell: Cell, store: Store, held: ExitStack) -> Standing | None:
     """How a cell stands that this process shall not run; None, with its lock held, for one that it shall."""
     if settled := _settled(cell, store):
@@ -140,7 +144,7 @@ def _settled(cell: Cell, store: Store) -> Standing | None:
     standing = store.standing(cell.id)
     if standing.state == "finished":
         return standing
-    record = store.record(cell.id)
+    record = standing.record
     return None if record is None or cell.config.retry_failed else Standing("failed", record)
 
 

@@ -19,14 +19,7 @@ from transformers import (
 )
 
 from experiments import joined, schooling, tiny
-from experiments.config import (
-    CheckpointModel,
-    CompressorConfig,
-    Config,
-    JoinedModel,
-    PrefusionConfig,
-    ScratchModel,
-)
+from experiments.config import CheckpointModel, CompressorConfig, Config, JoinedModel, PrefusionConfig, ScratchModel
 from experiments.data import scenes
 from experiments.data.samples import Split
 from experiments.stamps import stamps

@@ -4,7 +4,6 @@ all of them stand."""
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 
 from hydra._internal.callbacks import Callbacks
@@ -14,7 +13,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from experiments import launchers, plan
-from experiments.attempt import first, job, one_line
+from experiments.attempt import first, job, one_line, together
 from experiments.plan import Job
 from experiments.report.records import failure
 from experiments.store import Standing, Store
@@ -70,7 +69,6 @@ def _to_run(jobs: Sequence[Job], before: Mapping[str, Standing]) -> list[list[st
     """The overrides of those jobs that a launcher is given. Several processes that train together are given all: what
     one of them sees done another may not yet."""
     found: dict[str, list[str]] = {}
-    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
     for number, each in enumerate(jobs):
         if each.cell is None:
             found[str(number)] = each.overrides
@@ -78,7 +76,7 @@ def _to_run(jobs: Sequence[Job], before: Mapping[str, Standing]) -> list[list[st
         state = before[each.cell.id].state
         if state == "finished":
             Store(each.cell.config.results).clean(each.cell.id)
-        if together or state in ("missing", "running") or (state == "failed" and each.cell.config.retry_failed):
+        if together() or state in ("missing", "running") or (state == "failed" and each.cell.config.retry_failed):
             found.setdefault(each.cell.id, each.overrides)
     return list(found.values())
 

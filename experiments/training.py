@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -238,7 +237,7 @@ def train(
     choose_parameters(model, config)
     adapted = lora.adapt(model, config.lora) if config.lora else None
     within = partial(around, model)
-    with features.given() if features else contextlib.nullcontext():
+    with features.given() if features else nullcontext():
         history = fit(adapted or model, data, Collator(processor), config, work, seed, device, sizes, within)
     if adapted:
         lora.merge(adapted, work / ADAPTER)

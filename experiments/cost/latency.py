@@ -24,7 +24,7 @@ from transformers import LlavaForConditionalGeneration, logging
 from experiments.config import typed
 from experiments.cost.built import share
 from experiments.cost.measure import machine
-from experiments.data import Data, load_data
+from experiments.data import load_data
 from experiments.data.samples import single_questions
 from experiments.evaluation import Questions
 from experiments.measuring import in_turns, timed
@@ -59,15 +59,11 @@ def _passes(
     configs: Sequence[Mapping[str, Any]], device: torch.device, left_out: list[dict[str, Any]]
 ) -> Iterator[tuple[str, Callable[[], float]]]:
     """For each that takes a time of its own what to run; those that cannot be built go to `left_out`."""
-    sets: dict[str, Data] = {}
     bases: dict[str, LlavaForConditionalGeneration] = {}
     for key, plain in {timed_part(config): config for config in configs}.items():
         try:
             config = typed(dict(plain))
-            of_data = json.dumps(plain["data"], sort_keys=True)
-            if of_data not in sets:
-                sets[of_data] = load_data(config.data)
-            data = sets[of_data]
+            data = load_data(config.data)
             model, processor = build(config, data.train)
         except (OSError, ValueError) as error:
             left_out.append({"config": json.loads(key), "error": " ".join(str(error).split())})

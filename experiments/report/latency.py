@@ -13,7 +13,7 @@ from experiments.incidental import INCIDENTAL
 
 FILE = "latency.json"
 # what says how a model came by its weights, or where it ran, and not what it computes
-_NOT_TIMED = ("seed", "train", "probe", "rows", "row", "bench", "cost", *INCIDENTAL)
+_NOT_TIMED = ("seed", "train", "probe", "bench", "cost", *INCIDENTAL)
 
 
 def timed_part(config: Mapping[str, Any]) -> str:

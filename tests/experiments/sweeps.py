@@ -10,6 +10,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 # the middle one fails: what a process takes at once does not divide a step
 CELLS = ["data.test=10", "compressor=query", "train.steps=10", "train.micro_batch=2", "train.batch_size=2,3,4"]
+# what a finished record says at least of its model
+FOUND = {
+    "model": {
+        "label": "LLaVA",
+        "layers": 2,
+        "visual_tokens": 9,
+        "prefusion_layers": 0,
+        "compressor": "none",
+        "parameters": 1,
+    },
+    "data": {"name": "shapes", "fingerprint": "f", "examples": 4, "kinds": ["count"] * 4},
+    "accuracy": {"image": "0110"},
+}
 
 
 def sweep(results: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:

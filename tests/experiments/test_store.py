@@ -9,23 +9,11 @@ import pytest
 from experiments.config import Config, identity
 from experiments.report.records import read
 from experiments.store import ResultsError, Store, write_atomically
+from tests.experiments.sweeps import FOUND
 
 BASE = {"schema": 1, "id": "ab", "experiment": "table", "name": "a cell, seed 0", "config": {"seed": 0}}
 FAILED = BASE | {"status": "failed", "error": "ValueError: no"}
-FINISHED = BASE | {
-    "status": "finished",
-    "model": {
-        "label": "LLaVA",
-        "layers": 2,
-        "visual_tokens": 9,
-        "prefusion_layers": 0,
-        "compressor": "none",
-        "parameters": 1,
-    },
-    "data": {"name": "shapes", "fingerprint": "f", "examples": 4, "kinds": ["count"] * 4},
-    "accuracy": {"image": "0110"},
-    "provenance": {"started": "2026-01-01T00:00:00+00:00"},
-}
+FINISHED = BASE | FOUND | {"status": "finished", "provenance": {"started": "2026-01-01T00:00:00+00:00"}}
 
 
 @pytest.fixture

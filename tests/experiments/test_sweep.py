@@ -18,6 +18,7 @@ from experiments.plan import Cell
 from experiments.run import _flag_as_override
 from experiments.store import ResultsError, Store
 from experiments.sweep import sweep
+from tests.experiments.sweeps import FOUND
 from tests.experiments.test_locks import holding, said
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -246,7 +247,7 @@ def shown(capsys, *overrides: str) -> str:
 def planted(cell: Cell, state: str, seconds: float) -> None:
     store = Store(cell.config.results)
     store.prepare()
-    record = {
+    record = FOUND | {
         "schema": 1,
         "id": cell.id,
         "experiment": cell.config.name,
@@ -254,16 +255,6 @@ def planted(cell: Cell, state: str, seconds: float) -> None:
         "status": state,
         "error": None if state == "finished" else "ValueError: [no]",
         "config": cell.resolved,
-        "model": {
-            "label": "LLaVA",
-            "layers": 2,
-            "visual_tokens": 9,
-            "prefusion_layers": 0,
-            "compressor": "none",
-            "parameters": 1,
-        },
-        "data": {"name": "shapes", "fingerprint": "f", "examples": 4, "kinds": ["count"] * 4},
-        "accuracy": {"image": "0110"},
         "provenance": {"started": "2026-01-01T00:00:00+00:00", "seconds": seconds},
     }
     store.write(record)
