@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from experiments.data.conversation import IGNORED, Collator, Encoded, Encoder
+from experiments.data.conversation import IGNORED, Collator, Encoded, Encoder, on_answers
 from experiments.data.samples import Picture, Sample
 from experiments.features import Features
 from experiments.models import inference
@@ -76,6 +76,12 @@ def greedy_matches(
     return ((said == wanted) | (wanted == IGNORED)).all(-1)
 
 
+def answered(model: PreTrainedModel, inputs: Inputs) -> Bool[Tensor, " batch"]:
+    """Which rows of a batch the model answers right, by one forward call."""
+    asked = on_answers(inputs)
+    return greedy_matches(model(**asked).logits, asked["labels"])
+
+
 def correct(
     model: PreTrainedModel, questions: Questions, say: str, around: Around = untouched
 ) -> Bool[Tensor, " questions"]:
@@ -84,8 +90,7 @@ def correct(
     with inference(model), questions.features.given() if questions.features else contextlib.nullcontext():
         for inputs in questions.batches(say):
             with around(model, inputs):
-                logits = model(**inputs).logits
-            outcomes.append(greedy_matches(logits, inputs["labels"]).cpu())
+                outcomes.append(answered(model, inputs).cpu())
     return torch.cat(outcomes)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from experiments.config import ProbeConfig
+from experiments.data.conversation import on_answers
 from experiments.evaluation import Inputs, Questions, digits, greedy_matches
 from experiments.models import inference
 from probes import FusionDepth, RemoveTokens, TokenMap, fusion_depth, intervene, record_attention
@@ -117,14 +118,14 @@ def check(model: PreTrainedModel, config: ProbeConfig) -> None:
 def _measured(
     questions: Questions, model: PreTrainedModel, say: str, measure: Callable[[TokenMap, Inputs], Any]
 ) -> np.ndarray:
-    """`measure` of every batch, `[points, samples]` each, side by side."""
+    """`measure` of every batch, `[points, samples]` each, side by side. It is given what asks for the answers alone."""
     with inference(model):
-        parts = [measure(token_map(model, inputs), inputs) for inputs in questions.batches(say)]
+        parts = [measure(token_map(model, inputs), on_answers(inputs)) for inputs in questions.batches(say)]
     return np.concatenate(parts, axis=1)
 
 
-def _score(inputs: Inputs) -> Callable[[Tensor], Tensor]:
-    return lambda logits: greedy_matches(logits, inputs["labels"])
+def _score(asked: Inputs) -> Callable[[Tensor], Tensor]:
+    return lambda logits: greedy_matches(logits, asked["labels"])
 
 
 def _runs(layers: Sequence[range], outcomes: np.ndarray) -> list[dict[str, Any]]:
@@ -141,12 +142,12 @@ def removal(model: PreTrainedModel, questions: Questions, block: int) -> dict[st
     blocks = [range(a, min(a + block, layers)) for a in range(0, layers, block)]
     starts = [*(some.start for some in blocks), layers]
 
-    def measure(tokens: TokenMap, inputs: Inputs) -> np.ndarray:
-        inside = []
+    def measure(tokens: TokenMap, asked: Inputs) -> np.ndarray:
+        score, inside = _score(asked), []
         for some in blocks:
             with intervene(model, tokens, RemoveTokens("vision", some)):
-                inside.append(greedy_matches(model(**inputs).logits, inputs["labels"]).cpu().numpy())
-        return np.concatenate([inside, removal_curve(model, tokens, inputs, _score(inputs), starts)])
+                inside.append(score(model(**asked).logits).cpu().numpy())
+        return np.concatenate([inside, removal_curve(model, tokens, asked, score, starts)])
 
     outcomes = _measured(questions, model, "no vision in some layers", measure)
     inside, onward = np.split(outcomes, [len(blocks)])
@@ -163,8 +164,8 @@ def knockout(model: PreTrainedModel, questions: Questions, width: int) -> dict[s
     windows of `width` layers, which go on being processed."""
     layers = model.config.get_text_config().num_hidden_layers
 
-    def measure(tokens: TokenMap, inputs: Inputs) -> np.ndarray:
-        return knockout_curve(model, tokens, inputs, _score(inputs), width)
+    def measure(tokens: TokenMap, asked: Inputs) -> np.ndarray:
+        return knockout_curve(model, tokens, asked, _score(asked), width)
 
     outcomes = _measured(questions, model, "text cut off from vision", measure)
     windows = [range(max(end - width, 0), min(end, layers)) for end in range(1, layers + width)]

@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from experiments import lora
 from experiments.config import TrainConfig
-from experiments.data.conversation import Collator, Encoder
+from experiments.data.conversation import Collator, Encoder, on_answers
 from experiments.data.samples import VIDEO_SLOT, Sample
 from experiments.features import Features
 from experiments.optimizer import MuonAdamW, give_own_rate
@@ -85,7 +85,8 @@ class ResumingTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         with self.around(inputs):
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            asked = on_answers(inputs) if "labels" in inputs else inputs
+            return super().compute_loss(model, asked, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.model if model is None else model

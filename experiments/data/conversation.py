@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,6 +128,19 @@ class Encoder:
             image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
             self._visual_tokens[image.size] = torch.as_tensor(ids).eq(image_id).sum().item()
         return self._visual_tokens[image.size]
+
+
+def on_answers(inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The inputs of a forward call on a batch, so that it gives logits, and takes labels, at the last positions alone: from
+    the first one on that predicts a labelled token in any row. What is ahead of it, pictures most of all, is told nothing,
+    and a large vocabulary's logits there would cost more than some of the layers.
+
+    A LLaVA-Mini is told apart what to leave unfused, which it would read off the labels of all positions."""
+    labels = inputs["labels"]
+    first = int((labels != IGNORED).any(0).int().argmax())  # 0 where there is no label at all
+    keep = labels.shape[1] - max(first - 1, 0)
+    unfused = {"answer_mask": labels != IGNORED} if "visual_layout" in inputs else {}
+    return {**inputs, **unfused, "labels": labels[:, -keep:], "logits_to_keep": keep}
 
 
 class Collator:

@@ -1,13 +1,16 @@
 from functools import partial
+from itertools import islice
 
+import pytest
 import torch
 from PIL import Image
 
 from experiments.config import TrainConfig
-from experiments.data.conversation import IGNORED, messages
+from experiments.data.conversation import IGNORED, Collator, Encoder, messages, on_answers
 from experiments.data.samples import Sample, conversation, single_questions
 from experiments.evaluation import Questions, blank, correct, digits, greedy_matches, shuffled
 from experiments.training import train
+from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
 from llava_mini.video import Video
 
 CPU = torch.device("cpu")
@@ -75,3 +78,35 @@ def test_controls_of_videos_and_mixed_rows():
 
 def test_digits():
     assert digits(torch.tensor([True, False, True])) == "101"
+
+
+@pytest.mark.parametrize("prefusion", [None, 0, 1])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_of_the_answers_alone_are_those_of_the_whole(llava, processor, few, prefusion, side):
+    """In batches as they are tested and as they are trained, of LLaVA and LLaVA-Mini: same loss, same gradient."""
+    if prefusion is not None:
+        torch.manual_seed(0)
+        llava = LlavaMiniForConditionalGeneration.from_llava(
+            llava, compressor="query", compressor_size=1, prefusion_layers=prefusion
+        )
+        processor = LlavaMiniProcessor.from_llava(processor, llava.config)
+    inputs = Collator(processor, side)([Encoder(processor)(sample) for sample in islice(few.samples, 3)])
+    asked = on_answers(inputs)
+    kept = asked["logits_to_keep"]
+    assert 0 < kept < inputs["labels"].shape[1]
+    assert (inputs["labels"][:, : -kept + 1] == IGNORED).all()
+    assert (inputs["labels"][:, -kept + 1] != IGNORED).any()
+    gradients = []
+    for given in (inputs, asked):
+        llava.zero_grad()
+        found = llava(**given)
+        found.loss.backward()
+        gradients.append(llava.model.multi_modal_projector.linear_1.weight.grad.clone())
+        torch.testing.assert_close(found.logits[:, -kept:], llava(**inputs).logits[:, -kept:])
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_batch_without_answers_keeps_all_logits(llava, processor, few):
+    inputs = Collator(processor)([Encoder(processor)(few.samples[0])])
+    inputs["labels"] = torch.full_like(inputs["labels"], IGNORED)
+    assert on_answers(inputs)["logits_to_keep"] == inputs["labels"].shape[1]
