@@ -31,7 +31,8 @@ class ModelConfig:
     name: str = MISSING
     dtype: str = "float32"  # any torch dtype: float32, bfloat16, float16
     attention: str = "sdpa"  # sdpa, eager, flash_attention_2
-    grid: int | None = None  # patches a side of the vision tower, for tables whose sizes scale with it
+    # patches a side of the vision tower, for tables whose sizes scale with it; a joined model scales pictures to have them
+    grid: int | None = None
 
 
 @dataclass
@@ -49,6 +50,7 @@ class JoinedModel(ModelConfig):
     vision: str = MISSING
     language: str = MISSING
     vision_layer: int = -2
+    adapter: str | None = None  # the folder of one that training with `train.lora` left
 
 
 @dataclass
@@ -232,12 +234,15 @@ class LlavaJsonData(DataConfig):
 
 
 @dataclass
-class PhotoGridData(DataConfig):
-    """Photographs laid out in grids. `photos` holds train.npz, test.npz and classes.json (README, "Photographs")."""
+class PhotosData(DataConfig):
+    """Photographs alone and in grids, and scenes of shapes. `photos` holds train.npz, test.npz and classes.json (README,
+    "Your own data")."""
 
     photos: str = MISSING
-    grid: int = 2  # photographs a side
-    cell: int = 112  # pixels a side of a photograph
+    parts: list[str] = field(default_factory=lambda: ["one", "2x2", "3x3", "shapes"])  # in turn
+    side: int = 16  # of a picture, in patches
+    patch: int = 14  # pixels a side
+    captions: bool = False  # trained on descriptions alone, as in LLaVA's first stage
 
 
 @dataclass
@@ -292,7 +297,7 @@ DATA: dict[str, type] = {
     "shapes": ShapesData,
     "shapes_video": ShapesVideoData,
     "llava_json": LlavaJsonData,
-    "photo_grid": PhotoGridData,
+    "photos": PhotosData,
 }
 
 _NOT_RECORDED = ("rows", "row", "retry_failed")

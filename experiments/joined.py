@@ -33,11 +33,16 @@ def image_chat_template(text_template: str) -> str:
 
 
 def join(
-    vision: str, language: str, vision_layer: int, dtype: torch.dtype, attention: str
+    vision: str, language: str, vision_layer: int, grid: int | None, dtype: torch.dtype, attention: str
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Join any Auto vision model that returns patch features after one class token with any Auto decoder.
 
     The projector (and the embedding of the image token) is drawn from torch's current seed.
+
+    Args:
+        vision_layer: The hidden states of the tower that are taken; -2 is the last layer but one.
+        grid: Patches a side that pictures are scaled to have, by default those that the tower's processor says. A tower
+            whose positions do not stretch refuses any other.
 
     Raises:
         ValueError: if the language model's tokenizer has no chat template.
@@ -59,6 +64,11 @@ def join(
         tie_word_embeddings=decoder.config.tie_word_embeddings,
     )
     pixels = AutoImageProcessor.from_pretrained(vision)
+    if grid is not None:
+        side = grid * tower.config.patch_size
+        pixels.size = dict.fromkeys(dict(pixels.size), side)
+        if getattr(pixels, "crop_size", None):
+            pixels.crop_size = {"height": side, "width": side}
     crop = getattr(pixels, "crop_size", None) or pixels.size
     config.image_seq_length = (crop["height"] // tower.config.patch_size) * (crop["width"] // tower.config.patch_size)
     model = LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=attention)

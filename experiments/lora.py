@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from accelerate import PartialState
@@ -18,6 +20,12 @@ LANGUAGE_LAYERS = "language_model.layers"
 IN_FULL = ("multi_modal_projector", "compressor", "prefusion")
 
 
+def _peft(wanted: str) -> ModuleType:
+    if not is_peft_available():
+        raise ImportError(f"{wanted} needs peft: pip install peft")
+    return importlib.import_module("peft")
+
+
 def adapt(model: PreTrainedModel, rank: int) -> PeftModel:
     """Adapters on all linear maps in the language model's layers; all else of it and the vision tower stay as they are.
 
@@ -29,21 +37,35 @@ def adapt(model: PreTrainedModel, rank: int) -> PeftModel:
         ImportError: if peft is not installed.
         ValueError: if the language model has no such layers.
     """
-    if not is_peft_available():
-        raise ImportError("train.lora needs peft: pip install peft")
-    from peft import LoraConfig, get_peft_model
-
+    peft = _peft("train.lora")
     inside = [name for name, m in model.named_modules() if LANGUAGE_LAYERS in name and isinstance(m, nn.Linear)]
     if not inside:
         raise ValueError(f"train.lora: {type(model).__name__} has no linear maps in {LANGUAGE_LAYERS}")
     kinds = sorted({name.rpartition(".")[2] for name in inside})
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
         target_modules=rf".*{re.escape(LANGUAGE_LAYERS)}\..*\.({'|'.join(kinds)})",
         modules_to_save=[name for name in IN_FULL if getattr(model.model, name, None) is not None],
     )
-    return get_peft_model(model, config)
+    return peft.get_peft_model(model, config)
+
+
+def apply(model: PreTrainedModel, folder: str) -> None:
+    """Put an adapter that `merge` saved, with what was trained in full, into a model like the one that it was trained in.
+
+    Raises:
+        ImportError: if peft is not installed.
+        ValueError: if the folder holds no adapter in safetensors, or one of another model.
+    """
+    peft = _peft("model.adapter")
+    if not (Path(folder) / peft.utils.SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise ValueError(f"model.adapter: '{folder}' holds no {peft.utils.SAFETENSORS_WEIGHTS_NAME}")
+    try:
+        peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
+    except (RuntimeError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"model.adapter: '{folder}' is not of a model like this one: {first}") from error
 
 
 def merge(adapted: PeftModel, folder: Path) -> None:

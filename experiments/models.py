@@ -18,7 +18,7 @@ from transformers import (
     set_seed,
 )
 
-from experiments import joined, schooling, tiny
+from experiments import joined, lora, schooling, tiny
 from experiments.config import CheckpointModel, CompressorConfig, Config, JoinedModel, PrefusionConfig, ScratchModel
 from experiments.data import scenes
 from experiments.data.samples import Split
@@ -64,7 +64,7 @@ def _base(config: Config, train: Split | None) -> tuple[PreTrainedModel, Process
     """The LLaVA that a cell's model is made of, and whether it is kept for other cells, which must find it as it is."""
     if isinstance(config.model, ScratchModel):
         return *_llava(config, train), False
-    folders = stamps(getattr(config.model, name, None) for name in ("path", "vision", "language"))
+    folders = stamps(getattr(config.model, name, None) for name in ("path", "vision", "language", "adapter"))
     name = repr([config.model, folders, isinstance(config.model, JoinedModel) and config.seed])
     base = _last.get(name)
     if base is None:
@@ -87,7 +87,10 @@ def _llava(config: Config, train: Split | None) -> tuple[PreTrainedModel, Proces
     if isinstance(source, JoinedModel):
         vision = _folder_or_hub_name(source.vision, "vision")
         language = _folder_or_hub_name(source.language, "language")
-        return joined.join(vision, language, source.vision_layer, dtype, source.attention)
+        model, processor = joined.join(vision, language, source.vision_layer, source.grid, dtype, source.attention)
+        if source.adapter is not None:
+            lora.apply(model, _folder_or_hub_name(source.adapter, "adapter"))
+        return model, processor
     if isinstance(source, ScratchModel):
         seen = schooling.scenes_of(train)
         told = (seen, seen.described())

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
-from experiments.config import DataConfig, LlavaJsonData, PhotoGridData, ShapesData, ShapesVideoData
+from experiments.config import DataConfig, LlavaJsonData, PhotosData, ShapesData, ShapesVideoData
 from experiments.data.llava_json import load_llava_json
-from experiments.data.photo_grid import load_photo_grid
+from experiments.data.photos import load_photos
 from experiments.data.samples import OneQuestionEach, Split, TextGuess, fingerprint
 from experiments.data.shapes import load_shapes
 from experiments.data.shapes_video import load_shapes_video
@@ -68,12 +68,15 @@ def _load(config: DataConfig) -> Data:
             for split, count in (("train", config.train), ("test", config.test))
         )
         return Data(train, _one_question_each(test))
-    if isinstance(config, PhotoGridData):
-        train, test = (
-            load_photo_grid(config.photos, split, count, config.seed, config.grid, config.cell)
-            for split, count in (("train", config.train), ("test", config.test))
+    if isinstance(config, PhotosData):
+        return Data(
+            *(
+                load_photos(
+                    config.photos, split, count, config.seed, config.parts, config.side, config.patch, config.captions
+                )
+                for split, count in (("train", config.train), ("test", config.test))
+            )
         )
-        return Data(train, _one_question_each(test))
     if isinstance(config, LlavaJsonData):
         test = load_llava_json(config.test_path or config.path, config.images, "test", config.test, config.frames)
         if config.test_path is None:

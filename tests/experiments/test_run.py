@@ -39,7 +39,7 @@ def test_every_option_composes(composed, path):
     required = {
         "checkpoint": ["model.path=x"],
         "llava_json": ["data.path=x", "data.images=x"],
-        "photo_grid": ["data.photos=x"],
+        "photos": ["data.photos=x"],
     }
     resolved = configuration.resolved(composed(f"{path.parent.name}={path.stem}", *required.get(path.stem, [])))
     assert yaml.safe_dump(resolved)
