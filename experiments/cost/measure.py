@@ -26,6 +26,7 @@ from experiments.cost.built import Needs, build, configurations, estimates, inpu
 from experiments.cost.counted import cache_bytes
 from experiments.cost.estimate import Estimate
 from experiments.cost.figures import bars, memory
+from experiments.cost.geometries import geometry
 from experiments.cost.records import measured as by_setting
 from experiments.cost.report import table
 from experiments.measurements import CostConfig
@@ -53,6 +54,30 @@ def run_cost(config: Config, resolved: dict[str, Any]) -> list[Path]:
     stem = results_stem(config, resolved, "cost")
     if cost.threads:
         torch.set_num_threads(cost.threads)
+    rows = _rows(cost, expected, device)  # and the models are gone: memory is measured in processes that need it
+    for row in rows:
+        if row["seconds"] is not None:
+            asked_of_child = {"cost": asdict(cost), "model": row["model"], "frames": row["frames"]}
+            row["memory"] = in_child("experiments.cost.measure", asked_of_child | {"device": str(device)})
+        log.info("%s", json.dumps({key: row[key] for key in ("model", "frames", "memory", "cache_bytes")}))
+    record = {
+        "cost": asdict(cost),
+        "pixels": geometry(cost.geometry).vision_config.image_size * cost.tiles,
+        "machine": machine(device),
+        "rows": rows,
+        "provenance": {"started": begun, **provenance(device)},
+    }
+    found = by_setting([record])
+    written = [*write_results(record, table(record), stem), *save(bars(found), stem)]
+    if len(cost.frames) > 1:
+        written += save(memory(found), stem.with_name(f"{stem.name}-memory"))
+    return written
+
+
+def _rows(
+    cost: CostConfig, expected: dict[tuple[str, int], tuple[Estimate, Needs, bool]], device: torch.device
+) -> list[dict[str, Any]]:
+    """Of each model and number of frames what is known beforehand, and what it took in turns with the others."""
     models = build(configurations(cost), cost.dtype, device)
     rows = []
     for frames in cost.frames:
@@ -65,23 +90,7 @@ def run_cost(config: Config, resolved: dict[str, Any]) -> list[Path]:
         measured = in_turns(runs, cost.repeats)
         for name, (estimate, needs, _) in of_frames.items():
             rows.append(_row(name, estimate, needs, cost) | _found(measured.get(name)))
-    for row in rows:
-        if row["seconds"] is not None:
-            asked_of_child = {"cost": asdict(cost), "model": row["model"], "frames": row["frames"]}
-            row["memory"] = in_child("experiments.cost.measure", asked_of_child | {"device": str(device)})
-        log.info("%s", json.dumps({key: row[key] for key in ("model", "frames", "memory", "cache_bytes")}))
-    record = {
-        "cost": asdict(cost),
-        "pixels": models["LLaVA"].config.vision_config.image_size * cost.tiles,
-        "machine": machine(device),
-        "rows": rows,
-        "provenance": {"started": begun, **provenance(device)},
-    }
-    found = by_setting([record])
-    written = [*write_results(record, table(record), stem), *save(bars(found), stem)]
-    if len(cost.frames) > 1:
-        written += save(memory(found), stem.with_name(f"{stem.name}-memory"))
-    return written
+    return rows
 
 
 def machine(device: torch.device) -> str:
