@@ -60,6 +60,11 @@ def build(config: Config, train: Split | None) -> tuple[PreTrainedModel, Process
     return model, processor
 
 
+def forget() -> None:
+    """Let go of the LLaVA that is kept: the next cell reads its own."""
+    _last.clear()
+
+
 def _base(config: Config, train: Split | None) -> tuple[PreTrainedModel, ProcessorMixin, bool]:
     """The LLaVA that a cell's model is made of, and whether it is kept for other cells, which must find it as it is."""
     if isinstance(config.model, ScratchModel):
@@ -68,7 +73,7 @@ def _base(config: Config, train: Split | None) -> tuple[PreTrainedModel, Process
     name = repr([config.model, folders, isinstance(config.model, JoinedModel) and config.seed])
     base = _last.get(name)
     if base is None:
-        _last.clear()
+        forget()
         base = _llava(config, train)
         if sum(p.nbytes for p in base[0].parameters()) <= KEPT_BYTES:
             _last[name] = base

@@ -53,9 +53,14 @@ def load_data(config: DataConfig) -> Data:
     """
     key = repr([config, stamps(getattr(config, name, None) for name in ("path", "test_path", "photos"))])
     if key not in _last:
-        _last.clear()
+        forget()
         _last[key] = _load(config)
     return _last[key]
+
+
+def forget() -> None:
+    """Let go of the data that is kept: the next cell loads its own."""
+    _last.clear()
 
 
 def _load(config: DataConfig) -> Data:

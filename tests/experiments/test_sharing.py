@@ -61,7 +61,7 @@ def test_no_cell_finds_what_another_did_to_its_model(saved, llava, first, second
 @pytest.mark.parametrize("kind", ["llava", "mini"])
 def test_a_kept_llava_makes_the_same_model_as_one_that_was_just_read(saved, kind):
     config = kinds(saved)[kind]
-    models._last.clear()
+    models.forget()
     torch.rand(3)
     read, _ = build(config, None)
     drawn = torch.rand(3)
@@ -79,7 +79,7 @@ def test_a_llava_is_read_once_and_anew_when_its_folder_was_written(saved, monkey
     read = []
     load = models.load
     monkeypatch.setattr(models, "load", lambda *a: read.append(a) or load(*a))
-    models._last.clear()
+    models.forget()
     for config in (*kinds(saved).values(), saved, dataclasses.replace(saved, seed=3)):
         build(config, None)
     assert len(read) == 1
@@ -90,7 +90,7 @@ def test_a_llava_is_read_once_and_anew_when_its_folder_was_written(saved, monkey
     assert len(read) == 2
     assert torch.equal(next(model.parameters()), next(models._last[next(iter(models._last))][0].parameters()))
     monkeypatch.setattr(models, "KEPT_BYTES", 1000)
-    models._last.clear()
+    models.forget()
     build(saved, None)
     build(saved, None)
     assert len(read) == 4
