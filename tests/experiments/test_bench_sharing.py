@@ -111,7 +111,7 @@ def test_first_and_later_cells_are_told_apart():
     assert features["first"].middle == 12
     assert (features["first_cost"].middle, features["first_cost"].low, features["first_cost"].high) == (12 / 8, 1, 2)
     assert (features["gain"].middle, features["gain"].low, features["gain"].high) == (8 / 2, 3, 4)
-    assert features["an_hour"] == 1800
+    assert (plain["an_hour"], features["an_hour"]) == (450, 1800)
     assert rows["seconds", FEATURES]["an_hour"] == 180
     assert rows["seconds", FEATURES]["gain"].middle == 4
 
