@@ -113,13 +113,13 @@ class Definition:
 
 
 def definitions(folder: Path = FOLDER) -> tuple[Definition, ...]:
-    """Every experiment of a folder that has rows, by name.
+    """Every experiment of a folder that has rows, by name: table6 before table10.
 
     Raises:
         ValueError: if the rows of one are no table.
     """
     found = []
-    for path in sorted(folder.glob("*.yaml")):
+    for path in sorted(folder.glob("*.yaml"), key=_natural):
         text = path.read_text(encoding="utf-8")
         if "\nrows:" in text:
             plain = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
@@ -127,6 +127,10 @@ def definitions(folder: Path = FOLDER) -> tuple[Definition, ...]:
             read = rows.read(path.stem, plain["rows"])
             found.append(Definition(path.stem, _title(text) or path.stem, tuple(read)))
     return tuple(found)
+
+
+def _natural(path: Path) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)]
 
 
 def joined(labels: Sequence[str]) -> str:
