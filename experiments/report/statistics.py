@@ -1,12 +1,14 @@
 """Intervals and tests over examples and seeds.
 
-Intervals are percentile bootstraps (Efron 1979) with 2,000 seeded draws. The bootstrap of a mean depends on the data
-only through its distinct values and their counts, so examples with equal outcomes are drawn together: exact, and its
-cost does not grow with the number of examples.
+Intervals are percentile bootstraps (Efron 1979) with 2,000 seeded draws. Which examples a draw takes depends on their
+number alone, so that all intervals over as many examples share their draws. Where they are too many to keep these,
+examples with equal outcomes are drawn together: the bootstrap of a mean depends on the distinct values and their counts
+alone, so this is exact, and its cost does not grow with the number of examples.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +16,8 @@ from jaxtyping import Float, Integer
 
 DRAWS = 2000
 LEVEL = 0.95
+SHARED = 5000
+"""Most examples whose draws are kept (40 MB)."""
 _TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 
 
@@ -36,7 +40,7 @@ def mean_interval(
     defined = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
         mean = np.where(defined, values, 0).sum(axis=1) / defined.sum(axis=1)
-    low, high = np.quantile(_resampled_means(values, np.random.default_rng(0)), _TAILS, axis=0)
+    low, high = np.quantile(_resampled_means(values), _TAILS, axis=0)
     return mean, low, high
 
 
@@ -46,8 +50,7 @@ def accuracy_interval(outcomes: Integer[np.ndarray, "seeds examples"]) -> Interv
     Resampling a handful of seeds understates how much seeds differ (by a factor sqrt((s - 1) / s) in the standard
     error); with one seed the interval covers the choice of examples only.
     """
-    rng = np.random.default_rng(0)
-    draws = _resample_seeds(_resampled_means(outcomes, rng), rng)
+    draws = _resample_seeds(_resampled_means(outcomes), np.random.default_rng(0))
     return Interval(float(outcomes.mean()), *map(float, np.quantile(draws, _TAILS)))
 
 
@@ -59,7 +62,7 @@ def difference_interval(
     A draw takes the same examples for both, and seeds of either independently.
     """
     rng = np.random.default_rng(0)
-    means = _resampled_means(np.concatenate([outcomes, baseline]), rng)
+    means = _resampled_means(np.concatenate([outcomes, baseline]))
     draws = _resample_seeds(means[:, : len(outcomes)], rng) - _resample_seeds(means[:, len(outcomes) :], rng)
     return Interval(float(outcomes.mean() - baseline.mean()), *map(float, np.quantile(draws, _TAILS)))
 
@@ -81,6 +84,7 @@ def paired_test(
     """
     differences = outcomes.sum(0, dtype=np.int64) * len(baseline) - baseline.sum(0, dtype=np.int64) * len(outcomes)
     differences = differences[differences != 0]
+    differences //= np.gcd.reduce(differences)  # with s = t all are multiples of s: the same test on fewer sums
     distribution = np.ones(1)
     for value, count in zip(*np.unique(np.abs(differences), return_counts=True), strict=True):
         spread = np.zeros(value * count + 1)
@@ -103,13 +107,33 @@ def holm(p_values: list[float]) -> list[float]:
     return [float(value) for value in adjusted]
 
 
-def _resampled_means(values: np.ndarray, rng: np.random.Generator) -> Float[np.ndarray, "draws rows"]:
-    distinct, counts = np.unique(values, axis=1, return_counts=True)
+def _resampled_means(values: np.ndarray) -> Float[np.ndarray, "draws rows"]:
     samples = values.shape[1]
-    weights = rng.multinomial(samples, counts / samples, size=DRAWS).astype(float)
-    defined = ~np.isnan(distinct)
+    if samples <= SHARED:
+        weights = _shared_weights(samples)
+    else:
+        values, counts = np.unique(values, axis=1, return_counts=True)
+        weights = _generator(samples).multinomial(samples, counts / samples, size=DRAWS)
+    defined = ~np.isnan(values)
+    weights = weights.astype(np.float32, copy=False)
+    totals = weights @ np.where(defined, values, 0).T.astype(np.float32)
+    if defined.all():
+        return totals / np.float32(samples)
     with np.errstate(invalid="ignore"):
-        return (weights @ np.where(defined, distinct, 0).T) / (weights @ defined.T)
+        return totals / (weights @ defined.T.astype(np.float32))
+
+
+@functools.lru_cache(maxsize=32)
+def _shared_weights(samples: int) -> Float[np.ndarray, "draws samples"]:
+    """How often each draw takes each sample."""
+    taken = _generator(samples).integers(samples, size=(DRAWS, samples), dtype=np.int32)
+    taken += samples * np.arange(DRAWS, dtype=np.int32)[:, None]
+    return np.bincount(taken.ravel(), minlength=taken.size).reshape(taken.shape).astype(np.float32)
+
+
+def _generator(samples: int) -> np.random.Generator:
+    """Not that which draws seeds: its numbers would repeat these."""
+    return np.random.default_rng((1, samples))
 
 
 def _resample_seeds(means: Float[np.ndarray, "draws seeds"], rng: np.random.Generator) -> Float[np.ndarray, " draws"]:

@@ -144,7 +144,8 @@ def kinds_table(cells: Sequence[Cell], probed: Sequence[Record]) -> Table:
     for model, view, seeds, kinds, found in rows:
         row: dict[str, Any] = {"model": model, "input": view, "seeds": seeds}
         shown = {"Model": model, "Input": view, "Seeds": str(seeds)}
-        for title, chosen in (("all", np.ones(len(kinds), bool)), *((name, np.array(kinds) == name) for name in names)):
+        of = np.array(kinds)
+        for title, chosen in (("all", np.ones(len(of), bool)), *((name, of == name) for name in names)):
             interval = accuracy_interval(found[:, chosen]) if chosen.any() else None
             row |= {**bounds(title, interval), f"{title}_n": int(chosen.sum())}
             shown[title.capitalize()] = percent(interval) if interval else NONE

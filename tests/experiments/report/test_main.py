@@ -112,7 +112,7 @@ def test_the_summary(records: Records, write_records: Write, capsys: pytest.Capt
     said = capsys.readouterr()
     assert "fusion depth from removal: 2 of 6 layers (95% CI 2 to 3, n = 120)" in said.out
     assert "fusion depth from attention: 5 of 6 layers (95% CI 5 to 5, n = 40)" in said.out
-    assert "64.2 [55.4, 73.3]" in said.out
+    assert "64.2 [55.8, 72.5]" in said.out
     assert str(results / "report" / "index.html") in said.out.replace("\n", "")
     assert said.err == ""
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from experiments.report import statistics
 from experiments.report.statistics import accuracy_interval, difference_interval, holm, mean_interval, paired_test
 
 
@@ -59,6 +60,26 @@ def test_difference_interval_uses_the_pairing() -> None:
     unpaired = difference_interval(better, rng.permuted(baseline, axis=1))
     assert paired.low > 0
     assert paired.high - paired.low < 0.5 * (unpaired.high - unpaired.low)
+
+
+def test_too_many_examples_to_keep_their_draws_give_the_same_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(4)
+    first, second = bits(rng, 3, 400, rate=0.6), bits(rng, 2, 400, rate=0.5)
+    values = rng.normal(size=(2, 400))
+    values[1, ::3] = np.nan
+    kept = accuracy_interval(first), difference_interval(first, second), *np.transpose(mean_interval(values))
+    monkeypatch.setattr(statistics, "SHARED", 399)
+    again = accuracy_interval(first), difference_interval(first, second), *np.transpose(mean_interval(values))
+    for (mean, low, high), (other, *bounds) in zip(kept, again, strict=True):
+        assert mean == other
+        np.testing.assert_allclose((low, high), bounds, atol=0.1 * (high - low))  # 2,000 draws each
+
+
+def test_a_draw_takes_as_many_examples_as_there_are() -> None:
+    values = np.stack([np.ones(50), np.arange(50.0)])
+    mean, low, high = mean_interval(values)
+    assert mean[0] == low[0] == high[0] == 1
+    assert high[1] - low[1] == pytest.approx(2 * 1.96 * np.std(np.arange(50)) / np.sqrt(50), rel=0.08)
 
 
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 20))
