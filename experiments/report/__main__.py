@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -78,8 +79,9 @@ def write(records: Records, out: Path, wanted: Asked) -> None:
         tables.provenance_table(records),
     ]
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".report-", dir=out.parent))
+    with _writing(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=".report-", dir=out.parent))
     try:
         (aside / "tables").mkdir()
         for table in made:
@@ -89,12 +91,23 @@ def write(records: Records, out: Path, wanted: Asked) -> None:
         pictures = {d.stem: figures.save(d.figure, aside / "figures" / d.stem)[0] for d in drawings if d.figure}
         text = page.render(records, headline, verdicts, studies, made, drawings, pictures)
         (aside / "index.html").write_text(text, encoding="utf-8")
-        _move(aside, out, known)
+        with _writing(out):
+            _move(aside, out, known)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     # Where output is piped there is no width to keep to; 120 columns hold the table.
     console = Console(width=None if sys.stdout.isatty() else 120)
     summary.show(console, headline, verdicts, studies, made, out / "index.html")
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{folder} cannot be written ({error.strerror}): --out FOLDER puts the report elsewhere"
+        ) from None
 
 
 def _studies(wanted: Asked, known: Sequence[Definition], cells: Sequence[Cell]) -> list[Study]:

@@ -186,12 +186,20 @@ def test_a_figure_that_is_no_longer_made_goes_away(records: Records, write_recor
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("blocked", ["", "report", "report/tables"])
 def test_a_folder_that_cannot_be_written_is_one_line(
-    records: Records, write_records: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    records: Records, write_records: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], blocked: str
 ) -> None:
-    (tmp_path / "file").write_text("")
-    assert main(["--results", str(write_records(records)), "--out", str(tmp_path / "file" / "report")]) == 1
-    assert capsys.readouterr().err.count("\n") == 1
+    out = tmp_path / "there" / "report"
+    path = tmp_path / "there" / blocked
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("")  # where a folder would have to be: it stops root too
+    assert main(["--results", str(write_records(records)), "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith(f"error: {out if blocked else out.parent} cannot be written (")
+    assert "--out FOLDER" in error
+    assert not list(tmp_path.rglob(".report-*"))
 
 
 @pytest.mark.usefixtures("undrawn")
