@@ -133,7 +133,8 @@ def _move(aside: Path, out: Path, known: Sequence[Definition]) -> None:
     made = sorted(path.relative_to(aside) for path in aside.rglob("*") if path.is_file())
     # What an earlier report made and these records no longer give would contradict the page.
     names = [definition.name for definition in known]
-    files = {f"figures/{stem}.{suffix}" for stem in (*captions.STEMS, *names) for suffix in ("png", "pdf")}
+    stems = [*captions.STEMS, *(name + end for name in names for end in ("", captions.COST))]
+    files = {f"figures/{stem}.{suffix}" for stem in stems for suffix in ("png", "pdf")}
     files |= {f"tables/{name}{end}.{suffix}" for name in names for end in ("", "_orderings") for suffix in _WRITERS}
     for stale in files - {path.as_posix() for path in made}:
         (out / stale).unlink(missing_ok=True)

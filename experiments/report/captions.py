@@ -25,12 +25,15 @@ class Drawing:
 
 
 def draw(studies: Sequence[Study], probed: Sequence[Record], ablation: Sequence[Cell]) -> Iterator[Drawing]:
-    """Draw every figure: each study; the probes of the first of the probed records that holds them; the largest group of
+    """Draw every figure: each study, and its cost where rows differ in it; the probes of the first of the probed records that holds them; the largest group of
     the ablation's cells. Where there are studies, figures of other experiments that were not run are not missed.
     """
     for study in studies:
         if study.finished:
             yield Drawing(study.name, study.definition.title, _rows(study), figures.rows_figure(study))
+            if figures.costs_apart(study):
+                title = f"Accuracy against cost: {study.name}"
+                yield Drawing(f"{study.name}{COST}", title, _STUDY_COST, figures.study_cost_figure(study))
         else:
             yield Drawing(study.name, study.definition.title, "Not drawn: no row is finished.", None)
     for stem, title, needs, draw_record, caption in _PROBES:
@@ -141,6 +144,12 @@ def _span(values: Sequence[int]) -> str:
     return f"{values[0]}" if values[0] == values[-1] else f"{values[0]} to {values[-1]}"
 
 
+_FRONT = "Broad dashes join the {} that no other beats in mean accuracy at the same cost or less (the Pareto front)."
+_STUDY_COST = (
+    "Accuracy of the rows, numbered in their order, with 95% bootstrap intervals over examples and seeds, against what "
+    "one prompt costs: a panel for each cost that was measured and in which rows differ. "
+    f"{_FRONT.format('rows')} Horizontal lines: what is right without sight."
+)
 _PROBES: tuple[tuple[str, str, str, Callable[[Record], Figure], Callable[[Record], str]], ...] = (
     ("removal_by_block", "Accuracy without visual tokens", "removal", figures.removal_figure, _removal),
     ("fusion_by_curve", "Fusion depth from several curves", "knockout", figures.fusion_figure, _fusion),
@@ -161,7 +170,9 @@ _SWEEPS: tuple[tuple[str, str, Callable[[Sequence[Cell]], Figure], str], ...] = 
         figures.cost_figure,
         "Test accuracy against the FLOPs of one prompt, and where they were measured against the time that its prefill "
         "takes and the bytes of keys and values that it leaves in the language model's cache; the star is plain LLaVA. "
-        "Broad dashes join the cells that no other beats in mean accuracy at the same cost or less (the Pareto front).",
+        f"{_FRONT.format('cells')}",
     ),
 )
+COST = "_cost"
+"""What the figure of a study's cost has behind the study's name."""
 STEMS = tuple(entry[0] for entry in (*_PROBES, *_SWEEPS))

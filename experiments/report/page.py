@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jinja2
 
-from experiments.report.captions import Drawing
+from experiments.report.captions import COST, Drawing
 from experiments.report.records import Records, describe
 from experiments.report.studies import Study
 from experiments.report.tables import Table
@@ -24,7 +24,10 @@ def render(
     drawings: Sequence[Drawing],
     pictures: Mapping[str, Path],
 ) -> str:
-    """The page as HTML text: each study with its figure and tables, then the other figures and tables. `pictures` maps the stem of every figure drawn to its PNG, which is embedded."""
+    """The page as HTML text: each study with its figures and tables, then the other figures and tables.
+
+    `pictures` maps the stem of every figure drawn to its PNG, which is embedded.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -33,6 +36,8 @@ def render(
         lstrip_blocks=True,
     )
     uris = {stem: base64.b64encode(path.read_bytes()).decode() for stem, path in pictures.items()}
+    drawn = {drawing.stem: (drawing, uris.get(drawing.stem)) for drawing in drawings}
+    of_studies = {study.name + end for study in studies for end in ("", COST)}
     return environment.get_template("page.html.j2").render(
         claim=CLAIM,
         rule=RULE,
@@ -40,7 +45,9 @@ def render(
         verdicts=verdicts,
         studies=[study.name for study in studies],
         tables={table.name: table for table in tables},
-        figures={drawing.stem: (drawing, uris.get(drawing.stem)) for drawing in drawings},
+        figures=drawn,
+        others=[shown for stem, shown in drawn.items() if stem not in of_studies],
+        cost=COST,
         records=records,
         describe=describe,
     )

@@ -7,6 +7,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -17,6 +19,7 @@ from experiments.report.captions import draw
 from experiments.report.cells import ablation_cells, group_cells
 from experiments.report.definitions import Definition
 from experiments.report.figures.cost import pareto_front
+from experiments.report.figures.numbers import spread
 from experiments.report.numerals import unit
 from experiments.report.records import Records
 from experiments.report.studies import Study, study_of
@@ -286,3 +289,81 @@ def test_rows_that_all_failed_are_not_drawn(definition: Definition, table_record
         figures.rows_figure(study)
     (drawing,) = draw([study], [], [])
     assert (drawing.stem, drawing.figure) == ("table60_mixed", None)
+
+
+def test_the_rows_of_a_study_are_drawn_against_the_costs_in_which_they_differ(
+    definition: Definition, table_records: list[dict[str, Any]]
+) -> None:
+    for record in table_records:
+        if record["status"] == "finished":
+            record["cost"] |= {"latency": record["cost"]["flops"] / 1e9, "cache_bytes": 4096}  # the same for all
+    study = rows_study(definition, table_records)
+    figure = figures.study_cost_figure(study)
+    assert [axis.get_xlabel() for axis in figure.axes] == [
+        "Cost of a prompt (MFLOPs, log scale)",
+        "Cost of a prompt (milliseconds, log scale)",
+    ]
+    rates = [record["accuracy"]["image"].count("1") / 1.2 for record in table_records if record["status"] == "finished"]
+    means = [np.mean(rates[:3]), np.mean(rates[3:6]), np.mean(rates[6:9]), rates[9]]
+    flops = [table_records[first]["cost"]["flops"] / 1e6 for first in (0, 3, 6, 9)]
+    places = sorted(zip(flops, means, strict=True))
+    for axis in figure.axes:
+        (container,) = axis.containers
+        np.testing.assert_allclose(container.lines[0].get_xydata(), places)
+        assert [text.get_text() for text in axis.texts] == ["1", "2", "3", "5"]
+        best = [p for p in places if not any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in places)]
+        np.testing.assert_allclose(line_of(axis, "Pareto front").get_xydata(), best)
+        guess = table_records[0]["data"]["guess"].count("1") / 1.2
+        np.testing.assert_allclose(line_of(axis, "text-only guess").get_ydata(), guess)
+    key = "\n".join(text.get_text() for text in figure.texts).replace("\u2007", "").split("\n")
+    assert key == ["1  LLaVA", "2  1 token / 4 tokens", "3  16 tokens", "5  2 layers"]
+
+
+def test_each_number_is_beside_its_point_and_covers_no_other(
+    definition: Definition, table_records: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    study = rows_study(definition, table_records)
+    figure = figures.study_cost_figure(study)
+    figures.save(figure, tmp_path / "cost")
+    FigureCanvasAgg(figure).draw()
+    for axis in figure.axes:
+        boxes = [text.get_window_extent() for text in axis.texts]
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+        data = np.asarray(axis.containers[0].lines[0].get_xydata())
+        points = axis.transData.transform(data)
+        assert not any(box.contains(*point) for box in boxes for point in points)
+        means = {str(row.number + 1): 100 * row.outcomes.mean() for row in study.finished}
+        for text, box in zip(axis.texts, boxes, strict=True):
+            centre = (box.min + box.max) / 2
+            nearest = np.argmin(np.hypot(*(points - centre).T))
+            assert data[nearest, 1] == pytest.approx(means[text.get_text()])
+    top = max(axis.get_tightbbox().y1 for axis in figure.axes)
+    assert all(text.get_window_extent().y0 > top for text in figure.texts)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(st.floats(1, 20), st.floats(1, 20)), min_size=1, max_size=18))
+def test_numbers_are_spread_clear_of_bars_and_of_each_other(places: list[tuple[float, float]]) -> None:
+    points, box = np.array(places), np.array([21.0, 21.0])
+    halves = np.tile([0.25, 0.9], (len(points), 1))
+    found = spread(points, points, halves, box)
+    assert ((found >= 0.5) & (found <= box - 0.5)).all()
+    for i, text in enumerate(found):
+        assert not any((np.abs(text - other) < 1 - 1e-9).all() for other in found[:i])
+        assert not (np.abs(text - points) < halves + 0.5 - 1e-9).all(axis=1).any()
+
+
+def test_rows_that_cost_the_same_have_no_figure_of_cost(
+    definition: Definition, table_records: list[dict[str, Any]]
+) -> None:
+    assert [drawing.stem for drawing in draw([rows_study(definition, table_records)], [], [])] == [
+        "table60_mixed",
+        "table60_mixed_cost",
+    ]
+    for record in table_records:
+        if record["status"] == "finished":
+            record["cost"] |= {"flops": 2e9, "cache_bytes": 4096}
+    study = rows_study(definition, table_records)
+    assert [drawing.stem for drawing in draw([study], [], [])] == ["table60_mixed"]
+    with pytest.raises(ValueError, match="no two finished rows of table60_mixed differ in what they cost"):
+        figures.study_cost_figure(study)

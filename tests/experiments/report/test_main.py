@@ -228,10 +228,13 @@ def test_a_report_on_one_experiment(
     results = write_records([*records, *as_table6(table_records)])
     stale = results / "report" / "tables" / "table8_compression_orderings.csv"
     stale.parent.mkdir(parents=True)
-    for name in (stale, stale.with_name("mine.csv")):
+    figure = results / "report" / "figures" / "table8_compression_cost.png"
+    figure.parent.mkdir()
+    for name in (stale, stale.with_name("mine.csv"), figure):
         name.write_text("")
     assert main(["--results", str(results), "experiment=table6_prefusion", "model=tiny"]) == 0
     assert not stale.exists()
+    assert not figure.exists()
     assert stale.with_name("mine.csv").exists()
     found = read(results)
     assert "Table 6" in found.text
@@ -293,7 +296,9 @@ def test_no_model_is_imported(write_records: Write, table_records: Records) -> N
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "['experiments.incidental', 'experiments.rows'] []"
     drawn = results / "report" / "figures"
-    assert {path.name for path in drawn.iterdir()} == {
-        "table6_prefusion.png",
-        "table6_prefusion.pdf",
-    }
+    stems = ("table6_prefusion", "table6_prefusion_cost")
+    assert {path.name for path in drawn.iterdir()} == {f"{stem}.{end}" for stem in stems for end in ("png", "pdf")}
+    found = read(results)
+    assert {f"figures/{stem}.pdf" for stem in stems} <= set(found.references)
+    assert "Accuracy against cost: table6_prefusion" in found.text
+    assert found.tags.count("img") == 2
