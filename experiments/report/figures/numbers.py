@@ -33,7 +33,7 @@ def number_points(
     """
     figure = axis.get_figure(root=True)
     assert figure is not None
-    box = axis.get_position().size * figure.get_size_inches() / _SIZE  # the panel in numbers' sizes
+    box = axis.get_position().size * np.divide(figure.get_size_inches(), _SIZE)  # the panel in numbers' sizes
 
     def placed(heights: np.ndarray) -> np.ndarray:
         return axis.transAxes.inverted().transform(axis.transData.transform(np.stack([x, heights], axis=1))) * box
