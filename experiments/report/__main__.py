@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import shutil
 import sys
@@ -144,4 +145,5 @@ def _move(aside: Path, out: Path, known: Sequence[Definition]) -> None:
 
 
 if __name__ == "__main__":
+    gc.disable()  # the program ends before what it would collect is worth the search
     sys.exit(main())
