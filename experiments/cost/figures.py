@@ -72,7 +72,7 @@ def _stack(axes: Axes, rows: Sequence[Measured], heights: Sequence[Mapping[str, 
             axes.bar(range(len(rows)), values, 0.7, bottom=below, color=colour, label=name)
             below = [low + value for low, value in zip(below, values, strict=True)]
     for place, height in enumerate(below):
-        shown = f"{height:.3g}" if height else "no room"
+        shown = (f"{height:,.0f}" if height >= 100 else f"{height:.3g}") if height else "no room"
         axes.annotate(shown, (place, height), (0, 2), textcoords="offset points", ha="center", fontsize=7)
     axes.set_xticks(range(len(rows)), [row.name for row in rows])
     axes.grid(visible=False, axis="x")
