@@ -65,21 +65,22 @@ class Questions:
 
 
 def greedy_matches(
-    logits: Float[Tensor, "batch positions vocabulary"], labels: Int[Tensor, "batch positions"]
+    logits: Float[Tensor, "batch positions vocabulary"], labels: Int[Tensor, "batch last"]
 ) -> Bool[Tensor, " batch"]:
-    """Whether greedy decoding would write exactly the labelled answer, its end-of-turn token included.
+    """Whether greedy decoding would write exactly the labelled answer, its end-of-turn token included. Labels are of the
+    last positions, or of all.
 
     Given the right answer so far, the most likely next token is the right one at every step: that is what greedy
     decoding does, so one teacher-forced pass tells the outcome of `generate` without running it.
     """
-    said, wanted = logits[:, :-1].argmax(-1), labels[:, 1:]
+    said, wanted = logits[:, -labels.shape[1] : -1].argmax(-1), labels[:, 1:]
     return ((said == wanted) | (wanted == IGNORED)).all(-1)
 
 
 def answered(model: PreTrainedModel, inputs: Inputs) -> Bool[Tensor, " batch"]:
     """Which rows of a batch the model answers right, by one forward call."""
-    asked = on_answers(inputs)
-    return greedy_matches(model(**asked).logits, asked["labels"])
+    asked, labels = on_answers(inputs)
+    return greedy_matches(model(**asked).logits, labels)
 
 
 def correct(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from experiments.data.conversation import on_answers
 from experiments.evaluation import Inputs, Questions, digits, greedy_matches
 from experiments.models import inference
 from probes import FusionDepth, RemoveTokens, TokenMap, fusion_depth, intervene, record_attention
-from probes.curves import knockout_curve, removal_curve, text_states
+from probes.curves import Score, knockout_curve, removal_curve, text_states
 from probes.readout import linear_readout
 
 PAIRS = (("instruction", "vision"), ("instruction", "instruction"), ("response", "vision"), ("response", "instruction"))
@@ -116,16 +117,16 @@ def check(model: PreTrainedModel, config: ProbeConfig) -> None:
 
 
 def _measured(
-    questions: Questions, model: PreTrainedModel, say: str, measure: Callable[[TokenMap, Inputs], Any]
+    questions: Questions, model: PreTrainedModel, say: str, measure: Callable[[TokenMap, Inputs, Score], Any]
 ) -> np.ndarray:
-    """`measure` of every batch, `[points, samples]` each, side by side. It is given what asks for the answers alone."""
+    """`measure` of every batch, `[points, samples]` each, side by side. It is given what asks for the answers alone, and
+    what scores them."""
+    parts = []
     with inference(model):
-        parts = [measure(token_map(model, inputs), on_answers(inputs)) for inputs in questions.batches(say)]
+        for inputs in questions.batches(say):
+            asked, labels = on_answers(inputs)
+            parts.append(measure(token_map(model, inputs), asked, partial(greedy_matches, labels=labels)))
     return np.concatenate(parts, axis=1)
-
-
-def _score(asked: Inputs) -> Callable[[Tensor], Tensor]:
-    return lambda logits: greedy_matches(logits, asked["labels"])
 
 
 def _runs(layers: Sequence[range], outcomes: np.ndarray) -> list[dict[str, Any]]:
@@ -142,8 +143,8 @@ def removal(model: PreTrainedModel, questions: Questions, block: int) -> dict[st
     blocks = [range(a, min(a + block, layers)) for a in range(0, layers, block)]
     starts = [*(some.start for some in blocks), layers]
 
-    def measure(tokens: TokenMap, asked: Inputs) -> np.ndarray:
-        score, inside = _score(asked), []
+    def measure(tokens: TokenMap, asked: Inputs, score: Score) -> np.ndarray:
+        inside = []
         for some in blocks:
             with intervene(model, tokens, RemoveTokens("vision", some)):
                 inside.append(score(model(**asked).logits).cpu().numpy())
@@ -164,8 +165,8 @@ def knockout(model: PreTrainedModel, questions: Questions, width: int) -> dict[s
     windows of `width` layers, which go on being processed."""
     layers = model.config.get_text_config().num_hidden_layers
 
-    def measure(tokens: TokenMap, asked: Inputs) -> np.ndarray:
-        return knockout_curve(model, tokens, asked, _score(asked), width)
+    def measure(tokens: TokenMap, asked: Inputs, score: Score) -> np.ndarray:
+        return knockout_curve(model, tokens, asked, score, width)
 
     outcomes = _measured(questions, model, "text cut off from vision", measure)
     windows = [range(max(end - width, 0), min(end, layers)) for end in range(1, layers + width)]

@@ -85,8 +85,10 @@ class ResumingTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         with self.around(inputs):
-            asked = on_answers(inputs) if "labels" in inputs else inputs
-            return super().compute_loss(model, asked, *args, **kwargs)
+            if "labels" in inputs:
+                asked, labels = on_answers(inputs)
+                inputs = asked | {"labels": labels}
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         model = self.model if model is None else model

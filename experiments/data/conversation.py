@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
@@ -130,17 +131,18 @@ class Encoder:
         return self._visual_tokens[image.size]
 
 
-def on_answers(inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """The inputs of a forward call on a batch, so that it gives logits, and takes labels, at the last positions alone: from
-    the first one on that predicts a labelled token in any row. What is ahead of it, pictures most of all, is told nothing,
-    and a large vocabulary's logits there would cost more than some of the layers.
+def on_answers(inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], Int[torch.Tensor, "batch last"]]:
+    """What to call a model with for logits of a batch at its last positions alone, and the labels there: from the first
+    position on that predicts a labelled token in any row. What is ahead of it, pictures most of all, predicts nothing that
+    is asked for, and a large vocabulary's logits there would cost more than some of the layers.
 
     A LLaVA-Mini is told apart what to leave unfused, which it would read off the labels of all positions."""
     labels = inputs["labels"]
     first = int((labels != IGNORED).any(0).int().argmax())  # 0 where there is no label at all
     keep = labels.shape[1] - max(first - 1, 0)
     unfused = {"answer_mask": labels != IGNORED} if "visual_layout" in inputs else {}
-    return {**inputs, **unfused, "labels": labels[:, -keep:], "logits_to_keep": keep}
+    asked = {name: value for name, value in inputs.items() if name != "labels"}
+    return asked | unfused | {"logits_to_keep": keep}, labels[:, -keep:]
 
 
 class Collator:
