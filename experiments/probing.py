@@ -21,6 +21,7 @@ from experiments.models import inference
 from probes import FusionDepth, RemoveTokens, TokenMap, fusion_depth, intervene, record_attention
 from probes.curves import Score, knockout_curve, removal_curve, text_states
 from probes.readout import linear_readout
+from probes.replay import replay
 
 PAIRS = (("instruction", "vision"), ("instruction", "instruction"), ("response", "vision"), ("response", "instruction"))
 FUSION_PAIR = PAIRS.index(("instruction", "vision"))
@@ -145,10 +146,11 @@ def removal(model: PreTrainedModel, questions: Questions, block: int) -> dict[st
 
     def measure(tokens: TokenMap, asked: Inputs, score: Score) -> np.ndarray:
         inside = []
-        for some in blocks:
-            with intervene(model, tokens, RemoveTokens("vision", some)):
-                inside.append(score(model(**asked).logits).cpu().numpy())
-        return np.concatenate([inside, removal_curve(model, tokens, asked, score, starts)])
+        with replay(model, starts) as since:
+            for some in reversed(blocks):  # the first run is intact ahead of all others
+                with since(some.start), intervene(model, tokens, RemoveTokens("vision", some)):
+                    inside.append(score(model(**asked).logits).cpu().numpy())
+        return np.concatenate([inside[::-1], removal_curve(model, tokens, asked, score, starts)])
 
     outcomes = _measured(questions, model, "no vision in some layers", measure)
     inside, onward = np.split(outcomes, [len(blocks)])

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from probes.attention import record_attention
 from probes.decoder import decoder_layers, find_decoder
 from probes.interventions import BlockAttention, RemoveTokens, intervene
+from probes.replay import replay
 from probes.states import hidden_states, record_states
 from probes.tokens import TokenMap
 
@@ -48,7 +49,7 @@ def removal_curve(
 ) -> Float[np.ndarray, "starts samples"]:
     """Score with vision removed from layer k onward, for each k of `starts`: by default 0, 1, ..., all layers.
 
-    A forward pass for each k. The last k, all layers, removes nothing.
+    Layers ahead of k run once for all k. The last k, all layers, removes nothing.
 
     Raises ValueError for a start outside the model.
     """
@@ -57,11 +58,12 @@ def removal_curve(
     outside = [start for start in starts if not 0 <= start <= layers]
     if outside:
         raise ValueError(f"starts {outside} are outside the model: it has {layers} layers, so 0 to {layers}")
-    scores = []
-    for start in starts:
-        with intervene(model, tokens, RemoveTokens("vision", layers=range(start, layers))):
-            scores.append(score(model(**inputs).logits))
-    return _points(scores)
+    found: dict[int, Float[Tensor, " samples"]] = {}
+    with replay(model, starts) as since:
+        for start in sorted(set(starts), reverse=True):  # the first run is intact ahead of all others
+            with since(start), intervene(model, tokens, RemoveTokens("vision", layers=range(start, layers))):
+                found[start] = score(model(**inputs).logits)
+    return _points([found[start] for start in starts])
 
 
 @torch.no_grad()
@@ -72,7 +74,8 @@ def knockout_curve(
 
     Window i ends at layer i and is clipped to the model, so every layer lies in `width` of the layers + width - 1
     windows. Blocked are the queries of all groups but `pad` and `vision`: the instruction, the response (supervised or
-    generated) and text between pictures. Visual tokens go on seeing each other. A forward pass for each window.
+    generated) and text between pictures. Visual tokens go on seeing each other. Layers ahead of a window run once for
+    all.
 
     Raises ValueError for a width below 1.
     """
@@ -80,11 +83,13 @@ def knockout_curve(
         raise ValueError(f"width is {width}: windows hold at least 1 layer")
     layers = len(decoder_layers(find_decoder(model)))
     text = tokens.merge({"text": [group for group in tokens.groups if group not in ("pad", "vision")]})
-    scores = [score(model(**inputs).logits)]
-    for last in range(layers + width - 1):
-        window = range(max(last - width + 1, 0), min(last + 1, layers))
-        with intervene(model, text, BlockAttention(source="vision", target="text", layers=window)):
-            scores.append(score(model(**inputs).logits))
+    with replay(model, range(layers)) as since:
+        scores = [score(model(**inputs).logits)]
+        for last in range(layers + width - 1):
+            window = range(max(last - width + 1, 0), min(last + 1, layers))
+            cut = BlockAttention(source="vision", target="text", layers=window)
+            with since(window.start), intervene(model, text, cut):
+                scores.append(score(model(**inputs).logits))
     return _points(scores)
 
 
