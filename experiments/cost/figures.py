@@ -22,6 +22,7 @@ from experiments.report.style import (
     ORANGE,
     ORDERED,
     WIDTH,
+    legend,
     styled,
 )
 
@@ -48,11 +49,7 @@ def bars(found: Mapping[Setting, Sequence[Measured]]) -> Figure:
         if setting.geometry == GEOMETRY and frames == 1:
             _mark(work, fewest, {size: 1e12 / scale * value for size, value in TOTALS.get(setting.tiles, {}).items()})
             _mark(time, fewest, FIRST_TOKEN["A100 40G"] if setting.tiles == 1 else {})
-    entries: dict[str, Any] = {}
-    for axes in panels.flat:
-        handles, labels = axes.get_legend_handles_labels()
-        entries |= dict(zip(labels, handles, strict=True))
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4)
+    legend(figure, list(panels.flat), columns=4)
     return figure
 
 
@@ -99,14 +96,16 @@ def memory(found: Mapping[Setting, Sequence[Measured]]) -> Figure:
         most = max(row.peak or 0 for row in rows)
         scale, name_of_scale = next((pair for pair in SIZES if most >= pair[0]), SIZES[-1])
         for number, size in enumerate(dict.fromkeys(row.size for row in rows)):
-            line = [(row.frames, row.peak / scale) for row in rows if row.size == size and row.peak]
+            of_size = [row for row in rows if row.size == size]
+            if len(of_size) < 2:  # how memory grows was not asked
+                continue
+            line = [(row.frames, row.peak / scale) for row in of_size if row.peak]
             looks = {"color": ORDERED[(number - 1) % len(ORDERED)]} if size else CONTROL
             looks = {
                 "marker": MARKERS[number % len(MARKERS)],
                 "linestyle": LINESTYLES[number % len(LINESTYLES)],
             } | looks
-            name = next(row.name for row in rows if row.size == size)
-            axes.plot([frames for frames, _ in line], [peak for _, peak in line], label=name, **looks)
+            axes.plot([frames for frames, _ in line], [peak for _, peak in line], label=of_size[0].name, **looks)
         if setting.geometry == GEOMETRY and setting.tiles == 1:
             printed = [value * 2**30 / scale for value in MEMORY.values()]
             axes.plot(list(MEMORY), printed, **_PRINTED, label="printed, 1 token")
@@ -114,7 +113,7 @@ def memory(found: Mapping[Setting, Sequence[Measured]]) -> Figure:
         axes.set(xscale="log", xlabel="frames", ylabel=f"peak memory ({name_of_scale})")
         axes.set_xticks(frames, [f"{count:,}" for count in frames])
         axes.set_xticks([], minor=True)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
         axes.set_title(str(setting), loc="left")
-        axes.legend(loc="upper left")
+    legend(figure, panels[: len(found)], columns=4)
     return figure
