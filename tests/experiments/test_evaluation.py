@@ -105,6 +105,7 @@ def test_logits_of_the_answers_alone_are_those_of_the_whole(llava, processor, fe
         gradients.append(llava.model.multi_modal_projector.linear_1.weight.grad.clone())
         torch.testing.assert_close(found.logits[:, -kept:], llava(**inputs).logits[:, -kept:])
     torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(llava(**asked).logits, llava(**inputs).logits[:, -kept:])  # without labels, as in a test
 
 
 def test_a_batch_without_answers_keeps_all_logits(llava, processor, few):
