@@ -17,7 +17,7 @@ from experiments import probing, reduction, schooling, training
 from experiments.config import Config, ScratchModel
 from experiments.cost.counted import forward_cost
 from experiments.data import GUESS_IMAGES, Data
-from experiments.data.samples import Sample, Split, single_questions
+from experiments.data.samples import Sample, single_questions
 from experiments.evaluation import Questions, blank, correct, digits, shuffled
 from experiments.features import keep_features
 from experiments.models import build, choose_device
@@ -50,8 +50,10 @@ def run_cell(cell: Cell, work: Path) -> dict[str, Any] | None:
     set_seed(config.seed)  # what measuring draws is the same after a training that was cut and resumed
 
     samples = list(single_questions(data.test.samples))
-    questions = Questions(samples, processor, config.batch_size, device)
+    features = keep_features(config, model, processor, data.test)
+    questions = Questions(samples, processor, config.batch_size, device, features)
     some = Questions(samples[: config.probe.attention_questions], processor, config.batch_size, device)
+    one = Questions(samples[:1], processor, 1, device)  # with its pixels: the tower is part of the cost
     record: dict[str, Any] = {
         "schema": 1,
         "id": cell.id,
@@ -60,9 +62,9 @@ def run_cell(cell: Cell, work: Path) -> dict[str, Any] | None:
         "status": "finished",
         "error": None,
         "config": cell.resolved,
-        "cost": forward_cost(model, questions, reduction.in_answering(config)),
+        "cost": forward_cost(model, one, reduction.in_answering(config)),
         "data": _data_part(config, data, samples),
-        "accuracy": _accuracy(model, processor, config, data.test, samples, questions, device),
+        "accuracy": _accuracy(model, processor, config, questions, device),
         **probing.analyse(model, questions, some, config.probe),
         "train": {"log": log_history} if config.train.trains else None,
     }
@@ -95,24 +97,13 @@ def _train(
 
 
 def _accuracy(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    config: Config,
-    split: Split,
-    samples: list[Sample],
-    questions: Questions,
-    device: torch.device,
+    model: PreTrainedModel, processor: ProcessorMixin, config: Config, questions: Questions, device: torch.device
 ) -> dict[str, str]:
     around = reduction.in_answering(config)
-    features = keep_features(config, model, processor, split)
-
-    def about(samples: list[Sample]) -> Questions:
-        return Questions(samples, processor, config.batch_size, device, features)
-
-    found = {"image": digits(correct(model, about(samples) if features else questions, "accuracy", around))}
+    found = {"image": digits(correct(model, questions, "accuracy", around))}
     if config.probe.controls:
         for condition in (blank, shuffled):
-            changed = about(condition(samples))
+            changed = Questions(condition(questions.samples), processor, config.batch_size, device, questions.features)
             found[condition.__name__] = digits(correct(model, changed, f"{condition.__name__} pictures", around))
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 
@@ -56,6 +57,10 @@ class Questions:
         for batch in tqdm(self._loader, desc=say, leave=False):
             yield self._here(batch)
 
+    def given(self) -> AbstractContextManager[None]:
+        """While inside, a model takes what the batches hold in the place of pixels."""
+        return self.features.given() if self.features else contextlib.nullcontext()
+
     def first(self) -> Inputs:
         """The first question alone."""
         return self._here(self._collate(self.items[:1]))
@@ -88,7 +93,7 @@ def correct(
 ) -> Bool[Tensor, " questions"]:
     """Which questions are answered right, with `around` around every forward call."""
     outcomes = []
-    with inference(model), questions.features.given() if questions.features else contextlib.nullcontext():
+    with inference(model), questions.given():
         for inputs in questions.batches(say):
             with around(model, inputs):
                 outcomes.append(answered(model, inputs).cpu())

@@ -30,7 +30,11 @@ _DIGITS = 5  # kept of each number per sample
 
 
 def token_map(model: PreTrainedModel, inputs: Inputs) -> TokenMap:
-    """The paper's token types: the instruction is the system prompt and the user's text together (section 3)."""
+    """The paper's token types: the instruction is the system prompt and the user's text together (section 3).
+
+    Where in the picture a token lies is not asked: features in the place of pixels would not tell.
+    """
+    inputs = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
     return TokenMap.from_inputs(model, inputs).merge({"instruction": ["system", "instruction"]})
 
 
@@ -162,6 +166,18 @@ def removal(model: PreTrainedModel, questions: Questions, block: int) -> dict[st
     }
 
 
+def removal_by_kind(part: dict[str, Any], kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The fusion depth of each kind of question, from the `removal` part of a record."""
+    onward = np.array([list(run["correct"]) for run in part["onward"]], dtype=float)  # one digit a question
+    of = np.array(kinds)
+    layers = part["onward"][0]["layers"]
+    return {
+        kind: asdict(_in_layers(fusion_depth(onward[:, of == kind], "removal"), part["block"], len(layers)))
+        for kind in sorted(set(kinds))
+        if (of == kind).sum() > 1  # no interval rests on one
+    }
+
+
 def knockout(model: PreTrainedModel, questions: Questions, width: int) -> dict[str, Any]:
     """The `knockout` part of a record: answers of the intact model, and with all text cut off from the visual tokens in
     windows of `width` layers, which go on being processed."""
@@ -223,15 +239,18 @@ def _in_layers(depth: FusionDepth, block: int, layers: int) -> FusionDepth:
 def analyse(
     model: PreTrainedModel, questions: Questions, some: Questions, config: ProbeConfig
 ) -> dict[str, dict[str, Any] | None]:
-    """All that `config` asks for; attention is recorded on `some` questions, the rest is measured on all."""
+    """All that `config` asks for; attention is recorded on `some` questions, with pixels for the
+    tower of random weights to look at; the rest is measured on all."""
     found: dict[str, dict[str, Any] | None] = dict.fromkeys(("attention", "removal", "knockout", "readout"))
     if config.attention:
         found["attention"] = attention(model, some, config.random_control)
-    if config.removal:
-        found["removal"] = removal(model, questions, config.block)
-    if config.knockout:
-        found["knockout"] = knockout(model, questions, config.knockout_width)
-    if config.readout:
-        found["readout"] = readout(model, questions)
+    with questions.given():
+        if config.removal:
+            found["removal"] = part = removal(model, questions, config.block)
+            part["by_kind"] = removal_by_kind(part, [sample.kinds[0] for sample in questions.samples])
+        if config.knockout:
+            found["knockout"] = knockout(model, questions, config.knockout_width)
+        if config.readout:
+            found["readout"] = readout(model, questions)
     depths = {name: part.pop("fusion") for name, part in found.items() if part}
     return found | {"fusion": depths or None}

@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.repeats < 1:
             raise ValueError(f"--repeats: must be at least 1, found {arguments.repeats}")
         finished = records.load(arguments.results / "records").finished
-        configs = [record["config"] for record in finished if record["experiment"] != "attention"]
+        configs = [record["config"] for record in finished if not records.of_attention(record)]
         found = measure(configs, arguments.repeats, choose_device(arguments.device))
         path = arguments.results / FILE
         if found["rows"]:

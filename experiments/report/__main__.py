@@ -14,11 +14,23 @@ from pathlib import Path
 
 from rich.console import Console
 
-from experiments.report import asked, captions, figures, formats, page, row_tables, summary, tables, verdict
+from experiments.report import (
+    asked,
+    captions,
+    figures,
+    formats,
+    kinds,
+    page,
+    row_tables,
+    sight,
+    summary,
+    tables,
+    verdict,
+)
 from experiments.report.asked import Asked
 from experiments.report.cells import Cell, ablation_cells, group_cells
 from experiments.report.definitions import Definition, definitions
-from experiments.report.records import Records, chosen, load
+from experiments.report.records import Records, chosen, load, of_attention
 from experiments.report.studies import Study, study_of
 
 _WRITERS = {"md": formats.markdown, "tex": formats.latex, "csv": formats.csv}
@@ -71,12 +83,14 @@ def write(records: Records, out: Path, wanted: Asked) -> None:
     verdicts = [verdict.judge(record) for record in probed]
     headline = verdict.headline(verdicts)
     ablation = ablation_cells(_elsewhere(cells, studies, known))
-    failed_probes = [record for record in records.failed if record["experiment"] == "attention"]
+    failed_probes = [record for record in records.failed if of_attention(record)]
     made = [
         *row_tables.study_tables(studies),
         tables.ablation_table(ablation),
-        tables.kinds_table(cells, probed),
         tables.fusion_table(verdicts, failed_probes),
+        sight.sight_table(probed),
+        kinds.kinds_table(cells, probed),
+        kinds.removal_kinds_table(probed),
         tables.provenance_table(records),
     ]
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments.incidental import INCIDENTAL
-from experiments.report.records import Record, Records, configuration, failure, flatten, outcomes, seed
+from experiments.report.records import Record, Records, configuration, failure, flatten, of_attention, outcomes, seed
 from experiments.report.statistics import Interval, accuracy_interval, difference_interval, holm, paired_test
 
 
@@ -65,8 +65,8 @@ class Cell:
 
     @property
     def is_attention(self) -> bool:
-        """Of the attention experiment alone, which is about one model and is no part of an ablation."""
-        return all(record["experiment"] == "attention" for record in self.records)
+        """Of an attention experiment alone, which is about one model and is no part of an ablation."""
+        return all(map(of_attention, self.records))
 
     @property
     def failures(self) -> str:

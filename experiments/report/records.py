@@ -114,6 +114,11 @@ def load(folder: Path) -> Records:
     )
 
 
+def of_attention(record: Record) -> bool:
+    """Whether a record is of an experiment that probes one model and trains none: `attention`, `smol_attention`."""
+    return str(record["experiment"]).rpartition("_")[2] == "attention"
+
+
 def chosen(records: Records, some: Iterable[Record]) -> Records:
     """Some of the records alone; files that could not be read stay named."""
     ids = {record["id"] for record in some}

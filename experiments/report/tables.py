@@ -115,7 +115,7 @@ def ablation_table(cells: Sequence[Cell]) -> Table:
         *(f"FLOPs of one prompt: {convention}." for convention in conventions),
         *(f"Latency: {note}." for note in sorted({cell.finished[0]["cost"]["latency_note"] for cell in timed})),
         *_guess_notes(cells),
-        *(f"{_cell_name(cell)}: {cell.failures}." for cell in cells if cell.failed),
+        *(f"{cell_name(cell)}: {cell.failures}." for cell in cells if cell.failed),
     )
     numeric = ("Tokens", "Pre-fusion", "Accuracy (%)", *_REST)
     return Table("ablation", "Ablation: accuracy and cost of every configuration.", numbers, columns, numeric, notes)
@@ -123,39 +123,6 @@ def ablation_table(cells: Sequence[Cell]) -> Table:
 
 LATENCY = "Latency (ms)"
 _REST = ("n", "Seeds", "Difference", "p", "FLOPs", LATENCY, "Parameters")
-
-
-def kinds_table(cells: Sequence[Cell], probed: Sequence[Record]) -> Table:
-    """Accuracy by kind of question: every ablation cell, then each probed model with its controls."""
-    rows: list[tuple[str, str, int, Sequence[str], np.ndarray]] = []
-    for cell in cells:
-        found = cell.outcomes()
-        if found is not None:
-            kinds = cell.finished[0]["data"]["kinds"]
-            rows.append((_cell_name(cell), "image", len(found), kinds, found))
-    for record in probed:
-        kinds = record["data"]["kinds"]
-        views = {**record["accuracy"], "text-only guess": record["data"].get("guess")}
-        for view, text in views.items():
-            if text is not None:
-                rows.append((describe(record), view, 1, kinds, outcomes(text)[None]))
-    names = sorted({kind for *_, kinds, _ in rows for kind in kinds})
-    data, text = [], []
-    for model, view, seeds, kinds, found in rows:
-        row: dict[str, Any] = {"model": model, "input": view, "seeds": seeds}
-        shown = {"Model": model, "Input": view, "Seeds": str(seeds)}
-        of = np.array(kinds)
-        for title, chosen in (("all", np.ones(len(of), bool)), *((name, of == name) for name in names)):
-            interval = accuracy_interval(found[:, chosen]) if chosen.any() else None
-            row |= {**bounds(title, interval), f"{title}_n": int(chosen.sum())}
-            shown[title.capitalize()] = percent(interval) if interval else NONE
-        data.append(row)
-        text.append(shown)
-    numeric = ("Seeds", "All", *(name.capitalize() for name in names))
-    counts = {tuple((name, list(kinds).count(name)) for name in names) for *_, kinds, _ in rows}
-    notes = tuple("Examples: " + ", ".join(f"{name} {n}" for name, n in count) + "." for count in sorted(counts))
-    caption = "Accuracy (%) by kind of question, with 95% bootstrap intervals over examples and seeds."
-    return Table("accuracy_by_kind", caption, pd.DataFrame(data), pd.DataFrame(text), numeric, notes)
 
 
 def fusion_table(verdicts: Sequence[Verdict], failed: Sequence[Record]) -> Table:
@@ -272,7 +239,7 @@ def _guess_notes(cells: Sequence[Cell]) -> list[str]:
     return [f"Text-only guess: {note}." for note in sorted(notes)]
 
 
-def _cell_name(cell: Cell) -> str:
+def cell_name(cell: Cell) -> str:
     if cell.is_baseline:
         name = f"{cell.label}, {cell.visual_tokens} tokens"
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from experiments.report.records import Record, Records, describe, outcomes, seed
+from experiments.report.records import Record, Records, describe, of_attention, outcomes, seed
 from experiments.report.statistics import paired_test
 
 REPRODUCES, FAILS, UNTOLD = "reproduces", "does not reproduce", "cannot be told"
@@ -18,7 +18,7 @@ RULE = (
     "interval is above half of the layers, or if some later block costs more than the first (p < 0.05, corrected for "
     "the number of later blocks). Otherwise it cannot be told. Attention is reported beside it and decides nothing: "
     "where a model looks is no proof of what it uses. The headline counts plain LLaVA (no compressor; no pre-fusion, "
-    "which would show text the picture before the first layer), of the attention experiment where that was run."
+    "which would show text the picture before the first layer), of an attention experiment where one was run."
 )
 _ALPHA = 0.05
 _KINDS = {"removal": True, "knockout": False, "readout": False, "attention": True}
@@ -52,7 +52,7 @@ class Headline:
 def probed(records: Records) -> tuple[Record, ...]:
     """Finished records with a probe: the attention experiment first, plain LLaVA before others, then by name."""
     found = [r for r in records.finished if any(r.get(key) is not None for key in ("attention", "removal", "fusion"))]
-    return tuple(sorted(found, key=lambda r: (not _dedicated(r), not _plain(r), r["name"], str(seed(r)), r["id"])))
+    return tuple(sorted(found, key=lambda r: (not of_attention(r), not _plain(r), r["name"], str(seed(r)), r["id"])))
 
 
 def judge(record: Record) -> Verdict:
@@ -67,7 +67,7 @@ def headline(verdicts: Iterable[Verdict]) -> Headline:
     """One answer over the plain LLaVAs; "cannot be told" where they disagree or there is none."""
     verdicts = list(verdicts)
     plain = [verdict for verdict in verdicts if _plain(verdict.record)]
-    counted = [verdict for verdict in plain if _dedicated(verdict.record)] or plain
+    counted = [verdict for verdict in plain if of_attention(verdict.record)] or plain
     if not counted:
         reason = "No plain LLaVA was probed" if verdicts else "No finished record holds a probe"
         return Headline(UNTOLD, f"{reason}.")
@@ -103,10 +103,6 @@ def interval_text(depth: dict) -> str:
 
 def _plain(record: Record) -> bool:
     return record["model"]["compressor"] == "none" and record["model"]["prefusion_layers"] == 0
-
-
-def _dedicated(record: Record) -> bool:
-    return record["experiment"] == "attention"
 
 
 def _sentence(record: Record) -> str:

@@ -134,6 +134,10 @@ def probes(record: dict[str, Any], ease: np.ndarray, samples: int) -> dict[str, 
             "block": 1,
             "inside": one,
             "onward": tails,
+            "by_kind": {
+                "place": {**depth, "kind": "removal", "depth": 1, "low": 1, "high": 2, "samples": 40},
+                "count": {**depth, "kind": "removal", "depth": None, "low": None, "high": None, "samples": 40},
+            },
             "random_inside": [{"layers": [layer], "correct": correct} for layer, correct in enumerate(random)],
         },
         "attention": {

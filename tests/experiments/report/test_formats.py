@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from experiments.report import formats, tables
+from experiments.report import formats, kinds, sight, tables
 from experiments.report.cells import ablation_cells, group_cells
 from experiments.report.numerals import quantity
 from experiments.report.records import Records
@@ -17,7 +17,7 @@ from experiments.report.verdict import judge, probed
 
 GOLDEN = Path(__file__).parent / "golden"
 WRITERS = {"md": formats.markdown, "tex": formats.latex, "csv": formats.csv}
-NAMES = ("ablation", "accuracy_by_kind", "fusion_depth", "provenance")
+NAMES = ("ablation", "accuracy_by_kind", "fusion_depth", "provenance", "removal_by_kind", "sight")
 
 
 @pytest.fixture
@@ -27,7 +27,9 @@ def made(records: list[dict[str, Any]]) -> dict[str, tables.Table]:
     cells, found = ablation_cells(group_cells(loaded)), probed(loaded)
     all_tables = (
         tables.ablation_table(cells),
-        tables.kinds_table(cells, found),
+        kinds.kinds_table(cells, found),
+        kinds.removal_kinds_table(found),
+        sight.sight_table(found),
         tables.fusion_table([judge(record) for record in found], []),
         tables.provenance_table(loaded),
     )

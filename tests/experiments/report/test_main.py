@@ -82,7 +82,8 @@ def read(results: Path) -> Page:
 
 
 def test_a_whole_report(whole: Path) -> None:
-    names, drawn = ("ablation", "accuracy_by_kind", "fusion_depth", "provenance"), captions.STEMS
+    names = ("ablation", "accuracy_by_kind", "fusion_depth", "provenance", "removal_by_kind", "sight")
+    drawn = captions.STEMS
     tables = {f"tables/{name}.{suffix}" for name in names for suffix in ("md", "tex", "csv")}
     wanted = {"index.html"} | tables | {f"figures/{stem}.{suffix}" for stem in drawn for suffix in ("png", "pdf")}
     report = whole / "report"

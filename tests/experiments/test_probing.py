@@ -1,0 +1,59 @@
+"""What is measured of a model against the same forward calls by hand."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import probing
+from experiments.config import ProbeConfig
+from experiments.data.samples import single_questions
+from experiments.evaluation import Questions, correct, digits
+from experiments.features import Features
+from probes import fusion_depth
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def samples(few):
+    return list(single_questions(few.samples))[:12]
+
+
+def test_probes_look_at_kept_features_and_leave_the_tower_alone(deep, processor, few, samples, tmp_path):
+    questions = Questions(samples, processor, 4, CPU, Features(tmp_path, deep, processor, few))
+    some = Questions(samples[:2], processor, 2, CPU)
+    right = digits(correct(deep, questions, "picture"))
+    layers = list(deep.model.vision_tower.encoder.layers)
+    ran = []
+    for layer in layers:
+        layer.register_forward_hook(lambda *_: ran.append(1))
+    found = probing.analyse(deep, questions, some, ProbeConfig(removal=True, knockout=True, readout=True))
+    assert not ran
+    assert found["removal"]["onward"][-1]["correct"] == right
+    assert found["knockout"]["windows"][0]["correct"] == right
+    probing.analyse(deep, questions, some, ProbeConfig(attention=True))
+    assert len(ran) == len(layers)  # one batch of pixels
+
+
+def test_depth_by_kind_is_that_of_these_questions_alone():
+    rng = np.random.default_rng(0)
+    easy = rng.random((5, 40)) < np.array([0.1, 0.5, 0.95, 0.95, 0.95])[:, None]
+    hard = rng.random((5, 40)) < np.array([0.1, 0.1, 0.2, 0.5, 0.95])[:, None]
+    both = np.stack([easy, hard], axis=2).reshape(5, 80)  # one kind after the other
+    runs = [{"layers": list(range(k, 8)), "correct": digits(row)} for k, row in zip((0, 2, 4, 6, 8), both, strict=True)]
+    kinds = ["easy", "hard"] * 40
+    found = probing.removal_by_kind({"onward": runs, "block": 2}, kinds)
+    assert list(found) == ["easy", "hard"]
+    for kind, values in (("easy", easy), ("hard", hard)):
+        expected = dataclasses.asdict(fusion_depth(values.astype(float), "removal"))
+        assert found[kind]["depth"] == 2 * expected["depth"]
+        assert found[kind]["curve"] == expected["curve"]
+        assert found[kind]["layers"] == 8
+    assert found["easy"]["high"] < found["hard"]["low"]
+
+
+def test_a_kind_asked_once_has_no_depth():
+    runs = [{"layers": list(range(k, 2)), "correct": "01" * 5 + "1"} for k in range(3)]
+    assert list(probing.removal_by_kind({"onward": runs, "block": 1}, ["often"] * 10 + ["once"])) == ["often"]
