@@ -18,10 +18,9 @@ from experiments.config import ProbeConfig
 from experiments.data.conversation import on_answers
 from experiments.evaluation import Inputs, Questions, digits, greedy_matches
 from experiments.models import inference
-from probes import FusionDepth, RemoveTokens, TokenMap, fusion_depth, intervene, record_attention
-from probes.curves import Score, knockout_curve, removal_curve, text_states
+from probes import FusionDepth, TokenMap, fusion_depth, record_attention
+from probes.curves import Score, knockout_curve, removal_scores, text_states
 from probes.readout import linear_readout
-from probes.replay import replay
 
 PAIRS = (("instruction", "vision"), ("instruction", "instruction"), ("response", "vision"), ("response", "instruction"))
 FUSION_PAIR = PAIRS.index(("instruction", "vision"))
@@ -146,22 +145,17 @@ def removal(model: PreTrainedModel, questions: Questions, block: int) -> dict[st
     """
     layers = model.config.get_text_config().num_hidden_layers
     blocks = [range(a, min(a + block, layers)) for a in range(0, layers, block)]
-    starts = [*(some.start for some in blocks), layers]
+    onwards = [range(a, layers) for a in [*(some.start for some in blocks), layers]]
 
     def measure(tokens: TokenMap, asked: Inputs, score: Score) -> np.ndarray:
-        inside = []
-        with replay(model, starts) as since:
-            for some in reversed(blocks):  # the first run is intact ahead of all others
-                with since(some.start), intervene(model, tokens, RemoveTokens("vision", some)):
-                    inside.append(score(model(**asked).logits).cpu().numpy())
-        return np.concatenate([inside[::-1], removal_curve(model, tokens, asked, score, starts)])
+        return removal_scores(model, tokens, asked, score, [*blocks, *onwards])
 
     outcomes = _measured(questions, model, "no vision in some layers", measure)
     inside, onward = np.split(outcomes, [len(blocks)])
     return {
         "block": block,
         "inside": _runs(blocks, inside),
-        "onward": _runs([range(a, layers) for a in starts], onward),
+        "onward": _runs(onwards, onward),
         "fusion": asdict(_in_layers(fusion_depth(onward, "removal"), block, layers)),
     }
 

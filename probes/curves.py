@@ -7,7 +7,7 @@ without a picture tells nothing here: its attention is NaN, its scores are the s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from probes.attention import record_attention
+from probes.cut import can_cut
 from probes.decoder import decoder_layers, find_decoder
 from probes.interventions import BlockAttention, RemoveTokens, intervene
 from probes.replay import replay
@@ -49,7 +50,7 @@ def removal_curve(
 ) -> Float[np.ndarray, "starts samples"]:
     """Score with vision removed from layer k onward, for each k of `starts`: by default 0, 1, ..., all layers.
 
-    Layers ahead of k run once for all k. The last k, all layers, removes nothing.
+    The last k, all layers, removes nothing.
 
     Raises ValueError for a start outside the model.
     """
@@ -58,12 +59,28 @@ def removal_curve(
     outside = [start for start in starts if not 0 <= start <= layers]
     if outside:
         raise ValueError(f"starts {outside} are outside the model: it has {layers} layers, so 0 to {layers}")
-    found: dict[int, Float[Tensor, " samples"]] = {}
-    with replay(model, starts) as since:
-        for start in sorted(set(starts), reverse=True):  # the first run is intact ahead of all others
-            with since(start), intervene(model, tokens, RemoveTokens("vision", layers=range(start, layers))):
-                found[start] = score(model(**inputs).logits)
-    return _points([found[start] for start in starts])
+    return removal_scores(model, tokens, inputs, score, [range(start, layers) for start in starts])
+
+
+@torch.no_grad()
+def removal_scores(
+    model: PreTrainedModel, tokens: TokenMap, inputs: Mapping[str, Any], score: Score, spans: Sequence[range]
+) -> Float[np.ndarray, "spans samples"]:
+    """Score with vision removed from the layers of each span; an empty one removes nothing.
+
+    Layers ahead of a span run once for all, and those inside it on the text alone, where the model lets them.
+
+    Raises ValueError for layers outside the model.
+    """
+    decoder = find_decoder(model)
+    how: Literal["drop", "mask"] = "drop" if can_cut(decoder) else "mask"
+    found: dict[range, Float[Tensor, " samples"]] = {}
+    with replay(model, [span.start for span in spans]) as since:
+        # The first run is intact ahead of all others.
+        for span in sorted(set(spans), key=lambda span: span.start, reverse=True):
+            with since(span.start), intervene(model, tokens, RemoveTokens("vision", span, how=how)):
+                found[span] = score(_logits(model, inputs))
+    return _points([found[span] for span in spans])
 
 
 @torch.no_grad()
@@ -84,12 +101,12 @@ def knockout_curve(
     layers = len(decoder_layers(find_decoder(model)))
     text = tokens.merge({"text": [group for group in tokens.groups if group not in ("pad", "vision")]})
     with replay(model, range(layers)) as since:
-        scores = [score(model(**inputs).logits)]
+        scores = [score(_logits(model, inputs))]
         for last in range(layers + width - 1):
             window = range(max(last - width + 1, 0), min(last + 1, layers))
             cut = BlockAttention(source="vision", target="text", layers=window)
             with since(window.start), intervene(model, text, cut):
-                scores.append(score(model(**inputs).logits))
+                scores.append(score(_logits(model, inputs)))
     return _points(scores)
 
 
@@ -118,6 +135,11 @@ def text_states(
     finally:
         handle.remove()
     return torch.stack([_sample_means(kept, positions) for kept in (*embedded, *(states[i] for i in states.layers))])
+
+
+def _logits(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Float[Tensor, "batch positions vocabulary"]:
+    """Without a cache: nothing is generated, and one of sliding windows cannot lack tokens."""
+    return model(**{**inputs, "use_cache": False}).logits  # type: ignore[no-any-return]
 
 
 def _sample_means(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,6 +12,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 _NAME = "_probes_cut"
+# What a layer may be given that those who cut its call know of.
+_ARGUMENTS = {
+    "self",
+    "hidden_states",
+    "attention_mask",
+    "position_ids",
+    "position_embeddings",
+    "past_key_values",
+    "use_cache",
+    "output_attentions",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +76,17 @@ def take(values: Tensor, index: Int[Tensor, "batch kept"], dim: int) -> Tensor:
     source = list(values.shape)
     source[dim - 1] = index.shape[0]
     return values.expand(source).gather(dim, index.to(values.device).view(shape).expand(expanded))
+
+
+def can_cut(decoder: nn.Module) -> bool:
+    """Whether the layers can run on some of a call's tokens: they are told each one's position, and no more by token."""
+    # The class's own: libraries that place weights on devices put a forward of theirs on the module.
+    forwards = [inspect.signature(type(layer).forward) for layer in decoder.get_submodule("layers").children()]
+    named = [
+        {name for name, parameter in forward.parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
+        for forward in forwards
+    ]
+    return all("position_embeddings" in names <= _ARGUMENTS for names in named)
 
 
 def cut_of(layer: nn.Module) -> Cut | None:

@@ -7,8 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from probes.curves import attention_curve, knockout_curve, removal_curve, text_states
+from probes.curves import attention_curve, knockout_curve, removal_curve, removal_scores, text_states
+from probes.cut import can_cut
+from probes.decoder import decoder_layers, find_decoder
+from probes.interventions import RemoveTokens, intervene
 from probes.tokens import TokenMap
 
 LAYERS = 3
@@ -134,6 +139,62 @@ def test_removal_curve(batch: Any, make_llava: Make) -> None:
     curve = removal_curve(model, tokens, inputs, last)
     assert curve == pytest.approx(torch.stack(expected).numpy(), abs=1e-4)
     assert removal_curve(model, tokens, inputs, last, starts=[0, 2, 3]) == pytest.approx(curve[[0, 2, 3]], abs=1e-6)
+
+
+@torch.no_grad()
+def test_removal_scores_share_what_they_can(batch: Any) -> None:
+    """One intact run, layers ahead of a span once for all, spans that are alike once, and text alone inside."""
+    model, tokens, inputs = batch
+    layers = decoder_layers(find_decoder(model))
+    spans = [range(1), range(2, 3), range(3), range(2, 3), range(3, 3)]
+    expected = []
+    for span in spans:
+        with intervene(model, tokens, RemoveTokens("vision", span)):
+            expected.append(last(model(**inputs).logits))
+    ran: list[tuple[int, int]] = []
+    with contextlib.ExitStack() as stack:
+        for number, layer in enumerate(layers):
+
+            def note(mlp: Any, args: Any, output: Any, number: int = number) -> None:
+                ran.append((number, output.shape[1]))
+
+            stack.callback(layer.mlp.register_forward_hook(note).remove)
+        scores = removal_scores(model, tokens, inputs, last, spans)
+    assert scores == pytest.approx(torch.stack(expected).numpy(), abs=1e-5)
+    whole, text = inputs["input_ids"].shape[1], int((~tokens.mask("vision")).sum(1).max())
+    assert sorted(ran[:3]) == [(0, whole), (1, whole), (2, whole)]
+    assert ran[3:4] == [(2, text)]
+    assert sorted(ran[4:]) == sorted([(0, text), (1, whole), (2, whole), (0, text), (1, text), (2, text)])
+
+
+def test_layers_that_are_told_more_by_token_are_not_cut(make_llava: Make) -> None:
+    """As Gemma 3n's, which add embeddings of their own: what would be left of those is not known."""
+
+    class Layer(LlamaDecoderLayer):
+        def forward(self, hidden_states: Any, position_embeddings: Any, per_layer_input: Any, **kwargs: Any) -> Any:
+            return super().forward(hidden_states, position_embeddings=position_embeddings, **kwargs) + per_layer_input
+
+    decoder = find_decoder(make_llava())
+    assert can_cut(decoder)
+    decoder.layers[1] = Layer(decoder.config, 1)
+    assert not can_cut(decoder)
+
+
+@torch.no_grad()
+def test_layers_that_count_positions_themselves_run_whole() -> None:
+    """OPT's, whose positions are added to the embeddings, are not told them: tokens are hidden then."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "init_std": 0.2}
+    model = OPTForCausalLM(OPTConfig(vocab_size=64, word_embed_proj_dim=32, image_token_id=63, **sizes)).eval()
+    inputs = {"input_ids": torch.tensor([[1, 63, 63, 4, 5], [3, 63, 63, 7, 8]])}
+    tokens = TokenMap.from_inputs(model, inputs)
+    expected = []
+    for start in range(LAYERS + 1):
+        with intervene(model, tokens, RemoveTokens("vision", range(start, LAYERS))):
+            expected.append(last(model(**inputs).logits))
+    curve = removal_curve(model, tokens, inputs, last)
+    assert curve == pytest.approx(torch.stack(expected).numpy(), abs=1e-6)
+    assert (abs(curve[0] - curve[LAYERS]) > 1e-4).all()
 
 
 def test_text_states(batch: Any, make_llava: Make) -> None:

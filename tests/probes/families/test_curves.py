@@ -1,0 +1,42 @@
+"""Curves on every family, each with its own mask and positions: as interventions on whole calls have them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from probes import RemoveTokens, TokenMap, intervene
+from probes.curves import removal_curve
+from tests.probes.families.build import FAMILIES, LAYERS, tiny
+from tests.probes.families.test_all import make_inputs
+
+
+class Curves:
+    """A family's model, its inputs, and a score of all its text."""
+
+    def __init__(self, family: str, side: str) -> None:
+        self.inputs, self.model = make_inputs(family, side), tiny(family).model()
+        self.tokens = TokenMap.from_inputs(self.model, self.inputs)
+        self.text = ~self.tokens.mask("pad") & ~self.tokens.mask("vision")
+
+    def score(self, logits: Tensor) -> Tensor:
+        return (logits.log_softmax(-1)[..., 5] * self.text).sum(1)
+
+    @torch.no_grad()
+    def plain(self, *interventions: Any) -> Tensor:
+        with intervene(self.model, self.tokens, *interventions):
+            return self.score(self.model(**self.inputs).logits)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_removal(family: str, side: str) -> None:
+    """As hidden from whole calls."""
+    of = Curves(family, side)
+    expected = [of.plain(RemoveTokens("vision", range(start, LAYERS))) for start in range(LAYERS + 1)]
+    curve = removal_curve(of.model, of.tokens, of.inputs, of.score)
+    torch.testing.assert_close(torch.from_numpy(curve), torch.stack(expected), atol=1e-3, rtol=0)
+    assert (expected[0] - expected[-1])[[0, 2]].abs().min() > 1e-1, "rows 0 and 2 have pictures"
