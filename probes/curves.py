@@ -92,7 +92,7 @@ def knockout_curve(
     Window i ends at layer i and is clipped to the model, so every layer lies in `width` of the layers + width - 1
     windows. Blocked are the queries of all groups but `pad` and `vision`: the instruction, the response (supervised or
     generated) and text between pictures. Visual tokens go on seeing each other. Layers ahead of a window run once for
-    all.
+    all, and where the model lets them, so do all layers at positions that no window changes: most of all the picture's.
 
     Raises ValueError for a width below 1.
     """
@@ -100,7 +100,9 @@ def knockout_curve(
         raise ValueError(f"width is {width}: windows hold at least 1 layer")
     layers = len(decoder_layers(find_decoder(model)))
     text = tokens.merge({"text": [group for group in tokens.groups if group not in ("pad", "vision")]})
-    with replay(model, range(layers)) as since:
+    # Nothing else changes: a picture does not see the text behind it, or is found to.
+    behind = text.mask("text") & (text.mask("vision").cumsum(1) > 0)
+    with replay(model, range(layers), behind if can_cut(find_decoder(model)) else None) as since:
         scores = [score(_logits(model, inputs))]
         for last in range(layers + width - 1):
             window = range(max(last - width + 1, 0), min(last + 1, layers))

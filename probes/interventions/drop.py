@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from probes.cut import Cut, cut_of, kept_first, set_cut
-from probes.interventions.masks import explicit, hide, key_length, replace_hidden, with_hidden
+from probes.interventions.masks import explicit, key_length, replace_hidden, shortened, with_hidden
 from probes.states import hidden_of, hidden_states
 
 if TYPE_CHECKING:
@@ -91,16 +91,11 @@ class LayerDrop:
             kwargs = shared.renumbering(self.number, hidden, kwargs)
         mask, embeddings = kwargs["attention_mask"], kwargs["position_embeddings"]
 
-        def shortened() -> dict[str, Any]:
-            left = {"attention_mask": mask, "position_embeddings": tuple(cut.rows(part, -2) for part in embeddings)}
-            if mask is not None or cut.filled:
-                whole = explicit(layer, mask, hidden, keys)
-                left["attention_mask"] = hide(cut.edges(whole), cut.key_filler[:, None, None, :])
-            if isinstance(kwargs.get("position_ids"), Tensor):
-                left["position_ids"] = cut.rows(kwargs["position_ids"], -1)
-            return left
+        def left() -> dict[str, Any]:
+            needed = mask is not None or cut.filled
+            return shortened(cut, explicit(layer, mask, hidden, keys) if needed else None, kwargs)
 
-        changed = once(("shortened", keys), shortened, mask, embeddings, cut)
+        changed = once(("left", keys), left, mask, embeddings, cut)
         return replace_hidden(args, kwargs | changed, cut.rows(hidden))
 
     def lengthen(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

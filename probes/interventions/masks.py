@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from probes.cut import Cut
 from probes.states import hidden_states
 
 
@@ -71,3 +72,14 @@ def hide(mask: Tensor, blocked: Bool[Tensor, "batch 1 queries keys"]) -> Tensor:
     if mask.dtype == torch.bool:
         return mask & ~blocked
     return mask.masked_fill(blocked, torch.finfo(mask.dtype).min)
+
+
+def shortened(cut: Cut, mask: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Mask, position embeddings and ids of the queries that are left of a layer's call, `mask` that of the whole one."""
+    left: dict[str, Any] = {
+        "attention_mask": None if mask is None else hide(cut.edges(mask), cut.key_filler[:, None, None, :]),
+        "position_embeddings": tuple(cut.rows(part, -2) for part in kwargs["position_embeddings"]),
+    }
+    if isinstance(kwargs.get("position_ids"), Tensor):
+        left["position_ids"] = cut.rows(kwargs["position_ids"], -1)
+    return left

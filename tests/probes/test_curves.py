@@ -100,6 +100,19 @@ def test_knockout_curve(batch: Any, make_llava: Make, width: int) -> None:
     assert curve[:, 2] == pytest.approx(curve[0, 2], abs=1e-5), "no picture, nothing to lose"
 
 
+def test_windows_run_on_the_text_behind_the_picture(batch: Any) -> None:
+    model, tokens, inputs = batch
+    layers = decoder_layers(find_decoder(model))
+    ran: list[int] = []
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            hook = layer.mlp.register_forward_hook(lambda _, args, output: ran.append(output.shape[1]))
+            stack.callback(hook.remove)
+        knockout_curve(model, tokens, inputs, last)
+    behind = tokens.mask("instruction") & (tokens.mask("vision").cumsum(1) > 0)
+    assert ran == LAYERS * [inputs["input_ids"].shape[1]] + (3 + 2 + 1) * [int(behind.sum(1).max())]
+
+
 def test_windows_hold_each_layer_as_often(batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens, inputs = batch
     for width in (1, 2, 3, 5):

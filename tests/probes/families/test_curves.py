@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from probes import RemoveTokens, TokenMap, intervene
-from probes.curves import removal_curve
+from probes.curves import knockout_curve, removal_curve
+from probes.interventions import BlockAttention
 from tests.probes.families.build import FAMILIES, LAYERS, tiny
 from tests.probes.families.test_all import make_inputs
 
@@ -40,3 +41,15 @@ def test_removal(family: str, side: str) -> None:
     curve = removal_curve(of.model, of.tokens, of.inputs, of.score)
     torch.testing.assert_close(torch.from_numpy(curve), torch.stack(expected), atol=1e-3, rtol=0)
     assert (expected[0] - expected[-1])[[0, 2]].abs().min() > 1e-1, "rows 0 and 2 have pictures"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_knockout(family: str, side: str) -> None:
+    """As whole calls, also where pictures see the text behind them, or text lies between two."""
+    of = Curves(family, side)
+    expected = [of.plain(*(BlockAttention("vision", of.text, [layer]) for layer in cut)) for cut in ([], [0], [1], [2])]
+    curve = knockout_curve(of.model, of.tokens, of.inputs, of.score)
+    torch.testing.assert_close(torch.from_numpy(curve), torch.stack(expected), atol=1e-3, rtol=0)
+    assert (abs(curve[1:, [0, 2]] - curve[0, [0, 2]]) > 1e-4).all()
+    assert (curve[:, 1] == curve[0, 1]).all(), "no picture"
