@@ -258,6 +258,7 @@ class ProbeConfig:
     knockout: bool = False  # accuracy with text cut off from visual tokens in windows of layers
     knockout_width: int = 1  # layers a window
     readout: bool = False  # whether the answer can be read off the question's states, by layer
+    lens: bool = False  # the right first token's rank and log-probability where it is predicted, by layer
 
 
 @dataclass

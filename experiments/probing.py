@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 from experiments.config import ProbeConfig
 from experiments.data.conversation import on_answers
 from experiments.evaluation import Inputs, Questions, digits, greedy_matches
+from experiments.lens import lens
 from experiments.models import inference
+from experiments.token_groups import token_map
 from probes import FusionDepth, TokenMap, fusion_depth, record_attention
 from probes.curves import Score, knockout_curve, removal_scores, text_states
 from probes.readout import linear_readout
@@ -26,15 +28,6 @@ PAIRS = (("instruction", "vision"), ("instruction", "instruction"), ("response",
 FUSION_PAIR = PAIRS.index(("instruction", "vision"))
 READOUT_FOLDS = 5
 _DIGITS = 5  # kept of each number per sample
-
-
-def token_map(model: PreTrainedModel, inputs: Inputs) -> TokenMap:
-    """The paper's token types: the instruction is the system prompt and the user's text together (section 3).
-
-    Where in the picture a token lies is not asked: features in the place of pixels would not tell.
-    """
-    inputs = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
-    return TokenMap.from_inputs(model, inputs).merge({"instruction": ["system", "instruction"]})
 
 
 def _pairs(
@@ -230,11 +223,9 @@ def _in_layers(depth: FusionDepth, block: int, layers: int) -> FusionDepth:
     )
 
 
-def analyse(
-    model: PreTrainedModel, questions: Questions, some: Questions, config: ProbeConfig
-) -> dict[str, dict[str, Any] | None]:
-    """All that `config` asks for; attention is recorded on `some` questions, with pixels for the
-    tower of random weights to look at; the rest is measured on all."""
+def analyse(model: PreTrainedModel, questions: Questions, some: Questions, config: ProbeConfig) -> dict[str, Any]:
+    """All that `config` asks for; attention is recorded on `some` questions, with pixels for the tower of random weights
+    to look at; the rest is measured on all."""
     found: dict[str, dict[str, Any] | None] = dict.fromkeys(("attention", "removal", "knockout", "readout"))
     if config.attention:
         found["attention"] = attention(model, some, config.random_control)
@@ -246,5 +237,14 @@ def analyse(
             found["knockout"] = knockout(model, questions, config.knockout_width)
         if config.readout:
             found["readout"] = readout(model, questions)
+        read = _lens(model, questions, config)
     depths = {name: part.pop("fusion") for name, part in found.items() if part}
-    return found | {"fusion": depths or None}
+    return {**found, "fusion": depths or None, **read}
+
+
+def _lens(model: PreTrainedModel, questions: Questions, config: ProbeConfig) -> dict[str, Any]:
+    """The `lens` part, and in `lens_note` why it is None where it was asked for: not every model can be read so."""
+    try:
+        return {"lens": lens(model, questions) if config.lens else None, "lens_note": None}
+    except ValueError as error:
+        return {"lens": None, "lens_note": str(error)}

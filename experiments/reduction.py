@@ -170,7 +170,7 @@ def check(model: PreTrainedModel, config: Config) -> None:
         first_layers(reduction, depth)
     if getattr(model.config, "compressor", "none") != "none" and not model.config.compressor_size:
         raise ValueError(f"{wanted}: with compressor.size=0 the language model sees no visual token to drop")
-    probes: Sequence[str] = ("attention", "removal", "knockout", "readout")
+    probes: Sequence[str] = ("attention", "removal", "knockout", "readout", "lens")
     for name in probes:
         if getattr(config.probe, name):
             raise ValueError(f"probe.{name} looks at a model that keeps its visual tokens: leave it out with {wanted}")

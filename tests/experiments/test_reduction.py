@@ -111,6 +111,7 @@ def test_settings_that_do_not_go(make, said):
         ),
         ({"prefusion": PrefusionConfig(4, place="inside")}, "prefusion.layers: 4 inside a language model of 4 layers"),
         ({"reduction": REDUCTIONS["vtw"], "probe": ProbeConfig(removal=True)}, "probe.removal .* with reduction=vtw"),
+        ({"reduction": REDUCTIONS["vtw"], "probe": ProbeConfig(lens=True)}, "probe.lens .* with reduction=vtw"),
         (
             {"prefusion": PrefusionConfig(2, place="inside"), "probe": ProbeConfig(attention=True)},
             "probe.attention .* with prefusion.place=inside",
