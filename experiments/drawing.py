@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.report.figures import attention_figure, entropy_figure, fusion_figure, removal_figure, save
+from experiments.report.figures import (
+    attention_figure,
+    entropy_figure,
+    fusion_figure,
+    lens_figure,
+    removal_figure,
+    save,
+)
 from experiments.report.records import read
 
 
@@ -19,6 +26,7 @@ def draw_record(path: Path) -> list[Path]:
         ("attention", "entropy", entropy_figure),
         ("removal", "removal", removal_figure),
         ("knockout", "fusion", fusion_figure),
+        ("lens", "lens", lens_figure),
     ):
         if record.get(part):
             png, _ = save(figure(record), folder / f"{path.stem}-{name}")

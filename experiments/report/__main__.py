@@ -102,7 +102,9 @@ def write(records: Records, out: Path, wanted: Asked) -> None:
         for table in made:
             for suffix, format_ in _WRITERS.items():
                 (aside / "tables" / f"{table.name}.{suffix}").write_text(format_(table), encoding="utf-8")
-        drawings = list(captions.draw(studies, probed, ablation))
+        # A lens decides nothing: who has it alone is not judged, and drawn all the same.
+        seen = (*probed, *(record for record in records.finished if record.get("lens") is not None))
+        drawings = list(captions.draw(studies, seen, ablation))
         pictures = {d.stem: figures.save(d.figure, aside / "figures" / d.stem)[0] for d in drawings if d.figure}
         text = page.render(records, headline, verdicts, studies, made, drawings, pictures)
         (aside / "index.html").write_text(text, encoding="utf-8")

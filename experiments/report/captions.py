@@ -41,7 +41,8 @@ def draw(studies: Sequence[Study], probed: Sequence[Record], ablation: Sequence[
         if record is not None:
             yield Drawing(stem, title, f"{caption(record)} {_source(record)}", draw_record(record))
         elif probed or not studies:
-            yield Drawing(stem, title, f"Not drawn: no finished record holds {needs} measurements.", None)
+            why = next((f" ({note})" for record in probed if (note := record.get(f"{needs}_note"))), "")
+            yield Drawing(stem, title, f"Not drawn: no finished record holds {needs} measurements{why}.", None)
     if studies and not ablation:
         return
     families = Counter(cell.family for cell in ablation if cell.finished)
@@ -136,6 +137,17 @@ def _fusion(record: Record) -> str:
     return " ".join(parts)
 
 
+def _lens(record: Record) -> str:
+    guess = record["data"].get("guess") is not None
+    return (
+        "What the model's own final norm and head read where the answer is to begin, after each layer. Above: share of "
+        "questions for which the right answer's first token ranks first of the vocabulary; below: that token's mean "
+        "log-probability. After 0 layers it is the embedding that is read, after all of them the model's own prediction. "
+        f"Band: 95% bootstrap interval over n = {record['lens']['samples']} questions."
+        f"{' The text-only guess is right where the whole answer is.' if guess else ''}"
+    )
+
+
 def _layers(count: int) -> str:
     return "one layer" if count == 1 else f"{count} layers in a row"
 
@@ -155,6 +167,7 @@ _PROBES: tuple[tuple[str, str, str, Callable[[Record], Figure], Callable[[Record
     ("fusion_by_curve", "Fusion depth from several curves", "knockout", figures.fusion_figure, _fusion),
     ("attention_by_layer", "Attention mass by layer", "attention", figures.attention_figure, _mass),
     ("entropy_by_layer", "Attention entropy by layer", "attention", figures.entropy_figure, _entropy),
+    ("lens_by_layer", "The right answer's first word by layer: logit lens", "lens", figures.lens_figure, _lens),
 )
 _SWEEPS: tuple[tuple[str, str, Callable[[Sequence[Cell]], Figure], str], ...] = (
     (

@@ -181,6 +181,8 @@ def check(record: Any) -> None:
         _check_knockout(record)
     if record.get("readout") is not None:
         _check_readout(record)
+    if record.get("lens") is not None:
+        _check_lens(record)
     for kind, depth in (record.get("fusion") or {}).items():
         if depth is not None:
             for key, type_ in _FUSION.items():
@@ -297,12 +299,23 @@ def _check_knockout(record: Record) -> None:
 
 
 def _check_readout(record: Record) -> None:
-    depths, samples = _field(record, "readout.depths", list), _field(record, "readout.samples", int)
+    _check_depths(record, "readout", ("correct", "control"))
+
+
+def _check_lens(record: Record) -> None:
+    _check_depths(record, "lens", ("correct",))
+    for index, run in enumerate(record["lens"]["depths"]):
+        _field(run, "logprob", (int, float), f"lens.depths[{index}].logprob")
+
+
+def _check_depths(record: Record, part: str, keys: Sequence[str]) -> None:
+    """What is read after 0, 1, ... all layers, with one outcome a sample under each of `keys`."""
+    depths, samples = _field(record, f"{part}.depths", list), _field(record, f"{part}.samples", int)
     if len(depths) != record["model"]["layers"] + 1:
-        raise ValueError(f"readout.depths has {len(depths)} entries for {record['model']['layers']} layers and none")
+        raise ValueError(f"{part}.depths has {len(depths)} entries for {record['model']['layers']} layers and none")
     for index, run in enumerate(depths):
-        for key in ("correct", "control"):
-            _check_outcomes(run.get(key), f"readout.depths[{index}].{key}", samples)
+        for key in keys:
+            _check_outcomes(run.get(key), f"{part}.depths[{index}].{key}", samples)
 
 
 def _check_attention(record: Record) -> None:

@@ -102,6 +102,7 @@ def finished(
         "attention": None,
         "knockout": None,
         "readout": None,
+        "lens": None,
         "fusion": None,
     }
 
@@ -128,6 +129,7 @@ def probes(record: dict[str, Any], ease: np.ndarray, samples: int) -> dict[str, 
     blocked = [draw(rng, ease, rate) for rate in (0.5, 0.4, 0.62, 0.84, 0.86, 0.87, 0.87)]
     readable = [draw(rng, ease[: len(ease) - 3], rate) for rate in (0.34, 0.6, 0.78, 0.8, 0.8, 0.79, 0.7)]
     chance = [draw(rng, rng.random(len(ease) - 3), 0.3) for _ in readable]
+    worded = [draw(rng, ease, rate) for rate in (0.05, 0.1, 0.2, 0.4, 0.7, 0.8, 0.87)]
     depth = {"threshold": 0.9, "layers": LAYERS, "level": 0.95, "curve": [0.0] * LAYERS}
     return record | {
         "removal": {
@@ -162,6 +164,11 @@ def probes(record: dict[str, Any], ease: np.ndarray, samples: int) -> dict[str, 
             "label": "the right answer",
             "samples": len(ease) - 3,
             "depths": [{"correct": c, "control": d} for c, d in zip(readable, chance, strict=True)],
+        },
+        "lens": {
+            "label": "the right answer's first token",
+            "samples": len(ease),
+            "depths": [{"correct": right, "logprob": -4.5 + 0.7 * k} for k, right in enumerate(worded)],
         },
         "fusion": {
             "knockout": {**depth, "kind": "knockout", "depth": 2, "low": 2, "high": 2, "samples": 120, "reads": (1, 2)},

@@ -175,7 +175,7 @@ def test_drawing_leaves_matplotlib_as_it_was(probed: dict[str, Any]) -> None:
 
 def test_what_cannot_be_drawn_is_said(records: list[dict[str, Any]]) -> None:
     drawings = list(draw([], [], ablation_cells(group_cells(loaded(records[-1:])))))
-    assert [drawing.figure for drawing in drawings] == [None] * 6
+    assert [drawing.figure for drawing in drawings] == [None] * 7
     assert all(drawing.caption.startswith("Not drawn: no finished ") for drawing in drawings)
 
 

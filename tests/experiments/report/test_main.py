@@ -97,7 +97,7 @@ def test_the_page_is_self_contained_and_links_to_files_that_exist(whole: Path) -
     found = read(whole)
     assert {"script", "link", "iframe"}.isdisjoint(found.tags)
     embedded = [reference for reference in found.references if reference.startswith("data:")]
-    assert len(embedded) == 6
+    assert len(embedded) == 7
     for reference in set(found.references) - set(embedded):
         assert (whole / "report" / reference).is_file()
     raw = (whole / "report" / "index.html").read_text(encoding="utf-8")
@@ -184,6 +184,15 @@ def test_a_figure_that_is_no_longer_made_goes_away(records: Records, write_recor
         (figures / name).write_bytes(b"old")
     main(["--results", str(results)])
     assert [path.name for path in figures.iterdir()] == ["mine.png"]
+
+
+def test_a_lens_alone_is_drawn_and_not_judged(records: Records, write_records: Write) -> None:
+    others = ("removal", "attention", "knockout", "readout", "fusion")
+    results = write_records([records[-1] | dict.fromkeys(others)])
+    assert main(["--results", str(results)]) == 0
+    drawn = {path.name for path in (results / "report" / "figures").iterdir()}
+    assert drawn == {"lens_by_layer.png", "lens_by_layer.pdf"}
+    assert "No finished record holds a probe" in read(results).text
 
 
 @pytest.mark.usefixtures("undrawn")
