@@ -74,11 +74,13 @@ def removal_scores(
     """
     decoder = find_decoder(model)
     how: Literal["drop", "mask"] = "drop" if can_cut(decoder) else "mask"
+    # Padding counts for nothing, but a row of much of it, without a picture, would have all rows filled up to its length.
+    gone = tokens.mask("vision") | tokens.mask("pad")
     found: dict[range, Float[Tensor, " samples"]] = {}
     with replay(model, [span.start for span in spans]) as since:
         # The first run is intact ahead of all others.
         for span in sorted(set(spans), key=lambda span: span.start, reverse=True):
-            with since(span.start), intervene(model, tokens, RemoveTokens("vision", span, how=how)):
+            with since(span.start), intervene(model, tokens, RemoveTokens(gone, span, how=how)):
                 found[span] = score(_logits(model, inputs))
     return _points([found[span] for span in spans])
 

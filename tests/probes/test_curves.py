@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from probes.curves import attention_curve, knockout_curve, removal_curve, removal_scores, text_states
 from probes.cut import can_cut
 from probes.decoder import decoder_layers, find_decoder
-from probes.interventions import RemoveTokens, intervene
+from probes.interventions import BlockAttention, RemoveTokens, intervene
 from probes.tokens import TokenMap
 
 LAYERS = 3
@@ -174,7 +174,7 @@ def test_removal_scores_share_what_they_can(batch: Any) -> None:
             stack.callback(layer.mlp.register_forward_hook(note).remove)
         scores = removal_scores(model, tokens, inputs, last, spans)
     assert scores == pytest.approx(torch.stack(expected).numpy(), abs=1e-5)
-    whole, text = inputs["input_ids"].shape[1], int((~tokens.mask("vision")).sum(1).max())
+    whole, text = inputs["input_ids"].shape[1], int((~tokens.mask("vision") & ~tokens.mask("pad")).sum(1).max())
     assert sorted(ran[:3]) == [(0, whole), (1, whole), (2, whole)]
     assert ran[3:4] == [(2, text)]
     assert sorted(ran[4:]) == sorted([(0, text), (1, whole), (2, whole), (0, text), (1, text), (2, text)])
@@ -208,6 +208,9 @@ def test_layers_that_count_positions_themselves_run_whole() -> None:
     curve = removal_curve(model, tokens, inputs, last)
     assert curve == pytest.approx(torch.stack(expected).numpy(), abs=1e-6)
     assert (abs(curve[0] - curve[LAYERS]) > 1e-4).all()
+    with intervene(model, tokens, BlockAttention("vision", "instruction", [1])):
+        blocked = last(model(**inputs).logits)
+    assert knockout_curve(model, tokens, inputs, last)[2] == pytest.approx(blocked.numpy(), abs=1e-6)
 
 
 def test_text_states(batch: Any, make_llava: Make) -> None:
