@@ -43,7 +43,9 @@ def test_every_experiment_composes_and_is_typed(composed, experiment):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_option_composes(composed, path):
-    resolved = configuration.resolved(composed(f"{path.parent.name}={path.stem}", *required(path.parent.name, path.stem)))
+    resolved = configuration.resolved(
+        composed(f"{path.parent.name}={path.stem}", *required(path.parent.name, path.stem))
+    )
     assert yaml.safe_dump(resolved)
 
 
