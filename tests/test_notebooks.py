@@ -30,7 +30,7 @@ def test_cells_run(path):
 
 
 def test_the_lines_to_change_for_a_model_of_ones_own_are_marked():
-    marked = {"attention_analysis": ("# 7B:", 2), "ablation_tables": ("# yours:", 1)}
+    marked = {"attention_analysis": ("# 7B:", 2), "ablation_tables": ("# yours:", 1), "smol_study": ("# yours:", 1)}
     for path in NOTEBOOKS:
         mark, count = marked[path.stem]
         code = [cell["source"] for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]

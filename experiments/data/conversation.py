@@ -132,11 +132,12 @@ class Encoder:
 
 
 def on_answers(inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], Int[torch.Tensor, "batch last"]]:
-    """What to call a model with for logits of a batch at its last positions alone, and the labels there: from the first
-    position on that predicts a labelled token in any row. What is ahead of it, pictures most of all, predicts nothing that
-    is asked for, and a large vocabulary's logits there would cost more than some of the layers.
+    """What to call a model with for logits of a batch at its last positions alone, and the labels there.
 
-    A LLaVA-Mini is told apart what to leave unfused, which it would read off the labels of all positions."""
+    They are from the first position on that predicts a labelled token in any row. What is ahead of it, pictures most of
+    all, predicts nothing that is asked for, and a large vocabulary's logits there would cost more than some of the
+    layers. A LLaVA-Mini is told apart what to leave unfused, which it would read off the labels of all positions.
+    """
     labels = inputs["labels"]
     first = int((labels != IGNORED).any(0).int().argmax())  # 0 where there is no label at all
     keep = labels.shape[1] - max(first - 1, 0)

@@ -25,8 +25,10 @@ class Drawing:
 
 
 def draw(studies: Sequence[Study], probed: Sequence[Record], ablation: Sequence[Cell]) -> Iterator[Drawing]:
-    """Draw every figure: each study, and its cost where rows differ in it; the probes of the first of the probed records that holds them; the largest group of
-    the ablation's cells. Where there are studies, figures of other experiments that were not run are not missed.
+    """Draw every figure: each study, and its cost where rows differ in it; the probes of the first of the probed records
+    that holds them; the largest group of the ablation's cells.
+
+    Where there are studies, figures of other experiments that were not run are not missed.
     """
     for study in studies:
         if study.finished:
