@@ -17,16 +17,17 @@ reproduce: $(STAMP)
 # was cut). VISION and LANGUAGE are folders or hub names.
 VISION ?= facebook/dinov2-small
 LANGUAGE ?= HuggingFaceTB/SmolLM2-135M-Instruct
-SMOL = results=$(RESULTS)/smol-again data.photos=$(PHOTOS)
+AGAIN = $(RESULTS)/smol-again
+SMOL = data.photos=$(PHOTOS)
 PARTS = model.vision=$(VISION) model.language=$(LANGUAGE)
 
 smol: $(STAMP)
 	@test -n "$(PHOTOS)" || { echo "error: name the folder of photographs: make smol PHOTOS=FOLDER (README, Photographs)"; exit 1; }
-	$(BIN)/python -m experiments.run experiment=smol_stage1 save=$(RESULTS)/smol-again/stage1 $(SMOL) $(PARTS)
-	$(BIN)/python -m experiments.run experiment=smol_stage2 model.path=$(RESULTS)/smol-again/stage1 save=$(RESULTS)/smol-again/stage2 $(SMOL)
-	$(BIN)/python -m experiments.run experiment=smol_attention model.adapter=$(RESULTS)/smol-again/stage2/adapter $(SMOL) $(PARTS)
-	$(BIN)/python -m experiments.run -m experiment=smol_ablations seed=0,1 model.adapter=$(RESULTS)/smol-again/stage2/adapter $(SMOL) $(PARTS)
-	$(BIN)/python -m experiments.report --results $(RESULTS)/smol-again
+	$(BIN)/python -m experiments.run experiment=smol_stage1 results=$(AGAIN)/training save=$(AGAIN)/stage1 $(SMOL) $(PARTS)
+	$(BIN)/python -m experiments.run experiment=smol_stage2 results=$(AGAIN)/training model.path=$(AGAIN)/stage1 save=$(AGAIN)/stage2 $(SMOL)
+	$(BIN)/python -m experiments.run experiment=smol_attention results=$(AGAIN) model.adapter=$(AGAIN)/stage2/adapter $(SMOL) $(PARTS)
+	$(BIN)/python -m experiments.run -m experiment=smol_ablations seed=0,1 results=$(AGAIN) model.adapter=$(AGAIN)/stage2/adapter $(SMOL) $(PARTS)
+	$(BIN)/python -m experiments.report --results $(AGAIN)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2
