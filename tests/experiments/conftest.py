@@ -1,5 +1,8 @@
 """Small things that several tests of experiments build on."""
 
+import json
+
+import numpy as np
 import pytest
 from hydra import compose, initialize_config_module
 
@@ -59,3 +62,15 @@ def questions(few, processor):
     from experiments.evaluation import Questions
 
     return Questions(list(single_questions(few.samples))[:3], processor, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of twelve photographs for training and twelve for testing, each of one even colour that no other has."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for split, shift in (("train", 0), ("test", 10)):
+        images = np.repeat(np.arange(12, dtype=np.uint8) * 20 + shift, 32 * 32 * 3).reshape(12, 32, 32, 3)
+        np.savez(folder / f"{split}.npz", images=images, labels=np.arange(12) % 3)
+    (folder / "classes.json").write_text(json.dumps(["airplane", "cat", "dog"]))
+    return folder
