@@ -52,8 +52,9 @@ def run_cell(cell: Cell, work: Path) -> dict[str, Any] | None:
     samples = list(single_questions(data.test.samples))
     features = keep_features(config, model, processor, data.test)
     questions = Questions(samples, processor, config.batch_size, device, features)
-    some = Questions(samples[: config.probe.attention_questions], processor, config.batch_size, device)
-    one = Questions(samples[:1], processor, 1, device)  # with its pixels: the tower is part of the cost
+    # With their pixels: the tower is part of the cost of the first, and has random weights in attention's control.
+    looked_at = config.probe.attention_questions if config.probe.attention else 1
+    some = Questions(samples[:looked_at], processor, config.batch_size, device)
     record: dict[str, Any] = {
         "schema": 1,
         "id": cell.id,
@@ -62,7 +63,7 @@ def run_cell(cell: Cell, work: Path) -> dict[str, Any] | None:
         "status": "finished",
         "error": None,
         "config": cell.resolved,
-        "cost": forward_cost(model, one, reduction.in_answering(config)),
+        "cost": forward_cost(model, some, reduction.in_answering(config)),
         "data": _data_part(config, data, samples),
         "accuracy": _accuracy(model, processor, config, questions, device),
         **probing.analyse(model, questions, some, config.probe),

@@ -149,20 +149,25 @@ def removal(model: PreTrainedModel, questions: Questions, block: int) -> dict[st
         "block": block,
         "inside": _runs(blocks, inside),
         "onward": _runs(onwards, onward),
-        "fusion": asdict(_in_layers(fusion_depth(onward, "removal"), block, layers)),
+        "by_kind": removal_by_kind(onward, [sample.kinds[0] for sample in questions.samples], block, layers),
+        "fusion": _removal_depth(onward, block, layers),
     }
 
 
-def removal_by_kind(part: dict[str, Any], kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The fusion depth of each kind of question, from the `removal` part of a record."""
-    onward = np.array([list(run["correct"]) for run in part["onward"]], dtype=float)  # one digit a question
+def removal_by_kind(
+    onward: Float[np.ndarray, "starts samples"], kinds: Sequence[str], block: int, layers: int
+) -> dict[str, dict[str, Any]]:
+    """The fusion depth of each kind of question, from what is right without visual tokens from each block onward."""
     of = np.array(kinds)
-    layers = part["onward"][0]["layers"]
     return {
-        kind: asdict(_in_layers(fusion_depth(onward[:, of == kind], "removal"), part["block"], len(layers)))
+        kind: _removal_depth(onward[:, of == kind], block, layers)
         for kind in sorted(set(kinds))
         if (of == kind).sum() > 1  # no interval rests on one
     }
+
+
+def _removal_depth(onward: Float[np.ndarray, "starts samples"], block: int, layers: int) -> dict[str, Any]:
+    return asdict(_in_layers(fusion_depth(onward, "removal"), block, layers))
 
 
 def knockout(model: PreTrainedModel, questions: Questions, width: int) -> dict[str, Any]:
@@ -231,8 +236,7 @@ def analyse(model: PreTrainedModel, questions: Questions, some: Questions, confi
         found["attention"] = attention(model, some, config.random_control)
     with questions.given():
         if config.removal:
-            found["removal"] = part = removal(model, questions, config.block)
-            part["by_kind"] = removal_by_kind(part, [sample.kinds[0] for sample in questions.samples])
+            found["removal"] = removal(model, questions, config.block)
         if config.knockout:
             found["knockout"] = knockout(model, questions, config.knockout_width)
         if config.readout:

@@ -13,6 +13,13 @@ from experiments.data.scenes import SIDE
 from experiments.data.shapes import load_shapes
 
 
+def required(kind: str, name: str) -> list[str]:
+    """What an option leaves to its user, who alone knows where models and data are."""
+    photos = ["data.photos=x"]
+    needs = {"checkpoint": ["model.path=x"], "llava_json": ["data.path=x", "data.images=x"], "photos": photos}
+    return photos if kind == "experiment" and name.startswith("smol_") else needs.get(name, [])
+
+
 @pytest.fixture
 def composed():
     """A configuration from overrides, as the command line composes it."""

@@ -42,9 +42,8 @@ def test_depth_by_kind_is_that_of_these_questions_alone():
     easy = rng.random((5, 40)) < np.array([0.1, 0.5, 0.95, 0.95, 0.95])[:, None]
     hard = rng.random((5, 40)) < np.array([0.1, 0.1, 0.2, 0.5, 0.95])[:, None]
     both = np.stack([easy, hard], axis=2).reshape(5, 80)  # one kind after the other
-    runs = [{"layers": list(range(k, 8)), "correct": digits(row)} for k, row in zip((0, 2, 4, 6, 8), both, strict=True)]
     kinds = ["easy", "hard"] * 40
-    found = probing.removal_by_kind({"onward": runs, "block": 2}, kinds)
+    found = probing.removal_by_kind(both.astype(float), kinds, block=2, layers=8)
     assert list(found) == ["easy", "hard"]
     for kind, values in (("easy", easy), ("hard", hard)):
         expected = dataclasses.asdict(fusion_depth(values.astype(float), "removal"))
@@ -55,5 +54,5 @@ def test_depth_by_kind_is_that_of_these_questions_alone():
 
 
 def test_a_kind_asked_once_has_no_depth():
-    runs = [{"layers": list(range(k, 2)), "correct": "01" * 5 + "1"} for k in range(3)]
-    assert list(probing.removal_by_kind({"onward": runs, "block": 1}, ["often"] * 10 + ["once"])) == ["often"]
+    onward = np.tile([0.0, 1.0] * 5 + [1.0], (3, 1))
+    assert list(probing.removal_by_kind(onward, ["often"] * 10 + ["once"], block=1, layers=2)) == ["often"]

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments import config as configuration
 from experiments import rows
 from llava_mini.compressors import COMPRESSORS
+from tests.experiments.conftest import required
 
 TABLES = {
     path.stem: found
@@ -23,8 +24,7 @@ TABLES = {
 def test_every_row_is_a_cell_of_its_own_settings(composed, experiment):
     table = TABLES[experiment]
     for number, row in enumerate(table["rows"]):
-        photos = ["data.photos=x"] if experiment.startswith("smol_") else []
-        config = rows.choose(composed(f"experiment={experiment}", f"row={number}", *photos))
+        config = rows.choose(composed(f"experiment={experiment}", f"row={number}", *required("experiment", experiment)))
         assert isinstance(OmegaConf.to_object(config), configuration.Config)
         for key, value in row.items():
             if key in ("label", "paper") or str(value).startswith("${"):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from experiments import config as configuration
 from experiments.attempt import one_line
 from experiments.models import ASSETS
+from tests.experiments.conftest import required
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
@@ -25,13 +26,6 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "experiments.run", *arguments]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-
-
-def required(kind: str, name: str) -> list[str]:
-    """What an option leaves to its user, who alone knows where models and data are."""
-    photos = ["data.photos=x"]
-    needs = {"checkpoint": ["model.path=x"], "llava_json": ["data.path=x", "data.images=x"], "photos": photos}
-    return photos if kind == "experiment" and name.startswith("smol_") else needs.get(name, [])
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
