@@ -11,13 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import (
     BitsAndBytesConfig,
-    Cache,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaModel,
     LlavaPreTrainedModel,
 )
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
@@ -26,6 +24,7 @@ from .compressors.query import Attention
 from .configuration import LlavaMiniConfig
 from .fusion import FusionMixin
 from .layout import Pixels, prefusion_positions
+from .outputs import LlavaMiniCausalLMOutputWithPast, LlavaMiniModelOutputWithPast
 from .pictures import Pictures
 from .prefusion import Prefusion
 from .tower import query_and_key
@@ -122,7 +121,7 @@ class LlavaMiniModel(FusionMixin, LlavaMiniPreTrainedModel, LlavaModel):
         padding_mask: Int[Tensor, "batch seen"] | None = None,
         copies: int = 1,
         **kwargs: Any,
-    ) -> LlavaModelOutputWithPast:
+    ) -> LlavaMiniModelOutputWithPast:
         """As `LlavaModel.forward`, with text and pictures fused first where there are `pixel_values` or `pictures`.
 
         Args:
@@ -163,8 +162,7 @@ class LlavaMiniModel(FusionMixin, LlavaMiniPreTrainedModel, LlavaModel):
         outputs = super().forward(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **kwargs
         )
-        outputs.image_hidden_states = visual
-        return outputs
+        return LlavaMiniModelOutputWithPast(**outputs, image_hidden_states=visual)
 
 
 class LlavaMiniForConditionalGeneration(LlavaMiniPreTrainedModel, LlavaForConditionalGeneration):
@@ -210,23 +208,22 @@ class LlavaMiniForConditionalGeneration(LlavaMiniPreTrainedModel, LlavaForCondit
         model.name_or_path = model.config.name_or_path = llava.name_or_path
         return model.to(llava.device)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Int[Tensor, "batch length"] | None = None,
         pixel_values: Pixels | None = None,
         attention_mask: Int[Tensor, "batch seen"] | None = None,
         position_ids: Int[Tensor, "batch length"] | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Float[Tensor, "batch length width"] | None = None,
         labels: Int[Tensor, "batch length"] | None = None,
         answer_mask: Bool[Tensor, "batch ending"] | None = None,
         visual_layout: Int[Tensor, "pictures 3"] | None = None,
         pictures: Pictures | None = None,
-        logits_to_keep: int | Tensor = 0,
+        logits_to_keep: int | Int[Tensor, " kept"] = 0,
         **kwargs: Any,
-    ) -> LlavaCausalLMOutputWithPast:
-        """As `LlavaMiniModel.forward`; `image_hidden_states` are the visual tokens that the language model got, in the
-        order of the text, (visual tokens, width).
+    ) -> LlavaMiniCausalLMOutputWithPast:
+        """As `LlavaMiniModel.forward`; keys and values are given as the installed transformers names them.
 
         Without `labels` all text is fused. With them the supervised tokens, those whose label is not -100, are not.
 
@@ -235,20 +232,25 @@ class LlavaMiniForConditionalGeneration(LlavaMiniPreTrainedModel, LlavaForCondit
         """
         if answer_mask is None and labels is not None:
             answer_mask = labels != -100
-        return super().forward(
+        outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            labels=labels,
             answer_mask=answer_mask,
             visual_layout=visual_layout,
             pictures=pictures,
-            logits_to_keep=logits_to_keep,
             **kwargs,
         )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])  # (batch, kept, vocabulary)
+        loss = None
+        if labels is not None:
+            vocabulary = self.config.get_text_config().vocab_size
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **kwargs)
+        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return LlavaMiniCausalLMOutputWithPast(loss=loss, logits=logits, **others)
 
     def encode_pictures(
         self,

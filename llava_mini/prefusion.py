@@ -23,6 +23,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+# What layers take keys and values as: renamed in transformers 5.24.
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 # Attention whose keys and values `keys_and_values` makes as it does itself.
 KNOWN = (
     *(LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention),
@@ -180,8 +182,8 @@ class Prefusion(nn.Module):
                     hidden_states,
                     attention_mask=masks[kind],
                     position_ids=position_ids,
-                    past_key_values=cache,
                     position_embeddings=positions,
+                    **{CACHE: cache},
                 )
         if past is not None:
             past[:] = [(c.layers[0].keys[:, :, :end], c.layers[0].values[:, :, :end]) for c in caches if c is not None]
@@ -189,12 +191,7 @@ class Prefusion(nn.Module):
         return visual, text
 
     def _masks(self, hidden_states: Tensor, cache: LayerCache | None) -> dict[str, Any]:
-        return {
-            kind: MASKS[kind](
-                config=self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=cache
-            )
-            for kind in set(self.kinds)
-        }
+        return {kind: MASKS[kind](self.config, hidden_states, None, cache) for kind in set(self.kinds)}
 
     def _rotations(
         self, rotary_emb: nn.Module, hidden_states: Tensor, position_ids: Tensor

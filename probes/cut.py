@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from probes.decoder import decoder_layers
+
 _NAME = "_probes_cut"
 # What a layer may be given that those who cut its call know of.
 _ARGUMENTS = {
@@ -19,6 +21,7 @@ _ARGUMENTS = {
     "attention_mask",
     "position_ids",
     "position_embeddings",
+    "cache",
     "past_key_values",
     "use_cache",
     "output_attentions",
@@ -81,7 +84,7 @@ def take(values: Tensor, index: Int[Tensor, "batch kept"], dim: int) -> Tensor:
 def can_cut(decoder: nn.Module) -> bool:
     """Whether the layers can run on some of a call's tokens: they are told each one's position, and no more by token."""
     # The class's own: libraries that place weights on devices put a forward of theirs on the module.
-    forwards = [inspect.signature(type(layer).forward) for layer in decoder.get_submodule("layers").children()]
+    forwards = [inspect.signature(type(layer).forward) for layer in decoder_layers(decoder)]
     named = [
         {name for name, parameter in forward.parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
         for forward in forwards

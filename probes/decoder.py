@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import eager_mask, flash_attention_mask, flex_attention_mask, sdpa_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    eager_mask,
+    flash_attention_mask,
+    flex_attention_mask,
+    sdpa_mask,
+)
 
 from probes.tokens import TokenMap
 
@@ -19,6 +26,9 @@ from probes.tokens import TokenMap
 FAMILIES = {sdpa_mask: "sdpa", eager_mask: "eager", flash_attention_mask: "flash", flex_attention_mask: "flex"}
 # Families whose masks can be written too: none, or [batch, 1, queries, keys].
 WRITABLE = ("sdpa", "eager")
+# What transformers calls keys and values in calls and outputs: from 5.24 on, where both are taken, and before.
+_CACHE_NAMES = ("cache", "past_key_values")
+_CACHE = next(name for name in _CACHE_NAMES if name in inspect.signature(create_causal_mask).parameters)
 
 
 def attention_family(implementation: str | None) -> str | None:
@@ -51,6 +61,12 @@ def find_decoder(
     if attention_family(implementation) not in families:
         raise ValueError(f"attention implementation {implementation!r} cannot be probed: load the model with 'sdpa'")
     return decoder
+
+
+def cache_name(named: Mapping[str, Any]) -> str:
+    """What keys and values go by in the keywords of a model's or a layer's call, or in a model's output; where there are
+    none, what they would go by."""
+    return next((name for name in _CACHE_NAMES if name in named), _CACHE)
 
 
 def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
@@ -110,7 +126,7 @@ class TokenWindow:
         if inputs is None:
             inputs = args[0] if args else kwargs["input_ids"]
         batch, length = inputs.shape[:2]
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(cache_name(kwargs))
         start = 0 if cache is None else int(cache.get_seq_length())
         if self.stop and start not in (0, self.stop):
             raise RuntimeError(

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from probes.cut import Cut, can_cut, cut_of, kept_first, set_cut
+from probes.decoder import cache_name, decoder_layers
 from probes.interventions.masks import explicit, key_length, replace_hidden, shortened, visible, with_hidden
 from probes.states import hidden_of, hidden_states
 
@@ -47,7 +48,7 @@ class Rows:
     def __init__(self, decoder: nn.Module, first: int, rows: Bool[Tensor, "batch positions"]) -> None:
         if not can_cut(decoder):
             raise ValueError(f"the layers of {type(decoder).__name__} cannot run on some rows alone: leave `rows` out")
-        layers = list(decoder.get_submodule("layers").children())
+        layers = decoder_layers(decoder)
         self.rows = rows
         self.layers = [_Layer(number, layers[number], self) for number in range(first, len(layers))]
         self.cut: Cut | None = None
@@ -123,7 +124,7 @@ class _Layer:
             )
         self.seen = self.rows.once(lambda: visible(explicit(self.layer, mask, hidden, keys)), mask)
         self.hidden, self.kept = hidden, None
-        output = self.forward(*args, **kwargs | {"past_key_values": self})
+        output = self.forward(*args, **kwargs | {cache_name(kwargs): self})
         self.output = hidden_of(output)
         if self.kept is None:
             raise ValueError(f"{type(self.layer).__name__} gives its keys to no cache: leave `rows` out")
@@ -142,7 +143,7 @@ class _Layer:
         fewer = rows.once(lambda: self._on_rows(hidden, kwargs), mask, embeddings)
         cut = rows.cut
         assert cut is not None
-        args, kwargs = replace_hidden(args, kwargs | fewer | {"past_key_values": self}, cut.rows(hidden))
+        args, kwargs = replace_hidden(args, kwargs | fewer | {cache_name(kwargs): self}, cut.rows(hidden))
         set_cut(self.layer, cut)
         try:
             output = self.forward(*args, **kwargs)

@@ -13,6 +13,7 @@ from transformers import Cache, PreTrainedModel
 
 from experiments.evaluation import Questions
 from experiments.reduction import Around, untouched
+from probes.decoder import cache_name
 from probes.tokens import visual_token_ids
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ def forward_cost(model: PreTrainedModel, questions: Questions, around: Around = 
         dropped += sum(effect.tokens[layer] / effect.calls[layer] for layer in effect.calls)
     return {
         "flops": float(flops),
-        "cache_bytes": cache_bytes(outputs.past_key_values),
+        "cache_bytes": cache_bytes(outputs[cache_name(outputs)]),
         "text_tokens": inputs["input_ids"].shape[1] - visual,
         "visual_tokens": visual,
         "visual_tokens_mean": visual - dropped / model.config.get_text_config().num_hidden_layers,

@@ -30,6 +30,7 @@ from experiments.cost.counted import counted
 from experiments.measuring import in_turns, peak, timed
 from llava_mini import LlavaMiniConfig, LlavaMiniForConditionalGeneration
 from llava_mini.prefusion import Prefusion
+from probes.decoder import cache_name
 
 PATCH = 14
 IMAGE_TOKEN = 999
@@ -137,9 +138,7 @@ class WholePrefusion(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         hidden_states = torch.cat([visual, text], dim=1)
         position_ids = torch.arange(hidden_states.shape[1])[None]
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None
-        )
+        mask = create_causal_mask(self.config, hidden_states, None, None)
         positions = rotary_emb(hidden_states, position_ids=position_ids)
         for layer in self.layers:
             hidden_states = layer(
@@ -236,7 +235,8 @@ def memory(sizes: Sizes, pixels: str) -> Memory:
         embeds = model.model.fuse(**inputs, pixel_values=frames)[0]
     fused = peak()
     answer = model(inputs_embeds=embeds, logits_to_keep=1)
-    model(input_ids=answer.logits.argmax(-1), past_key_values=answer.past_key_values)
+    name = cache_name(answer)
+    model(input_ids=answer.logits.argmax(-1), **{name: answer[name]})
     return Memory(fused - before, peak() - before)
 
 

@@ -34,6 +34,7 @@ from experiments.measuring import in_child, in_turns, peak_memory, results_stem,
 from experiments.models import choose_device
 from experiments.report.style import save
 from experiments.store import provenance
+from probes.decoder import cache_name
 
 log = logging.getLogger(__name__)
 _processor = Path("/proc/cpuinfo")
@@ -124,13 +125,14 @@ def answer(model: Any, given: dict[str, Any], length: int, device: torch.device)
         placed["pixel_values"] = placed["pixel_values"].to(device)
     with _spent(model, device) as spent:
         first, outputs = timed(lambda: model(**placed, use_cache=True, logits_to_keep=1), device)
-    cache = outputs.past_key_values
+    name = cache_name(outputs)
+    cache = outputs[name]
     held = cache_bytes(cache)
 
     def rest() -> None:
         token = outputs.logits.argmax(-1)
         for _ in range(length - 1):
-            token = model(input_ids=token, past_key_values=cache, use_cache=True).logits.argmax(-1)
+            token = model(input_ids=token, use_cache=True, **{name: cache}).logits.argmax(-1)
 
     decode, _ = timed(rest, device)
     return Answer(spent() | {"first token": first, "decode": decode / (length - 1)}, held)

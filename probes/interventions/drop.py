@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from probes.cut import Cut, cut_of, kept_first, set_cut
+from probes.decoder import cache_name
 from probes.interventions.masks import explicit, key_length, replace_hidden, shortened, with_hidden
 from probes.states import hidden_of, hidden_states
 
@@ -68,7 +69,7 @@ class LayerDrop:
         shared, hidden = self.shared, hidden_states(args, kwargs)
         window, once = shared.window, shared.once
         shared.begin()
-        self._check_cache(kwargs.get("past_key_values"))
+        self._check_cache(kwargs.get(cache_name(kwargs)))
         if window.start == 0:
             self.cached, self.short = None, False
         elif self.cached is None:
@@ -108,7 +109,7 @@ class LayerDrop:
         short = hidden_of(output)
         index = cut.queries[..., None].expand_as(short)
         short = torch.where(cut.filler[..., None], entering.gather(1, index), short)
-        self._count_missing(kwargs.get("past_key_values"), entering.shape[1] - short.shape[1])
+        self._count_missing(kwargs.get(cache_name(kwargs)), entering.shape[1] - short.shape[1])
         return with_hidden(output, entering.scatter(1, index, short))
 
     def _check_cache(self, cache: Any) -> None:

@@ -9,6 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from probes.cut import Cut
+from probes.decoder import cache_name
 from probes.states import hidden_states
 
 
@@ -38,7 +39,7 @@ def key_length(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
                 " load the model with 'sdpa' to intervene"
             )
         return mask.shape[-1]
-    if (cache := kwargs.get("past_key_values")) is not None:
+    if (cache := kwargs.get(cache_name(kwargs))) is not None:
         keys, _ = cache.get_mask_sizes(queries, layer.get_submodule("self_attn").layer_idx)
         return int(keys)
     return queries
