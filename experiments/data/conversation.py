@@ -140,10 +140,11 @@ def on_answers(inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], Int[
     """
     labels = inputs["labels"]
     first = int((labels != IGNORED).any(0).int().argmax())  # 0 where there is no label at all
-    keep = labels.shape[1] - max(first - 1, 0)
+    # Named one by one: of a slice, a language model's head without gradients copies its weights for every row of the batch.
+    kept = torch.arange(max(first - 1, 0), labels.shape[1], device=labels.device)
     unfused = {"answer_mask": labels != IGNORED} if "visual_layout" in inputs else {}
     asked = {name: value for name, value in inputs.items() if name != "labels"}
-    return asked | unfused | {"logits_to_keep": keep}, labels[:, -keep:]
+    return asked | unfused | {"logits_to_keep": kept}, labels[:, kept]
 
 
 class Collator:

@@ -92,7 +92,8 @@ def test_logits_of_the_answers_alone_are_those_of_the_whole(llava, processor, fe
         processor = LlavaMiniProcessor.from_llava(processor, llava.config)
     inputs = Collator(processor, side)([Encoder(processor)(sample) for sample in islice(few.samples, 3)])
     asked, labels = on_answers(inputs)
-    kept = asked["logits_to_keep"]
+    kept = len(asked["logits_to_keep"])
+    assert torch.equal(asked["logits_to_keep"], torch.arange(inputs["labels"].shape[1])[-kept:])
     assert torch.equal(labels, inputs["labels"][:, -kept:])
     assert 0 < kept < inputs["labels"].shape[1]
     assert (inputs["labels"][:, : -kept + 1] == IGNORED).all()
@@ -111,4 +112,4 @@ def test_logits_of_the_answers_alone_are_those_of_the_whole(llava, processor, fe
 def test_a_batch_without_answers_keeps_all_logits(llava, processor, few):
     inputs = Collator(processor)([Encoder(processor)(few.samples[0])])
     inputs["labels"] = torch.full_like(inputs["labels"], IGNORED)
-    assert on_answers(inputs)[0]["logits_to_keep"] == inputs["labels"].shape[1]
+    assert len(on_answers(inputs)[0]["logits_to_keep"]) == inputs["labels"].shape[1]
