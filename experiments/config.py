@@ -141,7 +141,7 @@ class PrefusionConfig:
     """
 
     layers: int = 0
-    init: str = "language_model"  # copy the language model's first layers, or fresh
+    init: str = "language_model"  # copy its first layers; identity: a copy that gives zero at first; or fresh
     visual_tokens: bool = True  # they go through it too, as in the released code; not in the paper's equation 3
     place: str = "outside"  # ahead of the language model, or inside: its own first layers see the patches (Table 12)
 

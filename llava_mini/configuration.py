@@ -28,6 +28,8 @@ CHOICES = {
     "compressor_attention": ("multi_head", "bare"),
     "compressor_positions": ("query_grid", "own_grid"),
 }
+# Starts of pre-fusion that take the language model's own first layers.
+COPIES = ("language_model", "identity")
 
 
 @strict
@@ -51,8 +53,10 @@ class LlavaMiniConfig(LlavaConfig):
         compress_before_projection: Compress the vision tower's features (code) or the projected ones (equation 2).
         prefusion_layers: Decoder layers that fuse the text with the patches ahead of the language model; 0 for none.
         prefusion_init: What new pre-fusion layers start from: "fresh" for the language model's own random
-            initialisation, "language_model" for a copy of its first `prefusion_layers` layers, or a .safetensors file
-            with names such as `0.self_attn.q_proj.weight`, as the official `--pretrain_prefusion` takes it.
+            initialisation, "language_model" for a copy of its first `prefusion_layers` layers, "identity" for a copy
+            whose attention and MLP give zero, so that text and visual tokens pass unchanged until the layers have
+            learned (block expansion, Wu et al. 2024, LLaMA Pro), or a .safetensors file with names such as
+            `0.self_attn.q_proj.weight`, as the official `--pretrain_prefusion` takes it.
         prefuse_visual_tokens: The language model gets its visual tokens as they leave pre-fusion (code), or as they
             were before it (equation 3, where pre-fusion gives the text only).
         keep_patches: The language model sees the patches that were compressed too, ahead of the compressed tokens: for
@@ -110,14 +114,15 @@ class LlavaMiniConfig(LlavaConfig):
             raise ValueError(
                 "compressor_size=0 with prefusion_layers=0 leaves the picture no way to the language model"
             )
-        if self.prefusion_init not in ("fresh", "language_model") and not self.prefusion_init.endswith(".safetensors"):
+        if self.prefusion_init not in ("fresh", *COPIES) and not self.prefusion_init.endswith(".safetensors"):
             raise ValueError(
-                f"prefusion_init must be 'fresh', 'language_model' or a .safetensors file; got {self.prefusion_init!r}"
+                "prefusion_init must be 'fresh', 'language_model', 'identity' or a .safetensors file; "
+                f"got {self.prefusion_init!r}"
             )
         layers = self.get_text_config().num_hidden_layers
-        if self.prefusion_init == "language_model" and self.prefusion_layers > layers:
+        if self.prefusion_init in COPIES and self.prefusion_layers > layers:
             raise ValueError(
-                f"prefusion_init='language_model' copies at most the language model's {layers} layers; "
+                f"prefusion_init={self.prefusion_init!r} copies at most the language model's {layers} layers; "
                 f"got prefusion_layers={self.prefusion_layers}"
             )
 

@@ -21,7 +21,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .compressors import COMPRESSORS, Compressor
 from .compressors.query import Attention
-from .configuration import LlavaMiniConfig
+from .configuration import COPIES, LlavaMiniConfig
 from .fusion import FusionMixin
 from .layout import Pixels, prefusion_positions
 from .outputs import LlavaMiniCausalLMOutputWithPast, LlavaMiniModelOutputWithPast
@@ -51,8 +51,8 @@ class LlavaMiniPreTrainedModel(LlavaPreTrainedModel):
         prefusion = getattr(model, "prefusion", None)
         if prefusion is None or self.config.prefusion_init == "fresh":
             return
-        if self.config.prefusion_init == "language_model":
-            prefusion.copy_layers(model.language_model.layers)
+        if self.config.prefusion_init in COPIES:
+            prefusion.copy_layers(model.language_model.layers, silent=self.config.prefusion_init == "identity")
         elif not all(getattr(p, "_is_hf_initialized", False) for p in prefusion.parameters()):
             prefusion.copy_file(self.config.prefusion_init)
 

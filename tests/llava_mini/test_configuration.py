@@ -41,8 +41,12 @@ def test_vision_width_counts_the_selected_layers(layers, width):
         ({"keep_patches": True}, "keep_patches puts patches beside compressed tokens .* and prefusion_layers=0"),
         ({"keep_patches": True, "prefusion_layers": 0, "compressor": "none"}, "give a compressor"),
         ({"keep_patches": True, "prefusion_layers": 0, "compressor_size": 0}, "compressor_size of at least 1"),
-        ({"prefusion_init": "lm"}, "prefusion_init must be 'fresh', 'language_model' or a .safetensors file; got 'lm'"),
+        ({"prefusion_init": "lm"}, "must be 'fresh', 'language_model', 'identity' or a .safetensors file; got 'lm'"),
         ({"prefusion_init": "language_model", "prefusion_layers": 33}, "at most the language model's 32 layers"),
+        (
+            {"prefusion_init": "identity", "prefusion_layers": 33},
+            "'identity' copies at most the language model's 32 layers",
+        ),
     ],
 )
 def test_a_wrong_value_is_one_line(fields, message):

@@ -136,6 +136,27 @@ def test_fields_given_to_from_pretrained_are_checked(tiny_llava, tmp_path):
         LlavaMiniForConditionalGeneration.from_pretrained(tmp_path, compressor_size=-1)
 
 
+@pytest.mark.parametrize("text", ["llama", "qwen2", "gemma3"])
+def test_prefusion_may_start_by_passing_all_on(tiny_llava, sample, text):
+    """Then the model is the one without it, and its first step teaches what the layers give."""
+    fields = {"compressor": "average", "compressor_size": 2}
+    llava = tiny_llava(text)
+    without, within = (
+        LlavaMiniForConditionalGeneration.from_llava(llava, **fields, prefusion_layers=n, prefusion_init="identity")
+        for n in (0, 2)
+    )
+    ids, pixels = sample(4, 5)
+    batch = {"input_ids": ids[None], "pixel_values": pixels[None], "labels": ids[None].clamp(max=19)}
+    found, expected = within(**batch), without(**batch)
+    assert torch.equal(found.logits, expected.logits)
+    found.loss.backward()
+    own = within.model.language_model.layers
+    for layer, source in zip(within.model.prefusion.layers, own, strict=False):
+        assert torch.equal(layer.mlp.up_proj.weight, source.mlp.up_proj.weight)
+        assert layer.mlp.down_proj.weight.grad.abs().max() > 0
+        assert layer.self_attn.o_proj.weight.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("route", ["from_llava", "from_pretrained", "configuration"])
 def test_prefusion_may_start_from_the_language_model(tiny_llava, tmp_path, route):
     llava, fields = tiny_llava(), {"prefusion_layers": 2, "prefusion_init": "language_model"}
