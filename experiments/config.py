@@ -72,6 +72,9 @@ class TrainConfig:
     group_by_length: bool = False  # those taken at once are of like length
     learning_rate: float = 1e-3
     projector_learning_rate: float | None = None  # where it has one of its own
+    prefusion_learning_rate: float | None = (
+        None  # likewise: layers copied of the language model's bear less than new ones
+    )
     warmup: float = 20  # steps; below 1 a share of all
     schedule: str = "cosine"
     weight_decay: float = 0.01
@@ -87,10 +90,13 @@ class TrainConfig:
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 raise ValueError(f"train.{name}: must be at least {bound}, found {getattr(self, name)}")
-        for name in ("learning_rate", "projector_learning_rate"):
+        own_rates = ("projector_learning_rate", "prefusion_learning_rate")
+        for name in ("learning_rate", *own_rates):
             rate = getattr(self, name)
             if rate is not None and not rate > 0:
                 raise ValueError(f"train.{name}: must be more than 0, found {rate}")
+            if name in own_rates and rate is not None and self.optimizer != "adamw":
+                raise ValueError(f"train.{name}: only adamw knows one; leave it out or use adamw")
         if self.adam_beta2 >= 1:
             raise ValueError(f"train.adam_beta2: must be below 1, found {self.adam_beta2}")
         for name, choices in TRAIN_CHOICES.items():
@@ -100,8 +106,6 @@ class TrainConfig:
             raise ValueError("train.trainable: 'projector' trains the projector alone; leave out lora and train_vision")
         if self.lora and self.train_vision:
             raise ValueError("train.lora: adapters leave the vision tower as it is; leave out train_vision")
-        if self.projector_learning_rate is not None and self.optimizer != "adamw":
-            raise ValueError("train.projector_learning_rate: only adamw knows one; leave it out or use adamw")
 
     @property
     def trains(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from experiments.reduction import Around, untouched
 
 log = logging.getLogger(__name__)
 _TRAINER_STATE = "trainer_state.json"  # Trainer writes it last: a checkpoint that has it whole is whole
-PROJECTOR = "multi_modal_projector"
+PROJECTOR, PREFUSION = "multi_modal_projector", "prefusion"  # in the names of their parameters
 ADAPTER = "adapter"  # a folder among the checkpoints
 
 
@@ -54,7 +54,7 @@ class Conversations(Dataset[dict[str, Any]]):
 
 
 class ResumingTrainer(Trainer):
-    """A Trainer that may take rows in an order of ours, may give the projector a learning rate of its own, may put
+    """A Trainer that may take rows in an order of ours, may give parts of the model learning rates of their own, may put
     something around the forward calls, and resumes models whose weights are renamed when they are saved.
 
     transformers writes LLaVA's weights under the names of its older layout, and Trainer reads them back by name without
@@ -65,11 +65,11 @@ class ResumingTrainer(Trainer):
         self,
         *,
         order: SortedSteps | None,
-        projector_rate: float | None,
+        own_rates: Mapping[str, float | None],
         around: Callable[[dict[str, Any]], AbstractContextManager[Any]],
         **kwargs: Any,
     ) -> None:
-        self.order, self.projector_rate, self.around = order, projector_rate, around
+        self.order, self.own_rates, self.around = order, own_rates, around
         super().__init__(callbacks=[order] if order else None, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
@@ -78,9 +78,10 @@ class ResumingTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if fresh and self.projector_rate is not None:
-            named = (self.model if model is None else model).named_parameters()
-            give_own_rate(optimizer, [p for name, p in named if PROJECTOR in name], self.projector_rate)
+        for part, rate in self.own_rates.items() if fresh else ():
+            if rate is not None:
+                named = (self.model if model is None else model).named_parameters()
+                give_own_rate(optimizer, [p for name, p in named if part in name], rate)
         return optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -186,7 +187,7 @@ def fit(
         data_collator=collate,
         optimizers=(_optimizer(model, config), None),
         order=SortedSteps(sizes, config.batch_size, seed) if sizes else None,
-        projector_rate=config.projector_learning_rate,
+        own_rates={PROJECTOR: config.projector_learning_rate, PREFUSION: config.prefusion_learning_rate},
         around=around,
     )
     found = last_checkpoint(work)

@@ -21,6 +21,8 @@ from experiments.incidental import INCIDENTAL
 from experiments.report import latency
 
 SCHEMA = 1
+# Settings that came after some records, which were made as if they had had these values.
+_YOUNGER = {"train": {"prefusion_learning_rate": None}}
 _SEAL = ',"digest":"'
 
 Record: TypeAlias = Mapping[str, Any]
@@ -144,6 +146,9 @@ def read(path: Path) -> Record:
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON (truncated?): {error.msg} at line {error.lineno}") from None
     check(record)
+    for part, settings in _YOUNGER.items():
+        if part in record["config"]:
+            record["config"][part] = settings | record["config"][part]
     return record
 
 

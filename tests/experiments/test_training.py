@@ -172,15 +172,17 @@ def test_the_second_stage(composed):
     assert (stage.schedule, stage.warmup, stage.optimizer, stage.train_vision) == ("cosine", 0.03, "adamw", False)
 
 
-def test_the_projector_may_have_a_rate_of_its_own(mini, mini_processor, few, tmp_path):
+def test_parts_may_have_rates_of_their_own(mini, mini_processor, few, tmp_path):
     """AdamW's first step moves every weight by the rate, whatever the gradient."""
     before = values(mini)
-    config = dataclasses.replace(ONE_STEP, learning_rate=1e-3, projector_learning_rate=1e-5)
+    own = {"projector_learning_rate": 1e-5, "prefusion_learning_rate": 1e-4}
+    config = dataclasses.replace(ONE_STEP, learning_rate=1e-3, **own)
     train(mini, mini_processor, few.samples, config, tmp_path, 0, CPU)
     for name, value in mini.named_parameters():
         if "vision_tower" not in name:
             most = (value - before[name]).abs().max().item()
-            assert most == pytest.approx(1e-5 if name in PROJECTOR else 1e-3, rel=0.02), name
+            rate = 1e-5 if name in PROJECTOR else 1e-4 if ".prefusion." in name else 1e-3
+            assert most == pytest.approx(rate, rel=0.02), name
 
 
 def test_a_step_has_as_many_rows_as_configured(mini, mini_processor, mixed, tmp_path):
@@ -331,6 +333,7 @@ def test_lora_without_peft(llava, processor, few, tmp_path, monkeypatch):
         ({"save_every": 0}, "train.save_every: must be at least 1"),
         ({"learning_rate": 0.0}, "train.learning_rate: must be more than 0"),
         ({"projector_learning_rate": float("nan")}, "train.projector_learning_rate: must be more than 0"),
+        ({"prefusion_learning_rate": -1e-4}, "train.prefusion_learning_rate: must be more than 0"),
         ({"adam_beta2": 1.0}, "train.adam_beta2: must be below 1"),
         ({"optimizer": "sgd"}, "train.optimizer: no 'sgd'; use adamw or muon"),
         ({"trainable": "tower"}, "train.trainable: no 'tower'; use all or projector"),
@@ -338,7 +341,8 @@ def test_lora_without_peft(llava, processor, few, tmp_path, monkeypatch):
         ({"trainable": "projector", "lora": 8}, "the projector alone"),
         ({"trainable": "projector", "train_vision": True}, "the projector alone"),
         ({"train_vision": True, "lora": 8}, "leave out train_vision"),
-        ({"optimizer": "muon", "projector_learning_rate": 1e-5}, "only adamw"),
+        ({"optimizer": "muon", "projector_learning_rate": 1e-5}, "train.projector_learning_rate: only adamw"),
+        ({"optimizer": "muon", "prefusion_learning_rate": 1e-5}, "train.prefusion_learning_rate: only adamw"),
     ],
 )
 def test_wrong_fields_are_one_line(fields, said):

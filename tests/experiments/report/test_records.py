@@ -47,6 +47,20 @@ def test_a_newer_record_replaces_an_older_of_the_same_configuration(
     assert "5" * 16 in loaded.superseded[0].name
 
 
+def test_a_record_from_before_a_setting_is_of_its_old_behaviour(
+    records: Records, write_records: Callable[[Records], Path]
+) -> None:
+    """It is the same cell as a newer one that says so, and another than one that says something else."""
+    older, same, other = (copy.deepcopy(records[0]) for _ in range(3))
+    for name, record in (("a", older), ("b", same), ("c", other)):
+        record["id"], record["provenance"]["started"] = name * 16, f"2026-11-2{ord(name) - 96}T10:00:00"
+    older["config"]["train"].pop("prefusion_learning_rate", None)
+    same["config"]["train"]["prefusion_learning_rate"] = None
+    other["config"]["train"]["prefusion_learning_rate"] = 1e-4
+    loaded = load(write_records([older, same, other]) / "records")
+    assert [record["id"] for record in loaded.finished] == [same["id"], other["id"]]
+
+
 def remove(path: str) -> Callable[[dict[str, Any]], None]:
     def change(record: dict[str, Any]) -> None:
         *parents, last = path.split(".")
