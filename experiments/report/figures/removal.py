@@ -14,6 +14,8 @@ from experiments.report.records import Record, first_layers, outcomes, percent_r
 from experiments.report.statistics import mean_interval
 from experiments.report.style import CONTROL, MEASURED, REFERENCES, SECOND, legend, mark_depth, panels, styled
 
+_ROOM = 36  # characters of tick labels that lie side by side without touching
+
 
 @styled
 def removal_figure(record: Record) -> Figure:
@@ -36,6 +38,8 @@ def removal_figure(record: Record) -> Figure:
         _points(inside, np.asarray(positions) + 0.12, removal["random_inside"], style)
     every = -(-len(names) // 12)
     inside.set_xticks(x[::every], names[::every])
+    if sum(map(len, names[::every])) > _ROOM:
+        inside.tick_params(axis="x", labelrotation=40)
     inside.set_xlim(-0.5, len(names) - 0.5)
     inside.set_xlabel("Layers in which visual tokens are hidden")
 

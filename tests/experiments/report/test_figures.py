@@ -113,6 +113,24 @@ def test_removal_in_blocks_of_layers(probed: dict[str, Any]) -> None:
     assert not any("fusion depth" in label for label in labels(figure))
 
 
+@pytest.mark.parametrize(("layers", "block"), [(6, 1), (30, 3), (32, 4), (32, 1), (80, 4)])
+def test_layers_that_are_named_do_not_touch(probed: dict[str, Any], layers: int, block: int) -> None:
+    right = probed["removal"]["inside"][0]["correct"]
+    blocks = [{"layers": list(range(a, min(a + block, layers))), "correct": right} for a in range(0, layers, block)]
+    onward = [{"layers": list(range(a, layers)), "correct": right} for a in (*range(0, layers, block), layers)]
+    probed["removal"] |= {"inside": blocks, "onward": onward, "random_inside": None}
+    figure = figures.removal_figure(probed)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    shown = [text for text in figure.axes[0].get_xticklabels() if text.get_text()]
+    angle = np.radians(shown[0].get_rotation())
+    places = [text.get_transform().transform(text.get_position())[0] for text in shown]
+    em = shown[0].get_fontsize() * figure.dpi / 72
+    # Side by side with half an em between them; or slanted, where it is the lines of text that lie side by side.
+    widths = [1.2 * em / np.sin(angle) if angle else text.get_window_extent(renderer).width + em / 2 for text in shown]
+    assert all(there - here > width for here, there, width in zip(places, places[1:], widths, strict=False))
+
+
 def test_a_record_without_the_probe_cannot_be_drawn(records: list[dict[str, Any]]) -> None:
     with pytest.raises(ValueError, match="holds no attention to draw"):
         figures.attention_figure(records[0])
