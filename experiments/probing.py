@@ -44,7 +44,7 @@ def attention_by_layer(
     with inference(model):
         for inputs in questions.batches(say):
             with record_attention(model, token_map(model, inputs), targets=("instruction", "response")) as record:
-                model(**inputs)
+                model(**on_answers(inputs)[0])
             for name, part in parts.items():
                 part.append(_pairs(getattr(record, name).mean(2), record.sources, record.targets))
     return {name: torch.cat(part, -1).numpy() for name, part in parts.items()}
@@ -192,7 +192,8 @@ def readout(model: PreTrainedModel, questions: Questions) -> dict[str, Any] | No
     after 0, 1, ... all layers, on pictures that it was not trained on. None where the answers are too few or alike."""
     with inference(model):
         parts = [
-            text_states(model, token_map(model, inputs), inputs) for inputs in questions.batches("states of the text")
+            text_states(model, token_map(model, inputs), on_answers(inputs)[0])
+            for inputs in questions.batches("states of the text")
         ]
     states = torch.cat(parts, dim=1)
     seeing = [i for i, sample in enumerate(questions.samples) if sample.load]

@@ -8,6 +8,7 @@ import torch
 
 from experiments import probing
 from experiments.config import ProbeConfig
+from experiments.data.conversation import IGNORED
 from experiments.data.samples import single_questions
 from experiments.evaluation import Questions, correct, digits
 from experiments.features import Features
@@ -35,6 +36,18 @@ def test_probes_look_at_kept_features_and_leave_the_tower_alone(deep, processor,
     assert found["knockout"]["windows"][0]["correct"] == right
     probing.analyse(deep, questions, some, ProbeConfig(attention=True))
     assert len(ran) == len(layers)  # one batch of pixels
+
+
+def test_no_analysis_makes_logits_that_nobody_reads(deep, processor, samples):
+    """A large vocabulary's head on every position costs as much as layers do; only answers are scored by it."""
+    questions = Questions(samples, processor, 4, CPU)
+    answer = max(sum(label != IGNORED for label in item["labels"]) for item in questions.items)
+    made = []
+    deep.lm_head.register_forward_hook(lambda head, given, logits: made.append(logits.shape[1]))
+    every = ProbeConfig(attention=True, removal=True, knockout=True, readout=True)
+    probing.analyse(deep, questions, questions, every)
+    assert made
+    assert max(made) == answer + 1  # and the position that predicts its first token
 
 
 def test_depth_by_kind_is_that_of_these_questions_alone():
