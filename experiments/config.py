@@ -72,9 +72,7 @@ class TrainConfig:
     group_by_length: bool = False  # those taken at once are of like length
     learning_rate: float = 1e-3
     projector_learning_rate: float | None = None  # where it has one of its own
-    prefusion_learning_rate: float | None = (
-        None  # likewise: layers copied of the language model's bear less than new ones
-    )
+    prefusion_learning_rate: float | None = None  # likewise: what has learned already bears less than what is new
     warmup: float = 20  # steps; below 1 a share of all
     schedule: str = "cosine"
     weight_decay: float = 0.01

@@ -52,7 +52,9 @@ class LlavaMiniPreTrainedModel(LlavaPreTrainedModel):
         if prefusion is None or self.config.prefusion_init == "fresh":
             return
         if self.config.prefusion_init in COPIES:
-            prefusion.copy_layers(model.language_model.layers, silent=self.config.prefusion_init == "identity")
+            prefusion.copy_layers(model.language_model.layers)
+            if self.config.prefusion_init == "identity":
+                prefusion.silence()
         elif not all(getattr(p, "_is_hf_initialized", False) for p in prefusion.parameters()):
             prefusion.copy_file(self.config.prefusion_init)
 
@@ -244,7 +246,9 @@ class LlavaMiniForConditionalGeneration(LlavaMiniPreTrainedModel, LlavaForCondit
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])  # (batch, kept, vocabulary)
+        # Of a slice, a head without gradients copies its weights for every row of the batch.
+        read = outputs.last_hidden_state[:, kept].contiguous()
+        logits = self.lm_head(read)  # (batch, kept, vocabulary)
         loss = None
         if labels is not None:
             vocabulary = self.config.get_text_config().vocab_size

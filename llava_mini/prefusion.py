@@ -32,7 +32,7 @@ KNOWN = (
 )
 
 # What attention and MLP of a layer give goes through these last.
-ENDS = {"self_attn.o_proj", "mlp.down_proj"}
+ENDS = ("self_attn.o_proj", "mlp.down_proj")
 
 # Keys and values in each layer, (batch, key heads, positions, head width) each.
 Past = list[tuple[Tensor, Tensor]]
@@ -106,25 +106,27 @@ class Prefusion(nn.Module):
             "layer_type" in inspect.signature(cast(nn.Module, language_model.rotary_emb).forward).parameters
         )
 
-    def copy_layers(self, source: nn.ModuleList, silent: bool = False) -> None:
-        """Starts every layer from the layer of `source` at the same index; parameters already loaded stay.
+    def copy_layers(self, source: nn.ModuleList) -> None:
+        """Starts every layer from the layer of `source` at the same index; parameters already loaded stay."""
+        for layer, original in zip(self.layers, source, strict=False):
+            for name, parameter in layer.named_parameters():
+                init.copy_(parameter, original.get_parameter(name))
 
-        Args:
-            silent: All but what their attention and MLP give, which starts at zero: the layers pass on what they get.
+    def silence(self) -> None:
+        """Attention and MLP of every layer start by giving zero, so that it passes on what it gets; parameters already
+        loaded stay.
 
         Raises:
-            TypeError: If they are to be silent and end their attention and MLP by other names than Llama's.
+            TypeError: If a layer ends them by other names than Llama's.
         """
-        for layer, original in zip(self.layers, source, strict=False):
-            named = dict(layer.named_parameters())
-            ends = {name for name in named if silent and name.rpartition(".")[0] in ENDS}
-            if silent and {name.rpartition(".")[0] for name in ends} != ENDS:
-                raise TypeError(f"prefusion_init='identity': {type(layer).__name__} lacks {' or '.join(sorted(ENDS))}")
-            for name, parameter in named.items():
-                if name in ends:
+        for layer in self.layers:
+            for name in ENDS:
+                try:
+                    end = layer.get_submodule(name)
+                except AttributeError:
+                    raise TypeError(f"prefusion_init='identity': {type(layer).__name__} has no {name}") from None
+                for parameter in end.parameters():
                     init.zeros_(parameter)
-                else:
-                    init.copy_(parameter, original.get_parameter(name))
 
     def copy_file(self, path: str | Path) -> None:
         """Starts every layer from a .safetensors file with names such as `0.self_attn.q_proj.weight`; parameters

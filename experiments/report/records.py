@@ -147,8 +147,8 @@ def read(path: Path) -> Record:
         raise ValueError(f"not valid JSON (truncated?): {error.msg} at line {error.lineno}") from None
     check(record)
     for part, settings in _YOUNGER.items():
-        if part in record["config"]:
-            record["config"][part] = settings | record["config"][part]
+        if isinstance(said := record["config"].get(part), dict):
+            record["config"][part] = settings | said
     return record
 
 

@@ -146,7 +146,9 @@ def test_prefusion_may_start_by_passing_all_on(tiny_llava, sample, text):
         for n in (0, 2)
     )
     ids, pixels = sample(4, 5)
-    batch = {"input_ids": ids[None], "pixel_values": pixels[None], "labels": ids[None].clamp(max=19)}
+    labels = ids.clone()
+    labels[:-2] = -100  # the text ahead of the answer is fused
+    batch = {"input_ids": ids[None], "pixel_values": pixels[None], "labels": labels[None]}
     found, expected = within(**batch), without(**batch)
     assert torch.equal(found.logits, expected.logits)
     found.loss.backward()

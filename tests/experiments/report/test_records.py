@@ -57,8 +57,10 @@ def test_a_record_from_before_a_setting_is_of_its_old_behaviour(
     older["config"]["train"].pop("prefusion_learning_rate", None)
     same["config"]["train"]["prefusion_learning_rate"] = None
     other["config"]["train"]["prefusion_learning_rate"] = 1e-4
-    loaded = load(write_records([older, same, other]) / "records")
-    assert [record["id"] for record in loaded.finished] == [same["id"], other["id"]]
+    strange = copy.deepcopy(records[0])
+    strange["id"], strange["config"]["train"] = "d" * 16, None
+    loaded = load(write_records([older, same, other, strange]) / "records")
+    assert [record["id"] for record in loaded.finished] == [same["id"], other["id"], strange["id"]]
 
 
 def remove(path: str) -> Callable[[dict[str, Any]], None]:
