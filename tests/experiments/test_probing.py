@@ -50,6 +50,15 @@ def test_no_analysis_makes_logits_that_nobody_reads(deep, processor, samples):
     assert max(made) == answer + 1  # and the position that predicts its first token
 
 
+def test_depth_by_kind_is_of_removal_from_a_layer_onward(deep, processor, samples):
+    part = probing.removal(deep, Questions(samples, processor, 4, CPU), block=1)
+    onward = np.array([list(run["correct"]) for run in part["onward"]], dtype=float)  # one digit a question
+    kinds = np.array([sample.kinds[0] for sample in samples])
+    assert sorted(part["by_kind"]) == sorted({kind for kind in kinds if (kinds == kind).sum() > 1})
+    for kind, found in part["by_kind"].items():
+        assert found == dataclasses.asdict(fusion_depth(onward[:, kinds == kind], "removal"))
+
+
 def test_depth_by_kind_is_that_of_these_questions_alone():
     rng = np.random.default_rng(0)
     easy = rng.random((5, 40)) < np.array([0.1, 0.5, 0.95, 0.95, 0.95])[:, None]
