@@ -194,7 +194,9 @@ def prefusion_positions(
     layout = VisualLayout.read(visual_layout, is_visual.sum(dim=1), pixel_values)
     tiles = torch.tensor(layout.frame_tiles)
     vision: Any = config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2  # of a crop
+    # of a crop; a stream is not looked into, and has the tower's own size
+    height, width = pixel_values.shape[-2:] if isinstance(pixel_values, Tensor) else [vision.image_size] * 2
+    patches = (height // vision.patch_size) * (width // vision.patch_size)
     if config.compressor == "none":  # the tower's first token may be among them
         patches = int(is_visual.sum()) // int(tiles.square().sum())
     through = config.prefuse_visual_tokens and config.compressor != "none"

@@ -22,7 +22,7 @@ class PixelShuffleCompressor(Compressor):
     Published models have S / C = 2 or 4, and W has (S / C)^2 width^2 weights: one token of CLIP's 24 x 24 patches
     would take 604 million. As in Idefics3 the map has no bias and no norm; the projector follows.
 
-    W fits one grid, that of the tower: pictures in tiles are refused. The weights returned are equal over a block; how
+    W fits one grid, that of the tower: pictures in tiles or of another size are refused. The weights returned are equal over a block; how
     much of a patch W lets through they do not say.
 
     Raises:
@@ -48,7 +48,7 @@ class PixelShuffleCompressor(Compressor):
         if side != self.side:
             raise ValueError(
                 f"pixel_shuffle was made for a {self.side} x {self.side} grid of patches, got {side} x {side}: it "
-                "takes no pictures in tiles"
+                "takes no pictures in tiles or of another size"
             )
         blocks = features.unflatten(1, (self.size, side // self.size, self.size, side // self.size))
         tokens = self.linear(blocks.transpose(2, 3).flatten(3).flatten(1, 2))

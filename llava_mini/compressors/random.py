@@ -22,11 +22,11 @@ class RandomCompressor(Compressor):
     every method has to beat.
 
     The permutation is drawn with the module from torch's generator, saved with it, and the same for every picture and
-    every C: smaller samples are parts of larger ones. Of a picture in tiles, a larger grid, it takes the patches that
-    hold the middles of those places.
+    every C: smaller samples are parts of larger ones. On another grid than the tower's own, that of a picture in tiles
+    or of another size, it takes the patches that hold the middles of those places, each patch once.
 
     Raises:
-        ValueError: If the patches form no square grid, a smaller one than C x C or than the tower's.
+        ValueError: If the patches form no square grid, or C x C are more than they or the tower's own are.
     """
 
     order: Tensor
@@ -44,6 +44,9 @@ class RandomCompressor(Compressor):
         self, features: Float[Tensor, "batch patches width"]
     ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens patches"]]:
         side = grid_side(features.shape[1], self.size)
-        if side < self.side:
-            raise ValueError(f"places were drawn on a {self.side} x {self.side} grid of patches, got {side} x {side}")
-        return select(features, move(self.order[: self.size**2].sort().values, self.side, side))
+        grid_side(self.side**2, self.size)
+        places = move(self.order, self.side, side)
+        turn = torch.arange(len(places), device=places.device)
+        # when each patch has its first turn: places that lie apart on the tower's grid may share one on a smaller grid
+        first = turn.new_full((side**2,), len(places)).scatter_reduce(0, places, turn, "amin")
+        return select(features, first.argsort()[: self.size**2].sort().values)

@@ -157,3 +157,20 @@ def test_other_towers(name, vision, tiny_mini, sample):
     """The compressors that read the tower's sizes off its configuration."""
     model = tiny_mini(vision=vision, compressor=name, compressor_size=4)
     assert model(**batch_of(sample, 16)).image_hidden_states.shape == (48, 24)
+
+
+@every_compressor
+def test_pictures_smaller_than_the_tower_was_made_for(name, tiny_mini, sample):
+    """DINOv2's positions stretch: towers for 37 x 37 patches are given pictures of 12 x 12. Here, of 3 x 3 for 4 x 4."""
+    model = tiny_mini(vision="dinov2", compressor=name)
+    batch = batch_of(sample, 4)
+    batch["pixel_values"] = batch["pixel_values"][..., :18, :18]
+    if name == "pixel_shuffle":
+        with pytest.raises(ValueError, match="for a 4 x 4 grid of patches, got 3 x 3"):
+            model(**batch)
+        return
+    received = []
+    model.model.prefusion.register_forward_pre_hook(lambda module, args: received.append(args[0]))
+    assert model(**batch).image_hidden_states.shape == (12, 24)
+    positions, _ = model.prefusion_positions(**batch)
+    assert ((positions < -1).sum(dim=1) == received[0].shape[1]).all()

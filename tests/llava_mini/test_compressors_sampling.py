@@ -79,9 +79,24 @@ def test_random_takes_the_same_places_of_a_picture_in_tiles():
     assert torch.equal(compressor(fine)[0][0], torch.stack(expected))
 
 
+@pytest.mark.parametrize("side", [1, 4, 5, 6, 7, 12])
+def test_random_on_another_grid_takes_each_patch_once(side):
+    """As a list would be gone through: the patch that holds the middle of the next place, unless it was taken."""
+    fine = torch.randn(1, side**2, 32, generator=torch.Generator().manual_seed(2))
+    drawn = build("random").order.tolist()
+    middles = [side * math.floor((p // 6 + 0.5) * side / 6) + math.floor((p % 6 + 0.5) * side / 6) for p in drawn]
+    taken = list(dict.fromkeys(middles))
+    for size in range(1, min(side, 6) + 1):
+        tokens, weights = build("random", size)(fine)
+        assert torch.equal(tokens, fine[:, sorted(taken[: size**2])])
+        assert torch.equal(weights[0].argmax(-1), torch.tensor(sorted(taken[: size**2])))
+
+
 def test_random_names_a_grid_that_is_too_small():
-    with pytest.raises(ValueError, match="drawn on a 6 x 6 grid of patches, got 5 x 5"):
-        build("random")(FEATURES[:, :25])
+    with pytest.raises(ValueError, match="compressor_size=3 exceeds the 2 x 2 grid"):
+        build("random", 3)(FEATURES[:, :4])
+    with pytest.raises(ValueError, match="compressor_size=7 exceeds the 6 x 6 grid"):
+        build("random", 7)(torch.zeros(1, 144, 32))
 
 
 def merged_by_hand(features: torch.Tensor, tokens: int) -> list[list[int]]:
