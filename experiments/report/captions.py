@@ -125,7 +125,9 @@ def _removal(record: Record) -> str:
 
 def _fusion(record: Record) -> str:
     knockout, readout = record.get("knockout"), record.get("readout")
-    parts = ["Where text takes in the picture, by the curves that were measured. Attention says where text looks."]
+    parts = ["Where text takes in the picture, by what was measured."]
+    if record.get("attention") is not None:
+        parts.append("Attention says where text looks.")
     if record.get("removal") is not None:
         parts.append("Removal: accuracy with vision hidden from a layer on.")
     if knockout is not None:
@@ -166,7 +168,7 @@ _STUDY_COST = (
 )
 _PROBES: tuple[tuple[str, str, str, Callable[[Record], Figure], Callable[[Record], str]], ...] = (
     ("removal_by_block", "Accuracy without visual tokens", "removal", figures.removal_figure, _removal),
-    ("fusion_by_curve", "Fusion depth from several curves", "knockout", figures.fusion_figure, _fusion),
+    ("fusion_by_curve", "Fusion depth by curve", "knockout", figures.fusion_figure, _fusion),
     ("attention_by_layer", "Attention mass by layer", "attention", figures.attention_figure, _mass),
     ("entropy_by_layer", "Attention entropy by layer", "attention", figures.entropy_figure, _entropy),
     ("lens_by_layer", "The right answer's first word by layer: logit lens", "lens", figures.lens_figure, _lens),

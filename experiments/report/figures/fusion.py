@@ -1,4 +1,4 @@
-"""Four curves that locate fusion, side by side: attention, removal, knock-out and read-out, each with its depth."""
+"""The curves that locate fusion, side by side: attention, removal, knock-out and read-out, each with its depth."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ TITLES = {
 @styled
 def fusion_figure(record: Record) -> Figure:
     """One panel for each curve that the record holds; bands are 95% bootstrap intervals over examples, the green line
-    and range the curve's fusion depth with its interval. Raises ValueError if it holds fewer than two."""
+    and range the curve's fusion depth with its interval. Raises ValueError if it holds none."""
     present = [kind for kind in TITLES if record.get(kind) is not None]
-    if len(present) < 2:
-        raise ValueError(f"record {record['id']} holds fewer than two curves to compare")
+    if not present:
+        raise ValueError(f"record {record['id']} holds no curve that locates fusion")
     figure, axes = panels(len(present), columns=2, height=2.3, label="Percent")
     for axis, kind in zip(axes, present, strict=True):
         _DRAW[kind](axis, record)

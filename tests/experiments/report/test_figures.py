@@ -155,8 +155,10 @@ def test_fusion_puts_the_curves_side_by_side(probed: dict[str, Any]) -> None:
     chance = [100 * run["control"].count("1") / 117 for run in probed["readout"]["depths"]]
     np.testing.assert_allclose(line(figure, 3, "control: shuffled labels"), chance)
     assert [text.get_text() for text in figure.axes[3].texts] == ["no depth"]
-    probed |= {"attention": None, "knockout": None, "readout": None}
-    with pytest.raises(ValueError, match="holds fewer than two curves to compare"):
+    probed |= {"attention": None, "removal": None, "readout": None}
+    assert [axis.get_title("left").split(":")[0] for axis in figures.fusion_figure(probed).axes] == ["Knock-out"]
+    probed |= {"knockout": None}
+    with pytest.raises(ValueError, match="holds no curve that locates fusion"):
         figures.fusion_figure(probed)
 
 
