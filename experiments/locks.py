@@ -70,7 +70,8 @@ class Lock:
     """A lock at `folder`, for `with`: entering tells whether this process got it. A thread then gives signs of life.
 
     Should another process take it all the same, having seen none for `DEAD_AFTER` seconds (this one was suspended, say),
-    the main thread is interrupted as by Ctrl-C.
+    the main thread is interrupted as by Ctrl-C; a process that is deaf to that, as what a script puts into the background
+    with `&` is, is terminated.
 
     Raises:
         OSError: on entering, where no folder can be made.
@@ -125,7 +126,9 @@ class Lock:
             except FileNotFoundError:
                 if not self._left.is_set():
                     log.error("%s has been taken by another process: no sign of life was seen for long", self.folder)
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                    deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+                    stop = signal.SIGTERM if deaf else signal.SIGINT
+                    signal.pthread_kill(threading.main_thread().ident or 0, stop)
                 return
             except OSError as error:  # a file system that is away for a while
                 log.warning("%s: %s", self._mine, error.strerror)

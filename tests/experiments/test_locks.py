@@ -156,13 +156,32 @@ def test_signs_of_life_are_given(folder, monkeypatch):
         assert sign.stat().st_mtime == pytest.approx(time.time(), abs=5)
 
 
-def test_who_lost_it_is_interrupted(folder, monkeypatch):
-    monkeypatch.setattr(locks, "HEARTBEAT", 0.01)
-    with Lock(folder):
-        (sign,) = folder.iterdir()
-        sign.unlink()
-        with pytest.raises(KeyboardInterrupt):
-            time.sleep(10)
+LOSE = """
+import signal, sys, time
+from pathlib import Path
+from experiments import locks
+
+signal.signal(signal.SIGINT, getattr(signal, sys.argv[2]))
+locks.HEARTBEAT = 0.01
+folder = Path(sys.argv[1])
+with locks.Lock(folder):
+    (sign,) = folder.iterdir()
+    sign.unlink()
+    time.sleep(60)
+print("went on")
+"""
+
+
+@pytest.mark.parametrize(
+    ("hears", "code"), [("default_int_handler", -signal.SIGINT), ("SIG_IGN", -signal.SIGTERM)], ids=["hears", "deaf"]
+)
+def test_who_lost_it_is_stopped(folder, hears, code):
+    """Also where Ctrl-C is ignored: a shell without job control starts what it puts into the background so."""
+    command = [sys.executable, "-c", LOSE, str(folder), hears]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert ended.returncode == code, ended.stderr
+    assert "went on" not in ended.stdout
+    assert ("KeyboardInterrupt" in ended.stderr) == (hears != "SIG_IGN")
 
 
 def test_no_folder_no_lock(tmp_path):
