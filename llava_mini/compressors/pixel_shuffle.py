@@ -22,8 +22,8 @@ class PixelShuffleCompressor(Compressor):
     Published models have S / C = 2 or 4, and W has (S / C)^2 width^2 weights: one token of CLIP's 24 x 24 patches
     would take 604 million. As in Idefics3 the map has no bias and no norm; the projector follows.
 
-    W fits one grid, that of the tower: pictures in tiles or of another size are refused. The weights returned are equal over a block; how
-    much of a patch W lets through they do not say.
+    W fits one grid, that of the tower: pictures in tiles or of another size are refused. The weights returned are equal
+    over a block; how much of a patch W lets through they do not say.
 
     Raises:
         ValueError: If C does not divide S, or the patches form another grid than S x S.
