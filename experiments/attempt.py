@@ -22,7 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments import config as configuration
 from experiments import launchers, rows
 from experiments.plan import Cell, identify, measured
-from experiments.store import ResultsError, Standing, Store, provenance
+from experiments.provenance import provenance
+from experiments.store import ResultsError, Standing, Store
 
 log = logging.getLogger(__name__)
 _ROOT = Path(__file__).resolve().parents[1]

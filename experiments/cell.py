@@ -22,8 +22,8 @@ from experiments.evaluation import Questions, blank, correct, digits, shuffled
 from experiments.features import keep_features
 from experiments.models import build, choose_device
 from experiments.plan import Cell
+from experiments.provenance import provenance
 from experiments.scores import by_kind
-from experiments.store import provenance
 from llava_mini import LlavaMiniConfig
 
 log = logging.getLogger(__name__)

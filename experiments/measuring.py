@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import torch
 
 from experiments.config import Config, identity
-from experiments.store import code_version, write_atomically
+from experiments.provenance import code_version
+from experiments.store import write_atomically
 
 T = TypeVar("T")
 

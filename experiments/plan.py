@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from experiments import config as configuration
 from experiments import rows
 from experiments.data import Data, load_data
-from experiments.store import code_version
+from experiments.provenance import code_version
 
 
 @dataclass(frozen=True)

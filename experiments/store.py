@@ -3,69 +3,19 @@
 from __future__ import annotations
 
 import errno
-import functools
-import hashlib
 import json
 import os
-import platform
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from experiments.locks import Lock, Owner, owner
 from experiments.report.records import Record, read, sealed
 
-if TYPE_CHECKING:  # a sweep whose cells are done does not wait for torch
-    import torch
-
-_PACKAGES = ("llava_mini", "probes", "experiments")
-_REPORTING = "report"  # how records are drawn does not change them
 _NO_SPACE = 2**20  # bytes
-
-
-@functools.cache
-def code_version() -> str:
-    """16 hex digits over the sources that a record depends on: the three packages but experiments/report."""
-    root = Path(__file__).resolve().parents[1]
-    digest = hashlib.sha256()
-    for package in _PACKAGES:
-        for source in sorted((root / package).rglob("*.py")):
-            if _REPORTING not in source.relative_to(root / package).parts:
-                digest.update(source.relative_to(root).as_posix().encode() + b"\0" + source.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _commit() -> str | None:
-    here = Path(__file__).resolve().parent
-    try:
-        shown = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return shown.stdout.strip()
-
-
-def provenance(device: torch.device | None = None) -> dict[str, Any]:
-    """What a reader needs to know about the machine and the versions behind a record."""
-    return {
-        "commit": _commit(),
-        "code": code_version(),
-        "device": _device_name(device) if device else None,
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "transformers")},
-    }
-
-
-def _device_name(device: torch.device) -> str:
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)"
 
 
 def write_atomically(path: Path, text: str) -> None:

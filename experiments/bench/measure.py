@@ -18,7 +18,7 @@ from experiments.config import Config
 from experiments.measurements import BenchConfig, BenchModel
 from experiments.measuring import in_child, in_turns, peak_memory, results_stem, timed, write_results
 from experiments.models import choose_device
-from experiments.store import provenance
+from experiments.provenance import provenance
 
 log = logging.getLogger(__name__)
 WARM_UP = 32  # visual tokens of the first, uncounted pass

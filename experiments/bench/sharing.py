@@ -28,7 +28,7 @@ from experiments import data, models, plan
 from experiments.attempt import EXPECTED, attempt, stop
 from experiments.measuring import in_turns, results_stem, timed, write_results
 from experiments.plan import Cell
-from experiments.store import provenance
+from experiments.provenance import provenance
 
 NOTHING, KEPT, FEATURES = "nothing", "base model, data", "base model, data, features"
 CLOCKS = {"cpu": "CPU", "seconds": "clock"}

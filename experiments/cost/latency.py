@@ -29,10 +29,11 @@ from experiments.data.samples import single_questions
 from experiments.evaluation import Questions
 from experiments.measuring import in_turns, timed
 from experiments.models import build, choose_device
+from experiments.provenance import provenance
 from experiments.reduction import Around, in_answering
 from experiments.report import records
 from experiments.report.latency import FILE, timed_part
-from experiments.store import provenance, write_atomically
+from experiments.store import write_atomically
 
 
 def measure(configs: Sequence[Mapping[str, Any]], repeats: int, device: torch.device) -> dict[str, Any]:

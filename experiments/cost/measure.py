@@ -32,8 +32,8 @@ from experiments.cost.report import table
 from experiments.measurements import CostConfig
 from experiments.measuring import in_child, in_turns, peak_memory, results_stem, timed, write_results
 from experiments.models import choose_device
+from experiments.provenance import provenance
 from experiments.report.style import save
-from experiments.store import provenance
 from probes.decoder import cache_name
 
 log = logging.getLogger(__name__)

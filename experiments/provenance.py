@@ -1,0 +1,121 @@
+"""Where a record comes from: commit, versions, device, and a hash of the code that computed it."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import platform
+import subprocess
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # a sweep whose cells are all finished does not wait for torch
+    import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORD_SOURCES = (
+    "llava_mini",
+    "probes",
+    "experiments/cell.py",
+    "experiments/config.py",
+    "experiments/cost",
+    "experiments/data",
+    "experiments/evaluation.py",
+    "experiments/features.py",
+    "experiments/joined.py",
+    "experiments/lens.py",
+    "experiments/lora.py",
+    "experiments/models.py",
+    "experiments/optimizer.py",
+    "experiments/order.py",
+    "experiments/probing.py",
+    "experiments/reduction.py",
+    "experiments/rows.py",
+    "experiments/schooling.py",
+    "experiments/tiny.py",
+    "experiments/token_groups.py",
+    "experiments/tower.py",
+    "experiments/training.py",
+)
+"""The files and folders whose code can change what a record holds. Reports, sweeps and benchmarks are not among them."""
+
+
+@functools.cache
+def code_version(root: Path = ROOT) -> str:
+    """Hash the code that a record depends on.
+
+    Each file of `RECORD_SOURCES` counts as a syntax tree without docstrings and comments, and by its path. So rewording
+    leaves every finished cell finished, and an edit that changes a computation makes it a new cell.
+
+    Args:
+        root: The folder that holds the packages.
+
+    Returns:
+        16 hex digits.
+    """
+    digest = hashlib.sha256()
+    for name in RECORD_SOURCES:
+        source = root / name
+        for file in sorted(source.rglob("*.py")) if source.is_dir() else [source]:
+            digest.update(f"\0{file.relative_to(root).as_posix()}\0".encode())
+            for part in _syntax(ast.parse(file.read_bytes())):
+                digest.update(part.encode())
+    return digest.hexdigest()[:16]
+
+
+def _syntax(node: Any) -> Iterator[str]:
+    """Yield a syntax tree as text, without docstrings.
+
+    Fields without a value are left out: later Python versions add some, and the hash must not depend on the version.
+    """
+    if isinstance(node, ast.AST):
+        yield f"({type(node).__name__}"
+        for name, value in ast.iter_fields(node):
+            if name == "body" and isinstance(value, list):
+                value = [statement for statement in value if not _is_docstring(statement)]
+            if value not in (None, []):
+                yield f" {name}="
+                yield from _syntax(value)
+        yield ")"
+    elif isinstance(node, list):
+        for entry in node:
+            yield from _syntax(entry)
+            yield ","
+    else:
+        yield repr(node)
+
+
+def _is_docstring(statement: ast.AST) -> bool:
+    """Whether a statement is a bare string: a docstring, or the description below a constant."""
+    value = statement.value if isinstance(statement, ast.Expr) else None
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)
+
+
+def provenance(device: torch.device | None = None) -> dict[str, Any]:
+    """Return what a reader needs to know about the machine and the versions behind a record."""
+    return {
+        "commit": _commit(),
+        "code": code_version(),
+        "device": _device_name(device) if device else None,
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "transformers")},
+    }
+
+
+def _commit() -> str | None:
+    try:
+        shown = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return shown.stdout.strip()
+
+
+def _device_name(device: torch.device) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)"

@@ -1,0 +1,107 @@
+"""Which edits make a finished cell new: those that change a computation, and no others."""
+
+import ast
+import shutil
+
+import pytest
+
+from experiments.provenance import RECORD_SOURCES, ROOT, code_version
+
+# Modules that a cell imports and that cannot change what its record holds.
+HELPERS = {
+    "experiments/incidental.py",
+    "experiments/measurements.py",
+    "experiments/plan.py",
+    "experiments/provenance.py",
+    "experiments/scores.py",
+    "experiments/stamps.py",
+    "experiments/budget.py",
+}
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """A copy of all files that the code version covers."""
+    for name in RECORD_SOURCES:
+        target = tmp_path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, target)
+    return tmp_path
+
+
+def test_code_version_of_a_copy_is_equal(sources):
+    assert code_version(sources) == code_version()
+    assert len(code_version()) == 16
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda text: text + "\n# a comment\n",
+        lambda text: text.replace('"""', '"""Reworded: ', 1),
+        lambda text: "\n\n" + text,
+    ],
+    ids=["comment", "docstring", "blank lines"],
+)
+def test_code_version_of_reworded_sources_is_equal(sources, edit):
+    for file in sources.rglob("*.py"):
+        text = file.read_text()
+        edited = edit(text)
+        compile(edited, file, "exec")
+        file.write_text(edited)
+    assert code_version(sources) == code_version()
+
+
+@pytest.mark.parametrize("name", RECORD_SOURCES)
+def test_code_version_after_a_changed_computation_differs(sources, name):
+    source = sources / name
+    file = sorted(source.rglob("*.py"))[-1] if source.is_dir() else source
+    file.write_text(file.read_text() + "\nLAYERS = 1 + 1\n")
+    changed = code_version(sources)
+    assert changed != code_version()
+    code_version.cache_clear()
+    file.write_text(file.read_text().replace("1 + 1", "1 - 1"))
+    assert code_version(sources) not in (changed, code_version())
+
+
+def test_code_version_of_an_edited_docstring_like_return_value_differs(sources):
+    """Only bare strings are left out: a string that the code uses counts."""
+    file = next(file for file in sources.rglob("*.py") if '= "' in file.read_text())
+    file.write_text(file.read_text().replace('= "', '= "x', 1))
+    assert code_version(sources) != code_version()
+
+
+def imports(file):
+    """The project's own modules that a file imports, as paths; type-only imports included."""
+    package = list(file.relative_to(ROOT).parent.parts)
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *(node.module or "").split(".")]
+            names = [base, *([*base, alias.name] for alias in node.names)]
+        else:
+            continue
+        for parts in names:
+            for path in (ROOT.joinpath(*parts).with_suffix(".py"), ROOT.joinpath(*parts, "__init__.py")):
+                if parts[0] in ("experiments", "probes", "llava_mini") and path.exists():
+                    yield path
+
+
+def test_record_sources_cover_all_that_a_cell_imports():
+    """Follow every import from the function that runs a cell."""
+    seen, todo = set(), [ROOT / "experiments" / "cell.py"]
+    while todo:
+        file = todo.pop()
+        if file not in seen:
+            seen.add(file)
+            todo += imports(file)
+    names = {
+        file.relative_to(ROOT).as_posix() for file in seen if file.name != "__init__.py" or file.stat().st_size > 200
+    }
+    covered = {name for name in names if any(name == s or name.startswith(f"{s}/") for s in RECORD_SOURCES)}
+    assert names - covered == HELPERS
