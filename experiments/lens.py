@@ -14,7 +14,7 @@ from experiments.data.conversation import IGNORED, on_answers
 from experiments.evaluation import Questions, digits
 from experiments.models import inference
 from experiments.token_groups import token_map
-from probes.lens import logit_lens
+from probes.readouts.logit_lens import logit_lens
 
 _DIGITS = 5  # kept of a mean log-probability
 

@@ -21,8 +21,8 @@ from experiments.lens import lens
 from experiments.models import inference
 from experiments.token_groups import token_map
 from probes import FusionDepth, TokenMap, fusion_depth, record_attention
-from probes.curves import Score, knockout_curve, removal_scores, text_states
-from probes.readout import linear_readout
+from probes.fusion.curves import Score, knockout_curve, removal_scores, text_states
+from probes.readouts.linear_probe import linear_readout
 
 PAIRS = (("instruction", "vision"), ("instruction", "instruction"), ("response", "vision"), ("response", "instruction"))
 FUSION_PAIR = PAIRS.index(("instruction", "vision"))

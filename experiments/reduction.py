@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from experiments.config import Config, ReductionConfig
 from probes.interventions import Receipt, RemoveTokens, intervene
 from probes.pruning import How, fastv, kept_tokens, pyramid_drop, vtw
-from probes.tokens import TokenMap, visual_token_ids
+from probes.tokens.token_map import TokenMap, visual_token_ids
 
 # What goes around a forward call with these inputs: it gives the receipt of what it took out, if anything.
 Around = Callable[[PreTrainedModel, Mapping[str, Any]], AbstractContextManager[Receipt | None]]

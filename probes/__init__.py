@@ -9,19 +9,20 @@ Works on any Hugging Face model with a decoder language model and image placehol
     with intervene(model, tokens, RemoveTokens("vision", layers=range(2, 4))) as receipt:
         model(**inputs)
 
-Beyond what is named here: `probes.plots` draws, `probes.pruning` has FastV, VTW and PyramidDrop, `probes.curves` what
+Beyond what is named here: `probes.plots` draws, `probes.pruning` has FastV, VTW and PyramidDrop, `probes.fusion.curves` what
 `fusion_depth` reads.
 """
 
-from probes.attention import AttentionRecord, record_attention
-from probes.fusion import Agreement, FusionDepth, agreement, fusion_depth
+from probes.attention.record import AttentionRecord
+from probes.attention.recording import record_attention
+from probes.attribution import Relevancy, relevancy
+from probes.fusion.depth import Agreement, FusionDepth, agreement, fusion_depth
+from probes.fusion.planted_models import planted
 from probes.interventions import BlockAttention, PatchActivations, Receipt, RemoveTokens, intervene
-from probes.lens import LogitLens, logit_lens
-from probes.planted import planted
-from probes.readout import Readout, linear_readout
-from probes.relevancy import Relevancy, relevancy
-from probes.states import States, record_states
-from probes.tokens import TokenMap
+from probes.readouts.hidden_states import States, record_states
+from probes.readouts.linear_probe import Readout, linear_readout
+from probes.readouts.logit_lens import LogitLens, logit_lens
+from probes.tokens.token_map import TokenMap
 
 __all__ = [
     "Agreement",

@@ -9,7 +9,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import matplotlib
 import numpy as np
@@ -23,11 +23,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from probes.tokens import TokenMap
+from probes.tokens.token_map import TokenMap
 
 if TYPE_CHECKING:
-    from probes.attention import AttentionRecord
-    from probes.lens import LogitLens
+    from probes.readouts.logit_lens import LogitLens
 
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -72,8 +71,22 @@ class Drawing(Figure):
         return buffer.getvalue()
 
 
+class RecordedAttention(Protocol):
+    """What `plot_attention` reads of a `probes.AttentionRecord`, which has these attributes."""
+
+    layers: tuple[int, ...]
+    targets: tuple[str, ...]
+    sources: tuple[str, ...]
+
+    @property
+    def mass(self) -> Float[Tensor, "layers batch heads targets sources"]: ...
+
+    @property
+    def entropy(self) -> Float[Tensor, "layers batch heads targets sources"]: ...
+
+
 @matplotlib.rc_context(STYLE)
-def plot_attention(record: AttentionRecord) -> Figure:
+def plot_attention(record: RecordedAttention) -> Figure:
     """Mass (%) and entropy (nats) of each target group's attention to each source, by layer.
 
     Line: mean over heads and samples. Band: from the 10th to the 90th percentile of the heads, each averaged over the

@@ -16,12 +16,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.cut import cut_of
-from probes.decoder import TokenWindow, decoder_layers, find_decoder, select_layers
+from probes.attention.kernel_watch import KernelWatch
+from probes.hooks.decoder import decoder_layers, find_decoder, select_layers
+from probes.hooks.partial_call import cut_of
+from probes.hooks.token_window import TokenWindow
 from probes.interventions import Receipt, RemoveTokens, intervene
-from probes.interventions.kernel import KernelWatch
 from probes.interventions.selection import Selection, acts
-from probes.tokens import TokenMap
+from probes.tokens.token_map import TokenMap
 
 How = Literal["mask", "drop"]
 Positions = Literal["keep", "renumber"]

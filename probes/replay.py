@@ -11,9 +11,9 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from probes.decoder import decoder_layers, find_decoder, select_layers
-from probes.rows import Rows, check_same_call, put_forward
-from probes.states import hidden_of, hidden_states
+from probes.hooks.decoder import decoder_layers, find_decoder, select_layers
+from probes.hooks.layer_io import hidden_of, hidden_states
+from probes.hooks.subset_rerun import Rows, check_same_call, put_forward
 
 Since = Callable[[int], AbstractContextManager[None]]
 

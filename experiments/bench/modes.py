@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from experiments.measurements import BenchConfig, BenchModel
 from probes import TokenMap
-from probes.attention import record_attention
+from probes.attention.recording import record_attention
 
 Masses = Float[Tensor, "layers heads groups"]
 Run = Callable[[], Masses | None]

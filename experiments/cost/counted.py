@@ -13,8 +13,8 @@ from transformers import Cache, PreTrainedModel
 
 from experiments.evaluation import Questions
 from experiments.reduction import Around, untouched
-from probes.decoder import cache_name
-from probes.tokens import visual_token_ids
+from probes.hooks.decoder import cache_name
+from probes.tokens.token_map import visual_token_ids
 
 T = TypeVar("T")
 

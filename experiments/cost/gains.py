@@ -30,7 +30,7 @@ from experiments.cost.counted import counted
 from experiments.measuring import in_turns, peak, timed
 from llava_mini import LlavaMiniConfig, LlavaMiniForConditionalGeneration
 from llava_mini.prefusion import Prefusion
-from probes.decoder import cache_name
+from probes.hooks.decoder import cache_name
 
 PATCH = 14
 IMAGE_TOKEN = 999

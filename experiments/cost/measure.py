@@ -34,7 +34,7 @@ from experiments.measuring import in_child, in_turns, peak_memory, results_stem,
 from experiments.models import choose_device
 from experiments.provenance import provenance
 from experiments.report.style import save
-from probes.decoder import cache_name
+from probes.hooks.decoder import cache_name
 
 log = logging.getLogger(__name__)
 _processor = Path("/proc/cpuinfo")

@@ -15,15 +15,7 @@ from PIL import Image
 from experiments.data.balanced import ask
 from experiments.data.mixture import Mixture
 from experiments.data.photo_questions import DESCRIBE, about_grid, about_one, description
-from experiments.data.samples import (
-    Numbered,
-    OneQuestionEach,
-    Sample,
-    Split,
-    at_least_one,
-    conversation,
-    fingerprint,
-)
+from experiments.data.samples import Numbered, OneQuestionEach, Sample, Split, at_least_one, conversation, fingerprint
 from experiments.data.shapes import load_shapes
 
 GRIDS = {"one": 1, "2x2": 2, "3x3": 3}

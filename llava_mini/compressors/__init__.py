@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from ..configuration import LlavaMiniConfig
+    from transformers import LlavaConfig
 
 COMPRESSORS: dict[str, type[Compressor]] = {}
 
@@ -40,7 +40,7 @@ class Compressor(nn.Module):
     needs: ClassVar[tuple[str, ...]] = ()
     forward: Callable[..., tuple[Tensor, Tensor]]
 
-    def __init__(self, config: LlavaMiniConfig):
+    def __init__(self, config: LlavaConfig):
         super().__init__()
         self.size = config.compressor_size
 
@@ -75,7 +75,7 @@ def grid_side(patches: int, size: int = 0) -> int:
     return side
 
 
-def configured_side(config: LlavaMiniConfig) -> int:
+def configured_side(config: LlavaConfig) -> int:
     """Side of the vision tower's grid of patches. A picture in T x T tiles comes as a grid of T times that side."""
     vision: Any = config.vision_config
     return vision.image_size // vision.patch_size

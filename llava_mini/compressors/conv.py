@@ -14,7 +14,7 @@ from .average import cell_means
 from .query import resize_table
 
 if TYPE_CHECKING:
-    from ..configuration import LlavaMiniConfig
+    from transformers import LlavaConfig
 
 
 @register("conv")
@@ -34,7 +34,7 @@ class ConvCompressor(Compressor):
 
     depth = 3
 
-    def __init__(self, config: LlavaMiniConfig):
+    def __init__(self, config: LlavaConfig):
         super().__init__(config)
         width = config.compressor_width
         self.pos_embed = nn.Parameter(torch.empty(configured_side(config) ** 2, width))

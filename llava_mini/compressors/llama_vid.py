@@ -12,7 +12,7 @@ from . import Compressor, grid_side, register
 from .average import cells
 
 if TYPE_CHECKING:
-    from ..configuration import LlavaMiniConfig
+    from transformers import LlavaConfig
 
 
 @register("llama_vid")
@@ -35,7 +35,7 @@ class LlamaVidCompressor(Compressor):
 
     needs = ("text", "text_mask")
 
-    def __init__(self, config: LlavaMiniConfig):
+    def __init__(self, config: LlavaConfig):
         super().__init__(config)
         width = config.compressor_width
         self.text = nn.Linear(config.get_text_config().hidden_size, width)

@@ -13,7 +13,7 @@ from . import Compressor, grid_side, register
 from .query import Attention, resize_table, sincos_table
 
 if TYPE_CHECKING:
-    from ..configuration import LlavaMiniConfig
+    from transformers import LlavaConfig
 
 
 @register("nested_query")
@@ -39,7 +39,7 @@ class NestedQueryCompressor(Compressor):
 
     most = 16
 
-    def __init__(self, config: LlavaMiniConfig):
+    def __init__(self, config: LlavaConfig):
         super().__init__(config)
         if self.size > self.most:
             raise ValueError(

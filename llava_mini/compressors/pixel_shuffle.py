@@ -11,7 +11,7 @@ from . import Compressor, configured_side, grid_side, register
 from .average import cell_means
 
 if TYPE_CHECKING:
-    from ..configuration import LlavaMiniConfig
+    from transformers import LlavaConfig
 
 
 @register("pixel_shuffle")
@@ -29,7 +29,7 @@ class PixelShuffleCompressor(Compressor):
         ValueError: If C does not divide S, or the patches form another grid than S x S.
     """
 
-    def __init__(self, config: LlavaMiniConfig):
+    def __init__(self, config: LlavaConfig):
         super().__init__(config)
         self.side = configured_side(config)
         if self.side % self.size:

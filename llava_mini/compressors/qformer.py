@@ -13,7 +13,7 @@ from . import Compressor, grid_side, register
 from .query import Attention
 
 if TYPE_CHECKING:
-    from ..configuration import LlavaMiniConfig
+    from transformers import LlavaConfig
 
 
 @register("qformer")
@@ -33,7 +33,7 @@ class QFormerCompressor(Compressor):
 
     depth = 2
 
-    def __init__(self, config: LlavaMiniConfig):
+    def __init__(self, config: LlavaConfig):
         super().__init__(config)
         width = config.compressor_width
         self.query = nn.Parameter(torch.empty(self.size**2, width))

@@ -12,7 +12,7 @@ from transformers import initialization as init
 from . import Compressor, grid_side, register
 
 if TYPE_CHECKING:
-    from ..configuration import LlavaMiniConfig
+    from transformers import LlavaConfig
 
 
 @register("query")
@@ -31,7 +31,7 @@ class QueryCompressor(Compressor):
         ValueError: If `compressor_heads` does not divide the width, or the width is no multiple of 4.
     """
 
-    def __init__(self, config: LlavaMiniConfig):
+    def __init__(self, config: LlavaConfig):
         super().__init__(config)
         width, tokens = config.compressor_width, config.compressor_size**2
         self.query = nn.Parameter(torch.empty(tokens, width))

@@ -13,7 +13,7 @@ from . import Compressor, configured_side, grid_side, register
 from .uniform import move, select
 
 if TYPE_CHECKING:
-    from ..configuration import LlavaMiniConfig
+    from transformers import LlavaConfig
 
 
 @register("random")
@@ -31,7 +31,7 @@ class RandomCompressor(Compressor):
 
     order: Tensor
 
-    def __init__(self, config: LlavaMiniConfig):
+    def __init__(self, config: LlavaConfig):
         super().__init__(config)
         self.side = configured_side(config)
         self.register_buffer("order", torch.empty(self.side**2, dtype=torch.long))

@@ -12,7 +12,7 @@ from .average import cell_means
 from .query import Attention
 
 if TYPE_CHECKING:
-    from ..configuration import LlavaMiniConfig
+    from transformers import LlavaConfig
 
 
 @register("token_packer")
@@ -35,7 +35,7 @@ class TokenPackerCompressor(Compressor):
             than C x C.
     """
 
-    def __init__(self, config: LlavaMiniConfig):
+    def __init__(self, config: LlavaConfig):
         super().__init__(config)
         vision: Any = config.vision_config
         width = config.compressor_width

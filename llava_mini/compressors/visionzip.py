@@ -12,7 +12,7 @@ from . import Compressor, grid_side, register
 from .prumerge import most, others
 
 if TYPE_CHECKING:
-    from ..configuration import LlavaMiniConfig
+    from transformers import LlavaConfig
 
 # Contextual tokens among all: 10 of 64 in the paper, 20 of 128, 30 of 192.
 CONTEXTUAL = 10 / 64
@@ -39,7 +39,7 @@ class VisionZipCompressor(Compressor):
 
     needs = ("saliency", "keys")
 
-    def __init__(self, config: LlavaMiniConfig):
+    def __init__(self, config: LlavaConfig):
         super().__init__(config)
         vision: Any = config.vision_config
         self.heads = vision.num_attention_heads

@@ -7,12 +7,13 @@ from contextlib import ExitStack, contextmanager
 
 from transformers import PreTrainedModel
 
-from probes.decoder import TokenWindow, find_decoder
+from probes.hooks.decoder import find_decoder
+from probes.hooks.token_window import TokenWindow
+from probes.interventions.effects import Effect, Receipt
 from probes.interventions.knockout import BlockAttention
 from probes.interventions.patching import PatchActivations
-from probes.interventions.receipt import Effect, Receipt
 from probes.interventions.removal import RemoveTokens
-from probes.tokens import TokenMap
+from probes.tokens.token_map import TokenMap
 
 __all__ = ["BlockAttention", "Effect", "PatchActivations", "Receipt", "RemoveTokens", "intervene"]
 

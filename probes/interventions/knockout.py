@@ -11,13 +11,13 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from probes.cut import cut_of
-from probes.decoder import TokenWindow, decoder_layers, select_layers
-from probes.interventions.kernel import KernelWatch
-from probes.interventions.masks import explicit, hide, key_length, visible
-from probes.interventions.receipt import Effect
+from probes.attention.kernel_watch import KernelWatch
+from probes.hooks.decoder import decoder_layers, select_layers
+from probes.hooks.layer_io import explicit, hidden_states, hide, key_length, visible
+from probes.hooks.partial_call import cut_of
+from probes.hooks.token_window import TokenWindow
+from probes.interventions.effects import Effect
 from probes.interventions.selection import OncePerCall, Selection, Tokens, When, acts, check_when, describe
-from probes.states import hidden_states
 
 
 @dataclass(frozen=True, eq=False)

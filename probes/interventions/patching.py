@@ -12,12 +12,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from probes.cut import cut_of
-from probes.decoder import TokenWindow, decoder_layers, select_layers
-from probes.interventions.masks import with_hidden
-from probes.interventions.receipt import Effect
+from probes.hooks.decoder import decoder_layers, select_layers
+from probes.hooks.layer_io import COMPONENTS, component_of, hidden_of, with_hidden
+from probes.hooks.partial_call import cut_of
+from probes.hooks.token_window import TokenWindow
+from probes.interventions.effects import Effect
 from probes.interventions.selection import Selection, Tokens, When, acts, check_choice, check_when, describe
-from probes.states import COMPONENTS, States, component_of, hidden_of
+from probes.readouts.hidden_states import States
 
 ABLATIONS = ("zero", "mean", "noise")
 # Normal numbers come in blocks of this size: drawn by whole blocks, more of them begin with the same ones.

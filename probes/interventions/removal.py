@@ -11,22 +11,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from probes.decoder import TokenWindow, decoder_layers, select_layers
-from probes.interventions.drop import LayerDrop
-from probes.interventions.masks import explicit, hide, key_length, with_hidden
-from probes.interventions.positions import Renumbering
-from probes.interventions.receipt import Effect
+from probes.hooks.decoder import decoder_layers, select_layers
+from probes.hooks.layer_io import component_of, explicit, hidden_of, hidden_states, hide, key_length, with_hidden
+from probes.hooks.token_window import TokenWindow
+from probes.interventions.effects import Effect
+from probes.interventions.removal_state import RemovalState
 from probes.interventions.selection import (
     LateTokens,
-    OncePerCall,
-    Selection,
     When,
-    acts,
     check_choice,
     check_when,
     describe,
 )
-from probes.states import component_of, hidden_of, hidden_states
+from probes.interventions.token_dropping import LayerDrop
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +66,7 @@ class RemoveTokens:
         self._check()
         layers = select_layers(decoder, self.layers)
         effect = Effect.of(f"RemoveTokens({describe(self.group)})", layers)
-        shared = _Removed(decoder, window, self, effect)
+        shared = RemovalState(decoder, window, self.group, self.when, self.positions, effect)
         for number in layers:
             layer = decoder_layers(decoder)[number]
             if self.how == "drop" and not self.keep_cache:
@@ -97,30 +94,10 @@ class RemoveTokens:
             )
 
 
-class _Removed:
-    """What the layers of a `RemoveTokens` have in common."""
-
-    def __init__(self, decoder: PreTrainedModel, window: TokenWindow, spec: RemoveTokens, effect: Effect) -> None:
-        self.window, self.spec, self.effect = window, spec, effect
-        self.selection = Selection(window, spec.group)
-        self.once = OncePerCall(window)
-        self.renumbering = Renumbering(decoder, self.selection, self.once) if spec.positions == "renumber" else None
-
-    @property
-    def acts(self) -> bool:
-        """Whether tokens are taken out in this call."""
-        return acts(self.window, self.spec.when)
-
-    def begin(self) -> None:
-        """At each layer's call: the tokens are chosen, if they have not been yet."""
-        self.once("begin", self.selection.begin)
-        self.effect.chosen = self.selection.chosen
-
-
 class _Hiding:
     """The hooks of `RemoveTokens` on one layer that still runs on all tokens."""
 
-    def __init__(self, number: int, layer: nn.Module, shared: _Removed, cut_mlp: bool) -> None:
+    def __init__(self, number: int, layer: nn.Module, shared: RemovalState, cut_mlp: bool) -> None:
         self.number, self.layer, self.shared = number, layer, shared
         self.cut_mlp = cut_mlp
         self.entering: Tensor | None = None

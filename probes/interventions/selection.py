@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from probes.decoder import TokenWindow
+from probes.hooks.token_window import TokenWindow
 
 When = Literal["prefill", "decode", "both"]
 # A group of the token map, or a mask of its positions (then no generated token is meant).

@@ -23,7 +23,7 @@ from experiments.reduction import first_layers, fusing_inside, in_answering, in_
 from experiments.training import train
 from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
 from llava_mini.video import Video
-from probes.tokens import TokenMap
+from probes.tokens.token_map import TokenMap
 from tests.probes import by_hand
 
 CPU = torch.device("cpu")

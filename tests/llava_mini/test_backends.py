@@ -7,7 +7,7 @@ import torch
 
 import llava_mini.transformer_lens  # noqa: F401
 from probes import TokenMap
-from probes.attention import record_attention
+from probes.attention.recording import record_attention
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from llava_mini import PRESETS
 from probes import TokenMap
-from probes.attention import record_attention
+from probes.attention.recording import record_attention
 from tests.llava_mini import whole_prefusion as whole
 
 IMAGE_TOKEN = 99  # as in conftest.py

@@ -12,9 +12,9 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import Normalize, to_hex
 
 from probes import RemoveTokens, TokenMap, intervene, record_attention
-from probes.lens import logit_lens
-from probes.places import Grid, Places
 from probes.plots import GROUP_LINES, plot_attention, plot_lens, plot_patches, plot_words
+from probes.readouts.logit_lens import logit_lens
+from probes.tokens.grid import Grid, Places
 
 from .conftest import LAYERS
 

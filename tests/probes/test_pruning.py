@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from probes.attention import record_attention
+from probes.attention.recording import record_attention
 from probes.pruning import fastv, kept_tokens, pyramid_drop, vtw
-from probes.tokens import TokenMap
+from probes.tokens.token_map import TokenMap
 from tests.probes import by_hand
 
 Model = LlavaForConditionalGeneration

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from probes.decoder import decoder_layers, find_decoder
+from probes.hooks.decoder import decoder_layers, find_decoder
 from probes.interventions import BlockAttention, RemoveTokens, intervene
 from probes.replay import replay
-from probes.tokens import TokenMap
+from probes.tokens.token_map import TokenMap
 
 LAYERS = 3
 Make = Callable[..., Any]

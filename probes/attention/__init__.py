@@ -1,0 +1,1 @@
+"""Recording attention between token groups."""

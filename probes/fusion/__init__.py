@@ -1,0 +1,1 @@
+"""Fusion depth: the number of first layers in which text takes in the image."""

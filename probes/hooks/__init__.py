@@ -1,0 +1,1 @@
+"""Hooks on a language model's decoder layers."""

@@ -1,0 +1,1 @@
+"""What can be read off the hidden states: logit lens and linear probe."""

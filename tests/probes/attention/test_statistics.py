@@ -1,0 +1,135 @@
+"""Statistics of one call against closed forms, and of drawn scores against the definition in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from probes.attention import statistics
+from probes.attention.statistics import Layout, Sums, group_statistics
+from probes.attention.visibility import Visibility
+
+CAUSAL = Visibility(offset=0)
+
+
+def summed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    targets: tuple[int, ...],
+    sources: tuple[int, ...],
+    visible: Visibility = CAUSAL,
+    **kwargs: Any,
+) -> Sums:
+    layout = Layout.build(queries, keys, targets, sources, visible, query.shape[1], key.shape[1])
+    return group_statistics(query, key, 1.0, layout, **kwargs)
+
+
+def test_autocast_does_not_reach_the_statistics() -> None:
+    query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
+    labels = torch.zeros(1, 5, dtype=torch.long)
+    plain = summed(query, key, labels, labels, (0,), (0,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = summed(query, key, labels, labels, (0,), (0,))
+    assert torch.equal(plain.entropy, cast.entropy)
+
+
+def test_attention_below_float32_has_an_entropy() -> None:
+    """A source that gets exp(-200) of the attention has mass 0 in float32; within it the entropy is still log 2."""
+    key = torch.tensor([[[[0.0], [0.0], [200.0]]]])
+    labels = torch.tensor([[0, 0, 1]])
+    sums = summed(torch.ones(1, 1, 3, 1), key, labels, labels, (1,), (0, 1))
+    torch.testing.assert_close(sums.mass.flatten(), torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(sums.entropy.flatten(), torch.tensor([math.log(2.0), 0.0]))
+
+
+def test_a_sink_takes_attention_from_every_source() -> None:
+    """Scores 0 and 0 and a sink of log 2: a quarter of the attention to each key, half to none."""
+    labels, sink = torch.tensor([[0, 1]]), torch.tensor([math.log(2.0)])
+    zeros = torch.zeros(1, 1, 2, 1)
+    sums = summed(zeros, zeros, labels, labels, (1,), (0, 1), sinks=sink)
+    torch.testing.assert_close(sums.mass.flatten(), torch.tensor([0.25, 0.25]))
+    torch.testing.assert_close(sums.received.flatten(), torch.tensor([0.25, 0.25]))
+
+
+def test_a_soft_cap_bounds_scores() -> None:
+    """Scores 100 and -100 under a cap of 1 are tanh(100) and tanh(-100): 1 and -1."""
+    key = torch.tensor([[[[100.0], [-100.0]]]])
+    labels = torch.tensor([[0, 1]])
+    sums = summed(torch.ones(1, 1, 2, 1), key, labels, labels, (1,), (0, 1), softcap=1.0)
+    share = 1 / (1 + math.exp(-2))
+    torch.testing.assert_close(sums.mass.flatten(), torch.tensor([share, 1 - share]))
+
+
+def by_definition(scores: torch.Tensor, member: torch.Tensor, source: torch.Tensor, visible: torch.Tensor) -> Any:
+    """Sums for one sample and head in float64: mass, entropy, queries, received; `source` is `[sources, keys]`."""
+    weights = scores.double().masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0.0)
+    mass = weights @ source.double().T
+    inner = []
+    for keys in source:
+        part = scores.double().masked_fill(~(visible & keys), -torch.inf).softmax(-1).nan_to_num(0.0)
+        inner.append(torch.special.entr(part).sum(-1))
+    sees = (visible[:, None] & source).any(-1).double()
+    rows = member.double()
+    return rows @ mass, rows @ torch.stack(inner, -1), rows @ sees, rows @ weights, rows @ visible.double()
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 2**20),
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    length=st.integers(1, 12),
+    past=st.integers(0, 5),
+    kind=st.sampled_from(["causal", "bool", "additive", "biased", "none"]),
+    room=st.sampled_from([1, 40, 2**20]),
+    scale=st.sampled_from([0.1, 1.0, 30.0]),
+)
+def test_any_call_follows_the_definition(
+    seed: int, batch: int, kv_heads: int, group: int, length: int, past: int, kind: str, room: int, scale: float
+) -> None:
+    """Groups in any order, masks with any holes, rows that see nothing, any chunks."""
+    draw = torch.Generator().manual_seed(seed)
+    past = 0 if kind == "causal" else past
+    keys = torch.randint(-1, 3, (batch, past + length), generator=draw)
+    queries = torch.randint(0, 3, (batch, length), generator=draw)
+    query = torch.randn(batch, kv_heads * group, length, 4, generator=draw) * scale
+    key = torch.randn(batch, kv_heads, past + length, 4, generator=draw)
+    if kind in ("causal", "none"):
+        keys = keys.clamp(min=0)  # only a mask can hide keys of no group, as the empty slots of a static cache
+    seen = (torch.rand(batch, 1, length, past + length, generator=draw) < 0.6) & (keys >= 0)[:, None, None]
+    bias = torch.randn(seen.shape, generator=draw) if kind == "biased" else torch.zeros(seen.shape)
+    visible = Visibility(bias.masked_fill(~seen, torch.finfo(torch.float32).min))
+    if kind == "bool":
+        visible = Visibility(seen)
+    elif kind == "none":
+        seen, visible = torch.ones_like(seen), Visibility()
+    elif kind == "causal":
+        seen, visible = torch.ones_like(seen).tril(), CAUSAL
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "SCORES_PER_CHUNK", room)
+        sums = summed(query, key, queries, keys, (2, 0), (0, 1, 2), visible)
+    scores = query @ key.repeat_interleave(group, 1).mT + bias
+    for sample in range(batch):
+        member = torch.stack([queries[sample] == 2, queries[sample] == 0])
+        source = torch.stack([keys[sample] == index for index in range(3)])
+        for head in range(kv_heads * group):
+            mass, entropy, count, received, receivers = by_definition(
+                scores[sample, head], member, source, seen[sample, 0]
+            )
+            for actual, expected in (
+                (sums.mass[sample, head], mass),
+                (sums.entropy[sample, head], entropy),
+                (sums.queries[sample], count),
+                (sums.received[sample, head], received),
+                (sums.receivers[sample], receivers),
+            ):
+                torch.testing.assert_close(actual.double(), expected, atol=2e-4, rtol=1e-5)

@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration, MistralConfig, MistralForCausalLM, StaticCache
+
+from probes.attention.recording import record_attention
+from probes.interventions import BlockAttention, RemoveTokens, intervene
+from probes.tokens.token_map import TokenMap
+from tests.probes import by_hand
+
+Model = LlavaForConditionalGeneration
+Inputs = dict[str, Tensor]
+
+
+def single_row() -> Inputs:
+    """A word, a picture of four patches, two words."""
+    return {
+        "input_ids": torch.tensor([[5, *[by_hand.IMAGE_TOKEN] * 4, 6, 7]]),
+        "attention_mask": torch.ones(1, 7, dtype=torch.long),
+        "pixel_values": torch.linspace(-1, 1, 192).view(1, 3, 8, 8),
+    }
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
+
+
+def block_by_hand(
+    model: Model, inputs: Inputs, row: int, source: Tensor, target: Tensor, layers: Any
+) -> tuple[Tensor, int]:
+    """Logits of a row with the edges cut, and the number of queries that lose an edge."""
+    live = by_hand.live(inputs, row)
+    edges = target[row, live][:, None] & source[row, live][None]
+    logits, _ = by_hand.run(model, by_hand.embed(model, inputs, row), dict.fromkeys(layers, edges))
+    return logits, int((edges & torch.ones_like(edges).tril()).any(dim=1).sum())
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("source", "target"), [("vision", "instruction"), ("vision", "vision"), ("system", "instruction")]
+)
+def test_edges_are_gone(
+    make_llava: Callable[..., Model],
+    make_inputs: Callable[..., Inputs],
+    side: str,
+    implementation: str,
+    source: str,
+    target: str,
+) -> None:
+    """Every live position of every row; vision that starts a row has no key left once it cannot see itself."""
+    inputs, model = make_inputs(side), make_llava(implementation)
+    tokens = TokenMap.from_inputs(model, inputs)
+    with torch.no_grad(), intervene(model, tokens, BlockAttention(source, target, [0, 2])) as receipt:
+        logits = model(**inputs).logits
+    touched = 0
+    for row in range(3):
+        masks = tokens.mask(source), tokens.mask(target)
+        expected, queries = block_by_hand(model, inputs, row, *masks, [0, 2])
+        close(logits[row, by_hand.live(inputs, row)], expected)
+        touched += queries
+    assert receipt[0].calls == {0: 1, 2: 1}
+    assert receipt[0].tokens == {0: touched, 2: touched}
+    assert receipt[0].mass == {0: 0.0, 2: 0.0}
+
+
+def test_it_bites_where_it_should(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+    inputs, model = make_inputs(), make_llava()
+    tokens = TokenMap.from_inputs(model, inputs)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with intervene(model, tokens, BlockAttention("vision", "instruction", [1])):
+            changed = model(**inputs).logits
+    differs = (plain - changed).abs().amax(dim=-1) > 1e-3
+    instruction = tokens.mask("instruction")
+    instruction[2] = False  # the row without a picture
+    assert torch.equal(differs, instruction)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(source=st.lists(st.booleans(), min_size=7, max_size=7), target=st.lists(st.booleans(), min_size=7, max_size=7))
+def test_any_masks(
+    make_llava: Callable[..., Model], implementation: str, source: list[bool], target: list[bool]
+) -> None:
+    """Masks instead of groups, over an unpadded row; what has no edge to cut changes no bit and is told on leaving."""
+    model, inputs = make_llava(implementation), single_row()
+    tokens = TokenMap.from_inputs(model, inputs)
+    masks = torch.tensor([source]), torch.tensor([target])
+    expected, queries = block_by_hand(model, inputs, 0, *masks, [1])
+    told = contextlib.nullcontext() if queries else pytest.raises(RuntimeError, match=r"did nothing in layers \[1\]")
+    with told, intervene(model, tokens, BlockAttention(*masks, [1])) as receipt, torch.no_grad():
+        logits = model(**inputs).logits
+    close(logits[0], expected)
+    assert receipt[0].tokens == {1: queries}
+    if not queries:
+        with torch.no_grad():
+            assert torch.equal(model(**inputs).logits, logits)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("when", ["prefill", "decode", "both"])
+def test_cached_steps(
+    make_llava: Callable[..., Model],
+    make_inputs: Callable[..., Inputs],
+    padded: bool,
+    cache: str,
+    implementation: str,
+    when: str,
+) -> None:
+    """Steps of one token and of two; without padding sdpa gets no mask, in the prompt and in the steps."""
+    inputs, model = make_inputs("left"), make_llava(implementation)
+    if not padded:
+        inputs = {name: values[:1] for name, values in inputs.items()}
+    rows, length = inputs["input_ids"].shape
+    steps, mask = torch.tensor([[5, 6, 4], [7, 8, 3], [9, 10, 2]])[:rows], inputs["attention_mask"]
+    tokens = TokenMap.from_inputs(model, inputs).merge({"text": ["instruction", "response"]})
+    past = StaticCache(config=model.config.text_config, max_cache_len=length + 5) if cache == "static" else None
+    with torch.no_grad(), intervene(model, tokens, BlockAttention("vision", "text", [1, 2], when)) as receipt:
+        past = model(**inputs, past_key_values=past, use_cache=True).past_key_values
+        logits = []
+        for step in steps.split([1, 2], dim=1):
+            mask = torch.nn.functional.pad(mask, (0, step.shape[1]), value=1)
+            out = model(input_ids=step, attention_mask=mask, past_key_values=past, use_cache=True)
+            logits.append(out.logits)
+    assert receipt[0].calls == dict.fromkeys([1, 2], {"prefill": 1, "decode": 2, "both": 3}[when])
+    assert receipt[0].mass == {1: 0.0, 2: 0.0}
+
+    full = inputs | {"input_ids": torch.cat([inputs["input_ids"], steps], dim=1), "attention_mask": mask}
+    decoding = torch.arange(length + 3) >= length
+    text = torch.nn.functional.pad(tokens.mask("text"), (0, 3), value=True)
+    target = text & {"prefill": ~decoding, "decode": decoding, "both": torch.ones_like(decoding)}[when]
+    vision = full["input_ids"] == by_hand.IMAGE_TOKEN
+    for row in range(rows):
+        expected, _ = block_by_hand(model, full, row, vision, target, [1, 2])
+        close(torch.cat(logits, dim=1)[row], expected[-3:])
+
+
+def test_generation_is_decoding_by_hand(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+    inputs, model = make_inputs("left"), make_llava()
+    tokens = TokenMap.from_inputs(model, inputs)
+    knockouts = [BlockAttention("vision", target, range(3)) for target in ("instruction", "response")]
+    with intervene(model, tokens, *knockouts) as receipt:
+        generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, -4:]
+    assert [effect.calls for effect in receipt] == [dict.fromkeys(range(3), 1), dict.fromkeys(range(3), 3)]
+    for row in range(3):
+        live = by_hand.live(inputs, row)
+        full = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+        said: list[int] = []
+        for _ in range(4):
+            length = full["input_ids"].shape[1]
+            vision = full["input_ids"] == by_hand.IMAGE_TOKEN
+            text = torch.nn.functional.pad(tokens.mask("instruction"), (0, length - live.numel()), value=True)
+            logits, _ = block_by_hand(model, full, row, vision, text, range(3))
+            said.append(int(logits[-1].argmax()))
+            full["input_ids"] = torch.cat([full["input_ids"], torch.full((3, 1), said[-1])], dim=1)
+            full["attention_mask"] = torch.nn.functional.pad(full["attention_mask"], (0, 1), value=1)
+        assert generated[row].tolist() == said
+
+
+def test_a_batch_equals_its_rows(make_llama: Callable[..., Any], make_rows: Callable[..., Inputs]) -> None:
+    """Eight left-padded rows with different numbers of visual tokens; a plain decoder takes any, without pixels."""
+    inputs, model = make_rows([(i % 4, 2 + i, 9 - i) for i in range(8)], "left"), make_llama()
+    del inputs["pixel_values"]
+    knockout = BlockAttention("vision", "instruction", [0, 1])
+    with torch.no_grad(), intervene(model, TokenMap.from_inputs(model, inputs), knockout):
+        logits = model(**inputs).logits
+    for row in range(8):
+        live = by_hand.live(inputs, row)
+        single = {name: values[row, live][None] for name, values in inputs.items()}
+        with torch.no_grad(), intervene(model, TokenMap.from_inputs(model, single), knockout):
+            close(logits[row, live], model(**single).logits[0])
+
+
+def test_sliding_windows_stay() -> None:
+    """What the window hides stays hidden, and only edges inside it count as cut."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = MistralConfig(vocab_size=64, num_key_value_heads=2, sliding_window=3, initializer_range=0.2, **sizes)
+    config.image_token_id = by_hand.IMAGE_TOKEN
+    model: Any = MistralForCausalLM(config).eval()
+    input_ids = torch.tensor([[5, 6, *[by_hand.IMAGE_TOKEN] * 3, 7, 8, 9, 4]])
+    tokens = TokenMap.from_inputs(model, {"input_ids": input_ids})
+    with torch.no_grad(), intervene(model, tokens, BlockAttention("vision", "instruction", [0, 1, 2])) as receipt:
+        logits = model(input_ids=input_ids).logits[0]
+    assert receipt[0].tokens == dict.fromkeys(range(3), 2), "positions 5 and 6 see vision, 7 and 8 see only text"
+    distance = torch.arange(9)[:, None] - torch.arange(9)
+    vision, target = tokens.mask("vision")[0], tokens.mask("instruction")[0]
+    edges = (distance >= 3) | (target[:, None] & vision)
+    with torch.no_grad():
+        expected, _ = by_hand.run(model, model.get_input_embeddings()(input_ids), dict.fromkeys(range(3), edges))
+    close(logits, expected)
+
+
+@pytest.mark.parametrize("record_first", [True, False])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_recording_under_a_knockout(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], record_first: bool, implementation: str
+) -> None:
+    inputs, model = make_inputs(), make_llava(implementation)
+    tokens = TokenMap.from_inputs(model, inputs)
+    knockout = intervene(model, tokens, BlockAttention("vision", "instruction", [1]))
+    recording = record_attention(model, tokens)
+    with torch.no_grad():
+        with recording if record_first else knockout as outer, knockout if record_first else recording as inner:
+            changed = model(**inputs).logits
+        with intervene(model, tokens, BlockAttention("vision", "instruction", [1])):
+            assert torch.equal(model(**inputs).logits, changed)
+    attention = outer if record_first else inner
+    vision, text = tokens.index("vision"), attention.targets.index("instruction")
+    assert attention.mass[1, :, :, text, vision].isnan().all(), "the instruction sees no vision"
+    assert (attention.mass[1, :2, :, attention.targets.index("vision"), vision] > 0).all(), "vision still does"
+    assert (attention.mass[[0, 2]][:, :2, :, text, vision] > 0).all(), "and so does the instruction elsewhere"
+
+
+def test_several_at_once(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+    """On the same layer: edges cut by either are cut, in any order, and with a removal beside them."""
+    inputs, model = make_inputs(), make_llava()
+    tokens = TokenMap.from_inputs(model, inputs)
+    pair = BlockAttention("vision", "instruction", [1]), BlockAttention("system", "instruction", [1, 2])
+    either = tokens.mask("vision") | tokens.mask("system")
+    with torch.no_grad():
+        with intervene(model, tokens, *pair):
+            first = model(**inputs).logits
+        with intervene(model, tokens, *reversed(pair)):
+            second = model(**inputs).logits
+        joint = BlockAttention(either, "instruction", [1]), BlockAttention("system", "instruction", [2])
+        with intervene(model, tokens, *joint):
+            third = model(**inputs).logits
+        with intervene(model, tokens, RemoveTokens("vision", [1])):
+            removed = model(**inputs).logits
+        with intervene(model, tokens, RemoveTokens("vision", [1]), pair[0]):
+            after_removal = model(**inputs).logits
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+    assert torch.equal(after_removal, removed), "what is removed has no edge to cut"
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_mass_is_measured_on_what_the_kernel_got(
+    make_llava: Callable[..., Model],
+    make_inputs: Callable[..., Inputs],
+    implementation: str,
+) -> None:
+    """An attention that lost its mask on the way to the kernel is told."""
+    inputs, model = make_inputs(), make_llava(implementation)
+    attention = model.get_decoder().layers[1].self_attn
+
+    def forget(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        mask = kwargs["attention_mask"]
+        return args, kwargs | {"attention_mask": torch.full_like(mask, mask.dtype == torch.bool)}
+
+    attention.register_forward_pre_hook(forget, with_kwargs=True)
+    told = pytest.raises(
+        RuntimeError, match=r"attention on blocked keys is 0\.\d+, not 0, in layer 1: LlamaAttention does not follow"
+    )
+    tokens = TokenMap.from_inputs(model, inputs)
+    with told, torch.no_grad(), intervene(model, tokens, BlockAttention("vision", "instruction", [1])):
+        model(**inputs)
+    assert torch.overrides._get_current_function_mode_stack() == []
+
+
+def test_receipt(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+    inputs, model = make_inputs(), make_llava()
+    tokens = TokenMap.from_inputs(model, inputs)
+    both = BlockAttention("vision", "instruction", [1]), RemoveTokens("vision", [2])
+    with torch.no_grad(), intervene(model, tokens, *both) as receipt:
+        model(**inputs)
+    frame = receipt.frame()
+    assert frame.columns.tolist() == ["intervention", "layer", "calls", "tokens", "mass"]
+    assert frame.iloc[0].tolist() == ["BlockAttention(vision -> instruction)", 1, 1, 10, 0.0]
+    assert frame.iloc[1].tolist()[:4] == ["RemoveTokens(vision)", 2, 1, 8]
+    assert frame["mass"].isna().tolist() == [False, True]
+    assert str(receipt).splitlines() == [
+        "BlockAttention(vision -> instruction): 1 calls of layers [1], 10 tokens, blocked mass 0",
+        "RemoveTokens(vision): 1 calls of layers [2], 8 tokens",
+    ]
+
+
+def test_an_exception_leaves_nothing(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+    """Raised inside the attention, while its kernel is watched."""
+    inputs, model = make_inputs(), make_llava()
+    tokens = TokenMap.from_inputs(model, inputs)
+
+    def fail(*args: Any) -> None:
+        raise KeyError("mine")
+
+    handle = model.get_decoder().layers[1].self_attn.o_proj.register_forward_pre_hook(fail)
+    with pytest.raises(KeyError, match="mine"), intervene(model, tokens, BlockAttention("vision", "instruction", [1])):
+        model(**inputs)
+    handle.remove()
+    assert torch.overrides._get_current_function_mode_stack() == []
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.get_decoder().modules())
+
+
+@pytest.mark.parametrize(
+    ("knockout", "message"),
+    [
+        (BlockAttention("image", "vision", [1]), "unknown group 'image'"),
+        (BlockAttention("vision", "instruction", [3]), r"layers \[3\] are outside the model"),
+        (BlockAttention("vision", "instruction", [1], "always"), "unknown when='always'"),  # type: ignore[arg-type]
+        (
+            BlockAttention(torch.ones(1, 13), "vision", [1]),
+            r"is bool of shape \[3, 13\]; given: torch.float32 \[1, 13\]",
+        ),
+    ],
+)
+def test_bad_input(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], knockout: BlockAttention, message: str
+) -> None:
+    model = make_llava()
+    with pytest.raises(ValueError, match=message):
+        intervene(model, TokenMap.from_inputs(model, make_inputs()), knockout).__enter__()
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.get_decoder().modules())

@@ -1,0 +1,266 @@
+"""Tiny random LLaVAs of transformers' own classes with their own processors, and a picture whose colours are places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor, nn
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaImageProcessorPil,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
+from llava_mini.layout import VisualLayout
+from probes.tokens.grid import Places
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "what", "is", "this", "user", "assistant", ":", "<image>", "<video>"]
+TEXT = {
+    "vocab_size": len(WORDS),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+PLAIN = {"do_normalize": False, "image_mean": [0.0, 0.0, 0.0]}  # padding is black, colours are kept
+
+
+class OnevisionProcessor(LlavaOnevisionProcessor):
+    """Without a video processor: all of them need torchvision. Tests make the tensors of videos themselves."""
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>", "video_token": "<video>"},
+    )
+
+
+@pytest.fixture
+def make_llava() -> Callable[..., tuple[LlavaForConditionalGeneration, LlavaProcessor]]:
+    """A LLaVA-1.5 of 4 x 4 patches; `fields` are those of its image processor."""
+
+    def make(pad: bool = False, strategy: str = "default", **fields: Any) -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        vision = CLIPVisionConfig(image_size=24, patch_size=6, **TOWER)
+        config = LlavaConfig(
+            vision_config=vision,
+            text_config=LlamaConfig(**TEXT),
+            image_token_index=WORDS.index("<image>"),
+            vision_feature_select_strategy=strategy,
+        )
+        kind = LlavaImageProcessorPil if pad else CLIPImageProcessorPil
+        fields = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}} | PLAIN | fields
+        processor = LlavaProcessor(
+            image_processor=kind(**fields, **({"do_pad": True} if pad else {})),
+            tokenizer=tokenizer(),
+            patch_size=6,
+            vision_feature_select_strategy=strategy,
+            num_additional_image_tokens=1,
+        )
+        return LlavaForConditionalGeneration(config).eval(), processor
+
+    return make
+
+
+@pytest.fixture
+def make_llava_next() -> Callable[..., tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]]:
+    """A LLaVA-NeXT whose tiles have 4 x 4 patches; `fields` are those of its image processor."""
+
+    def make(**fields: Any) -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        pinpoints = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]
+        config = LlavaNextConfig(
+            vision_config=CLIPVisionConfig(image_size=24, patch_size=6, **TOWER),
+            text_config=LlamaConfig(**TEXT),
+            image_token_index=WORDS.index("<image>"),
+            image_grid_pinpoints=pinpoints,
+        )
+        fields = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}} | PLAIN | fields
+        processor = LlavaNextProcessor(
+            image_processor=LlavaNextImageProcessorPil(image_grid_pinpoints=pinpoints, **fields),
+            tokenizer=tokenizer(),
+            patch_size=6,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+        )
+        return LlavaNextForConditionalGeneration(config).eval(), processor
+
+    return make
+
+
+@pytest.fixture
+def make_llava_onevision() -> Callable[..., tuple[LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor]]:
+    """A LLaVA-OneVision whose tiles have 5 x 5 patches and, as with SigLIP's 384 pixels, 2 pixels that none sees."""
+
+    def make(tiles: int = 2) -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        pinpoints = [[32 * down, 32 * across] for down in (1, 2, 3) for across in (1, 2, 3)]
+        config = LlavaOnevisionConfig(
+            vision_config=SiglipVisionConfig(image_size=32, patch_size=6, vision_use_head=False, **TOWER),
+            text_config=Qwen2Config(**TEXT),
+            image_token_index=WORDS.index("<image>"),
+            video_token_index=WORDS.index("<video>"),
+            image_grid_pinpoints=pinpoints,
+            vision_feature_select_strategy="full",
+            vision_aspect_ratio=f"anyres_max_{tiles}",
+        )
+        size = {"height": 32, "width": 32}
+        processor = OnevisionProcessor(
+            image_processor=LlavaOnevisionImageProcessorPil(image_grid_pinpoints=pinpoints, size=size, **PLAIN),
+            tokenizer=tokenizer(),
+            num_image_tokens=25,
+            vision_feature_select_strategy="full",
+            vision_aspect_ratio=f"anyres_max_{tiles}",
+        )
+        return LlavaOnevisionForConditionalGeneration(config).eval(), processor
+
+    return make
+
+
+@pytest.fixture
+def map_picture() -> Callable[[int, int], Image.Image]:
+    return colours_as_places
+
+
+def colours_as_places(height: int, width: int) -> Image.Image:
+    """Red rises from left to right, green from top to bottom, and blue is full: padding has none."""
+    across = np.broadcast_to((np.arange(width) + 0.5) / width, (height, width))
+    down = np.broadcast_to(((np.arange(height) + 0.5) / height)[:, None], (height, width))
+    return Image.fromarray(np.rint(255 * np.stack([across, down, np.ones_like(down)], -1)).astype(np.uint8))
+
+
+class MeanColours(nn.Module):
+    """Stands in for a vision tower: the feature of a patch is its mean colour, after a first token where it has one."""
+
+    def __init__(self, patch: int, first: bool) -> None:
+        super().__init__()
+        self.patch, self.first = patch, first
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
+        colours = nn.functional.avg_pool2d(pixel_values, self.patch).flatten(2).transpose(1, 2)
+        if self.first:
+            colours = nn.functional.pad(colours, (0, 0, 1, 0), value=float("nan"))
+        return SimpleNamespace(hidden_states=(colours,) * 3, last_hidden_state=colours)
+
+
+@pytest.fixture
+def colours_of() -> Callable[..., Tensor]:
+    """The mean colour that each visual token of a model is made of, by the model's own way from pixels to tokens."""
+
+    def colours(model: Any, inputs: Any, prefused: bool = False) -> Tensor:
+        model, nan = model.model, float("nan")
+        patch = model.config.vision_config.patch_size
+        tower, projector = model.vision_tower, model.multi_modal_projector
+        model.vision_tower = MeanColours(patch, first=model.config.vision_config.model_type.startswith("clip"))
+        model.multi_modal_projector = nn.Identity()
+        newline = getattr(model, "image_newline", None)
+        if newline is not None:
+            model.image_newline = nn.Parameter(torch.full((3,), nan), requires_grad=False)
+        try:
+            if "visual_layout" in inputs:
+                layout = VisualLayout.read(inputs["visual_layout"], inputs["input_ids"][:, 0], inputs["pixel_values"])
+                parts = (model.encode(pixels) for _, pixels in layout.chunks(inputs["pixel_values"], 1))
+                features = [torch.cat(part, dim=1)[0] if prefused else part[1][0] for part in parts]
+            elif "pixel_values_videos" in inputs:
+                features = model.get_video_features(inputs["pixel_values_videos"]).pooler_output
+                # Older transformers put the newline behind a video in the model's forward.
+                tokens = int((inputs["input_ids"] == model.config.video_token_id).sum())
+                if features.shape[0] * features.shape[1] < tokens:
+                    features = nn.functional.pad(features, (0, 0, 0, 1), value=nan)
+            else:
+                given = {k: inputs[k] for k in ("pixel_values", "image_sizes", "batch_num_images") if k in inputs}
+                features = model.get_image_features(**given).pooler_output
+        finally:
+            model.vision_tower, model.multi_modal_projector = tower, projector
+            if newline is not None:
+                model.image_newline = newline
+        return torch.cat(list(features))
+
+    return colours
+
+
+@pytest.fixture
+def check_boxes() -> Callable[..., None]:
+    """Compares the colours of visual tokens with the boxes that the map gives them, both in reading order.
+
+    Args of the function:
+        colours: `[tokens, 3]`, of `map_picture`s; NaN for tokens that stand for no part of a picture.
+        places: Of the map; only its visual tokens are looked at.
+        sizes: (height, width) of the picture of each token, one for all or one a token.
+        tolerance: In parts of the picture's height and width.
+    """
+
+    def check(colours: Tensor, places: Places, sizes: Sequence[Any], tolerance: float = 0.012) -> None:
+        visual = places.image >= 0
+        box = places.box[visual].double()
+        height, width = torch.as_tensor(sizes).double().reshape(-1, 2).T
+        assert torch.equal(box.isnan().any(-1), colours.isnan().any(-1)), "boxes are missing where there are colours"
+        assert torch.equal(box.isnan().any(-1), places.column[visual] < 0)
+        left, top, right, bottom = (box / torch.stack([width, height, width, height], -1)).T
+        assert ((right > left) & (bottom > top) | left.isnan()).all()
+        inside_x, inside_y = ((b.clamp(max=1) - a.clamp(min=0)).clamp(min=0) for a, b in ((left, right), (top, bottom)))
+        share = inside_x * inside_y / ((right - left) * (bottom - top))
+        known = ~colours.isnan().any(-1)
+        blue = colours[known, 2].double()
+        assert (blue - share[known]).abs().max() < 6 * tolerance, "other parts of the boxes lie beyond the picture"
+        some = known & (share > 0.15)
+        mean = colours[some, :2].double() / colours[some, 2:]
+        middle = torch.stack([left.clamp(min=0) + right.clamp(max=1), top.clamp(min=0) + bottom.clamp(max=1)], -1) / 2
+        error = (mean - middle[some]).abs().amax(1)
+        allowed = torch.where(share[some] > 0.999, tolerance, 3 * tolerance)  # interpolation blurs the edge to padding
+        assert (error < allowed).all(), f"boxes are off by up to {float((error / allowed).max() * tolerance):.4f}"
+
+    return check
+
+
+@pytest.fixture
+def make_llava_mini(make_llava: Any) -> Callable[..., tuple[LlavaMiniForConditionalGeneration, LlavaMiniProcessor]]:
+    """A LLaVA-Mini on `make_llava`, C = 2 and two pre-fusion layers unless `fields` of its configuration say otherwise."""
+
+    def make(tiles: int = 1, pad_to_square: bool = False, **fields: Any) -> tuple[Any, Any]:
+        llava, processor = make_llava()
+        fields = {"compressor_size": 2, "prefusion_layers": 2, "compressor_heads": 4} | fields
+        model = LlavaMiniForConditionalGeneration.from_llava(llava, **fields).eval()
+        processor = LlavaMiniProcessor.from_llava(processor, model.config, tiles=tiles, pad_to_square=pad_to_square)
+        return model, processor
+
+    return make
