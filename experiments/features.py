@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from experiments.config import Config
 from experiments.data.samples import Numbered, Sample, Split, fingerprint
 from llava_mini import LlavaMiniProcessor
-from llava_mini.tiles import to_rgb
+from llava_mini.images import to_rgb
 
 log = logging.getLogger(__name__)
 _BLANK = Image.new("RGB", (8, 8))

@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from .configuration import PRESETS, LlavaMiniConfig
+from .encoded_images import Pictures
 from .modeling import LlavaMiniForConditionalGeneration, LlavaMiniModel, LlavaMiniPreTrainedModel
-from .pictures import Pictures
 from .processing import LlavaMiniProcessor
 
 AutoConfig.register("llava_mini", LlavaMiniConfig)

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreame
 
 import llava_mini  # noqa: F401 (registers the Auto classes)
 
-from .pictures import Pictures
+from .encoded_images import Pictures
 
 ROOM = 2**31  # bytes for what is kept of the pictures from turn to turn
 

@@ -30,11 +30,11 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from .chat_templates import LLAMA_3_TEMPLATE, VICUNA_TEMPLATE
 from .checkpoint import Weight, find_weights, read_json, write_weights
 from .configuration import PRESETS, LlavaMiniConfig
 from .modeling import LlavaMiniForConditionalGeneration
 from .processing import LlavaMiniProcessor
-from .templates import LLAMA_3_TEMPLATE, VICUNA_TEMPLATE
 
 log = logging.getLogger(__name__)
 

@@ -22,12 +22,12 @@ from transformers.utils.generic import can_return_tuple
 from .compressors import COMPRESSORS, Compressor
 from .compressors.query import Attention
 from .configuration import COPIES, LlavaMiniConfig
-from .fusion import FusionMixin
-from .layout import Pixels, prefusion_positions
+from .encoded_images import Pictures
 from .outputs import LlavaMiniCausalLMOutputWithPast, LlavaMiniModelOutputWithPast
-from .pictures import Pictures
 from .prefusion import Prefusion
-from .tower import query_and_key
+from .vision_tower import query_and_key
+from .visual_embedding import FusionMixin
+from .visual_layout import Pixels, prefusion_positions
 
 NEW_MODULES = re.compile(r"(^|\.)(compressor|prefusion)\.")
 
@@ -262,14 +262,14 @@ class LlavaMiniForConditionalGeneration(LlavaMiniPreTrainedModel, LlavaForCondit
         visual_layout: Int[Tensor, "pictures 3"] | None = None,
         max_bytes: int | None = None,
     ) -> Pictures:
-        """Pictures to ask many questions about; see [`llava_mini.fusion.FusionMixin.encode_pictures`]."""
+        """Pictures to ask many questions about; see [`llava_mini.visual_embedding.FusionMixin.encode_pictures`]."""
         return self.model.encode_pictures(pixel_values, visual_layout, max_bytes)
 
     def prefusion_positions(
         self, labels: Int[Tensor, "batch length"] | None = None, **inputs: Any
     ) -> tuple[Int[Tensor, "frames positions"], Int[Tensor, " frames"]]:
         """What pre-fusion's sequences hold when `forward` is called with these inputs; see
-        [`llava_mini.layout.prefusion_positions`]."""
+        [`llava_mini.visual_layout.prefusion_positions`]."""
         if inputs.get("answer_mask") is None and labels is not None:
             inputs["answer_mask"] = labels != -100
         return prefusion_positions(self.config, **inputs)

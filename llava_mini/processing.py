@@ -16,7 +16,8 @@ from transformers.image_utils import load_image
 from transformers.processing_utils import MultiModalData
 
 from .configuration import LlavaMiniConfig
-from .tiles import cut, pad_to_square, to_rgb
+from .images import pad_to_square, to_rgb
+from .tiles import cut
 from .video import Video
 
 VIDEO_SLOT = "<video>"

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from transformers.utils import is_av_available
 
-from .tiles import to_rgb
+from .images import to_rgb
 
 if is_av_available():
     import av

@@ -16,8 +16,8 @@ from experiments.cost.geometries import geometry, mini
 from experiments.measurements import CostConfig
 from llava_mini import LlavaMiniConfig
 from llava_mini.compressors import COMPRESSORS
-from llava_mini.layout import crops_of
 from llava_mini.prefusion import Prefusion
+from llava_mini.visual_layout import crops_of
 
 
 def configurations(cost: CostConfig) -> dict[str, LlavaConfig]:

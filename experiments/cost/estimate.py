@@ -14,8 +14,8 @@ from transformers import AutoModelForImageTextToText, LlavaConfig
 
 from llava_mini import LlavaMiniConfig
 from llava_mini.compressors import Compressor
-from llava_mini.layout import crops_of
 from llava_mini.prefusion import KNOWN
+from llava_mini.visual_layout import crops_of
 
 Convention = Literal["paper", "full"]
 CONVENTIONS: tuple[Convention, ...] = ("paper", "full")

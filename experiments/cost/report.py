@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from experiments.cost.records import PARTS, Measured, Record, Setting, ratios
-from llava_mini.layout import crops_of
+from llava_mini.visual_layout import crops_of
 
 MIB, GIB = 2**20, 2**30
 

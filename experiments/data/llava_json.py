@@ -64,7 +64,7 @@ def _entry(entry: Any, index: int, source: Path, folder: Path) -> dict[str, Any]
 
 
 def _image(path: Path) -> Image.Image:
-    from llava_mini.tiles import to_rgb  # takes seconds, which data that is only fingerprinted need not
+    from llava_mini.images import to_rgb  # takes seconds, which data that is only fingerprinted need not
 
     return to_rgb(path)
 

@@ -16,13 +16,7 @@ from probes.hooks.layer_io import component_of, explicit, hidden_of, hidden_stat
 from probes.hooks.token_window import TokenWindow
 from probes.interventions.effects import Effect
 from probes.interventions.removal_state import RemovalState
-from probes.interventions.selection import (
-    LateTokens,
-    When,
-    check_choice,
-    check_when,
-    describe,
-)
+from probes.interventions.selection import LateTokens, When, check_choice, check_when, describe
 from probes.interventions.token_dropping import LayerDrop
 
 

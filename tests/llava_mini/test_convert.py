@@ -14,8 +14,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniModel, LlavaMiniProcessor, checkpoint
+from llava_mini.chat_templates import LLAMA_3_TEMPLATE, VICUNA_TEMPLATE
 from llava_mini.convert import check_official, convert_official
-from llava_mini.templates import LLAMA_3_TEMPLATE, VICUNA_TEMPLATE
 from tests.llava_mini.edits import without
 
 LLAMA_3_1_8B = {

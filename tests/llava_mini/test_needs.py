@@ -8,7 +8,7 @@ from torch import nn
 
 from llava_mini import PRESETS, LlavaMiniForConditionalGeneration
 from llava_mini.compressors import COMPRESSORS, Compressor, register
-from llava_mini.tower import attention_received, query_and_key
+from llava_mini.vision_tower import attention_received, query_and_key
 
 IMAGE_TOKEN = 99  # as in conftest.py
 
@@ -205,7 +205,7 @@ def test_beams_and_no_cache_see_the_question_alone(tiny_mini, spy, sample):
 @pytest.mark.parametrize("needs", [("saliency",), ("keys",)])
 def test_an_unknown_tower_is_named(spy, tiny_mini, needs, monkeypatch):
     monkeypatch.setattr(COMPRESSORS["spy"], "needs", needs)
-    monkeypatch.setattr("llava_mini.tower.QUERY_AND_KEY", {})
+    monkeypatch.setattr("llava_mini.vision_tower.QUERY_AND_KEY", {})
     with pytest.raises(ValueError, match="vision tower is a CLIPVisionModel") as error:
         tiny_mini(compressor="spy")
     assert "\n" not in str(error.value)

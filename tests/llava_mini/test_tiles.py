@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from llava_mini.tiles import cut, pad_to_square, stitch, to_rgb
+from llava_mini.images import pad_to_square, to_rgb
+from llava_mini.tiles import cut, stitch
 
 MEAN = (122, 116, 104)
 MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "I", "F", "I;16", "I;16B"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from llava_mini.layout import crops_of
+from llava_mini.visual_layout import crops_of
 
 
 def causal(length, window, dtype):

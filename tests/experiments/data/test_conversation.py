@@ -12,7 +12,7 @@ from experiments.data.samples import Sample, conversation
 from experiments.data.scenes import SIDE
 from experiments.joined import image_chat_template
 from llava_mini import LlavaMiniProcessor
-from llava_mini.templates import LLAMA_3_TEMPLATE, VICUNA_TEMPLATE
+from llava_mini.chat_templates import LLAMA_3_TEMPLATE, VICUNA_TEMPLATE
 from llava_mini.video import Video
 
 SMOLLM2_TEMPLATE = (

@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
-from llava_mini.layout import VisualLayout
+from llava_mini.visual_layout import VisualLayout
 from probes.tokens.grid import Places
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "what", "is", "this", "user", "assistant", ":", "<image>", "<video>"]

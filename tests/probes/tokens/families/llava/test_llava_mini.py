@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from llava_mini import PRESETS
-from llava_mini.layout import COMPRESSED, PATCH
 from llava_mini.video import Video
+from llava_mini.visual_layout import COMPRESSED, PATCH
 from probes.tokens.token_map import GROUPS, TokenMap
 
 SIZES = [(24, 24), (40, 100), (101, 41), (13, 14), (300, 211)]

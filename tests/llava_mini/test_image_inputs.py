@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llava_mini.layout import VisualLayout, crops_of
+from llava_mini.visual_layout import VisualLayout, crops_of
 
 IMAGE_TOKEN = 99  # as in conftest.py
 TOKENS = 4  # C = 2

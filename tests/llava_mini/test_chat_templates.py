@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split, WhitespaceSplit
 
-from llava_mini.templates import LLAMA_3_TEMPLATE, VICUNA_TEMPLATE
+from llava_mini.chat_templates import LLAMA_3_TEMPLATE, VICUNA_TEMPLATE
 
 LLAMA_3_WORDS = [
     "<|begin_of_text|>",

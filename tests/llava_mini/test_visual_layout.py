@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_mini.layout import VisualLayout, crops_of
+from llava_mini.visual_layout import VisualLayout, crops_of
 
 
 @given(st.data())

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from .compressors import Compressor
 from .configuration import LlavaMiniConfig
-from .layout import Pixels, pack
-from .pictures import EncodedFrames, Pictures
+from .encoded_images import EncodedFrames, Pictures
 from .prefusion import Past, Prefusion
-from .tower import TowerView, look
+from .vision_tower import TowerView, look
+from .visual_layout import Pixels, pack
 
 
 class FusionMixin:

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .layout import Pixels, VisualLayout
 from .prefusion import Past
+from .visual_layout import Pixels, VisualLayout
 
 
 @dataclass(frozen=True)
