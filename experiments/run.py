@@ -8,9 +8,10 @@ import sys
 import hydra
 from hydra._internal.utils import get_args_parser
 
-from experiments import config as configuration
-from experiments.attempt import EXPECTED, FULL_ERROR, job, stop
-from experiments.sweep import sweep
+from experiments.config import registry as configuration
+from experiments.errors import EXPECTED, FULL_ERROR, stop
+from experiments.sweeps.launch import sweep
+from experiments.task import job
 
 _RETRY = "--retry-failed"
 
@@ -22,7 +23,7 @@ def main() -> None:
     given = get_args_parser().parse_args()
     try:
         if given.multirun and not (given.help or given.hydra_help):
-            sys.exit(sweep(given.overrides))
+            sys.exit(sweep(given.overrides, job))
         hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(job)()
     except EXPECTED as error:
         stop(error)

@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments import config as configuration
-from experiments import plan
-from experiments.attempt import EXPECTED, stop
-from experiments.report.records import describe, failure, read
-from experiments.store import Standing, Store
-from experiments.sweep import count, standings, states
+from experiments.config import registry, schema
+from experiments.errors import EXPECTED, stop
+from experiments.records.files import read
+from experiments.records.views import describe, failure
+from experiments.sweeps import hydra_api, plan
+from experiments.sweeps.launch import count, standings, states
+from experiments.sweeps.store import Standing, Store
 
 _RESULTS = "results="
 _STYLES = {"finished": "green", "failed": "red", "running": "yellow", "missing": "dim", "unreadable": "red"}
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.status", description=__doc__)
     parser.add_argument("overrides", nargs="*", help="as for `python -m experiments.run -m`")
     overrides = parser.parse_args(argv).overrides
-    configuration.register()
+    registry.register()
     try:
         lines = _of_a_sweep(overrides) if any(not o.startswith(_RESULTS) for o in overrides) else _of_all(overrides)
     except EXPECTED as error:
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _of_a_sweep(overrides: Sequence[str]) -> list[Line]:
-    with plan.hydra() as hydra:
+    with hydra_api.hydra() as hydra:
         _, jobs = plan.expand(hydra, overrides)
     found = standings(jobs)
     named = {job.cell.id: (job.cell.config.name, job.name) for job in jobs if job.cell}
@@ -61,7 +62,7 @@ def _of_a_sweep(overrides: Sequence[str]) -> list[Line]:
 
 
 def _of_all(overrides: Sequence[str]) -> list[Line]:
-    folder = overrides[-1].removeprefix(_RESULTS) if overrides else configuration.Config.results
+    folder = overrides[-1].removeprefix(_RESULTS) if overrides else schema.Config.results
     store = Store(folder)
     if not store.records.is_dir():
         raise FileNotFoundError(f"no records in '{store.records}': name another folder with {_RESULTS}FOLDER")

@@ -13,18 +13,18 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import pandas as pd
 from transformers import logging
 
-from experiments.config import PREFUSION_PLACES
+from experiments.arguments import request, whole
+from experiments.config.schema import PREFUSION_PLACES
+from experiments.cost.architectures import geometry, mini
 from experiments.cost.estimate import Estimate, Geometry, Prompt
-from experiments.cost.geometries import geometry, mini
-from experiments.cost.published import table
-from experiments.cost.reduced import fused_inside, published, reduced
+from experiments.cost.paper_values import table
+from experiments.cost.reduced_prompts import fused_inside, published, reduced
 
 COLUMNS = (
     "frames",
@@ -50,22 +50,6 @@ class Request:
     compressor: str = "query"
     reduction: str = ""
     place: str = "outside"
-
-
-def request(arguments: list[str], kind: Any = Request) -> Any:
-    """The options of a `kind`, from `key=value` words. Raises ValueError for a word that is none, or an unknown key."""
-    known = [field.name for field in fields(kind)]
-    given = dict(word.partition("=")[::2] for word in arguments)
-    for key in given:
-        if key not in known:
-            raise ValueError(f"no option {key!r}: use {', '.join(known)}, each as {known[0]}=VALUE")
-    return kind(**given)
-
-
-def whole(name: str, text: str) -> int:
-    if not text.isdecimal() or (name != "prefusion" and int(text) == 0):
-        raise ValueError(f"{name}: {text!r} is no whole number{'' if name == 'prefusion' else ' above 0'}")
-    return int(text)
 
 
 def estimates(asked: Request) -> pd.DataFrame:
@@ -127,7 +111,7 @@ def main() -> None:
         print(table().round(5).to_string(index=False))
         return
     try:
-        asked = request(sys.argv[1:])
+        asked = request(sys.argv[1:], Request)
         rows = estimates(asked)
     except ValueError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")

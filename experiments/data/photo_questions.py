@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from experiments.data.balanced import Pair, beside, cell_name
+from experiments.data.balanced_questions import Pair, beside, cell_name
 
 DESCRIBE = "Describe the picture."
 # What can be asked about one photograph beyond its name, where this is known of its class: kind, where it usually is.

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
-from experiments.data.balanced import ask
+from experiments.data.balanced_questions import ask
 from experiments.data.mixture import Mixture
 from experiments.data.photo_questions import DESCRIBE, about_grid, about_one, description
 from experiments.data.samples import Numbered, OneQuestionEach, Sample, Split, at_least_one, conversation, fingerprint

@@ -11,12 +11,16 @@ import numpy as np
 from PIL import Image
 
 from experiments.data import scenes as drawing
-from experiments.data.balanced import Pair, ask, beside, cell_name
+from experiments.data.balanced_questions import Pair, ask, beside, cell_name
 from experiments.data.samples import Numbered, Sample, Split, at_least_one, conversation, fingerprint
 from experiments.data.scenes import COLOURS, GRID, SHAPES
 
 Thing = tuple[str, str] | None  # (colour, shape) of a cell, None where it is empty
+
+
 PLURAL = {"square": "squares", "triangle": "triangles", "ring": "rings", "cross": "crosses"}
+
+
 MOST_COUNTED = 4
 
 
@@ -89,6 +93,8 @@ KINDS: dict[str, Callable[[Sequence[Thing]], list[Pair]]] = {
     "comparison": comparison,
     "reading": reading,
 }
+
+
 ONE_EACH = dict.fromkeys(KINDS, 1)
 
 
@@ -153,3 +159,14 @@ def load_shapes(split: str, count: int, seed: int = 0, rounds: Mapping[str, int]
     samples = ShapeSamples(split, scenes, seed, rounds)
     drawn = [getattr(scenes, name).tobytes() for name in scenes.__dataclass_fields__]
     return Split(split, samples, fingerprint("shapes", split, count, seed, dict(rounds), *drawn), count)
+
+
+def scenes_of(train: Split | None) -> ShapeSamples:
+    """The training scenes, whose cells are known.
+
+    Raises:
+        ValueError: if this is another kind of data.
+    """
+    if train is None or not isinstance(train.samples, ShapeSamples):
+        raise ValueError("model=scratch learns to see from scenes whose content is known; use it with data=shapes")
+    return train.samples

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from PIL import Image
 
 from experiments.data import scenes as drawing
-from experiments.data.balanced import Pair, ask
+from experiments.data.balanced_questions import Pair, ask
 from experiments.data.samples import VIDEO_SLOT, Picture, Sample, Split, at_least_one, conversation, fingerprint
 from experiments.data.scenes import COLOURS, SHAPES, Scenes
 

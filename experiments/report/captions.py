@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
+from experiments.records.views import Record, describe
 from experiments.report import figures
-from experiments.report.cells import Cell, told_apart
-from experiments.report.records import Record, describe
-from experiments.report.studies import Study
+from experiments.report.experiment_results import Study
+from experiments.report.run_groups import Cell, told_apart
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from experiments.report.records import Record, Records, describe, of_attention, outcomes, seed
+from experiments.records.files import Records
+from experiments.records.views import Record, describe, of_attention, outcomes, seed
 from experiments.report.statistics import paired_test
 
 REPRODUCES, FAILS, UNTOLD = "reproduces", "does not reproduce", "cannot be told"

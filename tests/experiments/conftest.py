@@ -6,11 +6,19 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_module
 
-from experiments import config as configuration
-from experiments import tiny
+from experiments.config import registry as configuration
 from experiments.data.samples import single_questions
 from experiments.data.scenes import SIDE
 from experiments.data.shapes import load_shapes
+from experiments.models import scratch
+from tests.experiments.sample_records import (  # noqa: F401  fixtures
+    definition,
+    make_results,
+    probed,
+    records,
+    table_records,
+    write_records,
+)
 
 
 def required(kind: str, name: str) -> list[str]:
@@ -36,7 +44,7 @@ def few():
 
 @pytest.fixture(scope="session")
 def processor(few):
-    return tiny.processor(tiny.tokenizer(few.samples, 384), SIDE, patch=16)
+    return scratch.processor(scratch.tokenizer(few.samples, 384), SIDE, patch=16)
 
 
 @pytest.fixture
@@ -45,7 +53,7 @@ def llava(processor):
     import torch
 
     torch.manual_seed(0)
-    return tiny.llava(processor.tokenizer, SIDE, patch=16, width=32, layers=2).eval()
+    return scratch.llava(processor.tokenizer, SIDE, patch=16, width=32, layers=2).eval()
 
 
 @pytest.fixture
@@ -54,7 +62,7 @@ def deep(processor):
     import torch
 
     torch.manual_seed(0)
-    model = tiny.llava(processor.tokenizer, SIDE, patch=16, width=32, layers=4).eval()
+    model = scratch.llava(processor.tokenizer, SIDE, patch=16, width=32, layers=4).eval()
     for name, parameter in model.model.language_model.named_parameters():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             parameter.data *= 10
@@ -66,7 +74,7 @@ def questions(few, processor):
     """Three of the first scene, one at a time."""
     import torch
 
-    from experiments.evaluation import Questions
+    from experiments.evaluation.questions import Questions
 
     return Questions(list(single_questions(few.samples))[:3], processor, 1, torch.device("cpu"))
 

@@ -13,9 +13,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from experiments import config as configuration
-from experiments.attempt import one_line
-from experiments.models import ASSETS
+from experiments.config import plain, schema
+from experiments.errors import one_line
+from experiments.files import ASSETS
 from tests.experiments.conftest import required
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,15 +31,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes_and_is_typed(composed, experiment):
     config = OmegaConf.to_object(composed(f"experiment={experiment}", *required("experiment", experiment)))
-    assert isinstance(config, configuration.Config)
+    assert isinstance(config, schema.Config)
     assert config.name == experiment
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_option_composes(composed, path):
-    resolved = configuration.resolved(
-        composed(f"{path.parent.name}={path.stem}", *required(path.parent.name, path.stem))
-    )
+    resolved = plain.resolved(composed(f"{path.parent.name}={path.stem}", *required(path.parent.name, path.stem)))
     assert yaml.safe_dump(resolved)
 
 

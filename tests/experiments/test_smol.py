@@ -8,9 +8,10 @@ import torch
 from safetensors import safe_open
 from transformers import Dinov2Config, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from experiments import lora
-from experiments.models import ASSETS
-from experiments.report.records import load, outcomes
+from experiments.files import ASSETS
+from experiments.models import lora
+from experiments.records.files import load
+from experiments.records.views import outcomes
 
 SMOL = ASSETS / "smol"
 RECORDS = ASSETS.parents[1] / "results" / "smol" / "records"

@@ -6,11 +6,11 @@ sweep. `save(figure, stem)` writes PNG and PDF."""
 from experiments.report.figures.ablation import ablation_figure
 from experiments.report.figures.attention import attention_figure, entropy_figure
 from experiments.report.figures.cost import cost_figure, costs_apart, study_cost_figure
-from experiments.report.figures.fusion import fusion_figure
-from experiments.report.figures.lens import lens_figure
+from experiments.report.figures.experiment_rows import rows_figure
+from experiments.report.figures.fusion_depth import fusion_figure
+from experiments.report.figures.logit_lens import lens_figure
 from experiments.report.figures.removal import removal_figure
-from experiments.report.figures.rows import rows_figure
-from experiments.report.style import save
+from experiments.report.figures.style import save
 
 __all__ = [
     "ablation_figure",

@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.report.cells import Cell
-from experiments.report.records import outcomes
-from experiments.report.style import LINESTYLES, MARKERS, ORANGE, ORDERED, REFERENCES, legend, panels, styled
+from experiments.records.views import outcomes
+from experiments.report.figures.style import LINESTYLES, MARKERS, ORANGE, ORDERED, REFERENCES, legend, panels, styled
+from experiments.report.run_groups import Cell
 
 
 @styled

@@ -6,9 +6,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.report.records import Record
+from experiments.records.views import Record
+from experiments.report.figures.style import BLACK, BLUE, CONTROL, MEASURED, legend, panels, styled
 from experiments.report.statistics import mean_interval
-from experiments.report.style import BLACK, BLUE, CONTROL, MEASURED, legend, panels, styled
 
 
 def attention_figure(record: Record) -> Figure:

@@ -10,13 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from experiments.report.cells import Cell
+from experiments.report.experiment_results import Study, references
 from experiments.report.figures.ablation import draw_references, series_styles
-from experiments.report.figures.numbers import number_key, number_points
-from experiments.report.numerals import UNITS, unit
-from experiments.report.row_tables import references
-from experiments.report.studies import Study
-from experiments.report.style import BLACK, BLUE, ORANGE, REFERENCES, legend, panels, styled
+from experiments.report.figures.point_labels import number_key, number_points
+from experiments.report.figures.style import BLACK, BLUE, ORANGE, REFERENCES, legend, panels, styled
+from experiments.report.formatting import UNITS, unit
+from experiments.report.run_groups import Cell
 
 
 class Cost(NamedTuple):

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.report.records import Record, first_layers, outcomes, percent_right
+from experiments.records.views import Record, first_layers, outcomes, percent_right
+from experiments.report.figures.style import CONTROL, MEASURED, REFERENCES, SECOND, legend, mark_depth, panels, styled
 from experiments.report.statistics import mean_interval
-from experiments.report.style import CONTROL, MEASURED, REFERENCES, SECOND, legend, mark_depth, panels, styled
 
 _ROOM = 36  # characters of tick labels that lie side by side without touching
 

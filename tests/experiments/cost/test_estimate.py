@@ -18,8 +18,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from experiments.cost.architectures import geometry, mini
 from experiments.cost.estimate import LINEAR, Geometry, Prompt
-from experiments.cost.geometries import geometry, mini
 
 VISION = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
 PIXELS = {"image_size": 32, "patch_size": 8}

@@ -14,15 +14,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from experiments.records.files import Records
 from experiments.report import figures
 from experiments.report.captions import draw
-from experiments.report.cells import ablation_cells, group_cells
-from experiments.report.definitions import Definition
+from experiments.report.experiment_results import Study, study_of
+from experiments.report.experiment_specs import Definition
 from experiments.report.figures.cost import pareto_front
-from experiments.report.figures.numbers import spread
-from experiments.report.numerals import unit
-from experiments.report.records import Records
-from experiments.report.studies import Study, study_of
+from experiments.report.figures.point_labels import spread
+from experiments.report.formatting import unit
+from experiments.report.run_groups import ablation_cells, group_cells
 
 
 def loaded(records: list[dict[str, Any]]) -> Records:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from experiments.report.records import Records
+from experiments.records.files import Records
 from experiments.report.verdict import FAILS, REPRODUCES, UNTOLD, depth_text, headline, judge, probed
 
 

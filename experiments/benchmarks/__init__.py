@@ -1,0 +1,1 @@
+"""Benchmarks of this machine: time and memory."""

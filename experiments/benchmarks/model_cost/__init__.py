@@ -1,0 +1,1 @@
+"""Time, memory and cache of LLaVA and LLaVA-Mini, measured."""

@@ -1,0 +1,1 @@
+"""Models and processors, built from a configuration."""

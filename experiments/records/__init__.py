@@ -1,0 +1,1 @@
+"""Records: one JSON file a finished or failed cell."""

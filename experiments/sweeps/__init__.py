@@ -1,0 +1,1 @@
+"""Sweeps: which cells a command line asks for, which are missing, and running them."""
