@@ -1,7 +1,7 @@
-"""Compressors: the patches of an image in, C x C visual tokens out.
+"""Compressors turn the patch features of an image into C x C visual tokens.
 
-A compressor is one file in this folder. It subclasses [`Compressor`] and puts itself into `COMPRESSORS` with
-`@register("name")`; every module of the folder is imported, so nothing else has to be edited.
+Each compressor is one class in one file of this folder. It subclasses [`Compressor`] and joins `COMPRESSORS` through
+`@register("name")`. This package imports all of its modules, so a new file needs no edit elsewhere.
 """
 
 from __future__ import annotations
@@ -23,38 +23,67 @@ CompressorClass = TypeVar("CompressorClass", bound="type[Compressor]")
 
 
 class Compressor(nn.Module):
-    """Base of every compressor; built from a [`LlavaMiniConfig`], works on features of `config.compressor_width`.
+    """Compress the patches of each image to C x C visual tokens; base class of every compressor.
 
-    `forward(features)` takes (batch, patches, width) and returns the C x C tokens, (batch, tokens, width), row-major
-    where they lie on a grid, and the weight each patch has in each token, (batch, tokens, patches), rows that sum to one.
+    A subclass is built from a [`LlavaMiniConfig`]. Its features have the width `config.compressor_width`.
 
-    `needs` names what `forward` takes besides, by keyword:
+    `forward` takes the patch features, and by keyword the inputs that the class attribute `needs` lists:
 
-    - "saliency", (batch, patches): the attention that each patch gets in the vision tower's selected layer, from the
-      class token, or from all patches on average where there is none; the mean over the heads.
-    - "keys", (batch, patches, key_width): that layer's keys, all heads side by side.
-    - "text", (batch, length, text_width), and "text_mask", (batch, length): raw embeddings of the text that is asked, as
-      pre-fusion has it, without placeholders, padding and answers; the mask is True at its tokens. A row may have none.
+    - "saliency", (batch, patches): the attention that each patch receives in the vision tower's selected layer, averaged
+      over the heads. It comes from the class token, or from all patches on average where there is no class token.
+    - "keys", (batch, patches, key_width): the keys of that layer, all heads side by side.
+    - "text", (batch, length, text_width): raw embeddings of the question, as pre-fusion gets them. They include no
+      placeholders, padding or answers.
+    - "text_mask", (batch, length): True at the tokens of the text. A row may have none.
+
+    Args:
+        config: A configuration whose `compressor_size` is C.
+
+    Example:
+        >>> from llava_mini import LlavaMiniConfig
+        >>> config = LlavaMiniConfig(compressor="average", compressor_size=2)
+        >>> compressor = COMPRESSORS["average"](config)
+        >>> tokens, weights = compressor(torch.randn(1, 36, config.compressor_width))
+        >>> tuple(tokens.shape), tuple(weights.shape)
+        ((1, 4, 1024), (1, 4, 36))
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
     forward: Callable[..., tuple[Tensor, Tensor]]
+    """Return the tokens and the weight of each patch in each token.
+
+    Args:
+        features: Patch features, (batch, patches, width). The patches form a square grid in row-major order.
+
+    Returns:
+        The C x C tokens, (batch, tokens, width), in row-major order where they lie on a grid; and the weights,
+        (batch, tokens, patches), whose rows sum to one.
+    """
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
         self.size = config.compressor_size
 
     def reset_parameters(self) -> None:
-        """Initialises the parameters that are held by this module itself, not those of its children. Uses
-        `transformers.initialization`, whose functions leave loaded parameters alone."""
+        """Initialise the parameters of this module itself, not those of its children.
+
+        Subclasses use `transformers.initialization`, whose functions skip parameters that were loaded.
+        """
 
 
 def register(name: str) -> Callable[[CompressorClass], CompressorClass]:
-    """Class decorator that makes a compressor available as `LlavaMiniConfig(compressor=name)`."""
+    """Return a class decorator that adds a compressor to `COMPRESSORS`.
+
+    Args:
+        name: The name that selects the class in `LlavaMiniConfig(compressor=name)`.
+
+    Raises:
+        ValueError: If the name is "none" or another compressor has it.
+    """
 
     def decorator(cls: CompressorClass) -> CompressorClass:
         if name == "none" or name in COMPRESSORS:
-            raise ValueError(f"the compressor name {name!r} is taken")
+            raise ValueError(f"the compressor name {name!r} is taken; register the class under another name")
         COMPRESSORS[name] = cls
         return cls
 
@@ -62,8 +91,19 @@ def register(name: str) -> Callable[[CompressorClass], CompressorClass]:
 
 
 def grid_side(patches: int, size: int = 0) -> int:
-    """Side of the square grid that `patches` patches form; ValueError if they form none, or one smaller than C = `size`,
-    which a compressor gives where it makes no more tokens than there are patches."""
+    """Return the side of the square grid that the patches form.
+
+    Args:
+        patches: Number of patches.
+        size: C of a compressor that makes at most one token per patch; 0 skips this check.
+
+    Raises:
+        ValueError: If the patches form no square, or a square of a side below `size`.
+
+    Example:
+        >>> grid_side(576)
+        24
+    """
     side = math.isqrt(patches)
     if side * side != patches:
         raise ValueError(
@@ -75,8 +115,11 @@ def grid_side(patches: int, size: int = 0) -> int:
     return side
 
 
-def configured_side(config: LlavaConfig) -> int:
-    """Side of the vision tower's grid of patches. A picture in T x T tiles comes as a grid of T times that side."""
+def vision_grid_side(config: LlavaConfig) -> int:
+    """Return the side of the vision tower's patch grid.
+
+    An image in T x T tiles has a grid of T times this side.
+    """
     vision: Any = config.vision_config
     return vision.image_size // vision.patch_size
 

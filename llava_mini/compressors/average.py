@@ -1,4 +1,4 @@
-"""Average pooling: a token is the mean of the patches in one cell of a C x C grid."""
+"""Average pooling: each token is the mean of the patches in one cell of a C x C grid."""
 
 from __future__ import annotations
 
@@ -11,34 +11,55 @@ from . import Compressor, grid_side, register
 
 @register("average")
 class AverageCompressor(Compressor):
-    """Adaptive average pooling, the parameter-free baseline of the paper's compressor ablation.
+    """Pool the patches adaptively to C x C tokens, without parameters.
 
-    Cells follow `torch.nn.functional.adaptive_avg_pool2d`: where C does not divide the side of the patch grid,
-    neighbouring cells share patches.
+    This is the baseline of the compressor ablation in LLaVA-Mini (arXiv 2501.03895, Table 8).
+
+    ```
+    token(i, j) = mean of x(r, c) over floor(i S / C) <= r < ceil((i + 1) S / C), and c likewise with j
+    ```
+
+    x is the S x S grid of patches. The cells are those of `torch.nn.functional.adaptive_avg_pool2d`: neighbouring cells
+    share patches where C does not divide S.
+
+    Shapes:
+        features (batch, S * S, width) -> tokens (batch, C * C, width), weights (batch, C * C, S * S)
+
+    Raises:
+        ValueError: If the patches form no square grid, or one smaller than C x C.
     """
 
     def forward(
         self, features: Float[Tensor, "batch patches width"]
     ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens patches"]]:
-        weights = cell_means(self.size, features)
+        weights = pooling_weights(self.size, features)
         return weights @ features, weights.expand(features.shape[0], -1, -1)
 
 
-def cell_means(size: int, features: Float[Tensor, "batch patches width"]) -> Float[Tensor, "size*size patches"]:
-    """The weight of each patch in the mean of each cell of a `size` x `size` grid, in the features' dtype.
+def pooling_weights(size: int, features: Float[Tensor, "batch patches width"]) -> Float[Tensor, "size*size patches"]:
+    """Return the weight of each patch in the mean of each cell of a `size` x `size` grid.
+
+    Args:
+        size: C, the cells along each axis.
+        features: Patch features. Only their number, dtype and device are used.
 
     Raises:
-        ValueError: If the patches form no square grid or a smaller one.
+        ValueError: If the patches form no square grid, or one smaller than `size` x `size`.
     """
     side = grid_side(features.shape[1], size)
-    axis = cells(size, side, features)
+    axis = pooling_weights_1d(size, side, features)
     return torch.kron(axis, axis)
 
 
-def cells(count: int, side: int, like: Tensor) -> Float[Tensor, "count side"]:
-    """The weight of each of `side` places in the mean of each of `count` cells of a line, as adaptive pooling has them;
-    dtype and device are those of `like`."""
-    cell = torch.arange(count, device=like.device)[:, None]  # (count, 1)
-    place = torch.arange(side, device=like.device)  # (side,)
-    inside = (place >= cell * side // count) & (place < -(-(cell + 1) * side // count))
+def pooling_weights_1d(cells: int, length: int, like: Tensor) -> Float[Tensor, "cells length"]:
+    """Return the weight of each position on an axis in the mean of each cell of adaptive average pooling.
+
+    Args:
+        cells: Number of cells.
+        length: Number of positions on the axis.
+        like: A tensor that gives the dtype and the device of the result.
+    """
+    cell = torch.arange(cells, device=like.device)[:, None]  # (cells, 1)
+    position = torch.arange(length, device=like.device)  # (length,)
+    inside = (position >= cell * length // cells) & (position < -(-(cell + 1) * length // cells))
     return inside.to(like.dtype) / inside.sum(dim=1, keepdim=True)

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from . import Compressor, configured_side, grid_side, register
-from .average import cell_means
-from .query import resize_table
+from . import Compressor, grid_side, register, vision_grid_side
+from .average import pooling_weights
+from .position_tables import resize_table
 
 if TYPE_CHECKING:
     from transformers import LlavaConfig
@@ -19,17 +19,28 @@ if TYPE_CHECKING:
 
 @register("conv")
 class ConvCompressor(Compressor):
-    """The C-Abstractor of Honeybee (arXiv 2312.06742; kakaobrain/honeybee): tokens = W g(pool(f(X + P))) + b.
+    """Convolve the patches, pool them to C x C and convolve again: the C-Abstractor of Honeybee.
 
-    P is a learned table of positions, f and g are three RegNet blocks each ([`ResidualBlock`]), pool is adaptive
-    average pooling to C x C. Depth as published, the width of the blocks that of the features; W is one linear map
-    where the published code has two layers, since the projector follows. For a picture in tiles P is resized.
+    Source: arXiv 2312.06742; kakaobrain/honeybee.
 
-    The weights returned are those of the pooling. The convolutions ahead of it let patches outside a cell in too, which
-    the weights do not say.
+    ```
+    tokens = W g(pool(f(X + P))) + b
+    ```
+
+    P is a learned position table, f and g are three RegNet blocks each ([`ResidualBlock`]), and pool is adaptive average
+    pooling to C x C. For an image in tiles P is resized.
+
+    The depth is the published one; the blocks have the width of the features. W is one linear map where the published
+    code has two layers, because the projector follows.
+
+    The weights are those of the pooling. They leave out that the convolutions before it mix in patches from outside a
+    cell.
+
+    Shapes:
+        features (batch, S * S, width) -> tokens (batch, C * C, width), weights (batch, C * C, S * S)
 
     Raises:
-        ValueError: If the patches form no square grid or a smaller one than C x C.
+        ValueError: If the patches form no square grid, or one smaller than C x C.
     """
 
     depth = 3
@@ -37,7 +48,7 @@ class ConvCompressor(Compressor):
     def __init__(self, config: LlavaConfig):
         super().__init__(config)
         width = config.compressor_width
-        self.pos_embed = nn.Parameter(torch.empty(configured_side(config) ** 2, width))
+        self.pos_embed = nn.Parameter(torch.empty(vision_grid_side(config) ** 2, width))
         self.before = nn.Sequential(*(ResidualBlock(width) for _ in range(self.depth)))
         self.after = nn.Sequential(*(ResidualBlock(width) for _ in range(self.depth)))
         self.readout = nn.Linear(width, width)
@@ -49,7 +60,7 @@ class ConvCompressor(Compressor):
     def forward(
         self, features: Float[Tensor, "batch patches width"]
     ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens patches"]]:
-        side, weights = grid_side(features.shape[1]), cell_means(self.size, features)
+        side, weights = grid_side(features.shape[1]), pooling_weights(self.size, features)
         grid = (features + resize_table(self.pos_embed, side)).transpose(1, 2).unflatten(2, (side, side))
         pooled = weights @ self.before(grid).flatten(2).transpose(1, 2)  # (batch, tokens, width)
         tokens = self.after(pooled.transpose(1, 2).unflatten(2, (self.size, self.size)))
@@ -57,9 +68,11 @@ class ConvCompressor(Compressor):
 
 
 class ResidualBlock(nn.Module):
-    """SiLU(x + h(x)), h a 1 x 1 convolution, a 3 x 3 convolution of each channel by itself, squeeze and excitation
-    (to a quarter of the width) and a 1 x 1 convolution, each convolution with a layer norm over the channels: the
-    RegNet block (arXiv 2003.13678) as Honeybee sets it up."""
+    """Apply the RegNet block (arXiv 2003.13678) in Honeybee's setting: SiLU(x + h(x)).
+
+    h is a 1 x 1 convolution, a depthwise 3 x 3 convolution, squeeze and excitation to a quarter of the width, and a
+    1 x 1 convolution. A layer norm over the channels follows each convolution.
+    """
 
     def __init__(self, width: int):
         super().__init__()
@@ -81,7 +94,7 @@ class ResidualBlock(nn.Module):
 
 
 class ChannelLayerNorm(nn.LayerNorm):
-    """Layer norm over the channels of each place, so that neither places nor pictures mix."""
+    """Normalise the channels of each position, so neither positions nor images mix."""
 
     def forward(self, input: Float[Tensor, "batch width rows columns"]) -> Float[Tensor, "batch width rows columns"]:
         return super().forward(input.movedim(1, -1)).movedim(-1, 1)

@@ -1,4 +1,4 @@
-"""LLaMA-VID: one token of what the question asks for, and a few of what the picture shows."""
+"""LLaMA-VID: one token by attention from the question, the other tokens by pooling the image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from . import Compressor, grid_side, register
-from .average import cells
+from .average import pooling_weights_1d
 
 if TYPE_CHECKING:
     from transformers import LlavaConfig
@@ -17,20 +17,34 @@ if TYPE_CHECKING:
 
 @register("llama_vid")
 class LlamaVidCompressor(Compressor):
-    """A context token and content tokens (LLaMA-VID, arXiv 2311.17043; dvlab-research/LLaMA-VID).
+    """Make one context token from the question and the image, and content tokens from the image alone.
 
-    The context token is mean_q(softmax(Q K^T / sqrt(d)) X) W_v, with Q = T W_t for every token of the text T, K = X W_k
-    for the patches X of width d, and the mean over the text; without any text it is the mean of the patches, times W_v.
-    It comes first. The other n - 1 = (C - 1)(C + 1) tokens are the means of the cells of a grid of C - 1 rows and C + 1
-    columns, as in adaptive average pooling, row-major. With n = 1 there is the context token alone.
+    Source: LLaMA-VID, arXiv 2311.17043; dvlab-research/LLaMA-VID.
 
-    Departures: the paper's Q comes from a text decoder, BERT or a Q-Former, that sees question and picture and has weights
-    of its own; here from the embeddings of the language model, of all text that is no answer. Its W_v goes straight to
-    the language model's width; here both kinds of token pass the projector alike, after compression or before it. Its
-    content tokens are the mean of all patches, or a square grid of them. K has no bias, which softmax would cancel.
+    ```
+    context = mean_q(softmax(Q K^T / sqrt(d)) X) W_v,  Q = T W_t,  K = X W_k
+    content(i, j) = mean of X over cell (i, j) of a grid of C - 1 rows and C + 1 columns
+    ```
+
+    T are the text tokens, X the patches of width d; mean_q is the mean over the text. Without any text the context token
+    is the mean of the patches, times W_v. The context token comes first. The other n - 1 = (C - 1)(C + 1) tokens follow
+    in row-major order, with the cells of adaptive average pooling. With n = 1 there is the context token alone.
+
+    Departures:
+
+    - The paper takes Q from a text decoder (BERT or a Q-Former) with weights of its own, which reads question and image.
+      Here Q comes from the language model's embeddings of all text except answers.
+    - The paper's W_v maps straight to the language model's width. Here both kinds of token pass the same projector,
+      after compression or before it.
+    - The paper's content tokens are the mean of all patches, or a square grid of means.
+    - K has no bias, because softmax would cancel it.
+
+    Shapes:
+        features (batch, S * S, width), text (batch, length, text_width), text_mask (batch, length)
+        -> tokens (batch, C * C, width), weights (batch, C * C, S * S)
 
     Raises:
-        ValueError: If the patches form no square grid or are fewer than C x C.
+        ValueError: If the patches form no square grid, or are fewer than C x C.
     """
 
     needs = ("text", "text_mask")
@@ -52,10 +66,12 @@ class LlamaVidCompressor(Compressor):
         side = grid_side(patches, self.size)
         scores = self.text(text) @ self.key(features).transpose(1, 2) * width**-0.5  # (batch, length, patches)
         attention = scores.softmax(dim=-1, dtype=torch.float32).masked_fill(~text_mask[..., None], 0)
-        words = text_mask.sum(dim=1)[:, None, None]
-        asked = attention.sum(dim=1, keepdim=True) / words.clamp_min(1)
-        asked = torch.where(words > 0, asked, 1 / patches).to(features.dtype)  # (batch, 1, patches)
-        rows, columns = (cells(self.size + more, side, features) for more in (-1, 1))
-        shown = torch.kron(rows, columns).expand(batch, -1, -1)  # (batch, tokens - 1, patches)
-        tokens = torch.cat([self.value(asked @ features), shown @ features], dim=1)
-        return tokens, torch.cat([asked, shown], dim=1)
+        text_lengths = text_mask.sum(dim=1)[:, None, None]
+        context_weights = attention.sum(dim=1, keepdim=True) / text_lengths.clamp_min(1)
+        # (batch, 1, patches)
+        context_weights = torch.where(text_lengths > 0, context_weights, 1 / patches).to(features.dtype)
+        row_weights = pooling_weights_1d(self.size - 1, side, features)
+        column_weights = pooling_weights_1d(self.size + 1, side, features)
+        content_weights = torch.kron(row_weights, column_weights).expand(batch, -1, -1)  # (batch, tokens - 1, patches)
+        tokens = torch.cat([self.value(context_weights @ features), content_weights @ features], dim=1)
+        return tokens, torch.cat([context_weights, content_weights], dim=1)

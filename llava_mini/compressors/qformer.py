@@ -1,4 +1,4 @@
-"""Q-Former: learned queries that attend to each other and to the patches, over some layers."""
+"""Q-Former: learned queries attend to each other and to the patches, in several layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from . import Compressor, grid_side, register
-from .query import Attention
+from .attention import MultiHeadAttention
 
 if TYPE_CHECKING:
     from transformers import LlavaConfig
@@ -18,14 +18,25 @@ if TYPE_CHECKING:
 
 @register("qformer")
 class QFormerCompressor(Compressor):
-    """The Q-Former of BLIP-2 (arXiv 2301.12597; salesforce/LAVIS) without its text half: C x C learned queries, layer
-    norms on queries and patches, then layers of [`QFormerLayer`].
+    """Pass C x C learned queries through the layers of BLIP-2's Q-Former, without its text half.
 
-    Two layers, cross-attention in both, no dropout, from scratch. BLIP-2 has twelve layers that start from BERT, with
-    cross-attention in every second, and trains them on two objectives of their own before a language model sees them.
+    Source: BLIP-2, arXiv 2301.12597; salesforce/LAVIS.
 
-    The weights returned are the last layer's cross-attention, averaged over the heads. Patches that reached a query
-    before, or through another query, are not in them.
+    ```
+    T_0 = LN(Q),  T_l = QFormerLayer(T_{l-1}, LN(X)),  tokens = T_2
+    ```
+
+    Q are the learned queries, X the patches; [`QFormerLayer`] has the formula of a layer.
+
+    Departures: there are two layers with cross-attention in both, no dropout, and training starts from scratch. BLIP-2
+    has twelve layers that start from BERT, with cross-attention in every second. It trains them on two objectives of
+    their own before the language model gets their tokens.
+
+    The weights are the cross-attention of the last layer, averaged over the heads. They leave out patches that reached
+    a query in an earlier layer or through another query.
+
+    Shapes:
+        features (batch, S * S, width) -> tokens (batch, C * C, width), weights (batch, C * C, S * S)
 
     Raises:
         ValueError: If `compressor_heads` does not divide the width, or the patches form no square grid.
@@ -56,13 +67,19 @@ class QFormerCompressor(Compressor):
 
 
 class QFormerLayer(nn.Module):
-    """Self-attention, cross-attention and a feed-forward part of four times the width with GELU, each added and then
-    normed. This is `nn.TransformerDecoderLayer`, whose parameters' names it has, with the weights of its
-    cross-attention, which torch's layer keeps to itself."""
+    """Apply self-attention, cross-attention and a feed-forward part, each with a residual connection and a norm.
+
+    ```
+    T <- LN(T + SelfAttention(T));  T <- LN(T + CrossAttention(T, X));  T <- LN(T + W_2 GELU(W_1 T))
+    ```
+
+    The feed-forward part has four times the width. The layer equals `nn.TransformerDecoderLayer` and has its parameter
+    names. In addition it returns the weights of the cross-attention, which torch's layer does not give out.
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
-        self.self_attn, self.multihead_attn = Attention(width, heads), Attention(width, heads)
+        self.self_attn, self.multihead_attn = MultiHeadAttention(width, heads), MultiHeadAttention(width, heads)
         self.linear1, self.linear2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
 
@@ -70,6 +87,6 @@ class QFormerLayer(nn.Module):
         self, tokens: Float[Tensor, "batch tokens width"], patches: Float[Tensor, "batch patches width"]
     ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens patches"]]:
         tokens = self.norm1(tokens + self.self_attn(tokens, tokens, tokens)[0])
-        read, weights = self.multihead_attn(tokens, patches, patches)
-        tokens = self.norm2(tokens + read)
+        attended, weights = self.multihead_attn(tokens, patches, patches)
+        tokens = self.norm2(tokens + attended)
         return self.norm3(tokens + self.linear2(nn.functional.gelu(self.linear1(tokens)))), weights

@@ -1,4 +1,4 @@
-"""Random sampling: C x C patches at places that chance has fixed."""
+"""Random sampling: C x C patches at positions that were drawn once."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import initialization as init
 
-from . import Compressor, configured_side, grid_side, register
-from .uniform import move, select
+from . import Compressor, grid_side, register, vision_grid_side
+from .uniform import rescale_grid_indices, select_patches
 
 if TYPE_CHECKING:
     from transformers import LlavaConfig
@@ -18,22 +18,30 @@ if TYPE_CHECKING:
 
 @register("random")
 class RandomCompressor(Compressor):
-    """The first C x C of a permutation of the tower's patches, in row-major order: a control without parameters that
-    every method has to beat.
+    """Sample the first C x C patches of a random permutation; a control that every method has to beat.
 
-    The permutation is drawn with the module from torch's generator, saved with it, and the same for every picture and
-    every C: smaller samples are parts of larger ones. On another grid than the tower's own, that of a picture in tiles
-    or of another size, it takes the patches that hold the middles of those places, each patch once.
+    ```
+    tokens = x[sorted(pi[:C * C])],  pi a permutation of the vision tower's patches x
+    ```
+
+    The permutation is drawn from torch's generator when the module is built, and saved with it. It is the same for
+    every image and every C, so a larger sample contains each smaller one. There are no parameters.
+
+    An image in tiles or of another size has another grid than the vision tower's own. There the compressor takes the
+    patches that contain the middles of the drawn positions, each patch once.
+
+    Shapes:
+        features (batch, S * S, width) -> tokens (batch, C * C, width), weights (batch, C * C, S * S)
 
     Raises:
-        ValueError: If the patches form no square grid, or C x C are more than they or the tower's own are.
+        ValueError: If the patches form no square grid, or C x C exceeds their number or that of the vision tower's grid.
     """
 
     order: Tensor
 
     def __init__(self, config: LlavaConfig):
         super().__init__(config)
-        self.side = configured_side(config)
+        self.side = vision_grid_side(config)
         self.register_buffer("order", torch.empty(self.side**2, dtype=torch.long))
         self.reset_parameters()
 
@@ -45,8 +53,8 @@ class RandomCompressor(Compressor):
     ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens patches"]]:
         side = grid_side(features.shape[1], self.size)
         grid_side(self.side**2, self.size)
-        places = move(self.order, self.side, side)
-        turn = torch.arange(len(places), device=places.device)
-        # when each patch has its first turn: places that lie apart on the tower's grid may share one on a smaller grid
-        first = turn.new_full((side**2,), len(places)).scatter_reduce(0, places, turn, "amin")
-        return select(features, first.argsort()[: self.size**2].sort().values)
+        drawn = rescale_grid_indices(self.order, self.side, side)
+        ranks = torch.arange(len(drawn), device=drawn.device)
+        # Positions that differ on the vision tower's grid may share a patch on a smaller grid: its first rank counts.
+        first_ranks = ranks.new_full((side**2,), len(drawn)).scatter_reduce(0, drawn, ranks, "amin")
+        return select_patches(features, first_ranks.argsort()[: self.size**2].sort().values)

@@ -1,4 +1,4 @@
-"""Token merging: the most similar patches are averaged until C x C are left."""
+"""Token merging: the most similar patches are averaged until C x C tokens are left."""
 
 from __future__ import annotations
 
@@ -11,18 +11,29 @@ from . import Compressor, grid_side, register
 
 @register("tome")
 class TokenMergingCompressor(Compressor):
-    """Bipartite soft matching (Token Merging, arXiv 2210.09461; facebookresearch/ToMe), without parameters.
+    """Merge similar patches by bipartite soft matching, without parameters.
 
-    Round by round the tokens are split by turns into A and B; each of A names the most similar of B, by the cosine of
-    their means; the r pairs of A's with the highest similarity are merged, into the mean of all their patches, until
-    n = C x C are left. r is what is over, or half of the tokens where that is less: 576 patches take four rounds to 64.
+    Source: Token Merging, arXiv 2210.09461; facebookresearch/ToMe.
 
-    Departures: published merging goes on within the tower, a few tokens a layer, by the similarity of attention keys;
-    here it is done at once on the tower's output, by its features. Tokens stay in the order of the first patch that each
-    holds, in every round and at the end. Which patches merge is not differentiated, the means are.
+    One round, repeated until n = C x C tokens are left:
+
+    1. Split the tokens alternately into the sets A and B.
+    2. Match each token of A to the most similar token of B, by the cosine of their means.
+    3. Merge the r matches of highest similarity. A merged token is the mean of all its patches.
+
+    r is the number of tokens above n, or half of the tokens if that is less: 576 patches take four rounds to 64.
+
+    Departures: published merging happens inside the vision tower, a few tokens per layer, by the similarity of
+    attention keys. Here it happens at once on the tower's output, by its features. Tokens stay in the order of the first
+    patch that each holds, in every round and at the end.
+
+    Gradients pass through the means, not through the choice of patches.
+
+    Shapes:
+        features (batch, S * S, width) -> tokens (batch, C * C, width), weights (batch, C * C, S * S)
 
     Raises:
-        ValueError: If the patches form no square grid or a smaller one than C x C.
+        ValueError: If the patches form no square grid, or one smaller than C x C.
     """
 
     def forward(
@@ -30,36 +41,48 @@ class TokenMergingCompressor(Compressor):
     ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens patches"]]:
         batch, patches, _ = features.shape
         grid_side(patches, self.size)
-        # the number of the token that holds a patch
-        holder = torch.arange(patches, device=features.device).expand(batch, -1)  # (batch, patches)
+        # the index of the token that holds each patch
+        token_indices = torch.arange(patches, device=features.device).expand(batch, -1)  # (batch, patches)
         weights = torch.eye(patches, dtype=features.dtype, device=features.device).expand(batch, -1, -1)
-        tokens, left = features, patches
-        while left > self.size**2:
-            merged = min(left - self.size**2, left // 2)
-            left -= merged
-            holder = match(tokens.detach(), merged).gather(1, holder)
-            weights = shares(holder, left, features)
+        tokens, count = features, patches
+        while count > self.size**2:
+            merges = min(count - self.size**2, count // 2)
+            count -= merges
+            token_indices = merged_token_indices(tokens.detach(), merges).gather(1, token_indices)
+            weights = mean_weights(token_indices, count, features)
             tokens = weights @ features
         return tokens, weights
 
 
-def match(tokens: Float[Tensor, "batch tokens width"], merged: int) -> Int[Tensor, "batch tokens"]:
-    """The numbers of the tokens after one round that merges so many of them, by the order of the first that each
-    new token is made of."""
+def merged_token_indices(tokens: Float[Tensor, "batch tokens width"], merges: int) -> Int[Tensor, "batch tokens"]:
+    """Return the index that each token has after one round of merging.
+
+    New tokens are numbered in the order of the first token that each is made of.
+
+    Args:
+        tokens: The tokens before the round.
+        merges: Number of pairs to merge.
+    """
     count = tokens.shape[1]
     directions = nn.functional.normalize(tokens.float(), dim=-1)
     similarity = directions[:, ::2] @ directions[:, 1::2].transpose(1, 2)  # (batch, a, b)
     best, partner = similarity.max(dim=-1)
-    chosen = best.argsort(dim=-1, descending=True, stable=True)[:, :merged]  # (batch, merged), of A
+    chosen = best.argsort(dim=-1, descending=True, stable=True)[:, :merges]  # (batch, merges), indices into A
     own = torch.arange(count, device=tokens.device).expand(len(tokens), -1)
-    target = own.scatter(1, 2 * chosen, 2 * partner.gather(1, chosen) + 1)  # the token of B, or itself
+    target = own.scatter(1, 2 * chosen, 2 * partner.gather(1, chosen) + 1)  # the token of B, or the token itself
     first = torch.full_like(target, count).scatter_reduce(1, target, own, "amin").gather(1, target)
     return ((first == own).cumsum(dim=1) - 1).gather(1, first)
 
 
-def shares(
-    holder: Int[Tensor, "batch patches"], tokens: int, features: Tensor
+def mean_weights(
+    token_indices: Int[Tensor, "batch patches"], tokens: int, features: Tensor
 ) -> Float[Tensor, "batch tokens patches"]:
-    """The weight of each patch in the mean of the token that holds it, in the features' dtype."""
-    holds = nn.functional.one_hot(holder, tokens).transpose(1, 2).to(features.dtype)
-    return holds / holds.sum(dim=-1, keepdim=True)
+    """Return the weight of each patch in the mean of the token that holds it.
+
+    Args:
+        token_indices: The index of the token that holds each patch.
+        tokens: Number of tokens.
+        features: A tensor that gives the dtype of the result.
+    """
+    members = nn.functional.one_hot(token_indices, tokens).transpose(1, 2).to(features.dtype)
+    return members / members.sum(dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Compressors on their own, for the tests of each: a tower of 6 x 6 patches, and something of all they may ask for."""
+"""Build single compressors for a vision tower of 6 x 6 patches, with random inputs for them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ SIDE, TEXT_WIDTH = 6, 24
 
 
 def configure(name: str, size: int = 2, width: int = 32, **fields) -> LlavaMiniConfig:
+    """Return a configuration with this compressor; `fields` as in `LlavaMiniConfig`."""
     return LlavaMiniConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=width,
@@ -32,27 +33,27 @@ def configure(name: str, size: int = 2, width: int = 32, **fields) -> LlavaMiniC
 
 
 def build(name: str, size: int = 2, width: int = 32, seed: int = 0, **fields) -> Compressor:
-    """In evaluation mode."""
+    """Return a compressor in evaluation mode, built with this seed."""
     torch.manual_seed(seed)
     return COMPRESSORS[name](configure(name, size, width, **fields)).eval()
 
 
-def shake(compressor: Compressor) -> Compressor:
-    """Moves every parameter: the zero biases and unit norms of a fresh module would hide errors."""
+def perturb_parameters(compressor: Compressor) -> Compressor:
+    """Add noise to every parameter: the zero biases and unit norms of a fresh module would hide errors."""
     with torch.no_grad():
         for parameter in compressor.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return compressor
 
 
-def inputs(compressor: Compressor, batch: int = 3) -> dict[str, Tensor]:
-    """Random features, and what else this compressor needs, of `batch` pictures."""
+def random_inputs(compressor: Compressor, batch: int = 3) -> dict[str, Tensor]:
+    """Return random features of `batch` images, and the other inputs that this compressor needs."""
     generator = torch.Generator().manual_seed(1)
-    draw = {
+    available = {
         "features": torch.randn(batch, SIDE**2, 32, generator=generator),
         "saliency": torch.randn(batch, SIDE**2, generator=generator).softmax(-1),
         "keys": torch.randn(batch, SIDE**2, 32, generator=generator),
         "text": torch.randn(batch, 5, TEXT_WIDTH, generator=generator),
         "text_mask": torch.arange(5) <= torch.arange(batch)[:, None],
     }
-    return {name: draw[name] for name in ("features", *compressor.needs)}
+    return {name: available[name] for name in ("features", *compressor.needs)}

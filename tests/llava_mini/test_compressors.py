@@ -1,4 +1,4 @@
-"""The contract of every registered compressor."""
+"""Test the contract of every registered compressor."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import pytest
 import torch
 
 from llava_mini.compressors import COMPRESSORS, register
-from tests.llava_mini.compress import build, inputs
+from tests.llava_mini.compress import build, random_inputs
 
 every_compressor = pytest.mark.parametrize("name", sorted(COMPRESSORS))
 
-# Sizes up to that of the grid, 6 x 6, that a method has no use for.
-REFUSED = {"pixel_shuffle": (4,)}
+# Sizes up to that of the 6 x 6 grid that a method cannot make.
+REFUSED_SIZES = {"pixel_shuffle": (4,)}
 
 
 @every_compressor
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("training", [False, True])
-def test_ask_n_get_n(name, size, training):
-    if size in REFUSED.get(name, ()):
+def test_compressor_of_size_c_returns_c_squared_tokens(name, size, training):
+    if size in REFUSED_SIZES.get(name, ()):
         with pytest.raises(ValueError, match=f"compressor_size={size} .*; it may be") as error:
             build(name, size)
         assert "\n" not in str(error.value)
         return
     compressor = build(name, size).train(training)
-    tokens, weights = compressor(**inputs(compressor))
+    tokens, weights = compressor(**random_inputs(compressor))
     assert tokens.shape == (3, size**2, 32)
     assert weights.shape == (3, size**2, 36)
     torch.testing.assert_close(weights.sum(-1), torch.ones(3, size**2))
@@ -34,66 +34,70 @@ def test_ask_n_get_n(name, size, training):
 
 @every_compressor
 @pytest.mark.parametrize("size", [1, 3])
-def test_permuting_the_batch_permutes_the_result(name, size):
+def test_compressor_permuted_batch_permutes_tokens(name, size):
     compressor, order = build(name, size), torch.tensor([2, 0, 1])
-    given = inputs(compressor)
-    shuffled = {key: value[order] for key, value in given.items()}
-    for permuted, result in zip(compressor(**shuffled), compressor(**given), strict=True):
+    arguments = random_inputs(compressor)
+    shuffled = {key: value[order] for key, value in arguments.items()}
+    for permuted, result in zip(compressor(**shuffled), compressor(**arguments), strict=True):
         torch.testing.assert_close(permuted, result[order])
 
 
 @every_compressor
-def test_images_do_not_mix(name):
-    """Norms over the batch would pass the test above."""
+def test_compressor_changed_image_leaves_other_images_unchanged(name):
+    """A norm over the batch would pass the permutation test, but not this one."""
     compressor = build(name, 3)
-    given = inputs(compressor)
+    arguments = random_inputs(compressor)
     other = {
         key: torch.cat([value[1:2] if key == "text_mask" else value[1:2] * 3, value[1:]])
-        for key, value in given.items()
+        for key, value in arguments.items()
     }
-    for changed, result in zip(compressor(**other), compressor(**given), strict=True):
+    for changed, result in zip(compressor(**other), compressor(**arguments), strict=True):
         torch.testing.assert_close(changed[1:], result[1:])
 
 
 @every_compressor
-def test_a_fixed_tensor_gives_a_fixed_result(name):
+def test_compressor_same_input_gives_same_tokens_under_any_seed(name):
     compressor = build(name, 3)
     torch.manual_seed(1)
-    first = compressor(**inputs(compressor))
+    first = compressor(**random_inputs(compressor))
     torch.manual_seed(2)
-    for one, other in zip(first, compressor(**inputs(compressor)), strict=True):
+    for one, other in zip(first, compressor(**random_inputs(compressor)), strict=True):
         assert torch.equal(one, other)
 
 
 @every_compressor
-def test_gradients_reach_every_parameter_and_the_patches_that_have_weight(name):
+def test_compressor_backward_reaches_all_parameters_and_all_weighted_patches(name):
     compressor = build(name)
-    given = inputs(compressor)
-    given["features"].requires_grad_()
-    tokens, weights = compressor(**given)
+    arguments = random_inputs(compressor)
+    arguments["features"].requires_grad_()
+    tokens, weights = compressor(**arguments)
     (tokens * torch.randn(tokens.shape)).sum().backward()
-    assert torch.equal((given["features"].grad != 0).any(-1), (weights > 0).any(1))
+    assert torch.equal((arguments["features"].grad != 0).any(-1), (weights > 0).any(1))
     unreached = [key for key, p in compressor.named_parameters() if p.grad is None or not p.grad.any()]
     assert unreached == []
 
 
 @every_compressor
-def test_half_precision(name):
+def test_compressor_in_bfloat16_returns_finite_bfloat16(name):
     compressor = build(name).to(torch.bfloat16)
-    given = {key: v.to(torch.bfloat16) if v.is_floating_point() else v for key, v in inputs(compressor).items()}
-    for result in compressor(**given):
+    arguments = {
+        key: v.to(torch.bfloat16) if v.is_floating_point() else v for key, v in random_inputs(compressor).items()
+    }
+    for result in compressor(**arguments):
         assert result.dtype == torch.bfloat16
         assert result.isfinite().all()
 
 
 @every_compressor
-def test_patches_must_form_a_square(name):
+def test_compressor_nonsquare_patch_count_raises(name):
     compressor = build(name)
-    given = {key: torch.cat([v, v[:, :1]], dim=1) if v.shape[1] == 36 else v for key, v in inputs(compressor).items()}
+    arguments = {
+        key: torch.cat([v, v[:, :1]], dim=1) if v.shape[1] == 36 else v for key, v in random_inputs(compressor).items()
+    }
     with pytest.raises(ValueError, match="square grid of patches, got 37"):
-        compressor(**given)
+        compressor(**arguments)
 
 
-def test_names_are_unique():
+def test_register_taken_name_raises():
     with pytest.raises(ValueError, match="'query' is taken"):
         register("query")(object)

@@ -1,4 +1,4 @@
-"""Learned compressors, each against torch's own modules or slow loops."""
+"""Test learned compressors against torch's own modules or explicit loops."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from llava_mini.compressors.query import resize_table, sincos_table
-from tests.llava_mini.compress import build, inputs, shake
+from llava_mini.compressors.position_tables import resize_table, sincos_table
+from tests.llava_mini.compress import build, perturb_parameters, random_inputs
 
-FEATURES = inputs(build("average"))["features"]
+FEATURES = random_inputs(build("average"))["features"]
 
 
-def attention_of(compressor: nn.Module) -> nn.MultiheadAttention:
-    torchs = nn.MultiheadAttention(compressor.in_proj_weight.shape[1], compressor.heads, batch_first=True)
-    torchs.load_state_dict(compressor.state_dict())
-    return torchs
+def torch_attention(attention: nn.Module) -> nn.MultiheadAttention:
+    """Return torch's attention with the parameters of ours."""
+    reference = nn.MultiheadAttention(attention.in_proj_weight.shape[1], attention.heads, batch_first=True)
+    reference.load_state_dict(attention.state_dict())
+    return reference
 
 
 def norm(x, layer, dim=-1):
@@ -27,7 +28,7 @@ def norm(x, layer, dim=-1):
 
 
 @pytest.mark.parametrize("name", ["nested_query", "qformer", "token_packer"])
-def test_heads_must_divide_the_width(name):
+def test_compressor_heads_not_dividing_width_raises(name):
     with pytest.raises(ValueError, match="compressor_heads=5 does not divide the width 32"):
         build(name, compressor_heads=5)
 
@@ -35,19 +36,19 @@ def test_heads_must_divide_the_width(name):
 # nested_query
 
 
-def test_nested_queries_attend_to_positions():
-    compressor = shake(build("nested_query", 2))
+def test_nested_query_equals_torch_attention_over_positions():
+    compressor = perturb_parameters(build("nested_query", 2))
     table = sincos_table(16, 32)
     query, key = norm(compressor.query[:4] + table[:4], compressor.ln_q), norm(resize_table(table, 6), compressor.ln_k)
-    attention = attention_of(compressor.attn)
+    attention = torch_attention(compressor.attn)
     tokens, weights = compressor(FEATURES)
-    for picture, token, weight in zip(FEATURES, tokens, weights, strict=True):
-        expected = attention(query, key, norm(picture, compressor.ln_v))
+    for image, token, weight in zip(FEATURES, tokens, weights, strict=True):
+        expected = attention(query, key, norm(image, compressor.ln_v))
         torch.testing.assert_close((token, weight), expected)
 
 
-def test_nested_queries_serve_any_smaller_size():
-    large = shake(build("nested_query", 16))
+def test_nested_query_smaller_size_gives_first_tokens():
+    large = perturb_parameters(build("nested_query", 16))
     tokens, weights = large(FEATURES)
     for size in (1, 3, 15):
         small = build("nested_query", size)
@@ -55,9 +56,9 @@ def test_nested_queries_serve_any_smaller_size():
         torch.testing.assert_close(small(FEATURES), (tokens[:, : size**2], weights[:, : size**2]))
 
 
-def test_nested_queries_train_on_any_first_ones():
-    """All numbers of queries are drawn alike, for each picture, and repeat in turn."""
-    compressor = shake(build("nested_query", 2))
+def test_nested_query_in_training_repeats_first_m_queries_with_uniform_m():
+    """m is drawn uniformly for each image, and the first m tokens repeat in turn."""
+    compressor = perturb_parameters(build("nested_query", 2))
     features = FEATURES[:1].expand(400, -1, -1)
     alone = compressor(FEATURES[:1])
     compressor.train()
@@ -72,7 +73,7 @@ def test_nested_queries_train_on_any_first_ones():
     assert (counts[1:] - 100).abs().max() < 5 * (400 * 0.25 * 0.75) ** 0.5
 
 
-def test_only_the_nested_queries_that_were_drawn_learn():
+def test_nested_query_backward_reaches_drawn_queries_only():
     compressor = build("nested_query", 3).train()
     for _ in range(5):
         compressor.zero_grad()
@@ -82,12 +83,12 @@ def test_only_the_nested_queries_that_were_drawn_learn():
         assert compressor.query.grad.any(dim=1).tolist() == [i < drawn for i in range(256)]
 
 
-def test_there_are_256_nested_queries():
-    with pytest.raises(ValueError, match="compressor_size=17 asks for 289 of 256 queries; it may be at most 16"):
+def test_nested_query_size_over_16_raises():
+    with pytest.raises(ValueError, match=r"nested_query: compressor_size=17 .*289 .*256; it may be at most 16"):
         build("nested_query", 17)
 
 
-def test_nested_queries_name_a_wrong_width():
+def test_nested_query_width_not_multiple_of_4_raises():
     with pytest.raises(ValueError, match="multiple of 4, got 30"):
         build("nested_query", width=30, compressor_heads=2)(FEATURES[..., :30])
 
@@ -95,8 +96,8 @@ def test_nested_queries_name_a_wrong_width():
 # qformer
 
 
-def test_qformer_is_torchs_decoder():
-    compressor = shake(build("qformer", 3))
+def test_qformer_equals_torch_transformer_decoder():
+    compressor = perturb_parameters(build("qformer", 3))
     layers = []
     for layer in compressor.layers:
         layers.append(nn.TransformerDecoderLayer(32, 8, 128, dropout=0.0, activation="gelu", batch_first=True).eval())
@@ -115,7 +116,7 @@ def test_qformer_is_torchs_decoder():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
-def test_pixel_shuffle_by_loops(size):
+def test_pixel_shuffle_equals_loops_over_blocks(size):
     compressor = build("pixel_shuffle", size)
     block = 6 // size
     tokens, weights = compressor(FEATURES)
@@ -129,15 +130,15 @@ def test_pixel_shuffle_by_loops(size):
             torch.testing.assert_close(weights[:, i * size + j], uniform)
 
 
-def test_pixel_shuffle_names_the_sizes_it_can_make():
-    with pytest.raises(ValueError, match="does not divide the 6 x 6 grid of patches; it may be 1, 2, 3, 6"):
+def test_pixel_shuffle_size_not_dividing_grid_raises_with_possible_sizes():
+    with pytest.raises(
+        ValueError, match="compressor_size=4 does not divide the 6 x 6 grid of patches; it may be 1, 2, 3, 6"
+    ):
         build("pixel_shuffle", 4)
 
 
-def test_pixel_shuffle_refuses_tiles():
-    with pytest.raises(
-        ValueError, match="made for a 6 x 6 grid of patches, got 12 x 12: it takes no pictures in tiles"
-    ):
+def test_pixel_shuffle_image_in_tiles_raises():
+    with pytest.raises(ValueError, match=r"pixel_shuffle .*6 x 6 grid of patches, got 12 x 12.*tiles"):
         build("pixel_shuffle")(torch.randn(1, 144, 32))
 
 
@@ -145,7 +146,7 @@ def test_pixel_shuffle_refuses_tiles():
 
 
 def regnet_block(x, block):
-    """By sums over shifted grids. x: (batch, width, rows, columns)."""
+    """Compute the block by sums over shifted grids; x: (batch, width, rows, columns)."""
 
     def mix(x, conv):  # 1 x 1
         bias = 0 if conv.bias is None else conv.bias[:, None, None]
@@ -154,11 +155,11 @@ def regnet_block(x, block):
     def silu(x):
         return x * torch.sigmoid(x)
 
-    first, norm_1, _, around, norm_2, _ = block.mix
+    first, norm_1, _, depthwise, norm_2, _ = block.mix
     y = silu(norm(mix(x, first), norm_1, 1))
     padded, (rows, columns) = F.pad(y, (1, 1, 1, 1)), y.shape[2:]
     y = sum(
-        padded[:, :, r : r + rows, c : c + columns] * around.weight[:, 0, r, c, None, None]
+        padded[:, :, r : r + rows, c : c + columns] * depthwise.weight[:, 0, r, c, None, None]
         for r in range(3)
         for c in range(3)
     )
@@ -170,8 +171,8 @@ def regnet_block(x, block):
 
 
 @pytest.mark.parametrize(("size", "side"), [(1, 6), (2, 6), (4, 6), (3, 12)])
-def test_conv_by_hand(size, side):
-    compressor = shake(build("conv", size))
+def test_conv_equals_explicit_regnet_blocks_and_adaptive_pooling(size, side):
+    compressor = perturb_parameters(build("conv", size))
     features = torch.randn(2, side**2, 32, generator=torch.Generator().manual_seed(3))
     x = (features + resize_table(compressor.pos_embed, side)).transpose(1, 2).unflatten(2, (side, side))
     for block in compressor.before:
@@ -189,16 +190,19 @@ def test_conv_by_hand(size, side):
 # token_packer
 
 
-def packed_by_loops(compressor, picture, size, last):
-    """(tokens, width) and (tokens, patches) of one picture; `last` is what of the width the query is made from."""
-    attention, tokens, weights = attention_of(compressor.attn), [], []
+def token_packer_by_loops(compressor, image, size, query_channels):
+    """Return tokens, (tokens, width), and weights, (tokens, patches), of one image.
+
+    `query_channels` is the slice of the width that the queries are made from.
+    """
+    attention, tokens, weights = torch_attention(compressor.attn), [], []
     for i in range(size):
         for j in range(size):
             rows, columns = (range(x * 6 // size, -(-(x + 1) * 6 // size)) for x in (i, j))
             inside = [6 * r + c for r in rows for c in columns]
-            patches = picture[inside]
+            patches = image[inside]
             coarse = patches.mean(0, keepdim=True)
-            query = norm(coarse[:, last] @ compressor.query.weight.T, compressor.ln_q)
+            query = norm(coarse[:, query_channels] @ compressor.query.weight.T, compressor.ln_q)
             key = norm(compressor.key(patches), compressor.ln_k)
             value = norm(compressor.value(patches), compressor.ln_v)
             detail, weight = attention(query, key, value)
@@ -208,23 +212,25 @@ def packed_by_loops(compressor, picture, size, last):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 6])
-def test_token_packer_cell_by_cell(size):
-    compressor = shake(build("token_packer", size))
+def test_token_packer_equals_attention_within_each_cell(size):
+    compressor = perturb_parameters(build("token_packer", size))
     tokens, weights = compressor(FEATURES)
-    for picture, token, weight in zip(FEATURES, tokens, weights, strict=True):
-        torch.testing.assert_close((token, weight), packed_by_loops(compressor, picture, size, slice(None)))
+    for image, token, weight in zip(FEATURES, tokens, weights, strict=True):
+        torch.testing.assert_close((token, weight), token_packer_by_loops(compressor, image, size, slice(None)))
 
 
-def test_token_packer_asks_with_the_last_layer():
-    compressor = shake(build("token_packer", 3, vision_feature_layer=[-3, -2]))
+def test_token_packer_several_layers_queries_come_from_last():
+    compressor = perturb_parameters(build("token_packer", 3, vision_feature_layer=[-3, -2]))
     features = torch.cat([FEATURES, FEATURES.flip(1)], dim=-1)
     tokens, weights = compressor(features)
-    expected = packed_by_loops(compressor, features[0], 3, slice(32, None))
+    expected = token_packer_by_loops(compressor, features[0], 3, slice(32, None))
     torch.testing.assert_close((tokens[0], weights[0]), expected)
 
 
-def test_token_packer_asks_with_all_that_was_projected():
-    compressor = shake(build("token_packer", 2, vision_feature_layer=[-3, -2], compress_before_projection=False))
+def test_token_packer_after_projection_queries_come_from_full_width():
+    compressor = perturb_parameters(
+        build("token_packer", 2, vision_feature_layer=[-3, -2], compress_before_projection=False)
+    )
     features = FEATURES[..., :24]
     tokens, weights = compressor(features)
-    torch.testing.assert_close((tokens[0], weights[0]), packed_by_loops(compressor, features[0], 2, slice(None)))
+    torch.testing.assert_close((tokens[0], weights[0]), token_packer_by_loops(compressor, features[0], 2, slice(None)))

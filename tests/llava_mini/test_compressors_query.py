@@ -1,4 +1,4 @@
-"""The compressor "query", its positions and its attention."""
+"""Test the compressor "query", its position tables and its attention."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from llava_mini.compressors.query import Attention, resize_table, sincos_table
-from tests.llava_mini.compress import build, inputs, shake
+from llava_mini.compressors.attention import MultiHeadAttention
+from llava_mini.compressors.position_tables import resize_table, sincos_table
+from tests.llava_mini.compress import build, perturb_parameters, random_inputs
 
 
-def test_query_is_multi_head_attention_by_hand():
-    compressor = shake(build("query", 2))
-    features = inputs(compressor)["features"]
+def test_query_equals_explicit_multi_head_attention():
+    compressor = perturb_parameters(build("query", 2))
+    features = random_inputs(compressor)["features"]
 
     def norm(x, layer):
         return (x - x.mean(-1, keepdim=True)) / (
@@ -38,12 +39,12 @@ def test_query_is_multi_head_attention_by_hand():
     torch.testing.assert_close(weights, attention.mean(1))
 
 
-def test_query_starts_from_the_sine_cosine_table():
+def test_query_positions_start_as_sincos_table():
     assert torch.equal(build("query", 3).pos_embed.data, sincos_table(3, 32))
     assert build("query").pos_embed.requires_grad
 
 
-def test_sincos_table_entries():
+def test_sincos_table_entry_encodes_column_then_row():
     table = sincos_table(3, 16)  # row-major: entry 5 is row 1, column 2; four frequencies 10000^(-i/4)
     for half, coordinate in ((0, 2), (8, 1)):
         for i in range(4):
@@ -52,19 +53,21 @@ def test_sincos_table_entries():
             torch.testing.assert_close(table[5, half + 4 + i], angle.cos())
 
 
-def test_one_token_has_one_position_for_all_patches():
+def test_resize_table_of_one_position_is_constant():
     resized = resize_table(sincos_table(1, 1024), 24)
     expected = torch.cat([torch.zeros(256), torch.ones(256)]).repeat(2)
     torch.testing.assert_close(resized, expected.expand(576, -1), atol=1e-6, rtol=0)
 
 
-def test_resizing_is_bicubic():
-    def weight(distance):  # Keys' kernel with a = -0.75
+def test_resize_table_equals_bicubic_kernel():
+    def weight(distance):  # cubic convolution kernel of Keys with a = -0.75
         near = 1.25 * distance**3 - 2.25 * distance**2 + 1
         far = -0.75 * (distance**3 - 5 * distance**2 + 8 * distance - 4)
         return near if distance <= 1 else far if distance < 2 else 0.0
 
-    axis = torch.zeros(5, 2)  # five pixels from two, aligned by their outer edges; beyond an edge its pixel repeats
+    axis = torch.zeros(
+        5, 2
+    )  # five pixels from two, aligned by their outer edges; the edge pixel repeats beyond the edge
     for i in range(5):
         centre = (i + 0.5) * 2 / 5 - 0.5
         for j in range(-3, 5):
@@ -73,10 +76,10 @@ def test_resizing_is_bicubic():
     torch.testing.assert_close(resize_table(table, 5), torch.kron(axis, axis) @ table)
 
 
-def test_resized_table_keeps_rows_and_columns_apart():
+def test_resize_table_keeps_row_and_column_halves_independent():
     grid = resize_table(sincos_table(4, 16), 8).unflatten(0, (8, 8))
-    assert (grid[..., :8] - grid[:1, :, :8]).abs().max() < 1e-6  # the first half depends on the column alone
-    assert (grid[..., 8:] - grid[:, :1, 8:]).abs().max() < 1e-6  # the second half on the row alone
+    assert (grid[..., :8] - grid[:1, :, :8]).abs().max() < 1e-6  # the first half depends only on the column
+    assert (grid[..., 8:] - grid[:, :1, 8:]).abs().max() < 1e-6  # the second half depends only on the row
 
 
 @pytest.mark.parametrize(
@@ -86,16 +89,16 @@ def test_resized_table_keeps_rows_and_columns_apart():
         ({"width": 30, "compressor_heads": 2}, "multiple of 4"),
     ],
 )
-def test_query_names_a_wrong_width(fields, message):
+def test_query_invalid_width_raises(fields, message):
     with pytest.raises(ValueError, match=message):
         build("query", **fields)
 
 
-def test_attention_is_torchs_own():
-    """With the same parameters under the same names."""
-    ours, torchs = Attention(16, 4), nn.MultiheadAttention(16, 4, batch_first=True)
-    torchs.load_state_dict({name: torch.randn_like(p) for name, p in torchs.state_dict().items()})
-    ours.load_state_dict(torchs.state_dict())
+def test_multi_head_attention_equals_torch_attention():
+    """Both load the same parameters under the same names."""
+    ours, reference = MultiHeadAttention(16, 4), nn.MultiheadAttention(16, 4, batch_first=True)
+    reference.load_state_dict({name: torch.randn_like(p) for name, p in reference.state_dict().items()})
+    ours.load_state_dict(reference.state_dict())
     query, key, value = torch.randn(2, 3, 16), torch.randn(2, 7, 16), torch.randn(2, 7, 16)
-    for mine, theirs in zip(ours(query, key, value), torchs(query, key, value), strict=True):
-        torch.testing.assert_close(mine, theirs)
+    for result, expected in zip(ours(query, key, value), reference(query, key, value), strict=True):
+        torch.testing.assert_close(result, expected)

@@ -1,4 +1,4 @@
-"""Compressors without parameters: pooling, merging and samples of patches."""
+"""Test compressors without parameters: pooling, merging and sampling of patches."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_mini.compressors.uniform import move
-from tests.llava_mini.compress import build, inputs
+from llava_mini.compressors.uniform import rescale_grid_indices
+from tests.llava_mini.compress import build, random_inputs
 
-FEATURES = inputs(build("average"))["features"]
+FEATURES = random_inputs(build("average"))["features"]
 
 
-def cell(i: int, side: int, size: int) -> range:
-    """Rows (or columns) of the i-th of `size` cells of adaptive pooling."""
+def cell_range(i: int, side: int, size: int) -> range:
+    """Return the rows (or columns) of the i-th of `size` cells of adaptive pooling."""
     return range(math.floor(i * side / size), math.ceil((i + 1) * side / size))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
-def test_average_is_adaptive_pooling(size):
+def test_average_equals_torch_adaptive_pooling(size):
     expected = torch.nn.functional.adaptive_avg_pool2d(FEATURES.transpose(1, 2).unflatten(2, (6, 6)), size)
     torch.testing.assert_close(build("average", size)(FEATURES)[0], expected.flatten(2).transpose(1, 2))
 
 
 @pytest.mark.parametrize("name", ["average", "conv", "random", "token_packer", "tome", "uniform"])
-def test_no_more_tokens_than_patches(name):
+def test_compressor_more_tokens_than_patches_raises(name):
     with pytest.raises(ValueError, match="compressor_size=7 exceeds the 6 x 6 grid"):
         build(name, 7)(FEATURES)
 
 
 @pytest.mark.parametrize(
-    ("size", "places"),
+    ("size", "indices"),
     [
         (1, [21]),
         (2, [7, 10, 25, 28]),
@@ -42,36 +42,36 @@ def test_no_more_tokens_than_patches(name):
         (6, list(range(36))),
     ],
 )
-def test_uniform_takes_the_middles(size, places):
+def test_uniform_returns_cell_middles(size, indices):
     tokens, weights = build("uniform", size)(FEATURES)
-    assert torch.equal(tokens, FEATURES[:, places])
-    assert torch.equal(weights, torch.eye(36)[places].expand(3, -1, -1))
+    assert torch.equal(tokens, FEATURES[:, indices])
+    assert torch.equal(weights, torch.eye(36)[indices].expand(3, -1, -1))
 
 
 @given(st.integers(1, 30), st.data())
-def test_middles_lie_in_their_cells(side, data):
+def test_rescale_grid_indices_are_distinct_middles_of_cells(side, data):
     size = data.draw(st.integers(1, side))
-    places = move(torch.arange(size**2), size, side).tolist()
-    assert len(set(places)) == size**2
-    for number, place in enumerate(places):
-        for i, x in zip(divmod(number, size), divmod(place, side), strict=True):
-            inside = cell(i, side, size)
+    indices = rescale_grid_indices(torch.arange(size**2), size, side).tolist()
+    assert len(set(indices)) == size**2
+    for cell, index in enumerate(indices):
+        for i, x in zip(divmod(cell, size), divmod(index, side), strict=True):
+            inside = cell_range(i, side, size)
             assert x in inside
-            assert abs(2 * x + 1 - (inside.start + inside.stop)) <= 2  # no other is nearer to the middle by a patch
+            assert abs(2 * x + 1 - (inside.start + inside.stop)) <= 2  # at most one patch from the middle of the cell
 
 
 @pytest.mark.parametrize("seed", [0, 5])
-def test_random_takes_what_chance_has_fixed(seed):
+def test_random_returns_first_patches_of_permutation(seed):
     torch.manual_seed(seed)
     order = torch.randperm(36)
     for size in (1, 3, 6):
-        places = sorted(order[: size**2].tolist())
+        indices = sorted(order[: size**2].tolist())
         tokens, weights = build("random", size, seed=seed)(FEATURES)
-        assert torch.equal(tokens, FEATURES[:, places])
-        assert torch.equal(weights, torch.eye(36)[places].expand(3, -1, -1))
+        assert torch.equal(tokens, FEATURES[:, indices])
+        assert torch.equal(weights, torch.eye(36)[indices].expand(3, -1, -1))
 
 
-def test_random_takes_the_same_places_of_a_picture_in_tiles():
+def test_random_image_in_tiles_returns_same_positions():
     compressor = build("random", 3)
     fine = torch.randn(1, 4 * 36, 32, generator=torch.Generator().manual_seed(2))
     grid = fine.unflatten(1, (12, 12))
@@ -80,8 +80,8 @@ def test_random_takes_the_same_places_of_a_picture_in_tiles():
 
 
 @pytest.mark.parametrize("side", [1, 4, 5, 6, 7, 12])
-def test_random_on_another_grid_takes_each_patch_once(side):
-    """As a list would be gone through: the patch that holds the middle of the next place, unless it was taken."""
+def test_random_on_another_grid_returns_each_patch_once(side):
+    """Go through the drawn positions in order; take the patch at the middle of each unless it was taken."""
     fine = torch.randn(1, side**2, 32, generator=torch.Generator().manual_seed(2))
     drawn = build("random").order.tolist()
     middles = [side * math.floor((p // 6 + 0.5) * side / 6) + math.floor((p % 6 + 0.5) * side / 6) for p in drawn]
@@ -92,15 +92,15 @@ def test_random_on_another_grid_takes_each_patch_once(side):
         assert torch.equal(weights[0].argmax(-1), torch.tensor(sorted(taken[: size**2])))
 
 
-def test_random_names_a_grid_that_is_too_small():
+def test_random_grid_too_small_raises():
     with pytest.raises(ValueError, match="compressor_size=3 exceeds the 2 x 2 grid"):
         build("random", 3)(FEATURES[:, :4])
     with pytest.raises(ValueError, match="compressor_size=7 exceeds the 6 x 6 grid"):
         build("random", 7)(torch.zeros(1, 144, 32))
 
 
-def merged_by_hand(features: torch.Tensor, tokens: int) -> list[list[int]]:
-    """The patches of each token of one picture, by loops over lists."""
+def merge_by_loops(features: torch.Tensor, tokens: int) -> list[list[int]]:
+    """Return the patches of each token of one image, by loops over lists."""
     groups = [[i] for i in range(len(features))]
     while len(groups) > tokens:
         means = [features[group].mean(0) for group in groups]
@@ -119,28 +119,31 @@ def merged_by_hand(features: torch.Tensor, tokens: int) -> list[list[int]]:
 
 @settings(max_examples=40)
 @given(st.integers(1, 7), st.integers(0, 10_000), st.data())
-def test_merging_is_bipartite_soft_matching(side, seed, data):
+def test_tome_equals_loops_of_bipartite_soft_matching(side, seed, data):
     size = data.draw(st.integers(1, side))
     features = torch.randn(2, side**2, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     tokens, weights = build("tome", size)(features)
-    for picture, token, weight in zip(features, tokens, weights, strict=True):
-        groups = merged_by_hand(picture.float(), size**2)
+    for image, token, weight in zip(features, tokens, weights, strict=True):
+        groups = merge_by_loops(image.float(), size**2)
         expected = torch.zeros_like(weight)
-        for number, group in enumerate(groups):
-            expected[number, group] = 1 / len(group)
+        for index, group in enumerate(groups):
+            expected[index, group] = 1 / len(group)
         torch.testing.assert_close(weight, expected)
-        torch.testing.assert_close(token, torch.stack([picture[group].mean(0) for group in groups]))
+        torch.testing.assert_close(token, torch.stack([image[group].mean(0) for group in groups]))
 
 
-def test_merging_of_nine_directions():
-    """Worked out on paper. Round one: 0-1 and 6-7 are 10 degrees apart, 2-3 5, 4-5 20; 8 is 40 from 1, and one too many
-    as four pairs merge. Round two, by the means 5, 97.5, 190, 295 and 50: 8 goes to 2-3, 47.5 degrees away."""
+def test_tome_nine_directions_gives_worked_groups():
+    """Nine directions, worked out on paper.
+
+    Round one merges four pairs: 0-1 and 6-7 are 10 degrees apart, 2-3 are 5 and 4-5 are 20. Patch 8 is 40 degrees from
+    patch 1, which makes a fifth pair. Round two has the means 5, 97.5, 190, 295 and 50: 8 joins 2-3, 47.5 degrees away.
+    """
     degrees = torch.tensor([0, 10, 100, 95, 200, 180, 300, 290, 50])
     features = torch.stack([degrees.deg2rad().cos(), degrees.deg2rad().sin()], dim=-1)[None]
     _, weights = build("tome", 2)(features)
     assert [row.nonzero().flatten().tolist() for row in weights[0]] == [[0, 1], [2, 3, 8], [4, 5], [6, 7]]
 
 
-def test_merging_equal_patches_is_settled_by_their_order():
+def test_tome_equal_patches_merge_in_order():
     _, weights = build("tome", 2)(torch.ones(1, 9, 4))
-    assert [row.nonzero().flatten().tolist() for row in weights[0]] == merged_by_hand(torch.ones(9, 4), 4)
+    assert [row.nonzero().flatten().tolist() for row in weights[0]] == merge_by_loops(torch.ones(9, 4), 4)

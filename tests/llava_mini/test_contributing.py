@@ -1,4 +1,4 @@
-"""The compressor that CONTRIBUTING.md shows is real: it runs, and makes a model."""
+"""Test the compressor that CONTRIBUTING.md shows as an example."""
 
 import re
 from pathlib import Path
@@ -14,6 +14,7 @@ TEXT = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text()
 
 @pytest.fixture
 def example():
+    """Run the example's code, and return the name that it registers."""
     before = set(COMPRESSORS)
     source = re.search(r"```python\n# llava_mini/compressors/first.py\n(.*?)```", TEXT, re.DOTALL).group(1)
     exec(compile(source, "first.py", "exec"), {"__package__": "llava_mini.compressors", "__name__": "first"})
@@ -22,7 +23,7 @@ def example():
     del COMPRESSORS[name]
 
 
-def test_the_example_compresses(example):
+def test_example_compressor_returns_first_patches(example):
     features = torch.randn(2, 9, 8)
     tokens, weights = COMPRESSORS[example](LlavaMiniConfig(compressor=example, compressor_size=2))(features)
     assert torch.equal(tokens, features[:, :4])

@@ -1,4 +1,4 @@
-"""What a compressor asks for besides the features: the tower's attention and keys, and the text, and nothing but that."""
+"""Test the extra inputs of compressors: the vision tower's attention and keys, and the text."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from torch import nn
 
 from llava_mini import PRESETS, LlavaMiniForConditionalGeneration
 from llava_mini.compressors import COMPRESSORS, Compressor, register
-from llava_mini.vision_tower import attention_received, query_and_key
+from llava_mini.vision_tower import attention_received, query_key_projections
 
 IMAGE_TOKEN = 99  # as in conftest.py
 
 
 @pytest.fixture
 def spy():
-    """A compressor that takes all there is, and what it was given in its calls. Tokens are the first patches, to which
-    the mean of the text is added."""
+    """Register a compressor that takes every input, and return the list of its calls.
+
+    Its tokens are the first patches plus the mean of the text.
+    """
     calls = []
 
     @register("spy")
@@ -25,16 +27,16 @@ def spy():
 
         def forward(self, features, saliency, keys, text, text_mask):
             calls.append({"features": features, "saliency": saliency, "keys": keys, "text": text, "mask": text_mask})
-            words = (text * text_mask[..., None]).sum(dim=1).mean(dim=-1)
+            text_means = (text * text_mask[..., None]).sum(dim=1).mean(dim=-1)
             weights = torch.eye(self.size**2, features.shape[1]).expand(len(features), -1, -1)
-            return weights @ features + words[:, None, None], weights
+            return weights @ features + text_means[:, None, None], weights
 
     yield calls
     del COMPRESSORS["spy"]
 
 
-def eager(model, pixels):
-    """The tower's hidden states, attention and keys, from transformers' own eager attention and a projection by hand."""
+def eager_outputs(model, pixels):
+    """Return the vision tower's hidden states and attention weights from transformers' eager attention."""
     tower = model.model.vision_tower
     tower.set_attn_implementation("eager")
     with torch.no_grad():
@@ -55,7 +57,7 @@ def eager(model, pixels):
         ("dinov2", -2, {}),
     ],
 )
-def test_saliency_and_keys_are_the_towers(tiny_llava, spy, sample, vision, layer, order):
+def test_saliency_and_keys_equal_those_of_eager_vision_tower(tiny_llava, spy, sample, vision, layer, order):
     llava = tiny_llava(vision=vision, attention="sdpa")
     if isinstance(layer, list):
         llava.model.multi_modal_projector.linear_1 = nn.Linear(64, 24)
@@ -64,32 +66,31 @@ def test_saliency_and_keys_are_the_towers(tiny_llava, spy, sample, vision, layer
     pixels = torch.stack([sample(4, 5, seed)[1] for seed in range(2)])
     ids = sample(4, 5)[0].expand(2, -1)
     model(input_ids=ids, pixel_values=pixels)
-    (given,) = spy
+    (call,) = spy
     assert model.model.vision_tower.config._attn_implementation == "sdpa"
-    assert not any(map_._forward_hooks for map_ in query_and_key(model.model.vision_tower, layer))
+    assert not any(map_._forward_hooks for map_ in query_key_projections(model.model.vision_tower, layer))
 
-    hidden_states, attentions = eager(model, pixels)
-    depth = {-1: 3, -2: 2, 1: 1}.get(layer if isinstance(layer, int) else -1)  # the deepest of several
+    hidden_states, attentions = eager_outputs(model, pixels)
+    depth = {-1: 3, -2: 2, 1: 1}.get(layer if isinstance(layer, int) else -1)  # the deepest of several layers
     attention = attentions[depth - 1].mean(dim=1)  # (crops, queries, positions)
     first = 0 if vision == "siglip" else 1
     expected = attention.mean(dim=1) if vision == "siglip" else attention[:, 0, 1:]
-    torch.testing.assert_close(given["saliency"], expected)
+    torch.testing.assert_close(call["saliency"], expected)
 
     blocks = next(m for m in model.model.vision_tower.modules() if isinstance(m, nn.ModuleList))
     block = blocks[depth - 1]
     norm = block.norm1 if vision == "dinov2" else block.layer_norm1
-    key = dict(block.named_modules())
-    (key,) = [module for name, module in key.items() if name.endswith((".k_proj", ".key"))]
-    torch.testing.assert_close(given["keys"], key(norm(hidden_states[depth - 1]))[:, first:])
+    (key,) = [module for name, module in block.named_modules() if name.endswith((".k_proj", ".key"))]
+    torch.testing.assert_close(call["keys"], key(norm(hidden_states[depth - 1]))[:, first:])
 
 
 @torch.no_grad()
-def test_queries_in_parts_are_all_queries():
+def test_attention_received_in_chunks_of_queries_equals_full_attention():
     torch.manual_seed(0)
     queries, keys = torch.randn(2, 300, 12), torch.randn(2, 310, 12)
     attention = torch.stack(
         [
-            (q @ k.transpose(1, 2) / 2).softmax(-1)  # 4 numbers a head
+            (q @ k.transpose(1, 2) / 2).softmax(-1)  # head width 4
             for q, k in zip(queries.split(4, dim=2), keys.split(4, dim=2), strict=True)
         ]
     )
@@ -97,13 +98,13 @@ def test_queries_in_parts_are_all_queries():
 
 
 @torch.no_grad()
-def test_tiles_are_stitched_like_features(tiny_mini, spy):
+def test_saliency_and_keys_of_tiles_are_stitched_like_features(tiny_mini, spy):
     model = tiny_mini(compressor="spy")
     pixels = torch.randn(2 * 5, 3, 24, 24, generator=torch.Generator().manual_seed(3))
     layout = torch.tensor([[0, 2, 2]])
     ids = torch.tensor([[5, *[IMAGE_TOKEN] * 8, 6]])
     model(input_ids=ids, pixel_values=pixels, visual_layout=layout)
-    (given,) = spy
+    (call,) = spy
     alone = model.model.look_at(pixels)
     for frame in range(2):
         for row in range(8):
@@ -111,16 +112,16 @@ def test_tiles_are_stitched_like_features(tiny_mini, spy):
                 tile, patch = row // 4 * 2 + column // 4, row % 4 * 4 + column % 4
                 for name in ("saliency", "keys", "features"):
                     expected = getattr(alone, name)[frame * 5 + tile, patch]
-                    assert torch.equal(given[name][frame, row * 8 + column], expected)
+                    assert torch.equal(call[name][frame, row * 8 + column], expected)
 
 
-def test_the_tower_is_asked_only_for_what_is_needed(tiny_mini, sample):
+def test_vision_tower_without_needs_computes_no_saliency_or_keys(tiny_mini, sample):
     view = tiny_mini().model.look_at(sample(4, 5)[1][None])
     assert view.saliency is None
     assert view.keys is None
 
 
-def test_the_tower_runs_once(tiny_mini, spy, sample):
+def test_generate_runs_vision_tower_once(tiny_mini, spy, sample):
     model = tiny_mini(compressor="spy")
     runs = []
     model.model.vision_tower.register_forward_hook(lambda *args: runs.append(1))
@@ -129,7 +130,8 @@ def test_the_tower_runs_once(tiny_mini, spy, sample):
     assert len(runs) == len(spy) == 1
 
 
-def padded(rows):
+def pad_left(rows):
+    """Return the token IDs of these rows, padded on the left, and their attention mask."""
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     return ids, (torch.arange(width) >= width - torch.tensor([[len(row)] for row in rows])).long()
@@ -138,22 +140,22 @@ def padded(rows):
 @pytest.mark.parametrize("layers", [0, 2])
 @pytest.mark.parametrize("chunk", [1, 32])
 @torch.no_grad()
-def test_the_text_is_the_frames_rows_question(tiny_mini, spy, layers, chunk):
-    """Neither padding nor placeholders nor answers nor another row's; with and without pre-fusion."""
+def test_text_of_each_frame_is_question_of_its_row(tiny_mini, spy, layers, chunk):
+    """The text excludes padding, placeholders, answers and other rows, with and without pre-fusion."""
     model = tiny_mini(compressor="spy", prefusion_layers=layers, frames_per_chunk=chunk)
     frames = [IMAGE_TOKEN] * 4
-    ids, mask = padded([[11, *frames, *frames, 12, 13, 14], [21, 22], [31, *frames, 32]])
+    ids, mask = pad_left([[11, *frames, *frames, 12, 13, 14], [21, 22], [31, *frames, 32]])
     labels = torch.where((ids == 14) | (ids == 32), ids, -100)
     layout = torch.tensor([[0, 2, 1], [2, 1, 1]])
     pixels = torch.randn(3, 3, 24, 24)
-    found = model(input_ids=ids, attention_mask=mask, pixel_values=pixels, visual_layout=layout, labels=labels)
-    asked = [row for call in spy for row in zip(call["text"], call["mask"], strict=True)]
+    output = model(input_ids=ids, attention_mask=mask, pixel_values=pixels, visual_layout=layout, labels=labels)
+    texts = [row for call in spy for row in zip(call["text"], call["mask"], strict=True)]
     words = [[11, 12, 13], [11, 12, 13], [31]]
-    assert len(asked) == 3
-    for (text, is_text), expected in zip(asked, words, strict=True):
+    assert len(texts) == 3
+    for (text, is_text), expected in zip(texts, words, strict=True):
         assert torch.equal(text[is_text], model.get_input_embeddings()(torch.tensor(expected)))
 
-    # another answer of the same length, then longer padding: the same visual tokens
+    # Another answer of the same length, or longer padding, leaves the visual tokens unchanged.
     other = torch.where(labels != -100, 40, ids)
     again = model(
         input_ids=other,
@@ -162,11 +164,11 @@ def test_the_text_is_the_frames_rows_question(tiny_mini, spy, layers, chunk):
         visual_layout=layout,
         labels=torch.where(labels != -100, other, -100),
     )
-    assert torch.equal(again.image_hidden_states, found.image_hidden_states)
+    assert torch.equal(again.image_hidden_states, output.image_hidden_states)
     wide = [nn.functional.pad(x, (3, 0), value=value) for x, value in ((ids, 0), (mask, 0), (labels, -100))]
     again = model(input_ids=wide[0], attention_mask=wide[1], pixel_values=pixels, visual_layout=layout, labels=wide[2])
-    torch.testing.assert_close(again.image_hidden_states, found.image_hidden_states)
-    # another question of one row: other visual tokens of its frames alone
+    torch.testing.assert_close(again.image_hidden_states, output.image_hidden_states)
+    # Another question in one row changes the visual tokens of its frames only.
     again = model(
         input_ids=torch.where(ids == 12, 50, ids),
         attention_mask=mask,
@@ -174,13 +176,13 @@ def test_the_text_is_the_frames_rows_question(tiny_mini, spy, layers, chunk):
         visual_layout=layout,
         labels=labels,
     )
-    same = (again.image_hidden_states - found.image_hidden_states).abs().amax(dim=1) < 1e-6
+    same = (again.image_hidden_states - output.image_hidden_states).abs().amax(dim=1) < 1e-6
     assert same.tolist() == [False] * 8 + [True] * 4
 
 
 @torch.no_grad()
-def test_without_prefusion_the_text_stays_raw(tiny_mini, spy, sample):
-    """To the bit, where a mean over three frames would not be."""
+def test_fuse_without_prefusion_leaves_text_embeddings_unchanged(tiny_mini, spy, sample):
+    """Bitwise equality rules out a mean over the three frames."""
     model = tiny_mini(compressor="spy", prefusion_layers=0)
     ids, _ = sample(12, 5)
     embeds, _ = model.model.fuse(ids[None], torch.randn(3, 3, 24, 24), visual_layout=torch.tensor([[0, 3, 1]]))
@@ -188,8 +190,8 @@ def test_without_prefusion_the_text_stays_raw(tiny_mini, spy, sample):
     assert torch.equal(embeds[0, is_text], model.get_input_embeddings()(ids[is_text]))
 
 
-def test_beams_and_no_cache_see_the_question_alone(tiny_mini, spy, sample):
-    """Beams give the text once; without a cache what was generated stays out of the visual tokens."""
+def test_generate_with_beams_or_without_cache_passes_question_only(tiny_mini, spy, sample):
+    """With beams the compressor gets the text once; without a cache it gets no generated tokens."""
     model = tiny_mini(compressor="spy")
     ids, pixels = sample(4, 5)
     settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "suppress_tokens": [IMAGE_TOKEN]}
@@ -203,25 +205,25 @@ def test_beams_and_no_cache_see_the_question_alone(tiny_mini, spy, sample):
 
 
 @pytest.mark.parametrize("needs", [("saliency",), ("keys",)])
-def test_an_unknown_tower_is_named(spy, tiny_mini, needs, monkeypatch):
+def test_compressor_with_needs_unsupported_vision_tower_raises(spy, tiny_mini, needs, monkeypatch):
     monkeypatch.setattr(COMPRESSORS["spy"], "needs", needs)
-    monkeypatch.setattr("llava_mini.vision_tower.QUERY_AND_KEY", {})
+    monkeypatch.setattr("llava_mini.vision_tower.QUERY_KEY_PROJECTIONS", {})
     with pytest.raises(ValueError, match="vision tower is a CLIPVisionModel") as error:
         tiny_mini(compressor="spy")
     assert "\n" not in str(error.value)
 
 
-def test_embeddings_attend_to_nothing(tiny_llava):
+def test_query_key_projections_of_embedding_layer_raises(tiny_llava):
     tower = tiny_llava().model.vision_tower
     for layer in (0, -4, [0, -4]):
         with pytest.raises(ValueError, match="selects the embeddings"):
-            query_and_key(tower, layer)
+            query_key_projections(tower, layer)
 
 
-def test_text_cannot_be_known_ahead(tiny_mini, spy, sample):
+def test_encode_pictures_compressor_reading_text_raises(tiny_mini, spy, sample):
     model = tiny_mini(compressor="spy")
     pixels = sample(4, 5)[1][None]
-    with pytest.raises(ValueError, match="compressor 'spy' reads the question, so pictures cannot be encoded ahead"):
+    with pytest.raises(ValueError, match="compressor 'spy' reads the question"):
         model.encode_pictures(pixels)
-    with pytest.raises(ValueError, match="compressor 'spy' reads the text: give text and text_mask"):
+    with pytest.raises(ValueError, match=r"compressor 'spy' .*text and text_mask"):
         model.model.encode(pixels[None])
