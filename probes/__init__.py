@@ -1,16 +1,20 @@
-"""Probes for vision-language models: what the language model attends to, what it needs, and what can be read off it.
+"""Probes of vision-language models: attention to the image, causal interventions, and readouts of hidden states.
 
-Works on any Hugging Face model with a decoder language model and image placeholders in `input_ids`.
+The probes work on any Hugging Face model with a decoder language model and image placeholders in `input_ids`.
 
-    tokens = TokenMap.from_inputs(model, inputs)
-    with record_attention(model, tokens) as attention:
-        model(**inputs)
-    attention.mass  # [layers, batch, heads, target, source]
-    with intervene(model, tokens, RemoveTokens("vision", layers=range(2, 4))) as receipt:
-        model(**inputs)
+Example:
+    >>> tokens = TokenMap.from_inputs(model, inputs)
+    >>> with record_attention(model, tokens) as attention:
+    ...     output = model(**inputs)
+    >>> list(attention.mass.shape)  # layers, batch, heads, target groups, source groups
+    [6, 1, 4, 4, 5]
+    >>> with intervene(model, tokens, RemoveTokens("vision", layers=range(2, 4))) as receipt:
+    ...     output = model(**inputs)
+    >>> receipt[0].tokens  # visual tokens hidden in each layer
+    {2: 36, 3: 36}
 
-Beyond what is named here: `probes.plots` draws, `probes.pruning` has FastV, VTW and PyramidDrop, `probes.fusion.curves` what
-`fusion_depth` reads.
+Submodules offer more: `probes.plots` draws figures, `probes.pruning` implements FastV, VTW and PyramidDrop, and
+`probes.fusion.curves` computes the curves that `fusion_depth` reads.
 """
 
 from probes.attention.record import AttentionRecord

@@ -1,1 +1,1 @@
-"""Hooks on a language model's decoder layers."""
+"""Forward hooks on the decoder layers of a language model."""

@@ -1,4 +1,4 @@
-"""Finds a stack of decoder layers inside a model and follows which positions its forward calls cover."""
+"""Access to the decoder layers of a model, and the conventions of its attention masks and caches."""
 
 from __future__ import annotations
 
@@ -16,70 +16,108 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-# What an attention implementation does with its mask follows from the function that makes the mask: a kernel from the
-# hub that is registered under a name of its own takes the masks of flash attention.
-FAMILIES = {sdpa_mask: "sdpa", eager_mask: "eager", flash_attention_mask: "flash", flex_attention_mask: "flex"}
+# The function that makes the mask determines how an attention implementation interprets it. A hub kernel registered
+# under its own name, for example, takes the masks of flash attention.
+MASK_FORMATS = {sdpa_mask: "sdpa", eager_mask: "eager", flash_attention_mask: "flash", flex_attention_mask: "flex"}
+# Formats whose masks an intervention can edit: None or [batch, 1, queries, keys].
+WRITABLE_MASK_FORMATS = ("sdpa", "eager")
 
-
-# Families whose masks can be written too: none, or [batch, 1, queries, keys].
-WRITABLE = ("sdpa", "eager")
-
-
-# What transformers calls keys and values in calls and outputs: from 5.24 on, where both are taken, and before.
+# Keyword of the key-value cache in calls and outputs: `cache` from transformers 5.24 on, which accepts both names, and
+# `past_key_values` before.
 _CACHE_NAMES = ("cache", "past_key_values")
+_DEFAULT_CACHE_NAME = next(name for name in _CACHE_NAMES if name in inspect.signature(create_causal_mask).parameters)
 
 
-_CACHE = next(name for name in _CACHE_NAMES if name in inspect.signature(create_causal_mask).parameters)
+def mask_format(implementation: str | None) -> str | None:
+    """Return the mask format of an attention implementation.
 
+    Args:
+        implementation: Name of the implementation, as in `config._attn_implementation`.
 
-def attention_family(implementation: str | None) -> str | None:
-    """sdpa, eager, flash or flex; None for an implementation whose masks are not known, such as paged attention."""
-    return FAMILIES.get(AttentionMaskInterface().get(implementation))
+    Returns:
+        "sdpa", "eager", "flash" or "flex"; None for an implementation with an unknown format, such as paged attention.
+
+    Example:
+        >>> mask_format("flash_attention_2")
+        'flash'
+    """
+    return MASK_FORMATS.get(AttentionMaskInterface().get(implementation))
 
 
 def find_decoder(
-    model: PreTrainedModel, stack: str = "decoder", families: Collection[str] = WRITABLE
+    model: PreTrainedModel, stack: str = "decoder", mask_formats: Collection[str] = WRITABLE_MASK_FORMATS
 ) -> PreTrainedModel:
-    """A stack of decoder layers: a module with `layers`, each with a `self_attn`, and with a `config`.
+    """Return a stack of decoder layers: a module with a `config` and with `layers` that have a `self_attn` each.
 
     Args:
         model: A decoder language model, or a wrapper such as LLaVA that holds one.
-        stack: `tokens.stack`: "decoder" for the language model itself, "prefusion" for LLaVA-Mini's pre-fusion.
-        families: Attention that the caller can deal with.
+        stack: `tokens.stack`: "decoder" for the language model, "prefusion" for LLaVA-Mini's pre-fusion layers.
+        mask_formats: Mask formats that the caller supports.
 
-    Raises ValueError when there is no such stack, or it runs another attention.
+    Raises:
+        ValueError: If the model has no such stack, or its attention uses another mask format.
+
+    Example:
+        >>> decoder = find_decoder(model)
+        >>> decoder.config.num_hidden_layers
+        6
     """
     decoder = model.get_decoder()
     if stack == "prefusion":
         decoder = getattr(model.base_model, "prefusion", None)
         if decoder is None:
-            raise ValueError(f"{type(model).__name__} has no pre-fusion layers, which this token map is of")
+            raise ValueError(
+                f"{type(model).__name__} has no pre-fusion layers; build the token map with stack='decoder'"
+            )
     elif stack != "decoder":
-        raise ValueError(f"unknown stack {stack!r} of a token map: there are decoder, prefusion")
+        raise ValueError(f"unknown stack {stack!r} of a token map; choose decoder or prefusion")
     if not hasattr(decoder, "layers") or not all(hasattr(layer, "self_attn") for layer in decoder_layers(decoder)):
-        raise ValueError(f"{type(decoder).__name__} has no decoder layers with a self_attn each: it cannot be probed")
+        raise ValueError(f"{type(decoder).__name__} cannot be probed: it has no decoder layers with a self_attn each")
     implementation = decoder.config._attn_implementation
-    if attention_family(implementation) not in families:
-        raise ValueError(f"attention implementation {implementation!r} cannot be probed: load the model with 'sdpa'")
+    if mask_format(implementation) not in mask_formats:
+        raise ValueError(f"attention implementation {implementation!r} cannot be probed; load the model with 'sdpa'")
     return decoder
 
 
-def cache_name(named: Mapping[str, Any]) -> str:
-    """What keys and values go by in the keywords of a model's or a layer's call, or in a model's output; where there are
-    none, what they would go by."""
-    return next((name for name in _CACHE_NAMES if name in named), _CACHE)
+def cache_name(arguments: Mapping[str, Any]) -> str:
+    """Return the keyword of the key-value cache.
+
+    Args:
+        arguments: Keyword arguments of a model or layer call, or the output of a model.
+
+    Returns:
+        The keyword that `arguments` contain, or the default of this transformers version if they contain none.
+    """
+    return next((name for name in _CACHE_NAMES if name in arguments), _DEFAULT_CACHE_NAME)
 
 
 def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
-    """The stack's own layers: the one place to take them from, whatever else in a model shares their config."""
+    """Return the layers of a stack, and no other modules that share their config.
+
+    Example:
+        >>> len(decoder_layers(find_decoder(model)))
+        6
+    """
     return list(decoder.get_submodule("layers").children())
 
 
 def select_layers(decoder: nn.Module, layers: Iterable[int] | None) -> tuple[int, ...]:
-    """`layers` in ascending order without doubles, or all of the stack's. Raises ValueError outside the model."""
+    """Return layer indices in ascending order without duplicates.
+
+    Args:
+        decoder: A stack from `find_decoder`.
+        layers: Layer indices from 0, or None for all layers.
+
+    Raises:
+        ValueError: If an index is outside the model.
+
+    Example:
+        >>> select_layers(find_decoder(model), [3, 1, 3])
+        (1, 3)
+    """
     count = len(decoder_layers(decoder))
     selected = tuple(sorted(set(range(count) if layers is None else layers)))
     outside = [layer for layer in selected if not 0 <= layer < count]
     if outside:
-        raise ValueError(f"layers {outside} are outside the model: it has {count} layers, 0 to {count - 1}")
+        raise ValueError(f"layers {outside} are outside the model; it has {count} layers, 0 to {count - 1}")
     return selected

@@ -1,4 +1,4 @@
-"""What a decoder layer is called with while an intervention runs it on fewer tokens than the call covers."""
+"""Decoder layer calls that an intervention runs on a subset of the tokens of the model call."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from probes.hooks.decoder import decoder_layers
 
-_NAME = "_probes_cut"
-# What a layer may be given that those who cut its call know of.
-_ARGUMENTS = {
+_ATTRIBUTE = "_probes_call_subset"
+# Layer arguments that callers which shorten a call know how to shorten.
+_KNOWN_ARGUMENTS = {
     "self",
     "hidden_states",
     "attention_mask",
@@ -29,48 +29,55 @@ _ARGUMENTS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Cut:
-    """Which queries and keys are left in a layer's call; rows with fewer than others are filled up.
+class CallSubset:
+    """Describe the queries and keys that remain in a layer call; shorter rows end with filler.
 
     Attributes:
-        queries: Index of each among the queries of the whole call.
-        filler: Which of them only fill up.
-        keys: Position of each key in the token map; 0 where it only fills up.
-        key_filler: Which of them only fill up.
-        length: Number of queries of the whole call.
+        queries: Index of each remaining query in the whole call `[batch, kept]`.
+        query_filler: Which of them are filler `[batch, kept]`.
+        keys: Position of each remaining key in the token map `[batch, keys]`; 0 for filler.
+        key_filler: Which of them are filler `[batch, keys]`.
+        call_length: Number of queries in the whole call.
     """
 
     queries: Int[Tensor, "batch kept"]
-    filler: Bool[Tensor, "batch kept"]
+    query_filler: Bool[Tensor, "batch kept"]
     keys: Int[Tensor, "batch keys"]
     key_filler: Bool[Tensor, "batch keys"]
-    length: int
+    call_length: int
 
     @cached_property
-    def filled(self) -> bool:
-        """Whether any query or key only fills up."""
-        return bool(self.filler.any() or self.key_filler.any())
+    def has_filler(self) -> bool:
+        """Whether any query or key is filler."""
+        return bool(self.query_filler.any() or self.key_filler.any())
 
-    def rows(self, values: Tensor, dim: int = 1) -> Tensor:
-        """`values` of the kept queries along `dim`, whose dimension before is the batch or has size 1."""
-        return take(values, self.queries, dim)
+    def select_queries(self, values: Tensor, dim: int = 1) -> Tensor:
+        """Return `values` of the remaining queries along `dim`; the preceding dimension is the batch or has size 1."""
+        return gather_per_row(values, self.queries, dim)
 
-    def whole(self, values: Float[Tensor, "batch kept width"]) -> Float[Tensor, "batch queries width"]:
-        """Values of the kept queries in the places they have in the whole call, NaN in the others."""
-        values = values.masked_fill(self.filler[..., None], torch.nan)
-        empty = values.new_full((len(values), self.length, values.shape[2]), torch.nan)
-        return empty.scatter(1, self.queries[..., None].expand_as(values), values)
+    def select_edges(self, values: Tensor) -> Tensor:
+        """Return per-edge values of the remaining queries and keys.
 
-    def edges(self, values: Tensor) -> Tensor:
-        """`[batch or 1, 1, queries, keys]` of the whole call, from the map's first position on, for what is left."""
+        Args:
+            values: `[batch or 1, 1, queries, keys]` of the whole call, with keys from the first position of the map on.
+
+        Returns:
+            `[batch, 1, kept, keys]`.
+        """
         whole = values.expand(len(self.queries), -1, -1, -1)[:, 0]
         rows = whole.gather(1, self.queries[:, :, None].expand(-1, -1, whole.shape[2]))
         columns = self.keys[:, None].expand(-1, rows.shape[1], -1)
         return rows.gather(2, columns)[:, None]
 
+    def scatter_to_call(self, values: Float[Tensor, "batch kept width"]) -> Float[Tensor, "batch queries width"]:
+        """Return `values` of the remaining queries at their positions in the whole call, with NaN elsewhere."""
+        values = values.masked_fill(self.query_filler[..., None], torch.nan)
+        empty = values.new_full((len(values), self.call_length, values.shape[2]), torch.nan)
+        return empty.scatter(1, self.queries[..., None].expand_as(values), values)
 
-def take(values: Tensor, index: Int[Tensor, "batch kept"], dim: int) -> Tensor:
-    """`values` at `index` along `dim`; the dimension before it is the batch, or has size 1."""
+
+def gather_per_row(values: Tensor, index: Int[Tensor, "batch kept"], dim: int) -> Tensor:
+    """Return `values` at `index` along `dim`; the preceding dimension is the batch or has size 1."""
     dim = dim % values.ndim
     shape = [1] * values.ndim
     shape[dim - 1 : dim + 1] = index.shape
@@ -81,34 +88,50 @@ def take(values: Tensor, index: Int[Tensor, "batch kept"], dim: int) -> Tensor:
     return values.expand(source).gather(dim, index.to(values.device).view(shape).expand(expanded))
 
 
-def can_cut(decoder: nn.Module) -> bool:
-    """Whether the layers can run on some of a call's tokens: they are told each one's position, and no more by token."""
-    # The class's own: libraries that place weights on devices put a forward of theirs on the module.
-    forwards = [inspect.signature(type(layer).forward) for layer in decoder_layers(decoder)]
-    named = [
-        {name for name, parameter in forward.parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
-        for forward in forwards
-    ]
-    return all("position_embeddings" in names <= _ARGUMENTS for names in named)
+def kept_indices(
+    removed: Bool[Tensor, "batch queries"],
+) -> tuple[Int[Tensor, "batch kept"], Bool[Tensor, "batch kept"]]:
+    """Return the ascending indices of the queries that are not removed, and which of the indices are filler.
 
+    All rows have the length of the longest one, at least 1.
 
-def cut_of(layer: nn.Module) -> Cut | None:
-    """How the layer's running call is cut; None where it covers all of the call's tokens."""
-    return layer.__dict__.get(_NAME)
+    Args:
+        removed: Mask of the removed queries.
 
-
-def set_cut(layer: nn.Module, cut: Cut | None) -> None:
-    """Says how the layer's running call is cut; None when it is over."""
-    state: dict[str, Any] = layer.__dict__
-    if cut is None:
-        state.pop(_NAME, None)
-    else:
-        state[_NAME] = cut
-
-
-def kept_first(removed: Bool[Tensor, "batch queries"]) -> tuple[Int[Tensor, "batch kept"], Bool[Tensor, "batch kept"]]:
-    """Indices of what is not removed, in order, filled up to the longest row (at least one); and which are filling."""
+    Example:
+        >>> indices, filler = kept_indices(torch.tensor([[True, False, False], [True, True, False]]))
+        >>> indices.tolist(), filler.tolist()
+        ([[1, 2], [2, 0]], [[False, False], [False, True]])
+    """
     order = removed.long().argsort(dim=1, stable=True)
     width = max(int((~removed).sum(dim=1).max()), 1)
     order = order[:, :width]
     return order, torch.gather(removed, 1, order)
+
+
+def can_run_subset(decoder: nn.Module) -> bool:
+    """Return whether the layers of a stack can run on a subset of the tokens of a call.
+
+    They can if they receive position embeddings, and no per-token arguments beyond those known here.
+    """
+    # The forward of the class, because libraries that offload weights put a forward of their own on the module.
+    signatures = [inspect.signature(type(layer).forward) for layer in decoder_layers(decoder)]
+    argument_names = [
+        {name for name, parameter in signature.parameters.items() if parameter.kind is not parameter.VAR_KEYWORD}
+        for signature in signatures
+    ]
+    return all("position_embeddings" in names <= _KNOWN_ARGUMENTS for names in argument_names)
+
+
+def current_subset(layer: nn.Module) -> CallSubset | None:
+    """Return the subset that the running call of a layer covers, or None if it covers all tokens."""
+    return layer.__dict__.get(_ATTRIBUTE)
+
+
+def set_current_subset(layer: nn.Module, subset: CallSubset | None) -> None:
+    """Record the subset that the running call of a layer covers; None ends the record."""
+    state: dict[str, Any] = layer.__dict__
+    if subset is None:
+        state.pop(_ATTRIBUTE, None)
+    else:
+        state[_ATTRIBUTE] = subset

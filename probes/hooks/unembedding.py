@@ -1,4 +1,4 @@
-"""The way from hidden states to logits: the language model's final norm and its head."""
+"""Unembedding: the final norm and the head that turn hidden states of the language model into logits."""
 
 from __future__ import annotations
 
@@ -7,50 +7,70 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from probes.hooks.decoder import FAMILIES, find_decoder
+from probes.hooks.decoder import MASK_FORMATS, find_decoder
 from probes.tokens.token_map import TokenMap
 
-# What families call the norm between the last layer and the head.
-FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "norm_f", "ln_f")
+# Names of the norm between the last layer and the head in the supported model families.
+FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "norm_f", "ln_f")
 
 
 class Unembedding:
-    """From the language model's residual stream to logits: its final norm, the model's head, and the soft cap of Gemma.
+    """Map the residual stream to logits: final norm, output head, and the soft cap of Gemma models.
 
-    Raises ValueError for a model without a head, or whose final norm is not found, and for a map of pre-fusion layers:
-    what leaves them goes into the language model, not to its head.
+    Args:
+        model: A model with an output head.
+        tokens: Token map of the language model.
+
+    Raises:
+        ValueError: If the model has no head or no recognized final norm, or the map describes pre-fusion layers, whose
+            output enters the language model and not its head.
+
+    Example:
+        >>> unembed = Unembedding(model, tokens)
+        >>> unembed(torch.zeros(2, model.config.text_config.hidden_size)).shape[0]
+        2
     """
 
     def __init__(self, model: PreTrainedModel, tokens: TokenMap) -> None:
         if tokens.stack != "decoder":
             raise ValueError(
-                f"only the language model's states can be read as words; this map is of its {tokens.stack}"
+                f"this token map describes the {tokens.stack} stack; only states of the decoder can be unembedded"
             )
-        decoder, head = find_decoder(model, families=FAMILIES.values()), model.get_output_embeddings()
-        norms = [name for name in FINAL_NORMS if isinstance(getattr(decoder, name, None), nn.Module)]
+        decoder, head = find_decoder(model, mask_formats=MASK_FORMATS.values()), model.get_output_embeddings()
+        norms = [name for name in FINAL_NORM_NAMES if isinstance(getattr(decoder, name, None), nn.Module)]
         if head is None or not norms:
             missing = (
                 f"no head ({type(model).__name__})" if head is None else f"no final norm ({type(decoder).__name__})"
             )
-            raise ValueError(f"this model has {missing}: its residual stream cannot be read as words")
+            raise ValueError(f"the model has {missing}, so its residual stream cannot be unembedded")
         self.norm: nn.Module = decoder.get_submodule(norms[0])
         self.head: nn.Linear = head
         self.cap: float | None = getattr(decoder.config, "final_logit_softcapping", None)
 
     def __call__(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocabulary"]:
-        """Logits in float32."""
-        # The norm's own forward: whoever hooks the norm waits for the model's call, not for ours.
+        """Return the logits of hidden states, in float32."""
+        # Calls the norm's forward directly, because hooks on the norm must fire only in the model's own call.
         logits = self.head(self.norm.forward(hidden)).float()
         return logits if self.cap is None else self.cap * (logits / self.cap).tanh()
 
     @torch.no_grad()
     def check(self, hidden: Float[Tensor, "*rows width"], logits: Float[Tensor, "*rows vocabulary"]) -> None:
-        """Raises ValueError unless the model's own `logits` come of the last layer's `hidden` in just this way.
+        """Check that the unembedding reproduces the model's own logits.
 
-        Some models scale or shift their logits: read in any other way, their words would be wrong without a sign.
+        Some models scale or shift their logits; reading them without this step would give wrong words unnoticed.
+
+        Args:
+            hidden: Output of the last layer.
+            logits: Logits that the model returned for it.
+
+        Raises:
+            ValueError: If the logits differ by more than rounding.
         """
-        own = logits.float()
-        # Products of other shapes round otherwise: in bf16 by the type's step, on GPUs in float32 by TF32's.
-        slack = max(4 * torch.finfo(logits.dtype).eps, 1e-3) * own.abs().max()
-        if not torch.allclose(self(hidden).to(own.device), own, rtol=0, atol=float(slack)):
-            raise ValueError("this model's logits are not its final norm and head alone: the lens cannot read it")
+        expected = logits.float()
+        # Matrix products of other shapes round differently: by the step of bf16, or by TF32's on GPUs in float32.
+        tolerance = max(4 * torch.finfo(logits.dtype).eps, 1e-3) * expected.abs().max()
+        if not torch.allclose(self(hidden).to(expected.device), expected, rtol=0, atol=float(tolerance)):
+            raise ValueError(
+                "the model's logits differ from its final norm and head applied to the last layer; "
+                "the lens cannot read this model"
+            )

@@ -1,1 +1,1 @@
-"""Token maps: which position of a prompt is text and which is vision, and where in the image it lies."""
+"""Token maps: the token group of every prompt position, and where each visual token lies in its image."""

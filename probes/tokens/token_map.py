@@ -1,4 +1,4 @@
-"""What each position of a batch is: padding, system prompt, picture, instruction or response."""
+"""Token maps: the token group of every position, that is padding, system, vision, instruction or response."""
 
 from __future__ import annotations
 
@@ -12,37 +12,34 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 import probes.tokens.families  # noqa: F401  registers the layouts
-from probes.tokens.grid import FAMILIES, Places, picture_sizes
+from probes.tokens.layout_registry import LAYOUTS
+from probes.tokens.model_inputs import original_image_sizes
+from probes.tokens.places import Places
 
 GROUPS = ("pad", "system", "vision", "instruction", "response")
 
 
-def visual_token_ids(config: PretrainedConfig) -> tuple[int, ...]:
-    """Ids that stand for visual tokens: of images and, where there is one, of videos. ValueError when there is none."""
-    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-    ids = dict.fromkeys(getattr(config, name) for name in names if getattr(config, name, None) is not None)
-    if not ids:
-        kind = type(config).__name__
-        raise ValueError(f"{kind} has neither image_token_id nor image_token_index: is this a vision-language model?")
-    return tuple(ids)
-
-
 @dataclass(frozen=True, eq=False)
 class TokenMap:
-    """One group for every position, so the groups partition each row.
+    """Assign every prompt position to exactly one token group.
 
     Args:
-        labels: `[batch, positions]`, indices into `groups`.
+        labels: Group of each position `[batch, positions]`, as an index into `groups`.
         groups: Names of the groups, in the order of every group axis built from this map.
-        generated: Group of the positions that follow the map when the model generates.
-        places: Where in its picture each visual token lies; None for a family of models whose layout is not known, and
-            where the inputs hold no pixels.
-        model_type: Of the model's config; "" for a map made by hand.
-        stack: The layers whose sequences these are: "decoder", or LLaVA-Mini's "prefusion".
-        samples: Which row of the inputs each row of the map belongs to; None where they are the same.
+        generated: Group of the tokens that the model generates after the mapped positions.
+        places: Image coordinates of each visual token. None for a model family with an unknown layout, and for inputs
+            without pixels.
+        model_type: `model_type` of the model's config; "" for a map built without a model.
+        stack: Layers whose sequences are mapped: "decoder", or LLaVA-Mini's "prefusion".
+        samples: Row of the inputs that each row of the map belongs to `[batch]`; None if both have the same rows.
 
     Raises:
-        ValueError: A label is no index into `groups`, or a name stands twice or is that of no group.
+        ValueError: If a label is no index into `groups`, a group name occurs twice, or `generated` is no group.
+
+    Example:
+        >>> tokens = TokenMap.from_inputs(model, inputs)
+        >>> {group: int(tokens.mask(group).sum()) for group in tokens.groups}
+        {'pad': 0, 'system': 0, 'vision': 36, 'instruction': 6, 'response': 0}
     """
 
     labels: Int[Tensor, "batch positions"]
@@ -55,10 +52,13 @@ class TokenMap:
 
     def __post_init__(self) -> None:
         if len(set(self.groups)) < len(self.groups) or self.generated not in self.groups:
-            raise ValueError(f"groups {self.groups} need names of their own, {self.generated!r} (generated) among them")
+            raise ValueError(
+                f"groups {self.groups} must be unique and include {self.generated!r}, the group of generated tokens"
+            )
         if self.labels.ndim != 2 or ((self.labels < 0) | (self.labels >= len(self.groups))).any():
             raise ValueError(
-                f"labels must be [batch, positions], from 0 to {len(self.groups) - 1}: every position has a group"
+                f"labels {list(self.labels.shape)} must be [batch, positions] with values from 0 to "
+                f"{len(self.groups) - 1}, one group per position"
             )
 
     @classmethod
@@ -70,34 +70,43 @@ class TokenMap:
         images: Sequence[Any] | None = None,
         stack: str = "decoder",
     ) -> TokenMap:
-        """Reads the map off what the model is called with.
+        """Build the map from the inputs of a model call.
 
-        The first rule that holds decides:
+        The first rule that applies to a position determines its group:
 
-        1. `pad`: `attention_mask` is 0;
-        2. `vision`: the image or video token that the processor repeats, once for each visual token of the language
-           model;
-        3. `response`: `labels` are not -100, or `assistant_masks` or LLaVA-Mini's `answer_mask` are set; so is all that
-           is generated after the last position;
-        4. `system`: text before the row's first visual token (what LLaVA's template puts before the picture);
-        5. `instruction`: all other text. A row without a picture has no `system`: its whole prompt is instruction.
+        1. `pad`: `attention_mask` is 0.
+        2. `vision`: the token is the image or video token, which the processor repeats once per visual token of the
+           language model.
+        3. `response`: `labels` are not -100, or `assistant_masks` or LLaVA-Mini's `answer_mask` are set. Tokens
+           generated after the last position are also response.
+        4. `system`: text before the first visual token of the row, where LLaVA's template puts the system prompt.
+        5. `instruction`: all other text. A row without an image has no `system`; its whole prompt is instruction.
 
         Args:
-            model: Its config names the image token: `image_token_id` or `image_token_index`.
-            inputs: `input_ids` `[batch, positions]`, and optionally `attention_mask`, `labels` and `assistant_masks`
-                (of `apply_chat_template`) of the same shape, and `answer_mask`, which may be shorter: rows end with it.
-            processor: What made the inputs. With it and the sizes of the pictures `places` know their boxes.
-            images: The original pictures of the batch in reading order, or their sizes; see `picture_sizes`. Not
-                needed where the inputs have `image_sizes`.
-            stack: "decoder" for the language model's own layers. "prefusion" for the layers in which LLaVA-Mini fuses
-                text with patches: a row for each frame, with its patches first, then the compressed tokens where these
-                go through too, which `places` count as one more tile, then the text that is fused; `pad` fills the
-                rest. Text has the group that it has in the decoder.
+            model: Model whose config names the image token, as `image_token_id` or `image_token_index`.
+            inputs: `input_ids` `[batch, positions]`. Optional are `attention_mask`, `labels` and `assistant_masks` (from
+                `apply_chat_template`) of the same shape, and `answer_mask`, which may be shorter and is aligned to the
+                end of the rows.
+            processor: Processor that produced the inputs. `places` have boxes only with it and with the image sizes.
+            images: Original images of the batch in reading order, or their sizes; see
+                `probes.tokens.model_inputs.original_image_sizes`. Not needed if the inputs hold `image_sizes`.
+            stack: "decoder" for the layers of the language model. "prefusion" for the layers in which LLaVA-Mini fuses
+                text with patches. There the map has one row per frame: its patches, then the compressed tokens if the
+                layers process them (`places` count these as one more tile), then the fused text, then `pad`. Text keeps
+                the group that it has in the decoder.
+
+        Returns:
+            The token map, on the device of `input_ids`.
 
         Raises:
-            ValueError: `input_ids` are missing or not 2-D, another tensor has another shape, the config names no
-                image token, no row holds a visual token, the visual tokens are not those that the pictures make, or
-                the model has no such stack.
+            ValueError: If `input_ids` are missing or not 2-D, another tensor has another shape, the config names no
+                image token, no row holds a visual token, the visual tokens do not match the images, or the model has
+                no such stack.
+
+        Example:
+            >>> tokens = TokenMap.from_inputs(model, inputs, processor, [image])
+            >>> tokens.places.box[0][tokens.mask("vision")[0]][0].tolist()  # left, top, right, bottom in pixels
+            [0.0, 0.0, 8.0, 8.0]
         """
         input_ids = inputs.get("input_ids")
         if input_ids is None or input_ids.ndim != 2:
@@ -107,7 +116,7 @@ class TokenMap:
         for name in ("attention_mask", "labels", "assistant_masks"):
             if inputs.get(name) is not None and torch.as_tensor(inputs[name]).shape != input_ids.shape:
                 shapes = f"{list(torch.as_tensor(inputs[name]).shape)}, input_ids {list(input_ids.shape)}"
-                raise ValueError(f"inputs disagree: {name} has shape {shapes}; both need [batch, positions]")
+                raise ValueError(f"{name} has shape {shapes}; both must be [batch, positions]")
         visual_ids = visual_token_ids(model.config)
         vision = torch.isin(input_ids, torch.tensor(visual_ids, device=input_ids.device))
         pad = torch.zeros_like(vision)
@@ -116,74 +125,118 @@ class TokenMap:
         vision = vision & ~pad
         system = vision.any(dim=1, keepdim=True) & (vision.cumsum(dim=1) == 0)
         labels = torch.full_like(input_ids, GROUPS.index("instruction"))
-        # From the weakest rule to the strongest: a later one overrides.
-        for name, member in (("system", system), ("response", _answers(inputs)), ("vision", vision), ("pad", pad)):
+        # From the weakest rule to the strongest, since later assignments override earlier ones.
+        for name, member in (
+            ("system", system),
+            ("response", _response_mask(inputs)),
+            ("vision", vision),
+            ("pad", pad),
+        ):
             labels[member] = GROUPS.index(name)
 
         samples = None
         if stack == "prefusion":
-            labels, samples = _prefused(model, inputs, labels)
+            labels, samples = _prefusion_labels(model, inputs, labels)
             vision = labels == GROUPS.index("vision")
         elif stack != "decoder":
-            raise ValueError(f"unknown stack {stack!r}: there are decoder and prefusion")
+            raise ValueError(f"unknown stack {stack!r}; choose decoder or prefusion")
         elif not vision.any():
-            wanted = " or ".join(map(str, visual_ids))
-            raise ValueError(f"no visual token: no unpadded position of input_ids is the image token {wanted}")
+            image_tokens = " or ".join(map(str, visual_ids))
+            raise ValueError(f"no visual token in input_ids: no unpadded position holds the image token {image_tokens}")
         model_type, places = model.config.model_type, None
-        layout = FAMILIES.get(model_type if stack == "decoder" else f"{model_type}/{stack}")
-        pixels = any(name.startswith("pixel_values") and value is not None for name, value in inputs.items())
-        grids = layout(model.config, inputs, picture_sizes(inputs, images), processor) if layout and pixels else None
+        layout = LAYOUTS.get(model_type if stack == "decoder" else f"{model_type}/{stack}")
+        has_pixels = any(name.startswith("pixel_values") and value is not None for name, value in inputs.items())
+        grids = (
+            layout(model.config, inputs, original_image_sizes(inputs, images), processor)
+            if layout and has_pixels
+            else None
+        )
         if grids is not None:
-            places = Places.lay_out(vision, grids, samples)
+            places = Places.from_grids(vision, grids, samples)
         return cls(labels, places=places, model_type=model_type, stack=stack, samples=samples)
 
     def require_places(self) -> Places:
-        """`places`, or a ValueError that says why there are none."""
+        """Return `places`.
+
+        Raises:
+            ValueError: If there are none; the message names the reason.
+        """
         if self.places is None:
-            family = f"model_type {self.model_type!r}" if self.model_type else "a map made by hand"
-            reason = "register its layout with probes.tokens.grid.family"
-            if self.model_type in FAMILIES:
-                reason = "its inputs held no pixels, or it is a variant whose layout is not known"
-            raise ValueError(f"no places of visual tokens for {family}: {reason}")
+            subject = f"model_type {self.model_type!r}" if self.model_type else "a map built without a model"
+            reason = "register its layout with probes.tokens.layout_registry.register_layout"
+            if self.model_type in LAYOUTS:
+                reason = "its inputs held no pixels, or this variant has an unknown layout"
+            raise ValueError(f"no places of visual tokens for {subject}: {reason}")
         return self.places
 
     def index(self, group: str) -> int:
-        """Place of `group` on a group axis. Raises ValueError for an unknown one."""
+        """Return the index of `group` on a group axis.
+
+        Raises:
+            ValueError: If the group is unknown.
+
+        Example:
+            >>> tokens.index("vision")
+            2
+        """
         if group not in self.groups:
-            raise ValueError(f"unknown group {group!r}: this token map has {', '.join(self.groups)}")
+            raise ValueError(f"unknown group {group!r}; this token map has {', '.join(self.groups)}")
         return self.groups.index(group)
 
     def mask(self, group: str) -> Bool[Tensor, "batch positions"]:
-        """Which positions are of `group`. Raises ValueError for an unknown one."""
+        """Return the mask of the positions in `group` `[batch, positions]`.
+
+        Raises:
+            ValueError: If the group is unknown.
+
+        Example:
+            >>> tokens.mask("vision").sum().item()
+            36
+        """
         return self.labels == self.index(group)
 
     def merge(self, groups: Mapping[str, Sequence[str]]) -> TokenMap:
-        """A map with `groups[name]` pooled under `name`, at the place of the first of them.
+        """Return a map that pools groups.
+
+        Args:
+            groups: For each new name, the groups to pool. The pool takes the index of the first of them.
 
         Raises:
-            ValueError: A group is unknown or pooled twice, or a new name is that of a group left out of the pool.
+            ValueError: If a group is unknown or pooled twice, or a new name belongs to a group outside its pool.
+
+        Example:
+            >>> tokens.merge({"text": ["system", "instruction", "response"]}).groups
+            ('pad', 'text', 'vision')
         """
-        renamed = {old: new for new, olds in groups.items() for old in olds}
-        if len(renamed) < sum(len(olds) for olds in groups.values()):
-            raise ValueError(f"a group is pooled twice in {dict(groups)}: each may go to one new group")
-        for old in renamed:
+        new_names = {old: new for new, olds in groups.items() for old in olds}
+        if len(new_names) < sum(len(olds) for olds in groups.values()):
+            raise ValueError(f"a group is pooled twice in {dict(groups)}; assign each group to one pool")
+        for old in new_names:
             self.index(old)
         for new in groups:
-            if new in self.groups and new not in renamed:
-                raise ValueError(f"cannot pool into {new!r}: it is a group of its own; name it among the pooled ones")
-        names = [renamed.get(old, old) for old in self.groups]
+            if new in self.groups and new not in new_names:
+                raise ValueError(f"cannot pool into {new!r}: it is a separate group; include it in the pool")
+        names = [new_names.get(old, old) for old in self.groups]
         pooled = tuple(dict.fromkeys(names))
         index = torch.tensor([pooled.index(name) for name in names], device=self.labels.device)
-        generated = renamed.get(self.generated, self.generated)
+        generated = new_names.get(self.generated, self.generated)
         return replace(self, labels=index[self.labels], groups=pooled, generated=generated)
 
     def relabel(self, groups: Mapping[str, Bool[Tensor, "batch positions"]]) -> TokenMap:
-        """A map in which the positions of each mask belong to the group of its name, whatever they were before.
+        """Return a map in which the masked positions belong to the named groups, whatever their group was before.
 
-        Names may be those of groups there are; new ones follow these on the group axis. Places stay.
+        Args:
+            groups: For each group, the mask of its positions `[batch, positions]`. New names are appended to the group
+                axis. `places` are unchanged.
 
         Raises:
-            ValueError: A mask has another shape or holds padding, or masks overlap.
+            ValueError: If a mask has another shape or includes padding, or if masks overlap.
+
+        Example:
+            >>> last = torch.zeros_like(tokens.mask("pad"))
+            >>> last[:, -1] = True
+            >>> tokens.relabel({"last": last}).groups
+            ('pad', 'system', 'vision', 'instruction', 'response', 'last')
         """
         labels, names = self.labels.clone(), list(self.groups)
         taken = self.mask("pad") if "pad" in self.groups else torch.zeros_like(labels, dtype=torch.bool)
@@ -200,31 +253,60 @@ class TokenMap:
         return replace(self, labels=labels, groups=tuple(names))
 
     def split(self, group: str, by: str) -> TokenMap:
-        """A map with a group for each picture of `group`, for instance: `split("vision", by="image")` puts vision_0,
-        vision_1, ... in the place of vision, as many as the row with most of them has.
+        """Return a map in which `group` is replaced by one group per image, frame or tile.
+
+        The new groups are named GROUP_0, GROUP_1, ...; their number is the largest that a row needs.
 
         Args:
-            group: Of visual tokens.
-            by: "image", "frame" (of its image) or "tile" (of its frame).
+            group: A group of visual tokens.
+            by: "image", "frame" (within its image) or "tile" (within its frame).
 
         Raises:
-            ValueError: An unknown group or `by`, a position of the group without a place, or a name that is taken.
+            ValueError: If the group or `by` is unknown, a position of the group is no visual token, or a new name is
+                taken.
+
+        Example:
+            >>> tokens.split("vision", by="image").groups
+            ('pad', 'system', 'vision_0', 'instruction', 'response')
         """
         if by not in ("image", "frame", "tile"):
-            raise ValueError(f"cannot split by {by!r}: there are image, frame, tile")
+            raise ValueError(f"cannot split by {by!r}; choose image, frame or tile")
         first, mask, number = self.index(group), self.mask(group), getattr(self.require_places(), by)
         if not mask.any() or (number[mask] < 0).any():
-            raise ValueError(f"cannot split {group!r} by {by}: it holds no visual tokens, or others too")
+            raise ValueError(f"cannot split {group!r} by {by}: all of its positions must be visual tokens")
         parts = [f"{group}_{n}" for n in range(int(number[mask].max()) + 1)]
         if taken := set(parts) & set(self.groups):
-            raise ValueError(f"cannot split {group!r}: there is a group {sorted(taken)[0]!r} already")
+            raise ValueError(f"cannot split {group!r}: the map already has a group {sorted(taken)[0]!r}")
         labels = torch.where(self.labels > first, self.labels + len(parts) - 1, self.labels)
         labels = torch.where(mask, first + number, labels)
         return replace(self, labels=labels, groups=(*self.groups[:first], *parts, *self.groups[first + 1 :]))
 
 
-def _answers(inputs: Mapping[str, Any]) -> Bool[Tensor, "batch positions"]:
-    """What is supervised or said by the assistant."""
+def visual_token_ids(config: PretrainedConfig) -> tuple[int, ...]:
+    """Return the token ids that stand for visual tokens of images and, if the model has one, of videos.
+
+    Args:
+        config: Config of the whole vision-language model.
+
+    Raises:
+        ValueError: If the config names no such token.
+
+    Example:
+        >>> visual_token_ids(model.config) == (model.config.image_token_id,)
+        True
+    """
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    ids = dict.fromkeys(getattr(config, name) for name in names if getattr(config, name, None) is not None)
+    if not ids:
+        raise ValueError(
+            f"{type(config).__name__} has neither image_token_id nor image_token_index; "
+            "pass the config of a vision-language model"
+        )
+    return tuple(ids)
+
+
+def _response_mask(inputs: Mapping[str, Any]) -> Bool[Tensor, "batch positions"]:
+    """Return the mask of positions that are supervised or written by the assistant."""
     ids = inputs["input_ids"]
     response = torch.zeros_like(ids, dtype=torch.bool)
     if inputs.get("labels") is not None:
@@ -237,14 +319,14 @@ def _answers(inputs: Mapping[str, Any]) -> Bool[Tensor, "batch positions"]:
     return response
 
 
-def _prefused(
+def _prefusion_labels(
     model: PreTrainedModel, inputs: Mapping[str, Any], labels: Int[Tensor, "batch positions"]
-) -> tuple[Int[Tensor, "frames places"], Int[Tensor, " frames"]]:
-    """Groups in the sequences that the model's pre-fusion layers see, and the row of the inputs each is from."""
+) -> tuple[Int[Tensor, "frames positions"], Int[Tensor, " frames"]]:
+    """Return the group of every position in the pre-fusion sequences, and the input row of each sequence."""
     if not hasattr(model, "prefusion_positions"):
-        raise ValueError(f"{type(model).__name__} has no stack 'prefusion': only LLaVA-Mini has")
-    held, samples = (part.to(labels.device) for part in model.prefusion_positions(**inputs))
-    text = labels[samples].gather(1, held.clamp(min=0))
-    # By the codes of prefusion_positions: -1 fills up, what lies below is visual.
-    visual = torch.where(held == -1, GROUPS.index("pad"), GROUPS.index("vision"))
-    return torch.where(held >= 0, text, visual), samples
+        raise ValueError(f"{type(model).__name__} has no stack 'prefusion'; only LLaVA-Mini has pre-fusion layers")
+    positions, samples = (part.to(labels.device) for part in model.prefusion_positions(**inputs))
+    text = labels[samples].gather(1, positions.clamp(min=0))
+    # In the codes of prefusion_positions, -1 marks filler and lower values mark visual tokens.
+    visual = torch.where(positions == -1, GROUPS.index("pad"), GROUPS.index("vision"))
+    return torch.where(positions >= 0, text, visual), samples

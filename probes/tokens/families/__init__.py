@@ -1,6 +1,7 @@
-"""How each family of models lays out its visual tokens: one file a family, registered with `probes.tokens.grid.family`.
+"""Visual layouts of the supported model families, one module per family.
 
-Every module of this folder is imported, so a new family is one new file.
+Importing this package imports every module in it, so one new file that calls
+`probes.tokens.layout_registry.register_layout` adds a family.
 """
 
 from __future__ import annotations

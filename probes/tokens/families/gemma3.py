@@ -1,4 +1,4 @@
-"""Gemma 3: every picture squashed to one square; with pan and scan, crops of a long one follow it.
+"""Gemma 3: every image is resized to one square; pan and scan appends crops of an elongated image.
 
 Source: transformers' `gemma3`.
 """
@@ -6,46 +6,48 @@ Source: transformers' `gemma3`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import ceil, isqrt
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from probes.tokens.families.image_runs import image_runs, texts_before, whole_boxes
-from probes.tokens.grid import NO_BOX, Box, Grid, family
+from probes.tokens.families.image_boxes import whole_image_boxes
+from probes.tokens.families.image_runs import find_image_runs, texts_before_runs
+from probes.tokens.grid import NO_BOX, Box, Grid
+from probes.tokens.layout_registry import register_layout
+from probes.tokens.model_inputs import ImageSizes
 
-# What the processor writes between a picture and its crops, and between these: two tokens around a space, which two
-# pictures of a prompt have only if it was typed.
-CROPS_FOLLOW = "and here are some crops to help you see better"
-NEXT_CROP = re.compile(r"\S+\n\n \n\n\S+")
+# The processor writes the first text between an image and its crops. It writes the second between crops: two tokens
+# around a space, which two separate images of a prompt have only if a user typed it.
+BEFORE_FIRST_CROP = "and here are some crops to help you see better"
+BETWEEN_CROPS = re.compile(r"\S+\n\n \n\n\S+")
 
 
-@family("gemma3")
-def gemma3(
-    config: PretrainedConfig, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]] | None, processor: Any
-) -> list[Grid]:
-    """One grid a picture (tile 0), and one for each of its crops (tiles 1, 2, ...).
+@register_layout("gemma3")
+def gemma3_layout(config: PretrainedConfig, inputs: Mapping[str, Any], sizes: ImageSizes, processor: Any) -> list[Grid]:
+    """Return one grid per image (tile 0) and one per crop (tiles 1, 2, ...).
 
-    Crops are known by the text that the processor writes before them, which takes its tokenizer to read: without the
-    processor each crop counts as a picture.
+    The text that the processor writes before crops identifies them, and its tokenizer must decode that text. Without
+    the processor, each crop counts as an image.
     """
-    crops: list[int] = []  # of each picture
-    for text in texts_before(inputs, image_runs(inputs, config.image_token_id), processor):
-        if CROPS_FOLLOW in text or (crops and crops[-1] and NEXT_CROP.fullmatch(text)):
-            crops[-1] += 1
+    crop_counts: list[int] = []  # one per image
+    for text in texts_before_runs(inputs, find_image_runs(inputs, config.image_token_id), processor):
+        if BEFORE_FIRST_CROP in text or (crop_counts and crop_counts[-1] and BETWEEN_CROPS.fullmatch(text)):
+            crop_counts[-1] += 1
         else:
-            crops.append(0)
+            crop_counts.append(0)
     side = isqrt(config.mm_tokens_per_image)
+    boxes = whole_image_boxes(sizes, len(crop_counts))
     return [
-        Grid(picture, side, side, part, tile=tile)
-        for picture, (count, box) in enumerate(zip(crops, whole_boxes(sizes, len(crops)), strict=True))
-        for tile, part in enumerate([box, *_crop_boxes(box, count)])
+        Grid(image, side, side, tile_box, tile=tile)
+        for image, (crop_count, box) in enumerate(zip(crop_counts, boxes, strict=True))
+        for tile, tile_box in enumerate([box, *_crop_boxes(box, crop_count)])
     ]
 
 
 def _crop_boxes(box: Box, count: int) -> list[Box]:
-    """The crops of a picture: side by side along its longer side, the last one what is left."""
+    """Return the boxes of an image's crops, side by side along its longer side; the last crop is the remainder."""
     _, _, width, height = box
     if not count or box is NO_BOX:
         return [box] * count

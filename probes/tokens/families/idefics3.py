@@ -1,12 +1,12 @@
-"""Idefics3 and SmolVLM: a picture cut into square tiles, then all of it once more, small.
+"""Idefics3 and SmolVLM: an image is cut into square tiles, followed by the whole image at low resolution.
 
 Source: transformers' `idefics3` and `smolvlm`. Around the image tokens their processors write
 
     <fake_token_around_image><row_1_col_1> tile <fake_token_around_image><row_1_col_2> tile \\n
     ...
-    \\n <fake_token_around_image><global-img> whole picture <fake_token_around_image>
+    \\n <fake_token_around_image><global-img> whole image <fake_token_around_image>
 
-and only the last line for a picture that is not cut.
+and only the last line for an image that is not cut.
 """
 
 from __future__ import annotations
@@ -18,54 +18,62 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from probes.tokens.families.image_runs import Run, image_runs, texts_before, tile_box, whole_boxes
-from probes.tokens.grid import Grid, family
+from probes.tokens.families.image_boxes import tile_box, whole_image_boxes
+from probes.tokens.families.image_runs import TokenRun, find_image_runs, texts_before_runs
+from probes.tokens.grid import Grid
+from probes.tokens.layout_registry import register_layout
+from probes.tokens.model_inputs import ImageSizes
 
-# What SmolVLM's processor writes before each frame of a video, and before the first.
-FRAME = re.compile(r"\nFrame from \d+:\d+:\S+$")
-VIDEO = "You are provided the following series of"
+# SmolVLM's processor writes the first text before each frame of a video, and the second before the first frame.
+FRAME_TIMESTAMP = re.compile(r"\nFrame from \d+:\d+:\S+$")
+VIDEO_INTRODUCTION = "You are provided the following series of"
 
 
-@family("idefics3", "smolvlm")
-def idefics3(
-    config: PretrainedConfig, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]] | None, processor: Any
+@register_layout("idefics3", "smolvlm")
+def idefics3_layout(
+    config: PretrainedConfig, inputs: Mapping[str, Any], sizes: ImageSizes, processor: Any
 ) -> list[Grid]:
-    """One grid a tile, row by row, and a last one for the whole picture.
+    """Return one grid per tile, row by row, and a last one for the whole image.
 
-    The tiles are read off the text between them, so no processor is needed. The picture is resized to whole tiles,
-    sides apart. Frames of a SmolVLM video, which are not cut, are known by the text that its processor writes before
-    them: without the processor each counts as a picture.
+    The text between tiles determines their arrangement, so no processor is needed. The image is resized to whole
+    tiles without keeping its aspect ratio. SmolVLM does not cut video frames; the text that its processor writes
+    before them identifies them. Without the processor, each frame counts as an image.
     """
-    runs = image_runs(inputs, config.image_token_id)
+    runs = find_image_runs(inputs, config.image_token_id)
     marks = [tuple(inputs["input_ids"][run.row, max(run.start - 2, 0) : run.start].tolist()) for run in runs]
-    last = marks[-1]  # a batch ends on a whole picture
-    if any(len(mark) < 2 or mark[0] != last[0] for mark in marks):
-        raise ValueError("image tokens without the two marks before each tile: are these inputs of this family?")
-    ends = [index + 1 for index, mark in enumerate(marks) if mark == last]
-    pictures = [runs[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-    texts = texts_before(inputs, runs, processor)
+    whole_image_mark = marks[-1]  # a batch ends with a whole image
+    if any(len(mark) < 2 or mark[0] != whole_image_mark[0] for mark in marks):
+        raise ValueError(
+            f"image tokens lack the two marker tokens before each tile; pass inputs of a {config.model_type} processor"
+        )
+    ends = [index + 1 for index, mark in enumerate(marks) if mark == whole_image_mark]
+    runs_per_image = [runs[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    texts = texts_before_runs(inputs, runs, processor)
     frames: list[int] = []
     for start in [0, *ends[:-1]]:
-        follows = frames and FRAME.search(texts[start]) and VIDEO not in texts[start]
-        frames.append(frames[-1] + 1 if follows else 0)
-    boxes = whole_boxes(sizes, frames.count(0))
-    grids, picture = [], -1
-    for tiles, frame in zip(pictures, frames, strict=True):
-        picture += frame == 0
-        rows, columns = _cut(tiles)
-        parts = [tile_box(boxes[picture], rows, columns, tile) for tile in range(rows * columns)]
-        for tile, (run, part) in enumerate(zip(tiles, [*parts, boxes[picture]], strict=True)):
+        continues_video = frames and FRAME_TIMESTAMP.search(texts[start]) and VIDEO_INTRODUCTION not in texts[start]
+        frames.append(frames[-1] + 1 if continues_video else 0)
+    boxes = whole_image_boxes(sizes, frames.count(0))
+    grids, image = [], -1
+    for tile_runs, frame in zip(runs_per_image, frames, strict=True):
+        image += frame == 0
+        rows, columns = _tile_rows_and_columns(tile_runs)
+        tile_boxes = [tile_box(boxes[image], rows, columns, tile) for tile in range(rows * columns)]
+        for tile, (run, box) in enumerate(zip(tile_runs, [*tile_boxes, boxes[image]], strict=True)):
             side = isqrt(run.stop - run.start)
-            grids.append(Grid(picture, side, side, part, frame, tile))
+            grids.append(Grid(image, side, side, box, frame, tile))
     return grids
 
 
-def _cut(tiles: Sequence[Run]) -> tuple[int, int]:
-    """Rows and columns of tiles: only at the end of a row of tiles stands more than two marks before the next."""
-    ends = [index for index in range(1, len(tiles)) if tiles[index].start - tiles[index - 1].stop > 2]
-    if not ends:
+def _tile_rows_and_columns(runs: Sequence[TokenRun]) -> tuple[int, int]:
+    """Return the rows and columns of tiles, read from the gaps between runs.
+
+    A gap of more than two marker tokens occurs only at the end of a row of tiles.
+    """
+    row_ends = [index for index in range(1, len(runs)) if runs[index].start - runs[index - 1].stop > 2]
+    if not row_ends:
         return 0, 0
-    columns = ends[0]
-    if ends != list(range(columns, len(tiles), columns)):
-        raise ValueError(f"rows of unequal numbers of tiles end after {ends}: are these inputs of this family?")
-    return len(ends), columns
+    columns = row_ends[0]
+    if row_ends != list(range(columns, len(runs), columns)):
+        raise ValueError(f"rows of tiles have unequal lengths: they end after tiles {row_ends} of {len(runs)}")
+    return len(row_ends), columns

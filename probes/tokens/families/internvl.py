@@ -1,4 +1,4 @@
-"""InternVL: a picture cut into square tiles in the shape nearest to its own, then all of it once more, small.
+"""InternVL: an image is cut into square tiles of the closest aspect ratio, followed by a low-resolution whole image.
 
 Source: transformers' `internvl` and the image processor of its `got_ocr2`.
 """
@@ -6,50 +6,57 @@ Source: transformers' `internvl` and the image processor of its `got_ocr2`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from probes.tokens.families.image_runs import image_runs, texts_before, tile_box, whole_boxes
-from probes.tokens.grid import Box, Grid, family
+from probes.tokens.families.image_boxes import tile_box, whole_image_boxes
+from probes.tokens.families.image_runs import find_image_runs, texts_before_runs
+from probes.tokens.grid import Box, Grid
+from probes.tokens.layout_registry import register_layout
+from probes.tokens.model_inputs import ImageSizes
 
-# What the processor writes before each frame of a video.
-FRAME = re.compile(r"Frame(\d+): \S+$")
+# The processor writes this text before each frame of a video.
+FRAME_NUMBER = re.compile(r"Frame(\d+): \S+$")
 
 
-@family("internvl")
-def internvl(
-    config: PretrainedConfig, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]] | None, processor: Any
+@register_layout("internvl")
+def internvl_layout(
+    config: PretrainedConfig, inputs: Mapping[str, Any], sizes: ImageSizes, processor: Any
 ) -> list[Grid]:
-    """One grid a tile, row by row, and a last one for the whole picture; only this where the picture is not cut.
+    """Return one grid per tile, row by row, and a last one for the whole image; only the last if it is not cut.
 
-    How many tiles there are the tokens tell; how they lie, the shape of the picture: without its size tiles have no
-    box. Frames of a video are known by the text that the processor writes before them, which takes its tokenizer to
-    read: without the processor each counts as a picture.
+    The number of tokens determines the number of tiles, and the aspect ratio of the image their arrangement. Without
+    the size of the image, tiles have no box. The text that the processor writes before video frames identifies them,
+    and its tokenizer must decode that text. Without the processor, each frame counts as an image.
     """
-    length = config.image_seq_length
-    runs = image_runs(inputs, config.image_token_id)
-    if any((run.stop - run.start) % length for run in runs):
-        raise ValueError(f"a picture's image tokens are no whole number of tiles of {length}: were they cut off?")
+    tokens_per_tile = config.image_seq_length
+    runs = find_image_runs(inputs, config.image_token_id)
+    if any((run.stop - run.start) % tokens_per_tile for run in runs):
+        lengths = [run.stop - run.start for run in runs]
+        raise ValueError(
+            f"image tokens come in runs of {lengths}, not multiples of the {tokens_per_tile} tokens of a tile; "
+            "do not truncate the inputs"
+        )
     frames: list[int] = []
-    for text in texts_before(inputs, runs, processor):
-        number = FRAME.search(text)
-        follows = frames and number and int(number[1]) == frames[-1] + 2  # it counts from 1
-        frames.append(frames[-1] + 1 if follows else 0)
-    boxes = whole_boxes(sizes, frames.count(0))
-    side, picture, grids = isqrt(length), -1, []
+    for text in texts_before_runs(inputs, runs, processor):
+        frame_number = FRAME_NUMBER.search(text)
+        continues_video = frames and frame_number and int(frame_number[1]) == frames[-1] + 2  # the text counts from 1
+        frames.append(frames[-1] + 1 if continues_video else 0)
+    boxes = whole_image_boxes(sizes, frames.count(0))
+    side, image, grids = isqrt(tokens_per_tile), -1, []
     for run, frame in zip(runs, frames, strict=True):
-        picture += frame == 0
-        tiles = (run.stop - run.start) // length
-        parts = [*_tile_boxes(boxes[picture], tiles - 1), boxes[picture]]
-        grids += [Grid(picture, side, side, part, frame, tile) for tile, part in enumerate(parts)]
+        image += frame == 0
+        tile_count = (run.stop - run.start) // tokens_per_tile
+        tile_boxes = [*_tile_boxes(boxes[image], tile_count - 1), boxes[image]]
+        grids += [Grid(image, side, side, box, frame, tile) for tile, box in enumerate(tile_boxes)]
     return grids
 
 
 def _tile_boxes(box: Box, count: int) -> list[Box]:
-    """The `count` tiles of a picture in the rows and columns whose shape is nearest to that of the picture."""
+    """Return the boxes of `count` tiles, in the arrangement whose aspect ratio is closest to that of the image."""
     _, _, width, height = box
     shapes = [(count // columns, columns) for columns in range(1, count + 1) if count % columns == 0]
     if not shapes:

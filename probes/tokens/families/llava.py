@@ -1,41 +1,45 @@
-"""LLaVA-1.5: an image is one grid of patches, cropped at the centre or padded to a square by the image processor."""
+"""LLaVA-1.5: an image is one grid of patches, center-cropped or padded to a square by the image processor."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from probes.tokens.grid import Grid, family, pixels_of, size_of
-from probes.tokens.image_transform import seen
+from probes.tokens.grid import Grid
+from probes.tokens.image_transform import processed_image
+from probes.tokens.layout_registry import register_layout
+from probes.tokens.model_inputs import ImageSizes, require_pixels, size_of_image
 
 
-@family("llava")
-def llava(
-    config: PretrainedConfig,
-    inputs: Mapping[str, Any],
-    sizes: Sequence[tuple[int, int]] | None,
-    processor: Any,
+@register_layout("llava")
+def llava_layout(
+    config: PretrainedConfig, inputs: Mapping[str, Any], sizes: ImageSizes, processor: Any
 ) -> list[Grid] | None:
-    """With `vision_feature_select_strategy="full"` the tower's CLS token, if it has one, comes first, without a place.
+    """Return one grid per image, or None for a Pixtral vision tower, whose grid differs between images.
 
-    None for a Pixtral tower, whose grid is another for every image.
+    With `vision_feature_select_strategy="full"`, the CLS token of the vision tower, if it has one, comes first. It
+    covers no part of the image.
     """
     if config.vision_config.model_type == "pixtral":
         return None
-    pixels, patch = pixels_of(inputs), config.vision_config.patch_size
+    pixels, patch = require_pixels(inputs), config.vision_config.patch_size
+    image_processor = getattr(processor, "image_processor", None)
     grids = []
-    for picture in range(len(pixels)):
-        size = size_of(sizes, picture, len(pixels))
-        view = seen(size, getattr(processor, "image_processor", None), *pixels.shape[-2:])
-        grids.append(view.patches(picture, patch))
-    return with_class_tokens(config, inputs, grids)
+    for index in range(len(pixels)):
+        size = size_of_image(sizes, index, len(pixels))
+        image = processed_image(size, image_processor, *pixels.shape[-2:])
+        grids.append(image.patch_grid(index, patch))
+    return add_class_tokens(config, inputs, grids)
 
 
-def with_class_tokens(config: PretrainedConfig, inputs: Mapping[str, Any], grids: list[Grid]) -> list[Grid]:
-    """With the tower's CLS token ahead of every grid, where the model keeps it and the text has room for it."""
-    tokens = int((inputs["input_ids"] == config.image_token_id).sum())
-    if config.vision_feature_select_strategy == "full" and tokens == sum(len(grid) + 1 for grid in grids):
-        return [part for grid in grids for part in (Grid(grid.picture, 1, 0, frame=grid.frame, newline=True), grid)]
+def add_class_tokens(config: PretrainedConfig, inputs: Mapping[str, Any], grids: list[Grid]) -> list[Grid]:
+    """Return the grids, each preceded by the CLS token of the vision tower if the model keeps it.
+
+    The model keeps CLS if its config selects all features and the text has one more visual token per grid.
+    """
+    vision_count = int((inputs["input_ids"] == config.image_token_id).sum())
+    if config.vision_feature_select_strategy == "full" and vision_count == sum(len(grid) + 1 for grid in grids):
+        return [part for grid in grids for part in (Grid(grid.image, 1, 0, frame=grid.frame, newline=True), grid)]
     return grids

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT: the whole picture, then tiles of it stitched to one grid from which the padding is cut off again."""
+"""LLaVA-NeXT: the whole image, then its tiles stitched to one grid from which padding is removed."""
 
 from __future__ import annotations
 
@@ -12,76 +12,89 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.image_processing_utils import select_best_resolution
 
-from probes.tokens.grid import Grid, family, pixels_of
-from probes.tokens.image_transform import View, edges_of, resample
+from probes.tokens.grid import Grid
+from probes.tokens.image_transform import ProcessedImage, resample_edges, stitched_edges
+from probes.tokens.layout_registry import register_layout
+from probes.tokens.model_inputs import ImageSizes, require_pixels
 
 
-@family("llava_next")
-def llava_next(
-    config: PretrainedConfig,
-    inputs: Mapping[str, Any],
-    sizes: Sequence[tuple[int, int]] | None,
-    processor: Any,
+@register_layout("llava_next")
+def llava_next_layout(
+    config: PretrainedConfig, inputs: Mapping[str, Any], sizes: ImageSizes, processor: Any
 ) -> list[Grid]:
-    """Tile 0 is the whole picture; the others follow row by row. A newline token ends each row of the stitched grid."""
-    pixels_of(inputs)
-    pictures = inputs["image_sizes"].tolist()
-    return [grid for picture, size in enumerate(pictures) for grid in any_res(config, picture, size, processor)]
+    """Return two grids per image: the whole image as tile 0, then the other tiles row by row.
+
+    A newline token ends each row of the stitched grid.
+    """
+    require_pixels(inputs)
+    image_sizes = inputs["image_sizes"].tolist()
+    return [grid for image, size in enumerate(image_sizes) for grid in anyres_grids(config, image, size, processor)]
 
 
-def any_res(
-    config: PretrainedConfig, picture: int, size: Sequence[int], processor: Any, most: float = math.inf
+def anyres_grids(
+    config: PretrainedConfig, image: int, size: Sequence[int], processor: Any, max_tiles: float = math.inf
 ) -> list[Grid]:
-    """The two grids of a picture of `size` (height, width), as `pack_image_features` lays them out.
+    """Return the two grids of an image, arranged as `pack_image_features` of transformers does.
 
-    A stitched grid of more than 1.1^2 times `most` tiles is interpolated down to about that many. The size of a tile is
-    that of the vision tower's pictures; boxes are NaN where the processor would resize tiles to another.
+    Args:
+        config: Config of the model.
+        image: Index of the image in the batch.
+        size: (height, width) of the original image.
+        processor: Processor of the model, or None. Grids have no boxes if it would resize tiles to a size other than
+            the input size of the vision tower.
+        max_tiles: A stitched grid of more than 1.1^2 times as many tiles is interpolated down to about this many.
     """
     side, patch = config.vision_config.image_size, config.vision_config.patch_size
     cells = side // patch  # along a tile
     best = select_best_resolution(tuple(size), config.image_grid_pinpoints)
     tiles_down, tiles_across = best[0] // side, best[1] // side
-    whole = View.whole(size[0], size[1]) if keeps_tiles(processor, side) else View(size[0], size[1])
-    padded = whole.resize(*fit(size, best)).center_pad(*best)
+    if keeps_tile_size(processor, side):
+        whole = ProcessedImage.original(size[0], size[1])
+    else:
+        whole = ProcessedImage(size[0], size[1])
+    padded = whole.resize(*fit_within(size, best)).center_pad(*best)
     tiles = [
         [padded.crop(x * side, y * side, (x + 1) * side, (y + 1) * side) for x in range(tiles_across)]
         for y in range(tiles_down)
     ]
-    across, down = edges_of(tiles, patch)
+    across, down = stitched_edges(tiles, patch)
     tile = torch.arange(tiles_down * tiles_across).view(tiles_down, tiles_across) + 1
     tile = tile.repeat_interleave(cells, 0).repeat_interleave(cells, 1)
 
     rows, columns = tile.shape
     if size[1] / size[0] > columns / rows:
-        cut = (rows - int(round(size[0] * (columns / size[1]), 7))) // 2
-        down, tile = down[cut : rows - cut], tile[cut : rows - cut]
+        padding = (rows - int(round(size[0] * (columns / size[1]), 7))) // 2
+        down, tile = down[padding : rows - padding], tile[padding : rows - padding]
     else:
-        cut = (columns - int(round(size[1] * (rows / size[0]), 7))) // 2
-        across, tile = across[cut : columns - cut], tile[:, cut : columns - cut]
+        padding = (columns - int(round(size[1] * (rows / size[0]), 7))) // 2
+        across, tile = across[padding : columns - padding], tile[:, padding : columns - padding]
 
     rows, columns = tile.shape
-    ratio = math.sqrt(rows * columns / (most * cells**2))
+    ratio = math.sqrt(rows * columns / (max_tiles * cells**2))
     if ratio > 1.1:
         new_rows, new_columns = int(rows // ratio), int(columns // ratio)
-        tile = tile[middles(rows, new_rows)][:, middles(columns, new_columns)]
-        across, down = resample(across, new_columns), resample(down, new_rows)
-    detail = Grid(picture, len(down), len(across), tile=tile, newline=True, edges=(across, down))
-    return [whole.resize(side, side).patches(picture, patch), detail]
+        tile = tile[middle_cells(rows, new_rows)][:, middle_cells(columns, new_columns)]
+        across, down = resample_edges(across, new_columns), resample_edges(down, new_rows)
+    stitched = Grid(image, len(down), len(across), tile=tile, newline=True, edges=(across, down))
+    return [whole.resize(side, side).patch_grid(image, patch), stitched]
 
 
-def fit(size: Sequence[int], target: Sequence[int]) -> tuple[int, int]:
-    """The largest (height, width) of the same shape within the target, rounded up."""
+def fit_within(size: Sequence[int], target: Sequence[int]) -> tuple[int, int]:
+    """Return the largest (height, width) of the same aspect ratio within the target, rounded up."""
     down, across = target[0] / size[0], target[1] / size[1]
     if across < down:
         return min(math.ceil(size[0] * across), target[0]), target[1]
     return target[0], min(math.ceil(size[1] * down), target[1])
 
 
-def middles(cells: int, count: int) -> Int[Tensor, " count"]:
-    """Which cell holds the middle of each of `count` equal shares."""
+def middle_cells(cells: int, count: int) -> Int[Tensor, " count"]:
+    """Return the index of the cell at the middle of each of `count` equal shares."""
     return ((torch.arange(count) + 0.5) * (cells / count)).long()
 
 
-def keeps_tiles(processor: Any, side: int) -> bool:
-    """Whether tiles reach the tower as they were cut, all `side` x `side`; taken for granted without a processor."""
-    return processor is None or View(side, side, (0, 0, 1, 1)).process(processor.image_processor).box == (0, 0, 1, 1)
+def keeps_tile_size(processor: Any, side: int) -> bool:
+    """Return whether tiles of `side` x `side` pixels reach the vision tower unchanged; True without a processor."""
+    if processor is None:
+        return True
+    tile = ProcessedImage(side, side, (0, 0, 1, 1))
+    return tile.process(processor.image_processor).box == (0, 0, 1, 1)

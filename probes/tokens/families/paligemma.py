@@ -1,25 +1,28 @@
-"""PaliGemma: every picture squashed to one square.
+"""PaliGemma: every image is resized to one square.
 
 Source: transformers' `paligemma`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from probes.tokens.families.image_runs import image_runs, whole_boxes
-from probes.tokens.grid import Grid, family
+from probes.tokens.families.image_boxes import whole_image_boxes
+from probes.tokens.families.image_runs import find_image_runs
+from probes.tokens.grid import Grid
+from probes.tokens.layout_registry import register_layout
+from probes.tokens.model_inputs import ImageSizes
 
 
-@family("paligemma")
-def paligemma(
-    config: PretrainedConfig, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]] | None, processor: Any
+@register_layout("paligemma")
+def paligemma_layout(
+    config: PretrainedConfig, inputs: Mapping[str, Any], sizes: ImageSizes, processor: Any
 ) -> list[Grid]:
-    """One grid a picture, which it covers whole."""
+    """Return one grid per image, which covers the whole image."""
     side = config.vision_config.image_size // config.vision_config.patch_size
-    tokens = sum(run.stop - run.start for run in image_runs(inputs, config.image_token_index))
-    boxes = whole_boxes(sizes, tokens // side**2)
-    return [Grid(picture, side, side, box) for picture, box in enumerate(boxes)]
+    vision_count = sum(run.stop - run.start for run in find_image_runs(inputs, config.image_token_index))
+    boxes = whole_image_boxes(sizes, vision_count // side**2)
+    return [Grid(image, side, side, box) for image, box in enumerate(boxes)]

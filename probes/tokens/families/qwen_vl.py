@@ -1,41 +1,43 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: pictures of any size, patches merged two by two, videos two frames a time.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images of any size, patches merged 2 x 2, and video frames merged in pairs.
 
-Source: transformers' `qwen2_vl`, `qwen2_5_vl` and `qwen3_vl`, whose processors leave `image_grid_thw` and
-`video_grid_thw` (patches over time, height and width) in the inputs.
+Source: transformers' `qwen2_vl`, `qwen2_5_vl` and `qwen3_vl`. Their processors add `image_grid_thw` and
+`video_grid_thw` (patches over time, height and width) to the inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from probes.tokens.families.image_runs import whole_boxes
-from probes.tokens.grid import Grid, family, reading_order
+from probes.tokens.families.image_boxes import whole_image_boxes
+from probes.tokens.grid import Grid
+from probes.tokens.layout_registry import register_layout
+from probes.tokens.model_inputs import ImageSizes, reading_order
 
 
-@family("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-def qwen_vl(
-    config: PretrainedConfig, inputs: Mapping[str, Any], sizes: Sequence[tuple[int, int]] | None, processor: Any
+@register_layout("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+def qwen_vl_layout(
+    config: PretrainedConfig, inputs: Mapping[str, Any], sizes: ImageSizes, processor: Any
 ) -> list[Grid]:
-    """One grid a picture, and of a video one for each of its temporal patches, which `frame` counts.
+    """Return one grid per image, and one per temporal patch of a video, which `frame` counts.
 
-    A temporal patch covers `vision_config.temporal_patch_size` of the frames that were sampled. Qwen3-VL writes the
-    time before each of them: these are text. A picture is resized to whole patches, sides apart, so its tokens cover
-    all of it. `sizes` count images and videos alike, in reading order.
+    A temporal patch covers `vision_config.temporal_patch_size` of the sampled frames. Qwen3-VL writes a timestamp
+    before each of them; these tokens are text. The processor resizes an image to whole patches without keeping its
+    aspect ratio, so the tokens cover the whole image. `sizes` count images and videos together, in reading order.
     """
     merge = config.vision_config.spatial_merge_size
-    shapes = {}  # of the images and of the videos: temporal patches, rows and columns of tokens
+    shapes = {}  # by visual token id: temporal patches, token rows and token columns of each image or video
     for token, name in ((config.image_token_id, "image_grid_thw"), (config.video_token_id, "video_grid_thw")):
         patches = [] if inputs.get(name) is None else inputs[name].tolist()
         shapes[token] = [(frames, height // merge, width // merge) for frames, height, width in patches]
     lengths = {token: [prod(shape) for shape in shapes[token]] for token in shapes}
-    pictures = [shapes[token][number] for token, number in reading_order(inputs, lengths)]
-    boxes = whole_boxes(sizes, len(pictures))
+    image_shapes = [shapes[token][index] for token, index in reading_order(inputs, lengths)]
+    boxes = whole_image_boxes(sizes, len(image_shapes))
     return [
-        Grid(picture, rows, columns, boxes[picture], frame)
-        for picture, (frames, rows, columns) in enumerate(pictures)
+        Grid(image, rows, columns, boxes[image], frame)
+        for image, (frames, rows, columns) in enumerate(image_shapes)
         for frame in range(frames)
     ]

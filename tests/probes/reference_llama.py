@@ -12,14 +12,14 @@ from transformers.models.llama.modeling_llama import rotate_half
 IMAGE_TOKEN = 63
 
 
-def live(inputs: Mapping[str, Tensor], row: int) -> Tensor:
+def unpadded(inputs: Mapping[str, Tensor], row: int) -> Tensor:
     return inputs["attention_mask"][row].bool()
 
 
 @torch.no_grad()
-def embed(model: LlavaForConditionalGeneration, inputs: Mapping[str, Tensor], row: int) -> Tensor:
+def embed_row(model: LlavaForConditionalGeneration, inputs: Mapping[str, Tensor], row: int) -> Tensor:
     """Input embeddings `[1, tokens, width]` of one row without its padding, the picture's features in place."""
-    input_ids = inputs["input_ids"][row, live(inputs, row)][None]
+    input_ids = inputs["input_ids"][row, unpadded(inputs, row)][None]
     hidden = model.get_input_embeddings()(input_ids)
     images = (inputs["input_ids"] == IMAGE_TOKEN).any(dim=1)
     if images[row]:
@@ -29,7 +29,7 @@ def embed(model: LlavaForConditionalGeneration, inputs: Mapping[str, Tensor], ro
 
 
 @torch.no_grad()
-def weights(attention: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> Tensor:
+def attention_weights(attention: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor, visible: Tensor) -> Tensor:
     """`[1, heads, queries, keys]` over `visible` `[queries, keys]`; zeros for a query that sees nothing."""
 
     def heads(projection: nn.Module) -> Tensor:
@@ -42,14 +42,14 @@ def weights(attention: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor, visi
 
 
 @torch.no_grad()
-def attend(attention: nn.Module, hidden: Tensor, weights: Tensor) -> Tensor:
+def attention_output(attention: nn.Module, hidden: Tensor, weights: Tensor) -> Tensor:
     value = attention.v_proj(hidden).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
     mixed = weights @ value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1)
     return attention.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
 @torch.no_grad()
-def run(
+def run_decoder(
     model: LlavaForConditionalGeneration,
     hidden: Tensor,
     cut: Mapping[int, Tensor] | None = None,
@@ -67,9 +67,9 @@ def run(
     for number, layer in enumerate(decoder.layers):
         visible = causal & ~cut[number] if number in cut else causal
         normed = layer.input_layernorm(hidden)
-        found = weights(layer.self_attn, normed, cos, sin, visible)
+        found = attention_weights(layer.self_attn, normed, cos, sin, visible)
         look(number, found)
-        hidden = hidden + patch(number, "attention", attend(layer.self_attn, normed, found))
+        hidden = hidden + patch(number, "attention", attention_output(layer.self_attn, normed, found))
         hidden = hidden + patch(number, "mlp", layer.mlp(layer.post_attention_layernorm(hidden)))
         hidden = patch(number, "residual", hidden)
         after.append(hidden)

@@ -13,7 +13,7 @@ from probes import TokenMap
 Inputs = dict[str, torch.Tensor]
 
 
-def by_definition(
+def expected_statistics(
     attentions: Sequence[torch.Tensor], tokens: TokenMap, targets: Sequence[str], visible: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
     """The statistics from full matrices, one query at a time, as the paper words them.
@@ -52,14 +52,14 @@ def by_definition(
     return {"mass": mass, "entropy": entropy, "queries": count, "received": received}
 
 
-def check(record: Any, expected: dict[str, np.ndarray], atol: float = 1e-5) -> None:
+def check_record(record: Any, expected: dict[str, np.ndarray], atol: float = 1e-5) -> None:
     for name, values in expected.items():
         actual = getattr(record, name)
         assert actual.dtype == torch.float32
         np.testing.assert_allclose(actual.numpy(), values, atol=atol, rtol=0, err_msg=name)
 
 
-def labelled(inputs: Inputs, responses: int = 2) -> Inputs:
+def label_responses(inputs: Inputs, responses: int = 2) -> Inputs:
     """Marks each row's last tokens as the response."""
     last = inputs["attention_mask"].flip(1).cumsum(1).flip(1) <= responses
     response = last & (inputs["attention_mask"] == 1)
