@@ -1,4 +1,4 @@
-"""Statistics of attention from full matrices, one query at a time, and how a record is held against them."""
+"""Reference attention statistics, computed from full attention matrices one query at a time."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ Inputs = dict[str, torch.Tensor]
 def expected_statistics(
     attentions: Sequence[torch.Tensor], tokens: TokenMap, targets: Sequence[str], visible: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """The statistics from full matrices, one query at a time, as the paper words them.
+    """Return mass, entropy, query counts and received attention, as the paper defines them.
 
-    `visible` is `[batch, queries, keys]`; by default causal without pads.
+    Args:
+        attentions: Attention weights of each layer `[batch, heads, queries, keys]`.
+        tokens: Token map of the call.
+        targets: Groups of the queries.
+        visible: Visible edges `[batch, queries, keys]`; causal without padding by default.
     """
     weights = np.stack([layer.float().numpy() for layer in attentions])
     layers, batch, heads, queries, keys = weights.shape
@@ -31,12 +35,12 @@ def expected_statistics(
     received = np.full((*shape[:-1], keys), np.nan)
     for index in np.ndindex(shape):
         layer, sample, head, target, source = index
-        of_source = labels[sample] == source
+        in_source = labels[sample] == source
         masses, entropies = [], []
         for query in np.flatnonzero(labels[sample] == tokens.index(targets[target])):
-            seen = of_source & visible[sample, query]
-            if seen.any():
-                part = weights[layer, sample, head, query, seen].astype(np.float64)
+            visible_sources = in_source & visible[sample, query]
+            if visible_sources.any():
+                part = weights[layer, sample, head, query, visible_sources].astype(np.float64)
                 share = part / part.sum()
                 masses.append(part.sum())
                 entropies.append(-(share * np.log(share)).sum())
@@ -45,14 +49,15 @@ def expected_statistics(
         count[layer, sample, target, source] = len(masses)
     for index in np.ndindex(received.shape):
         layer, sample, head, target, position = index
-        of_target = labels[sample] == tokens.index(targets[target])
-        seeing = of_target & visible[sample, :, position]
-        if seeing.any():
-            received[index] = weights[layer, sample, head, seeing, position].mean()
+        in_target = labels[sample] == tokens.index(targets[target])
+        attending = in_target & visible[sample, :, position]
+        if attending.any():
+            received[index] = weights[layer, sample, head, attending, position].mean()
     return {"mass": mass, "entropy": entropy, "queries": count, "received": received}
 
 
 def check_record(record: Any, expected: dict[str, np.ndarray], atol: float = 1e-5) -> None:
+    """Check that the statistics of a record equal the expected ones."""
     for name, values in expected.items():
         actual = getattr(record, name)
         assert actual.dtype == torch.float32
@@ -60,7 +65,7 @@ def check_record(record: Any, expected: dict[str, np.ndarray], atol: float = 1e-
 
 
 def label_responses(inputs: Inputs, responses: int = 2) -> Inputs:
-    """Marks each row's last tokens as the response."""
+    """Return the inputs with `labels` that mark each row's last tokens as response."""
     last = inputs["attention_mask"].flip(1).cumsum(1).flip(1) <= responses
     response = last & (inputs["attention_mask"] == 1)
     return inputs | {"labels": inputs["input_ids"].masked_fill(~response, -100)}

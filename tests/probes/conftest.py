@@ -1,4 +1,4 @@
-"""Tiny random models, and inputs with the layout traps: either padding, unequal texts, a row without a picture."""
+"""Tiny random models, and inputs with difficult layouts: padding on either side, unequal texts, rows without image."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def text_config(**overrides: Any) -> LlamaConfig:
             "pad_token_id": PAD_TOKEN,
             "bos_token_id": 1,
             "eos_token_id": None,
-            # Ten times the usual scale, for attention that is far from uniform.
+            # Ten times the usual scale, so that attention is far from uniform.
             "initializer_range": 0.2,
         }
         | overrides
@@ -39,7 +39,7 @@ def text_config(**overrides: Any) -> LlamaConfig:
 
 @pytest.fixture
 def make_llava() -> Callable[..., LlavaForConditionalGeneration]:
-    """Builds a LLaVA whose weights depend on the seed alone, so that two implementations can be compared."""
+    """Factory of a LLaVA whose weights depend only on the seed, so that attention implementations can be compared."""
 
     def make(implementation: str = "sdpa", seed: int = 0) -> LlavaForConditionalGeneration:
         torch.manual_seed(seed)
@@ -62,7 +62,7 @@ def make_llava() -> Callable[..., LlavaForConditionalGeneration]:
 
 @pytest.fixture
 def make_llama() -> Callable[..., LlamaForCausalLM]:
-    """Builds a plain causal language model that has been told of an image token."""
+    """Factory of a plain causal language model whose config names an image token."""
 
     def make(implementation: str = "sdpa", seed: int = 0) -> LlamaForCausalLM:
         torch.manual_seed(seed)
@@ -74,7 +74,7 @@ def make_llama() -> Callable[..., LlamaForCausalLM]:
 
 
 def _rows(texts: list[tuple[int, int, int]], side: str) -> dict[str, torch.Tensor]:
-    """Rows of (text before, visual tokens, text after) random tokens, padded to the longest on `side`."""
+    """Return rows of random tokens, given their (text before, visual tokens, text after), padded on `side`."""
     generator = torch.Generator().manual_seed(1)
     length = max(map(sum, texts))
     input_ids = torch.full((len(texts), length), PAD_TOKEN)
@@ -82,9 +82,9 @@ def _rows(texts: list[tuple[int, int, int]], side: str) -> dict[str, torch.Tenso
     for row, (before, visual, after) in enumerate(texts):
         tokens = torch.randint(2, IMAGE_TOKEN, (before + visual + after,), generator=generator)
         tokens[before : before + visual] = IMAGE_TOKEN
-        place = slice(length - len(tokens), None) if side == "left" else slice(0, len(tokens))
-        input_ids[row, place] = tokens
-        attention_mask[row, place] = 1
+        positions = slice(length - len(tokens), None) if side == "left" else slice(0, len(tokens))
+        input_ids[row, positions] = tokens
+        attention_mask[row, positions] = 1
     images = sum(visual > 0 for _, visual, _ in texts)
     pixel_values = torch.randn(images, 3, 8, 8, generator=generator)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values}
@@ -92,7 +92,7 @@ def _rows(texts: list[tuple[int, int, int]], side: str) -> dict[str, torch.Tenso
 
 @pytest.fixture
 def make_inputs() -> Callable[..., dict[str, torch.Tensor]]:
-    """Three rows of unequal text: picture in the middle, picture at the very start, no picture at all."""
+    """Factory of three rows of unequal text: image in the middle, image at the start, and no image."""
 
     def make(side: str = "left") -> dict[str, torch.Tensor]:
         return _rows([(3, PATCHES, 6), (0, PATCHES, 4), (0, 0, 7)], side)
@@ -102,4 +102,5 @@ def make_inputs() -> Callable[..., dict[str, torch.Tensor]]:
 
 @pytest.fixture
 def make_rows() -> Callable[..., dict[str, torch.Tensor]]:
+    """Factory of rows from their (text before, visual tokens, text after)."""
     return _rows
