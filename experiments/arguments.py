@@ -1,4 +1,4 @@
-"""TODO"""
+"""Command lines of `key=value` words, for programs that need no Hydra."""
 
 from __future__ import annotations
 
@@ -6,17 +6,34 @@ from dataclasses import fields
 from typing import Any
 
 
-def request(arguments: list[str], kind: Any) -> Any:
-    """The options of a `kind`, from `key=value` words. Raises ValueError for a word that is none, or an unknown key."""
-    known = [field.name for field in fields(kind)]
-    given = dict(word.partition("=")[::2] for word in arguments)
+def parse_arguments(words: list[str], options: type) -> Any:
+    """Return an options object from a command line.
+
+    Args:
+        words: `key=value` words.
+        options: A dataclass whose fields are strings.
+
+    Raises:
+        ValueError: If a word is not of this form, or names no field.
+    """
+    names = [field.name for field in fields(options)]
+    given = dict(word.partition("=")[::2] for word in words)
     for key in given:
-        if key not in known:
-            raise ValueError(f"no option {key!r}: use {', '.join(known)}, each as {known[0]}=VALUE")
-    return kind(**given)
+        if key not in names:
+            raise ValueError(f"no option {key!r}: use {', '.join(names)}, each as {names[0]}=VALUE")
+    return options(**given)
 
 
-def whole(name: str, text: str) -> int:
+def parse_count(name: str, text: str) -> int:
+    """Return a whole number: at least 0 for `prefusion`, at least 1 for other options.
+
+    Args:
+        name: The option, for the message.
+        text: Its value on the command line.
+
+    Raises:
+        ValueError: If it is not such a number.
+    """
     if not text.isdecimal() or (name != "prefusion" and int(text) == 0):
         raise ValueError(f"{name}: {text!r} is no whole number{'' if name == 'prefusion' else ' above 0'}")
     return int(text)

@@ -1,4 +1,4 @@
-"""TODO"""
+"""The device that models run on, and running them without gradients."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 
-def choose_device(name: str) -> torch.device:
+def select_device(name: str) -> torch.device:
+    """Return the device of a name. "auto" is the first that exists of CUDA, MPS and CPU."""
     if name != "auto":
         return torch.device(name)
     if torch.cuda.is_available():
@@ -20,8 +19,8 @@ def choose_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def inference(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode without gradients."""
+def inference_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Put the model into eval mode and compute no gradients, inside the block."""
     was_training = model.training
     model.eval()
     with torch.inference_mode():

@@ -1,40 +1,65 @@
-"""TODO"""
+"""Errors that wrong input causes, as one line for the terminal."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import NoReturn
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.config.renamed_keys import current_name
 
-def _launcher_hint(error: str) -> str:
-    """A hint to add to Hydra's words where it does not find a launcher."""
-    wanted = "Could not" in error and "hydra/launcher" in error
-    return "; joblib, submitit_local and submitit_slurm come with pip install '.[sweep]'" if wanted else ""
+FULL_ERROR_VARIABLE = "HYDRA_FULL_ERROR"
+INPUT_ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, ImportError)
+"""What wrong input raises. Anything else is a bug, and keeps its traceback."""
 
-
-FULL_ERROR = "HYDRA_FULL_ERROR"
-
-
-_full_error_wanted = os.environ.get(FULL_ERROR) == "1"
+# Read at import: `experiments.run` sets the variable afterwards, so that Hydra raises instead of printing.
+full_error_requested = os.environ.get(FULL_ERROR_VARIABLE) == "1"
 
 
-EXPECTED = (HydraException, OmegaConfBaseException, ValueError, OSError, ImportError)  # what wrong input ends in
-
-
-def stop(error: BaseException | str) -> NoReturn:
-    """End with one line, or with the whole stack where HYDRA_FULL_ERROR=1 asks for it."""
-    if _full_error_wanted and isinstance(error, BaseException):
+def exit_with_error(error: BaseException | str) -> NoReturn:
+    """End the program with one line and status 1, or with the traceback if HYDRA_FULL_ERROR=1 was set."""
+    if full_error_requested and isinstance(error, BaseException):
         raise error
     print(f"error: {one_line(error)}", file=sys.stderr)
     sys.exit(1)
 
 
 def one_line(error: BaseException | str) -> str:
-    """What is wrong, without the parts of Hydra's messages that repeat it."""
+    """Return an error's message as one line.
+
+    Hydra and OmegaConf need several lines for a setting that does not exist, and a missing launcher needs a hint.
+    """
     causes = (error, error.__cause__) if isinstance(error, HydraException) else (error,)
-    text = " ".join(str(cause).split("\nfull_key")[0] for cause in causes if cause is not None)
+    texts = [str(cause) for cause in causes if cause is not None]
+    if key := _unknown_setting("\n".join(texts)):
+        return no_such_setting(key)
+    text = " ".join(re.split(r"\n\s*full_key", text)[0] for text in texts)
     return " ".join((text + _launcher_hint(text)).split())
+
+
+def no_such_setting(key: str) -> str:
+    """Return the message for a setting that does not exist, with its new name if it was renamed.
+
+    Args:
+        key: Its dotted name.
+    """
+    if (new := current_name(key)) != key:
+        return f"{key}: renamed; use {new}"
+    return f"{key}: no such setting; `python -m experiments.run --help` lists all"
+
+
+def _unknown_setting(text: str) -> str | None:
+    """Return the dotted setting that OmegaConf does not know, if this is its message."""
+    if not re.search(r"Key '[^']*' (is )?not in ", text):
+        return None
+    named = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
+    return named[1] if named else None
+
+
+def _launcher_hint(text: str) -> str:
+    wanted = "Could not" in text and "hydra/launcher" in text
+    return "; joblib, submitit_local and submitit_slurm come with pip install '.[sweep]'" if wanted else ""

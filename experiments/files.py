@@ -1,4 +1,4 @@
-"""What tells that files have been written anew since this process read them."""
+"""Files: writing them whole, and noticing that they changed."""
 
 from __future__ import annotations
 
@@ -7,27 +7,34 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-
-def stamps(paths: Iterable[str | None]) -> list[tuple[str, int, int]]:
-    """Name, size in bytes and time in nanoseconds of the files at these paths or right inside them; of what is no path,
-    such as a name on the model hub, nothing."""
-    named = [Path(path) for path in paths if path]
-    files = [file for path in named for file in ([path] if path.is_file() else sorted(path.glob("*")))]
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-
-
 ASSETS = Path(__file__).parent / "assets"
+"""The folder of the models that ship with the project."""
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write aside, then rename: a reader never sees half a file."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as aside:
+    """Write a text file. A reader finds the old file or the whole new one, also after a kill.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as temporary:
         try:
-            aside.write(text)
-            aside.flush()
-            os.fsync(aside.fileno())
+            temporary.write(text)
+            temporary.flush()
+            os.fsync(temporary.fileno())
         except BaseException:
-            os.unlink(aside.name)
+            os.unlink(temporary.name)
             raise
-    os.chmod(aside.name, 0o644)
-    os.replace(aside.name, path)
+    os.chmod(temporary.name, 0o644)
+    os.replace(temporary.name, path)
+
+
+def file_stamps(paths: Iterable[str | None]) -> list[tuple[str, int, int]]:
+    """Return name, size in bytes and modification time in nanoseconds of files, to notice when they change.
+
+    Args:
+        paths: Files, and folders whose direct files are taken. Anything else, such as a hub name, gives nothing.
+    """
+    given = [Path(path) for path in paths if path]
+    files = [file for path in given for file in ([path] if path.is_file() else sorted(path.glob("*")))]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

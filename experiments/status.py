@@ -1,5 +1,5 @@
-"""How the cells of a sweep stand: `python -m experiments.status experiment=table6_prefusion seed=0,1,2`, with the
-overrides of the sweep. Without any but `results=FOLDER`, all records and locks of the results folder."""
+"""Show the status of a sweep's cells: `python -m experiments.status experiment=table6_prefusion seed=0,1,2`, with the
+overrides of the sweep. Without overrides other than `results=FOLDER`, show all records and locks of that folder."""
 
 from __future__ import annotations
 
@@ -14,21 +14,31 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.config import registry, schema
-from experiments.errors import EXPECTED, stop
-from experiments.records.files import read
-from experiments.records.views import describe, failure
-from experiments.sweeps import hydra_api, plan
-from experiments.sweeps.launch import count, standings, states
-from experiments.sweeps.store import Standing, Store
+from experiments.config.registry import register_configs
+from experiments.config.schema import Config
+from experiments.errors import INPUT_ERRORS, exit_with_error
+from experiments.records.files import read_record
+from experiments.records.views import failure_reason, record_label
+from experiments.sweeps.hydra_api import open_hydra
+from experiments.sweeps.launch import cell_statuses, count_cells, summarise_states
+from experiments.sweeps.plan import expand_sweep
+from experiments.sweeps.store import CellStatus, RecordStore
 
 _RESULTS = "results="
 _STYLES = {"finished": "green", "failed": "red", "running": "yellow", "missing": "dim", "unreadable": "red"}
 
 
 @dataclass(frozen=True)
-class Line:
-    """One cell of the table shown: `seconds` it took, or has taken up to now."""
+class StatusLine:
+    """One line of the table.
+
+    Attributes:
+        experiment: The experiment of the cell, "" if it is not known.
+        name: The cell's name.
+        state: Its state, or "unreadable".
+        seconds: How long it took, or has run so far.
+        note: The owner of a running cell, or the reason of a failure.
+    """
 
     experiment: str
     name: str
@@ -38,90 +48,92 @@ class Line:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Show how cells stand. Returns the exit status, 0; wrong input ends the program with one line."""
+    """Show the status of cells.
+
+    Returns:
+        The exit status, 0. Wrong input ends the program with one line.
+    """
     parser = argparse.ArgumentParser(prog="python -m experiments.status", description=__doc__)
     parser.add_argument("overrides", nargs="*", help="as for `python -m experiments.run -m`")
     overrides = parser.parse_args(argv).overrides
-    registry.register()
+    register_configs()
     try:
-        lines = _of_a_sweep(overrides) if any(not o.startswith(_RESULTS) for o in overrides) else _of_all(overrides)
-    except EXPECTED as error:
-        stop(error)
+        lines = _sweep_lines(overrides) if any(not o.startswith(_RESULTS) for o in overrides) else _all_lines(overrides)
+    except INPUT_ERRORS as error:
+        exit_with_error(error)
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(_table(lines))
     console.print(summary(lines), highlight=False)
     return 0
 
 
-def _of_a_sweep(overrides: Sequence[str]) -> list[Line]:
-    with hydra_api.hydra() as hydra:
-        _, jobs = plan.expand(hydra, overrides)
-    found = standings(jobs)
-    named = {job.cell.id: (job.cell.config.name, job.name) for job in jobs if job.cell}
-    return [_line(*named[identity], standing) for identity, standing in found.items()]
-
-
-def _of_all(overrides: Sequence[str]) -> list[Line]:
-    folder = overrides[-1].removeprefix(_RESULTS) if overrides else schema.Config.results
-    store = Store(folder)
-    if not store.records.is_dir():
-        raise FileNotFoundError(f"no records in '{store.records}': name another folder with {_RESULTS}FOLDER")
-    return sorted(_stored(store), key=lambda line: (line.experiment, line.name))
-
-
-def _stored(store: Store) -> Iterator[Line]:
-    names = {path.stem for path in store.records.glob("*.json")}
-    for name in sorted(names | set(store.locked())):
-        standing = store.standing(name)
-        record = standing.record
-        if record or standing.state != "missing":
-            yield _line(record["experiment"] if record else "", describe(record) if record else name, standing)
-        elif name in names:
-            try:
-                read(store.path(name))
-                reason = "its name is not that of its cell"
-            except (OSError, ValueError) as error:
-                reason = str(error)
-            yield Line("", f"{name}.json", "unreadable", None, reason)
-
-
-def _line(experiment: str, name: str, standing: Standing) -> Line:
-    seconds, note = None, ""
-    if standing.state == "running" and standing.owner:
-        seconds, note = time.time() - standing.owner.since, str(standing.owner)
-    elif standing.record:
-        seconds = standing.record["provenance"].get("seconds")
-        note = failure(standing.record).removeprefix("failed: ") if standing.state == "failed" else ""
-    return Line(experiment, name, standing.state, seconds, note)
-
-
-def summary(lines: Sequence[Line]) -> str:
-    """How many cells are in which state, and how long the rest will take the processes that now run, or one."""
-    text = f"{count(len(lines))}: {states([line.state for line in lines])}"
-    took = [line.seconds for line in lines if line.state == "finished" and line.seconds is not None]
+def summary(lines: Sequence[StatusLine]) -> str:
+    """Return how many cells are in each state, and the time left for the processes that run now, or for one."""
+    text = f"{count_cells(len(lines))}: {summarise_states([line.state for line in lines])}"
+    durations = [line.seconds for line in lines if line.state == "finished" and line.seconds is not None]
     running = [line.seconds or 0.0 for line in lines if line.state == "running"]
     missing = sum(line.state == "missing" for line in lines)
-    if not took or not (running or missing):
+    if not durations or not (running or missing):
         return text
-    mean = sum(took) / len(took)
+    mean = sum(durations) / len(durations)
     left = missing * mean + sum(max(mean - seconds, 0.0) for seconds in running)
     processes = max(len(running), 1)
     return (
-        f"{text}\n{_time(mean)} a cell; about {_time(left / processes)} left for "
+        f"{text}\n{_duration(mean)} a cell; about {_duration(left / processes)} left for "
         f"{processes} process{'es' * (processes > 1)}"
     )
 
 
-def _table(lines: Sequence[Line]) -> Table:
+def _sweep_lines(overrides: Sequence[str]) -> list[StatusLine]:
+    with open_hydra() as hydra:
+        _, jobs = expand_sweep(hydra, overrides)
+    names = {job.cell.id: (job.cell.config.name, job.name) for job in jobs if job.cell}
+    return [_line(*names[identity], status) for identity, status in cell_statuses(jobs).items()]
+
+
+def _all_lines(overrides: Sequence[str]) -> list[StatusLine]:
+    store = RecordStore(overrides[-1].removeprefix(_RESULTS) if overrides else Config.results)
+    if not store.records.is_dir():
+        raise FileNotFoundError(f"no records in '{store.records}': name another folder with {_RESULTS}FOLDER")
+    return sorted(_stored_lines(store), key=lambda line: (line.experiment, line.name))
+
+
+def _stored_lines(store: RecordStore) -> Iterator[StatusLine]:
+    recorded = {path.stem for path in store.records.glob("*.json")}
+    for identity in sorted(recorded | set(store.locked())):
+        status = store.status(identity)
+        record = status.record
+        if record or status.state != "missing":
+            yield _line(record["experiment"] if record else "", record_label(record) if record else identity, status)
+        elif identity in recorded:
+            try:
+                read_record(store.path(identity))
+                reason = "its name is not the identity of its cell"
+            except (OSError, ValueError) as error:
+                reason = str(error)
+            yield StatusLine("", f"{identity}.json", "unreadable", None, reason)
+
+
+def _line(experiment: str, name: str, status: CellStatus) -> StatusLine:
+    seconds, note = None, ""
+    if status.state == "running" and status.owner:
+        seconds, note = time.time() - status.owner.since, str(status.owner)
+    elif status.record:
+        seconds = status.record["provenance"].get("seconds")
+        note = failure_reason(status.record).removeprefix("failed: ") if status.state == "failed" else ""
+    return StatusLine(experiment, name, status.state, seconds, note)
+
+
+def _table(lines: Sequence[StatusLine]) -> Table:
     table = Table("experiment", "cell", "state", "time", "")
     for line in lines:
         state = f"[{_STYLES[line.state]}]{line.state}[/]"
-        time_ = "" if line.seconds is None else _time(line.seconds)
-        table.add_row(escape(line.experiment), escape(line.name), state, time_, escape(line.note))
+        duration = "" if line.seconds is None else _duration(line.seconds)
+        table.add_row(escape(line.experiment), escape(line.name), state, duration, escape(line.note))
     return table
 
 
-def _time(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 

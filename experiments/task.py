@@ -1,4 +1,4 @@
-"""TODO"""
+"""The function that Hydra calls for one job: a cell or a benchmark."""
 
 from __future__ import annotations
 
@@ -10,56 +10,67 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.cell import Cell
-from experiments.config import plain, rows, schema
-from experiments.errors import EXPECTED, _full_error_wanted, stop
-from experiments.sweeps import plan
-from experiments.sweeps.distributed import first
-from experiments.sweeps.plan import identify, measured
-from experiments.sweeps.runner import attempt
-from experiments.sweeps.store import ResultsError, Standing, Store
+from experiments.config.plain import to_plain
+from experiments.config.rows import register_resolvers
+from experiments.config.schema import Config
+from experiments.errors import INPUT_ERRORS, exit_with_error, full_error_requested
+from experiments.sweeps.distributed import is_main_process
+from experiments.sweeps.plan import identify_cell, is_benchmark, select_row
+from experiments.sweeps.runner import run_if_needed
+from experiments.sweeps.store import CellStatus, RecordStore, ResultsFolderError
 
 log = logging.getLogger(__name__)
 
 
-def job(config: DictConfig) -> None:
-    """One run by Hydra's hand. Alone it ends the program with one line where it cannot be had; in a sweep it goes on to
-    the next, unless the results folder cannot be written."""
-    rows.register()  # launchers run this in processes of their own
-    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+def run_job(config: DictConfig) -> None:
+    """Run one Hydra job.
+
+    Outside a sweep, exit with a one-line error if the configuration is invalid or the cell failed. Inside a sweep, raise,
+    so that the next job runs, unless the results folder cannot be written.
+
+    Args:
+        config: The composed configuration.
+    """
+    register_resolvers()  # launchers call this in processes of their own
+    hydra = HydraConfig.get()
+    sweeping = hydra.mode == RunMode.MULTIRUN
     try:
-        if measured(config):
-            _measure(config)
+        if is_benchmark(config):
+            _run_benchmark(config, hydra.overrides.task)
         else:
-            cell = identify(config)
-            standing = attempt(cell, sweeping)
-            if first() and not sweeping:
-                _tell(cell, standing)
-    except EXPECTED as error:
-        if sweeping and not isinstance(error, ResultsError):
+            cell = identify_cell(config, hydra.overrides.task)
+            status = run_if_needed(cell, record_input_errors=sweeping)
+            if is_main_process() and not sweeping:
+                _report(cell, status)
+    except INPUT_ERRORS as error:
+        if sweeping and not isinstance(error, ResultsFolderError):
             raise
-        stop(error)  # here already: Hydra would add a line of its own
+        exit_with_error(error)  # here and not in main: Hydra would add a line of its own
 
 
-def _measure(config: DictConfig) -> None:
+def _run_benchmark(config: DictConfig, overrides: list[str]) -> None:
     from experiments.benchmarks.model_cost.run import run_cost
-    from experiments.benchmarks.probe_overhead import run_bench
+    from experiments.benchmarks.probe_overhead import run_overhead_benchmark
 
-    config = plan.choose(config)
-    typed: schema.Config = OmegaConf.to_object(config)  # type: ignore[assignment]
-    for part, run in ((typed.bench, run_bench), (typed.cost, run_cost)):
-        if part is not None:
-            log.info("\n".join(map(str, run(typed, plain.resolved(config)))))
+    config = select_row(config, overrides)
+    typed: Config = OmegaConf.to_object(config)  # type: ignore[assignment]
+    for settings, run in ((typed.bench, run_overhead_benchmark), (typed.cost, run_cost)):
+        if settings is not None:
+            log.info("\n".join(map(str, run(typed, to_plain(config)))))
 
 
-def _tell(cell: Cell, standing: Standing) -> None:
-    path = Store(cell.config.results).path(cell.id)
-    if standing.state == "failed":
-        assert standing.record
-        if _full_error_wanted:
-            print(standing.record["traceback"], file=sys.stderr)
-        stop(f"{cell.label} failed: {standing.record['error']} (traceback in {path}; --retry-failed runs it again)")
-    if standing.state == "running":
-        stop(f"{cell.label} is being run by {standing.owner or 'another process'}")
+def _report(cell: Cell, status: CellStatus) -> None:
+    """Log the record and the figures of a finished cell, or exit with the reason why there is none."""
+    path = RecordStore(cell.config.results).path(cell.id)
+    if status.state == "failed":
+        assert status.record
+        if full_error_requested:
+            print(status.record["traceback"], file=sys.stderr)
+        exit_with_error(
+            f"{cell.label} failed: {status.record['error']} (traceback in {path}; --retry-failed runs it again)"
+        )
+    if status.state == "running":
+        exit_with_error(f"{cell.label} is being run by {status.owner or 'another process'}")
     from experiments.report.figures.record import draw_record
 
     log.info("record %s%s", path, "".join(f"\nfigure {figure}" for figure in draw_record(path)))

@@ -1,1 +1,1 @@
-"""The configuration of one experiment: its schema, what Hydra is told of it, and its identity."""
+"""Settings: their schema, their registration with Hydra, and the identity of a cell."""

@@ -1,8 +1,9 @@
-"""TODO"""
+"""Configurations as plain containers, which records hold, and back."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,31 +14,56 @@ from experiments.config.schema import DATA, MODELS, Config
 _NOT_RECORDED = ("rows", "row", "retry_failed")
 
 
-def resolved(config: Config | DictConfig) -> dict[str, Any]:
-    """Plain containers with every interpolation resolved, of a configuration whose row has been chosen.
+def to_plain(config: Config | DictConfig) -> dict[str, Any]:
+    """Return a configuration as nested dicts and lists, with every interpolation resolved.
+
+    Args:
+        config: A configuration whose table row has been applied.
 
     Raises:
-        omegaconf.MissingMandatoryValue: if a field that has no default was not given.
+        omegaconf.MissingMandatoryValue: If a required setting is missing.
     """
     plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items() if key not in _NOT_RECORDED}
 
 
-def typed(plain: dict[str, Any]) -> Config:
-    """The configuration that `resolved` gave these containers of: what a record holds becomes what ran. Settings that a
-    record lacks have their defaults.
+def unknown_settings(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted settings of a configuration that its schema does not have. Hydra's `+` and `++` can add such.
+
+    Args:
+        config: The configuration.
+        prefix: The dotted name of its group, with a final dot.
+    """
+    schema = OmegaConf.get_type(config)
+    if not is_dataclass(schema):
+        return  # rows and other free-form parts
+    names = {field.name for field in fields(schema)}
+    for key in config:
+        if key not in names:
+            yield f"{prefix}{key}"
+        elif OmegaConf.is_dict(config) and not OmegaConf.is_missing(config, key):
+            node = config._get_node(key)
+            if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation():
+                yield from unknown_settings(node, f"{prefix}{key}.")
+
+
+def from_plain(plain: dict[str, Any]) -> Config:
+    """Return the typed configuration that `to_plain` made these containers of. Missing settings get their defaults.
+
+    Args:
+        plain: Nested containers with today's names (`experiments.config.renamed_keys.migrate`).
 
     Raises:
-        ValueError: if there are settings that this version does not know.
+        ValueError: If there is a setting that this version does not know.
     """
     schema = OmegaConf.structured(Config)
-    for part, kinds in (("model", MODELS), ("data", DATA)):
-        given = set(plain.get(part, {}))
-        kind = next((kind for kind in kinds.values() if given <= {field.name for field in fields(kind)}), None)
-        if kind is None:
-            raise ValueError(f"{part}: no kind of it has the settings {', '.join(sorted(given))}")
-        schema[part] = kind
+    for group, classes in (("model", MODELS), ("data", DATA)):
+        given = set(plain.get(group, {}))
+        matching = (each for each in classes.values() if given <= {field.name for field in fields(each)})
+        schema[group] = next(matching, None)
+        if schema[group] is None:
+            raise ValueError(f"{group}: no {group} configuration has the settings {', '.join(sorted(given))}")
     try:
         return OmegaConf.to_object(OmegaConf.merge(schema, plain))  # type: ignore[return-value]
     except OmegaConfBaseException as error:

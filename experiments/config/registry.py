@@ -1,10 +1,11 @@
-"""TODO"""
+"""Registration of the schema and of the resolvers with Hydra."""
 
 from __future__ import annotations
 
 from hydra.core.config_store import ConfigStore
 
-from experiments.config import rows
+from experiments.config.documentation import register_help
+from experiments.config.rows import register_resolvers
 from experiments.config.schema import (
     DATA,
     MODELS,
@@ -17,9 +18,10 @@ from experiments.config.schema import (
 )
 
 
-def register() -> None:
-    """Make the classes and the resolver known to Hydra, under the names that conf/ refers to."""
-    rows.register()
+def register_configs() -> None:
+    """Register the schema and the resolvers, under the names that the files in conf/ use."""
+    register_resolvers()
+    register_help()
     store = ConfigStore.instance()
     store.store("schema", Config)
     groups: dict[str, dict[str, type]] = {
@@ -31,6 +33,6 @@ def register() -> None:
         "train": {"": TrainConfig},
         "probe": {"": ProbeConfig},
     }
-    for group, nodes in groups.items():
-        for name, node in nodes.items():
-            store.store(f"schema_{name}" if name else "schema", node, group=group)
+    for group, classes in groups.items():
+        for name, config in classes.items():
+            store.store(f"schema_{name}" if name else "schema", config, group=group)

@@ -1,8 +1,8 @@
-"""The rows of an ablation table, as conf/experiment/ lists them: which settings each has, and what the paper prints.
+"""The rows of an ablation table, as the files in conf/experiment/ list them.
 
-An experiment's `rows` are the table. Each row has a `label`, maybe `paper` (what the paper prints in this row, by task), and
-dotted keys of the configuration with their values; all rows name the same keys. The first row is the baseline. `row=2`
-runs the third, and `-m` all of them.
+Each row has a `label`, maybe `paper` (the values that the paper prints in this row, by benchmark), and dotted settings
+with their values; all rows name the same settings. The first row is the baseline. `row=2` runs the third row, and `-m`
+all of them.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-PAPER_GRID = 24  # patches a side of the paper's CLIP tower at 336 pixels
+PAPER_GRID = 24
+"""Patches per side of the paper's CLIP vision tower at 336 pixels."""
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One row of a table.
 
-    Args:
-        settings: Dotted keys of the configuration and their values.
-        paper: What the paper prints in this row: a number by task, `tflops` among them.
+    Attributes:
+        label: Its name in the table.
+        settings: Dotted settings and their values.
+        paper: What the paper prints in this row, by benchmark, and `tflops`.
     """
 
     label: str
@@ -31,47 +33,54 @@ class Row:
     paper: dict[str, float] = field(default_factory=dict)
 
 
-def read(name: str, rows: Any) -> list[Row]:
-    """The rows of experiment `name` from plain containers.
+def read_rows(experiment: str, rows: Any) -> list[TableRow]:
+    """Return the rows of a table.
+
+    Args:
+        experiment: Its name, for error messages.
+        rows: The `rows` of its file, as plain containers.
 
     Raises:
-        ValueError: if they are no table.
+        ValueError: If these are not rows of one table.
     """
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) and "label" in row for row in rows):
-        raise ValueError(f"experiment {name}: rows must be a list of mappings, each with a label")
-    found = [
-        Row(
+        raise ValueError(f"experiment {experiment}: rows must be a list of mappings, each with a label")
+    table = [
+        TableRow(
             str(row["label"]),
             {key: row[key] for key in row if key not in ("label", "paper")},
             dict(row.get("paper", {})),
         )
         for row in rows
     ]
-    for row in found:
-        if different := sorted(row.settings.keys() ^ found[0].settings.keys()):
+    for row in table:
+        if different := sorted(row.settings.keys() ^ table[0].settings.keys()):
             raise ValueError(
-                f"experiment {name}: all rows name the same settings, but '{row.label}' differs in {different[0]}"
+                f"experiment {experiment}: row '{row.label}' differs from the first in {different[0]}; all rows must "
+                "name the same settings"
             )
-    return found
+    return table
 
 
-def scaled(grid: int | None, size: int, resolution: int = 1) -> int:
-    """`${scaled:...}` in a config: the C for a tower of `grid` x `grid` patches that stands for the paper's C of 24 x 24.
+def scaled_size(grid: int | None, size: int, resolution: int = 1) -> int:
+    """Return the size C for a model's grid that stands for a size of the paper: the resolver `${scaled:...}`.
 
-    grid^(ln C / ln 24), rounded: one token stays one, all stay all, and what lies between keeps its place on a
-    logarithmic scale. `resolution` is the number of tiles a side, which multiplies both grids.
+    The result is grid^(ln C / ln 24), rounded. One token stays one, all tokens stay all, and a size in between keeps its
+    place on a logarithmic scale.
+
+    Args:
+        grid: Patches per side of the model's vision tower.
+        size: C in the paper, whose grid is 24 x 24.
+        resolution: Tiles per side, which multiply both grids.
 
     Raises:
-        ValueError: if the grid is not known.
+        ValueError: If the grid is not known.
     """
     if grid is None:
-        raise ValueError(
-            "model.grid: say how many patches a side the vision tower has, since this experiment scales by it"
-        )
-    here, paper = grid * resolution, PAPER_GRID * resolution
-    return round(here ** (math.log(size) / math.log(paper)))
+        raise ValueError("model.grid: missing; this table scales sizes by the patches per side of the vision tower")
+    return round((grid * resolution) ** (math.log(size) / math.log(PAPER_GRID * resolution)))
 
 
-def register() -> None:
-    """Make `${scaled:...}` known to OmegaConf."""
-    OmegaConf.register_new_resolver("scaled", scaled, replace=True)
+def register_resolvers() -> None:
+    """Register `${scaled:...}` with OmegaConf."""
+    OmegaConf.register_new_resolver("scaled", scaled_size, replace=True)

@@ -1,7 +1,12 @@
-"""The typed configuration of one cell. Hydra refuses what does not fit these classes before anything runs."""
+"""The settings of one cell: name, type, default and meaning of each.
+
+Hydra refuses a value of the wrong type before anything runs. `python -m experiments.run --help` and docs/settings.md are
+made from the help texts here.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,127 +14,157 @@ from omegaconf import MISSING
 
 TRAIN_CHOICES = {
     "trainable": ("all", "projector"),
-    "optimizer": ("adamw", "muon"),
-    "schedule": ("cosine", "linear", "constant", "constant_with_warmup"),
+    "optim": ("adamw", "muon"),
+    "lr_scheduler_type": ("cosine", "linear", "constant", "constant_with_warmup"),
 }
-
-
 REDUCTIONS = ("none", "fastv", "vtw", "pyramid_drop")
+PREFUSION_LOCATIONS = ("outside", "inside")
 
 
-PREFUSION_PLACES = ("outside", "inside")
+def setting(default: Any, help: str) -> Any:
+    """Return a dataclass field with a help text, as transformers' HfArgumentParser has them.
+
+    Args:
+        default: The default value. A list is copied for each configuration; `MISSING` marks a required setting.
+        help: One line that says what the setting is, with its unit.
+    """
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def group(config: type, help: str) -> Any:
+    """Return a dataclass field that holds a group of settings with their defaults."""
+    return field(default_factory=config, metadata={"help": help})
+
+
+def require_at_least(prefix: str, config: Any, bounds: Mapping[str, float]) -> None:
+    """Check lower bounds of settings.
+
+    Args:
+        prefix: The settings' group, for the message: "train".
+        config: The object that holds them.
+        bounds: The least value of each setting. A list is checked entry by entry; a missing value is not checked.
+
+    Raises:
+        ValueError: If a value is below its bound.
+    """
+    for name, bound in bounds.items():
+        value = getattr(config, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number != MISSING and not number >= bound:
+                raise ValueError(f"{prefix}.{name}: must be at least {bound}, found {number}")
 
 
 @dataclass
 class ModelConfig:
-    """Where a LLaVA comes from. `name` is what tables call it."""
+    """The LLaVA that a cell starts from."""
 
-    name: str = MISSING
-    dtype: str = "float32"  # any torch dtype: float32, bfloat16, float16
-    attention: str = "sdpa"  # sdpa, eager, flash_attention_2
-    # patches a side of the vision tower, for tables whose sizes scale with it; a joined model scales pictures to have them
-    grid: int | None = None
+    name: str = setting(MISSING, "name of the model in tables")
+    dtype: str = setting("float32", "torch dtype of the weights: float32, bfloat16 or float16")
+    attention: str = setting("sdpa", "attention implementation: sdpa, eager or flash_attention_2")
+    grid: int | None = setting(
+        None, "patches per side of the vision tower; tables scale sizes by it, and a joined model resizes images to it"
+    )
 
 
 @dataclass
 class CheckpointModel(ModelConfig):
-    """A saved LLaVA or LLaVA-Mini: a folder, a name on the model hub, or `asset:NAME` for one that ships with the
-    project."""
+    """A saved LLaVA or LLaVA-Mini."""
 
-    path: str = MISSING
+    path: str = setting(MISSING, "folder, model hub name, or asset:NAME for a model that ships with the project")
 
 
 @dataclass
 class JoinedModel(ModelConfig):
-    """A LLaVA made of a vision directory and a language directory, with a projector drawn from the seed."""
+    """A LLaVA made of a vision model and a language model, with a projector initialised from the seed."""
 
-    vision: str = MISSING
-    language: str = MISSING
-    vision_layer: int = -2
-    adapter: str | None = None  # the folder of one that training with `train.lora` left
+    vision: str = setting(MISSING, "folder or hub name of the vision model")
+    language: str = setting(MISSING, "folder or hub name of the language model")
+    vision_layer: int = setting(-2, "hidden states of the vision tower that the projector reads; -2 is the second last")
+    adapter: str | None = setting(None, "folder of an adapter that training with train.lora_rank saved")
 
 
 @dataclass
 class TrainConfig:
-    """What transformers' Trainer is given. `steps` or `epochs` of 0 trains nothing.
+    """Training by transformers' Trainer. Settings that are Trainer's own have its names.
 
     Raises:
-        ValueError: if a field is out of its range, or does not go with another.
+        ValueError: If a value is out of range, or two settings exclude each other.
     """
 
-    steps: int = 0
-    epochs: int = 0  # counted instead where steps is 0
-    trainable: str = "all"  # all: all but the vision tower; projector: the projector alone
-    train_vision: bool = False  # the vision tower too
-    lora: int = 0  # rank of adapters in the language model, which itself then stays as it is; 0 for none
-    optimizer: str = "adamw"  # adamw, or muon (experiments/training/optimizers.py)
-    batch_size: int = 32  # conversations a step, over all processes and accumulation steps
-    micro_batch: int = 0  # conversations a process takes at once, gradients adding up over a step; 0 for all of its own
-    group_by_length: bool = False  # those taken at once are of like length
-    learning_rate: float = 1e-3
-    projector_learning_rate: float | None = None  # where it has one of its own
-    prefusion_learning_rate: float | None = None  # likewise: what has learned already bears less than what is new
-    warmup: float = 20  # steps; below 1 a share of all
-    schedule: str = "cosine"
-    weight_decay: float = 0.01
-    adam_beta2: float = 0.98
-    max_grad_norm: float = 1.0  # longer gradients are cut to it; 0 cuts none
-    bf16: bool = False
-    save_every: int = 100  # steps between checkpoints that a cut run resumes from
+    max_steps: int = setting(0, "optimizer steps; with 0, num_train_epochs counts; with both 0 nothing is trained")
+    num_train_epochs: int = setting(0, "epochs, if max_steps is 0")
+    trainable: str = setting("all", "all: everything but the vision tower; projector: the projector alone")
+    train_vision: bool = setting(False, "also train the vision tower")
+    lora_rank: int = setting(0, "rank of LoRA adapters in the language model, whose weights stay fixed; 0 for none")
+    optim: str = setting("adamw", "adamw, or muon (experiments/training/optimizers.py)")
+    batch_size: int = setting(32, "conversations per optimizer step, over all processes and accumulation steps")
+    per_device_train_batch_size: int = setting(
+        0, "conversations per forward pass of a process; gradients accumulate over a step; 0 for all of its own"
+    )
+    group_by_length: bool = setting(False, "sort the conversations of each step by length, for less padding")
+    learning_rate: float = setting(1e-3, "peak learning rate")
+    projector_learning_rate: float | None = setting(None, "learning rate of the projector, if another")
+    prefusion_learning_rate: float | None = setting(
+        None, "learning rate of the pre-fusion layers, if another: pretrained layers tolerate less than new ones"
+    )
+    warmup_steps: float = setting(20, "warm-up steps; below 1 a share of all steps")
+    lr_scheduler_type: str = setting("cosine", "cosine, linear, constant or constant_with_warmup")
+    weight_decay: float = setting(0.01, "weight decay")
+    adam_beta2: float = setting(0.98, "second moment decay of AdamW")
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0 for no clipping")
+    bf16: bool = setting(False, "train in bfloat16 autocast")
+    save_steps: int = setting(100, "steps between checkpoints, from which an interrupted run resumes")
 
     def __post_init__(self) -> None:
-        least = {"batch_size": 1, "save_every": 1} | dict.fromkeys(
-            ("steps", "epochs", "lora", "micro_batch", "warmup", "weight_decay", "adam_beta2", "max_grad_norm"), 0
-        )
-        for name, bound in least.items():
-            if not getattr(self, name) >= bound:
-                raise ValueError(f"train.{name}: must be at least {bound}, found {getattr(self, name)}")
+        counts = ("max_steps", "num_train_epochs", "lora_rank", "per_device_train_batch_size", "warmup_steps")
+        bounds = dict.fromkeys((*counts, "weight_decay", "adam_beta2", "max_grad_norm"), 0)
+        require_at_least("train", self, bounds | {"batch_size": 1, "save_steps": 1})
         own_rates = ("projector_learning_rate", "prefusion_learning_rate")
         for name in ("learning_rate", *own_rates):
             rate = getattr(self, name)
             if rate is not None and not rate > 0:
                 raise ValueError(f"train.{name}: must be more than 0, found {rate}")
-            if name in own_rates and rate is not None and self.optimizer != "adamw":
-                raise ValueError(f"train.{name}: only adamw knows one; leave it out or use adamw")
+            if name in own_rates and rate is not None and self.optim != "adamw":
+                raise ValueError(f"train.{name}: train.optim={self.optim} has one rate for all; leave it out")
         if self.adam_beta2 >= 1:
             raise ValueError(f"train.adam_beta2: must be below 1, found {self.adam_beta2}")
         for name, choices in TRAIN_CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"train.{name}: no '{getattr(self, name)}'; use {' or '.join(choices)}")
-        if self.trainable == "projector" and (self.lora or self.train_vision):
-            raise ValueError("train.trainable: 'projector' trains the projector alone; leave out lora and train_vision")
-        if self.lora and self.train_vision:
-            raise ValueError("train.lora: adapters leave the vision tower as it is; leave out train_vision")
+                raise ValueError(f"train.{name}: unknown '{getattr(self, name)}'; use {' or '.join(choices)}")
+        if self.trainable == "projector" and (self.lora_rank or self.train_vision):
+            raise ValueError("train.trainable: 'projector' trains nothing else; leave out lora_rank and train_vision")
+        if self.lora_rank and self.train_vision:
+            raise ValueError("train.lora_rank: adapters keep the vision tower fixed; leave out train_vision")
 
     @property
     def trains(self) -> bool:
-        return self.steps > 0 or self.epochs > 0
+        """Whether anything is trained."""
+        return self.max_steps > 0 or self.num_train_epochs > 0
 
 
 @dataclass
 class ScratchModel(ModelConfig):
-    """A small LLaVA with nothing learned; see experiments/models/scratch.py."""
+    """A small LLaVA with random weights, pretrained in two stages (experiments/models/scratch.py)."""
 
-    patch: int = 8  # pixels a side
-    width: int = 128
-    layers: int = 6
-    vocabulary: int = 512  # at most
-    tower: TrainConfig = field(
-        default_factory=TrainConfig
-    )  # first it learns to see (experiments/training/vision_pretraining.py),
-    describe: TrainConfig = field(default_factory=TrainConfig)  # then to say what is where; the cell's training is last
+    patch: int = setting(8, "pixels per side of a patch")
+    width: int = setting(128, "width of the hidden states")
+    layers: int = setting(6, "layers of the language model")
+    vocabulary: int = setting(512, "tokens of the vocabulary, at most")
+    vision_pretraining: TrainConfig = group(TrainConfig, "first stage: the vision tower learns to name shapes")
+    caption_pretraining: TrainConfig = group(TrainConfig, "second stage: the model learns to describe images")
 
 
 @dataclass
 class CompressorConfig:
-    """LLaVA-Mini's compressor (paper section 4.1). `none` hands all patches to the language model."""
+    """LLaVA-Mini's compression module (paper section 4.1). Where paper and released code differ, defaults are the code's."""
 
-    name: str = "none"
-    size: int = 1  # C: the language model sees C x C tokens; 0 for none
-    # where paper and released code differ, the code's (llava_mini/configuration.py)
-    before_projection: bool = True
-    attention: str = "multi_head"  # of the compressor `query`: multi_head or bare
-    positions: str = "query_grid"  # of the compressor `query`: query_grid or own_grid
+    name: str = setting("none", "compressor of the visual tokens; none gives all patches to the language model")
+    size: int = setting(1, "C: the language model gets C x C visual tokens; 0 for none")
+    before_projection: bool = setting(True, "compress the vision tower's features, before the projector")
+    attention: str = setting("multi_head", "attention of compressor query: multi_head or bare")
+    positions: str = setting("query_grid", "positions of compressor query: query_grid or own_grid")
 
 
 @dataclass
@@ -137,237 +172,233 @@ class PrefusionConfig:
     """LLaVA-Mini's modality pre-fusion (paper section 4.1). 0 layers and no compressor is plain LLaVA.
 
     Raises:
-        ValueError: if a field is out of its range.
+        ValueError: If a value is out of range.
     """
 
-    layers: int = 0
-    init: str = "language_model"  # copy its first layers; identity: a copy that gives zero at first; or fresh
-    visual_tokens: bool = True  # they go through it too, as in the released code; not in the paper's equation 3
-    place: str = "outside"  # ahead of the language model, or inside: its own first layers see the patches (Table 12)
+    layers: int = setting(0, "pre-fusion layers")
+    init: str = setting(
+        "language_model", "initial weights: language_model (its first layers), identity (adds zero at first) or fresh"
+    )
+    visual_tokens: bool = setting(True, "compressed tokens pass through pre-fusion too (code; not in equation 3)")
+    location: str = setting("outside", "outside: before the language model; inside: its own first layers (Table 12)")
 
     def __post_init__(self) -> None:
-        if self.place not in PREFUSION_PLACES:
-            raise ValueError(f"prefusion.place: no '{self.place}'; use {' or '.join(PREFUSION_PLACES)}")
-        if self.place == "inside" and self.layers < 1:
+        if self.location not in PREFUSION_LOCATIONS:
+            use = " or ".join(PREFUSION_LOCATIONS)
+            raise ValueError(f"prefusion.location: unknown '{self.location}'; use {use}")
+        if self.location == "inside" and self.layers < 1:
             raise ValueError(f"prefusion.layers: must be at least 1 inside the language model, found {self.layers}")
 
 
 @dataclass
 class ReductionConfig:
-    """Visual tokens dropped inside the language model while it answers (experiments/models/token_reduction.py). Layers count from 0.
+    """A method that drops visual tokens inside the language model while it answers (experiments/models/token_reduction.py).
 
     Raises:
-        ValueError: if a field is out of its range, or does not go with the method.
+        ValueError: If a value is out of range, or the method has no such setting.
     """
 
-    name: str = "none"  # or fastv, vtw, pyramid_drop
-    layers: list[int] = field(default_factory=list)  # the first that run on fewer tokens: fastv and vtw have one
-    of: int = 0  # layers of the model that `layers` are of, and are scaled from; 0 for the model at hand
-    keep: float = 0.0  # share of the tokens that stays; of pyramid_drop's, each time
+    name: str = setting("none", "none, fastv, vtw or pyramid_drop")
+    layers: list[int] = setting([], "first layers that run on fewer tokens, counted from 0; fastv and vtw have one")
+    reference_depth: int = setting(
+        0,
+        "depth of the model that `layers` was published for; layers are scaled from it to the model's; 0 for as given",
+    )
+    keep: float = setting(
+        0.0, "share of the visual tokens that stays; for pyramid_drop the share at each of its layers"
+    )
 
     def __post_init__(self) -> None:
         if self.name not in REDUCTIONS:
-            raise ValueError(f"reduction.name: no '{self.name}'; use {', '.join(REDUCTIONS)}")
+            raise ValueError(f"reduction.name: unknown '{self.name}'; use {', '.join(REDUCTIONS)}")
         if self.name == "none" and self.layers:
-            raise ValueError("reduction.layers: 'none' drops nothing; leave them out, or choose a method")
+            raise ValueError(f"reduction.layers: method 'none' drops nothing; leave out {self.layers} or name a method")
         if self.name in ("fastv", "vtw") and len(self.layers) != 1:
             raise ValueError(f"reduction.layers: {self.name} drops tokens once; name one layer, found {self.layers}")
         if self.name == "pyramid_drop" and not self.layers:
-            raise ValueError("reduction.layers: pyramid_drop needs at least one layer to drop tokens at")
-        if self.of < 0:
-            raise ValueError(f"reduction.of: must be at least 0, found {self.of}")
+            raise ValueError("reduction.layers: pyramid_drop needs at least one layer, found []")
+        require_at_least("reduction", self, {"reference_depth": 0})
         if self.name in ("none", "vtw") and self.keep:
-            raise ValueError(f"reduction.keep: {self.name} has no share to keep; leave it out, found {self.keep}")
+            raise ValueError(f"reduction.keep: method '{self.name}' keeps no share; leave it out, found {self.keep}")
         if not 0 <= self.keep < 1:
-            raise ValueError(f"reduction.keep: a share from 0 to below 1, found {self.keep}")
+            raise ValueError(f"reduction.keep: must be at least 0 and below 1, found {self.keep}")
 
 
 @dataclass
 class BudgetConfig:
-    """Has the settings of a method chosen for it: the dearest within a share of LLaVA's FLOPs (experiments/sweeps/budget.py)."""
+    """A FLOPs budget: the method's most costly setting within it is used (experiments/sweeps/budget.py)."""
 
-    method: str = "none"  # a compressor, without pre-fusion, or a reduction
-    share: float = 1.0
-    text: int = 40  # tokens of the prompt that are no picture
+    method: str = setting("none", "a compressor (then without pre-fusion) or a reduction; none for no budget")
+    share: float = setting(1.0, "budget as a share of LLaVA's FLOPs")
+    text_tokens: int = setting(40, "text tokens of the prompt that FLOPs are counted for")
 
 
 @dataclass
 class DataConfig:
-    name: str = MISSING
-    train: int = 0  # images to train on; 0 takes all where the set is finite
-    test: int = 0  # images to test on; 0 takes all where the set is finite
-    seed: int = 0
+    """A data set with a training and a test split."""
+
+    name: str = setting(MISSING, "name of the data set in tables")
+    train_samples: int = setting(0, "training samples (images with their questions); 0 for all of a finite set")
+    test_samples: int = setting(0, "test samples, one question asked of each; 0 for all of a finite set")
+    seed: int = setting(0, "seed of generated data")
 
 
 @dataclass
 class ShapesRounds:
-    """How many questions of each kind are asked about a training image."""
+    """Questions of each type per training image."""
 
-    place: int = 1
-    existence: int = 1
-    count: int = 1
-    relation: int = 1
-    comparison: int = 1
-    reading: int = 1
+    place: int = setting(1, "questions about the colour at a row and column")
+    existence: int = setting(1, "questions whether there is a shape of a colour")
+    count: int = setting(1, "questions how many there are")
+    relation: int = setting(1, "questions about the neighbour of a shape")
+    comparison: int = setting(1, "questions whether one colour is more frequent than another")
+    reading: int = setting(1, "questions about the order from left to right, top to bottom")
 
 
 @dataclass
 class ShapesData(DataConfig):
-    rounds: ShapesRounds = field(default_factory=ShapesRounds)
+    """Generated scenes of coloured shapes (experiments/data/shapes.py)."""
+
+    rounds: ShapesRounds = group(ShapesRounds, "questions of each type per training image")
 
 
 @dataclass
 class ShapesVideoData(DataConfig):
-    """Clips of shapes, one a second (experiments/data/shapes_video.py)."""
+    """Generated clips of coloured shapes, one frame a second (experiments/data/shapes_video.py)."""
 
-    frames: int = 0  # of each clip, spread evenly; 0 for one a second
+    frames: int = setting(0, "frames of each clip, evenly spaced; 0 for one a second")
 
 
 @dataclass
 class LlavaJsonData(DataConfig):
-    """LLaVA-format JSON. Without `test_path` all of `path` is the test split and there is no training split."""
+    """Conversations in LLaVA's JSON format."""
 
-    path: str = MISSING
-    images: str = MISSING  # the folder that images and videos are in
-    test_path: str | None = None
-    frames: int = 8  # of each video, spread evenly (8: the released training code)
+    path: str = setting(MISSING, "JSON file; without test_path all of it is the test split")
+    images: str = setting(MISSING, "folder that holds the images and videos")
+    test_path: str | None = setting(None, "JSON file of the test split; `path` is then the training split")
+    frames: int = setting(8, "frames of each video, evenly spaced (8 in the released training code)")
 
 
 @dataclass
 class PhotosData(DataConfig):
-    """Photographs alone and in grids, and scenes of shapes. `photos` holds train.npz, test.npz and classes.json (README,
-    "Your own data")."""
+    """Photographs alone and in grids, and scenes of shapes (experiments/data/photos.py)."""
 
-    photos: str = MISSING
-    parts: list[str] = field(default_factory=lambda: ["one", "2x2", "3x3", "shapes"])  # in turn
-    side: int = 16  # of a picture, in patches
-    patch: int = 14  # pixels a side
-    captions: bool = False  # trained on descriptions alone, as in LLaVA's first stage
+    photos: str = setting(MISSING, "folder with train.npz, test.npz and classes.json")
+    parts: list[str] = setting(["one", "2x2", "3x3", "shapes"], "kinds of image, taken in turn")
+    side: int = setting(16, "patches per side of an image")
+    patch: int = setting(14, "pixels per side of a patch")
+    captions: bool = setting(False, "train on descriptions alone, as in LLaVA's first stage")
 
 
 @dataclass
 class ProbeConfig:
-    """What is measured on the test questions beyond accuracy."""
+    """The analyses that a cell runs on the test questions, beyond accuracy."""
 
-    controls: bool = False  # accuracy with a blank and with another question's picture
-    attention: bool = False  # mass and entropy between token groups by layer (paper Figs. 2 and 3)
-    attention_questions: int = 300
-    random_control: bool = False  # the same attention with random weights in the model
-    removal: bool = False  # accuracy without visual tokens in a block of layers, and from it on (paper Fig. 5)
-    block: int = 1  # layers a block
-    knockout: bool = False  # accuracy with text cut off from visual tokens in windows of layers
-    knockout_width: int = 1  # layers a window
-    readout: bool = False  # whether the answer can be read off the question's states, by layer
-    lens: bool = False  # the right first token's rank and log-probability where it is predicted, by layer
+    controls: bool = setting(False, "blind controls: accuracy with a blank image and with another question's image")
+    attention: bool = setting(False, "attention mass and entropy between token groups, by layer (Figures 2 and 3)")
+    attention_questions: int = setting(300, "questions that attention is recorded on")
+    random_control: bool = setting(False, "the same attention in a model with random weights")
+    removal: bool = setting(False, "accuracy without visual tokens in a block of layers, and from it on (Figure 5)")
+    removal_block_size: int = setting(1, "layers of a block")
+    knockout: bool = setting(False, "accuracy with attention from text to vision blocked in windows of layers")
+    knockout_width: int = setting(1, "layers of a window")
+    readout: bool = setting(
+        False, "accuracy of a linear probe for the answer on the question's hidden states, by layer"
+    )
+    lens: bool = setting(False, "logit lens: rank and log-probability of the answer's first token, by layer")
+
+
+@dataclass
+class BenchModel:
+    """The shape of a Llama. Only `layers` of its `of_layers` layers are built."""
+
+    name: str = setting(MISSING, "name in tables")
+    heads: int = setting(MISSING, "attention heads")
+    head_width: int = setting(MISSING, "width of a head")
+    mlp: int = setting(MISSING, "width of the MLP")
+    layers: int = setting(MISSING, "layers that are built")
+    of_layers: int = setting(MISSING, "layers of the whole model, to which times are scaled")
+
+
+@dataclass
+class BenchConfig:
+    """The benchmark of attention recording (experiments/benchmarks/probe_overhead)."""
+
+    modes: list[str] = setting(MISSING, "what is compared: plain, text, all, output_attentions, hooks, nnsight, bridge")
+    visual: list[int] = setting(MISSING, "numbers of visual tokens")
+    models: list[BenchModel] = setting(MISSING, "shapes of language models")
+    text: int = setting(64, "text tokens")
+    vocabulary: int = setting(32000, "tokens of the vocabulary")
+    dtype: str = setting("float32", "torch dtype of the weights")
+    repeats: int = setting(5, "rounds; the modes take turns in each")
+    threads: int = setting(0, "CPU threads; 0 for torch's own choice")
+    limit_gib: float = setting(8.0, "modes whose attention matrices need more GiB than this are left out")
+
+
+@dataclass
+class CostConfig:
+    """The benchmark of LLaVA and LLaVA-Mini with random weights (experiments/benchmarks/model_cost).
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    geometry: str = setting(MISSING, "an architecture of experiments/cost/architectures.py, or the folder of a LLaVA")
+    sizes: list[int] = setting(MISSING, "values of C: a LLaVA-Mini with C x C tokens per frame for each")
+    frames: list[int] = setting(MISSING, "numbers of frames")
+    tiles: int = setting(1, "tiles per side of a frame; 2 adds four tiles to the whole frame (LLaVA takes five images)")
+    prefusion: int = setting(0, "pre-fusion layers; 0 for an eighth of the language model's, as the paper's 4 of 32")
+    text: int = setting(60, "text tokens of the question")
+    answer: int = setting(16, "generated tokens")
+    dtype: str = setting("float32", "torch dtype of the weights: float32, bfloat16 or float16")
+    repeats: int = setting(5, "rounds; the models take turns in each")
+    threads: int = setting(0, "CPU threads; 0 for torch's own choice")
+
+    def __post_init__(self) -> None:
+        bounds = dict.fromkeys(("sizes", "frames", "tiles", "text", "repeats"), 1)
+        require_at_least("cost", self, bounds | {"answer": 2, "prefusion": 0, "threads": 0})
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"cost.dtype: unknown '{self.dtype}'; use float32, bfloat16 or float16")
 
 
 @dataclass
 class Config:
-    model: ModelConfig = MISSING
-    data: DataConfig = MISSING
-    compressor: CompressorConfig = field(default_factory=CompressorConfig)
-    prefusion: PrefusionConfig = field(default_factory=PrefusionConfig)
-    reduction: ReductionConfig = field(default_factory=ReductionConfig)
-    budget: BudgetConfig = field(default_factory=BudgetConfig)
-    tiles: int = 1  # a picture is cut into tiles x tiles and also seen whole (paper, LLaVA-Mini-HD: 2)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    probe: ProbeConfig = field(default_factory=ProbeConfig)
-    keep_features: bool = (
-        False  # of the frozen tower, in bf16, for all cells that see them (experiments/models/feature_cache.py)
-    )
-    bench: BenchConfig | None = None  # measured instead of a cell
-    cost: CostConfig | None = None  # measured instead of a cell
-    name: str = "single"  # the experiment that a record belongs to
-    rows: list[Any] = field(default_factory=list)  # of the experiment's table (experiments/config/rows.py)
-    row: int | None = None  # the one to run
-    seed: int = 0
-    batch_size: int = 64  # questions at once outside training
-    device: str = "auto"
-    threads: int = 1  # of the CPU; a sum's last bits depend on how many share it, so one is what every launcher gives
-    results: str = "results"
-    retry_failed: bool = False  # run cells again that failed before: --retry-failed
-    save: str | None = None  # a folder for the trained model and its processor
+    """All settings of one cell, or of one benchmark."""
+
+    model: ModelConfig = setting(MISSING, "the LLaVA that the cell starts from")
+    data: DataConfig = setting(MISSING, "training and test data")
+    compressor: CompressorConfig = group(CompressorConfig, "compression of the visual tokens")
+    prefusion: PrefusionConfig = group(PrefusionConfig, "pre-fusion layers")
+    reduction: ReductionConfig = group(ReductionConfig, "visual tokens dropped inside the language model")
+    budget: BudgetConfig = group(BudgetConfig, "FLOPs budget")
+    tiles: int = setting(1, "tiles per side of an image, which is encoded as a whole too (LLaVA-Mini-HD: 2)")
+    train: TrainConfig = group(TrainConfig, "training")
+    probe: ProbeConfig = group(ProbeConfig, "analyses")
+    keep_features: bool = setting(False, "cache the frozen vision tower's features on disk, in bf16, for all cells")
+    bench: BenchConfig | None = setting(None, "benchmark of attention recording, run instead of a cell")
+    cost: CostConfig | None = setting(None, "benchmark of models, run instead of a cell")
+    name: str = setting("single", "experiment that the record belongs to")
+    rows: list[Any] = setting([], "rows of the experiment's table (experiments/config/rows.py)")
+    row: int | None = setting(None, "the row to run, counted from 0")
+    seed: int = setting(0, "seed of the weights and of the order of training")
+    batch_size: int = setting(64, "questions per forward pass outside training")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+    threads: int = setting(1, "CPU threads; 1 gives the same last bits under every launcher")
+    results: str = setting("results", "folder of the records")
+    retry_failed: bool = setting(False, "run failed cells again; the flag --retry-failed sets it")
+    save: str | None = setting(None, "folder for the trained model and its processor")
 
     def __post_init__(self) -> None:
         if self.threads < 1:
             raise ValueError(f"threads: must be at least 1, found {self.threads}")
         if self.keep_features and self.train.train_vision:
-            raise ValueError("keep_features: train.train_vision changes what the tower says; leave out one of them")
+            raise ValueError("keep_features: train.train_vision changes the features; leave out one of the two")
 
 
 MODELS: dict[str, type] = {"checkpoint": CheckpointModel, "joined": JoinedModel, "scratch": ScratchModel}
-
-
 DATA: dict[str, type] = {
     "shapes": ShapesData,
     "shapes_video": ShapesVideoData,
     "llava_json": LlavaJsonData,
     "photos": PhotosData,
 }
-
-
-@dataclass
-class BenchModel:
-    """A Llama's shape, of which only some layers are built."""
-
-    name: str = MISSING
-    heads: int = MISSING
-    head_width: int = MISSING
-    mlp: int = MISSING
-    layers: int = MISSING
-    of_layers: int = MISSING
-
-
-@dataclass
-class BenchConfig:
-    """What experiments/bench measures."""
-
-    modes: list[str] = MISSING
-    visual: list[int] = MISSING
-    models: list[BenchModel] = MISSING
-    text: int = 64
-    vocabulary: int = 32000
-    dtype: str = "float32"
-    repeats: int = 5
-    threads: int = 0  # 0 leaves torch's own choice
-    limit_gib: float = 8.0  # modes that hold more than this in matrices of all queries and keys do not run
-
-
-@dataclass
-class CostConfig:
-    """LLaVA and the LLaVA-Minis on it that experiments/benchmarks/model_cost/run.py measures, all with random weights.
-
-    Raises:
-        ValueError: if a field is out of its range.
-    """
-
-    geometry: str = MISSING  # one of experiments/cost/architectures.py, or the folder of a saved LLaVA
-    sizes: list[int] = MISSING  # C: a LLaVA-Mini for each, which gives the language model C x C tokens a frame
-    frames: list[int] = MISSING
-    tiles: int = 1  # a side: 2 for frames of four tiles and the whole, which LLaVA takes as five pictures
-    prefusion: int = 0  # layers; 0 for an eighth of the language model's, as the paper's 4 of 32
-    text: int = 60  # tokens of the question
-    answer: int = 16  # tokens generated
-    dtype: str = "float32"
-    repeats: int = 5
-    threads: int = 0  # 0 leaves torch's own choice
-
-    def __post_init__(self) -> None:
-        least = {
-            "sizes": 1,
-            "frames": 1,
-            "tiles": 1,
-            "text": 1,
-            "answer": 2,
-            "repeats": 1,
-            "prefusion": 0,
-            "threads": 0,
-        }
-        for name, bound in least.items():
-            value = getattr(self, name)
-            found = value if isinstance(value, list) else [] if value == MISSING else [value]
-            for number in found:
-                if number < bound:
-                    raise ValueError(f"cost.{name}: must be at least {bound}, found {number}")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"cost.dtype: no '{self.dtype}'; use float32, bfloat16 or float16")

@@ -1,1 +1,1 @@
-"""Records: one JSON file a finished or failed cell."""
+"""Records: one JSON file for each finished or failed cell."""

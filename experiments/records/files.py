@@ -1,4 +1,4 @@
-"""TODO"""
+"""Record files, and folders of them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.records import latency
-from experiments.records.schema import check
-from experiments.records.views import Record, configuration, describe, failure, started
+from experiments.config.renamed_keys import migrate
+from experiments.records.latency import latency_key, load_latencies
+from experiments.records.schema import check_record
+from experiments.records.views import Record, configuration_key, failure_reason, record_label, start_time
 
-# Settings that came after some records, which were made as if they had had these values.
-_YOUNGER = {"train": {"prefusion_learning_rate": None}}
-
-
-_SEAL = ',"digest":"'
+_DIGEST = ',"digest":"'
 
 
 @dataclass(frozen=True)
-class Hole:
-    """Something that should be in the report and is not, with the reason."""
+class MissingEntry:
+    """Something that a report should have and has not, with the reason."""
 
     name: str
     reason: str
@@ -29,92 +26,105 @@ class Hole:
 
 @dataclass(frozen=True)
 class Records:
-    """What a folder of records holds.
+    """The records of one folder.
 
-    `superseded` are older records of a configuration and seed that a newer record has replaced (the code or the data
-    changed in between); they are named in the report and used nowhere.
+    Attributes:
+        finished: Finished records, by identity.
+        failed: Failed records, by identity.
+        unreadable: Files that are no record.
+        superseded: Records that a newer one of the same configuration and seed replaces. Reports name them only.
     """
 
     finished: tuple[Record, ...]
     failed: tuple[Record, ...]
-    unreadable: tuple[Hole, ...]
-    superseded: tuple[Hole, ...]
+    unreadable: tuple[MissingEntry, ...]
+    superseded: tuple[MissingEntry, ...]
 
     @property
-    def holes(self) -> tuple[Hole, ...]:
-        """All that is missing: failed cells first, then files that could not be read."""
-        return (*(Hole(describe(record), failure(record)) for record in self.failed), *self.unreadable)
+    def missing(self) -> tuple[MissingEntry, ...]:
+        """Failed cells, then files that could not be read."""
+        failed = (MissingEntry(record_label(record), failure_reason(record)) for record in self.failed)
+        return (*failed, *self.unreadable)
 
 
-def load(folder: Path) -> Records:
-    """Read every `*.json` in `folder`; the records come in the order of their identities. A latency that was measured of
-    a record's model, and lies beside `folder`, is in its `cost`.
+def load_records(folder: Path) -> Records:
+    """Read every `*.json` in a folder.
 
-    Of records whose configurations differ in nothing but `INCIDENTAL` the newest counts.
+    Of records whose configurations differ in nothing but `IGNORED_SETTINGS` the newest counts. A latency that was
+    measured for a record's model, in the results folder above, is added to its `cost`.
+
+    Args:
+        folder: The folder `records` of a results folder.
 
     Raises:
-        FileNotFoundError: if `folder` does not exist or holds no `*.json` file.
-        ValueError: if what lies beside it as latencies is none.
+        FileNotFoundError: If the folder does not exist or holds no `*.json` file.
+        ValueError: If the file of latencies is not one.
     """
     paths = sorted(folder.glob("*.json"))
     if not paths:
-        raise FileNotFoundError(f"no records in {folder}: make some with `python -m experiments.run`")
-    latencies = latency.load(folder.parent)
+        raise FileNotFoundError(f"no records in {folder}: run `python -m experiments.run` or name another folder")
+    latencies = load_latencies(folder.parent)
     newest: dict[str, Record] = {}
     unreadable, superseded = [], []
     for path in paths:
         try:
-            record = read(path)
+            record = read_record(path)
         except (OSError, ValueError) as error:
-            unreadable.append(Hole(path.name, str(error)))
+            unreadable.append(MissingEntry(path.name, str(error)))
             continue
-        if record.get("cost") and (timed := latencies.get(latency.timed_part(record["config"]))):
-            record = {**record, "cost": {**record["cost"], **timed}}
-        key = configuration(record["config"])
-        other = newest.get(key)
-        if other is not None:
+        if record.get("cost") and (measured := latencies.get(latency_key(record["config"]))):
+            record = {**record, "cost": {**record["cost"], **measured}}
+        key = configuration_key(record["config"])
+        if (other := newest.get(key)) is not None:
             older, record = sorted((other, record), key=_age)
-            superseded.append(Hole(f"{describe(older)} ({older['id']})", f"replaced by the newer {record['id']}"))
+            name = f"{record_label(older)} ({older['id']})"
+            superseded.append(MissingEntry(name, f"replaced by the newer {record['id']}"))
         newest[key] = record
-    kept = sorted(newest.values(), key=lambda record: record["id"])
+    current = sorted(newest.values(), key=lambda record: record["id"])
     return Records(
-        finished=tuple(record for record in kept if record["status"] == "finished"),
-        failed=tuple(record for record in kept if record["status"] == "failed"),
+        finished=tuple(record for record in current if record["status"] == "finished"),
+        failed=tuple(record for record in current if record["status"] == "failed"),
         unreadable=tuple(unreadable),
-        superseded=tuple(sorted(superseded, key=lambda hole: hole.name)),
+        superseded=tuple(sorted(superseded, key=lambda entry: entry.name)),
     )
 
 
-def chosen(records: Records, some: Iterable[Record]) -> Records:
-    """Some of the records alone; files that could not be read stay named."""
-    ids = {record["id"] for record in some}
+def select_records(records: Records, selected: Iterable[Record]) -> Records:
+    """Return `records` with the selected ones alone. Files that could not be read stay listed."""
+    ids = {record["id"] for record in selected}
     finished, failed = (tuple(r for r in part if r["id"] in ids) for part in (records.finished, records.failed))
     return replace(records, finished=finished, failed=failed, superseded=())
 
 
-def sealed(body: str) -> str:
-    """A record file's text, of a JSON object's: with a digest at its end that tells when it has been changed since."""
-    return f'{body[:-1]}{_SEAL}{hashlib.sha256(body.encode()).hexdigest()}"}}\n'
+def with_digest(body: str) -> str:
+    """Return the text of a record file: a JSON object with a digest of its text as the last entry.
+
+    Args:
+        body: The object as JSON text, without line breaks at its end.
+    """
+    return f'{body[:-1]}{_DIGEST}{hashlib.sha256(body.encode()).hexdigest()}"}}\n'
 
 
-def read(path: Path) -> Record:
-    """Read and check one record file. Raises ValueError with one line that says what is wrong with it."""
+def read_record(path: Path) -> Record:
+    """Read and check one record file. Settings get the names that they have today.
+
+    Raises:
+        ValueError: If it is not a whole record, in one line.
+        OSError: If it cannot be read.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         record = json.loads(text)
-        body, seal, _ = text.rpartition(_SEAL)
-        if seal and text != sealed(f"{body}}}"):
-            raise ValueError("changed since it was written; remove it and run its cell again")
     except UnicodeDecodeError:
         raise ValueError("not a text file") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON (truncated?): {error.msg} at line {error.lineno}") from None
-    check(record)
-    for part, settings in _YOUNGER.items():
-        if isinstance(said := record["config"].get(part), dict):
-            record["config"][part] = settings | said
-    return record
+    body, digest, _ = text.rpartition(_DIGEST)
+    if digest and text != with_digest(f"{body}}}"):
+        raise ValueError("changed since it was written; remove it and run its cell again")
+    check_record(record)
+    return record | {"config": migrate(record["config"])}
 
 
 def _age(record: Record) -> tuple[str, str]:
-    return started(record), record["id"]
+    return start_time(record), record["id"]

@@ -1,5 +1,4 @@
-"""How long models take over a question, as `python -m experiments.benchmarks.prefill_latency` measured it, beside the records of what
-they answer."""
+"""Prefill latencies that `python -m experiments.benchmarks.prefill_latency` measured, for the records of the same models."""
 
 from __future__ import annotations
 
@@ -9,40 +8,48 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.config.identity import INCIDENTAL
+from experiments.config.identity import IGNORED_SETTINGS
+from experiments.config.renamed_keys import migrate
 
 FILE = "latency.json"
-# what says how a model came by its weights, or where it ran, and not what it computes
-_NOT_TIMED = ("seed", "train", "probe", "bench", "cost", *INCIDENTAL)
+# Settings that change a model's weights or where it ran, and not what it computes.
+_WITHOUT_EFFECT = ("seed", "train", "probe", "bench", "cost", *IGNORED_SETTINGS)
 
 
-def timed_part(config: Mapping[str, Any]) -> str:
-    """What a record's resolved configuration says of the time that a question takes; equal texts take equally long."""
-    return json.dumps({key: value for key, value in config.items() if key not in _NOT_TIMED}, sort_keys=True)
+def latency_key(config: Mapping[str, Any]) -> str:
+    """Return a text that is equal for configurations whose models take equally long.
+
+    Args:
+        config: A record's configuration.
+    """
+    return json.dumps({key: value for key, value in config.items() if key not in _WITHOUT_EFFECT}, sort_keys=True)
 
 
-def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """By `timed_part`, what records get into their `cost`: `latency`, the median in seconds, and `latency_note`. Empty
-    where the results folder holds no measurement.
+def load_latencies(folder: Path) -> dict[str, dict[str, Any]]:
+    """Read the latencies of a results folder.
+
+    Returns:
+        By `latency_key`, the entries for a record's `cost`: `latency`, the median in seconds, and `latency_note`. Empty
+        if nothing was measured.
 
     Raises:
-        ValueError: If there is a file and it is none of these.
+        ValueError: If the file is damaged.
     """
     path = folder / FILE
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        measured = json.loads(path.read_text(encoding="utf-8"))
         note = (
-            f"median of {found['repeats']} rounds in which all models took turns, {found['machine']}; one question with "
-            "its answer"
+            f"median of {measured['repeats']} rounds in which all models took turns, {measured['machine']}; one question "
+            "with its answer"
         )
         return {
-            timed_part(row["config"]): {"latency": statistics.median(row["seconds"]), "latency_note": note}
-            for row in found["rows"]
+            latency_key(migrate(row["config"])): {"latency": statistics.median(row["seconds"]), "latency_note": note}
+            for row in measured["rows"]
         }
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is no whole measurement of latency ({error}): delete it or measure again with "
+            f"{path}: not a whole measurement ({error}); delete it, or measure again with "
             f"`python -m experiments.benchmarks.prefill_latency --results {folder}`"
         ) from None

@@ -1,175 +1,318 @@
-"""TODO"""
+"""What a record holds, as typed models: `python -m experiments.records.schema` prints its JSON Schema.
+
+Outcomes are strings with one character a question, "1" for a right answer.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
-
-from experiments.records.views import Record, first_layers
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
 SCHEMA = 1
+"""The version of the format."""
+
+Outcomes = Annotated[str, StringConstraints(pattern="^[01]*$")]
+Number = float
+CurvesByPair = list[list[list[float | None]]]
+MeansByPair = list[list[float | None]]
 
 
-_ALWAYS: dict[str, Any] = {"id": str, "experiment": str, "name": str, "config": dict}
+class _Part(BaseModel):
+    """A part of a record. Keys that are not listed are allowed: newer records may have more."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
 
 
-_FINISHED: dict[str, Any] = {
-    "model.label": str,
-    "model.layers": int,
-    "model.visual_tokens": int,
-    "model.prefusion_layers": int,
-    "model.compressor": str,
-    "model.parameters": (int, float),
-    "data.name": str,
-    "data.fingerprint": str,
-    "data.examples": int,
-    "data.kinds": list,
-    "accuracy.image": str,
-    "provenance": dict,
-}
+class ModelPart(_Part):
+    """The model that was measured."""
+
+    label: str = Field(description="LLaVA, LLaVA-Mini, or the class of another model")
+    layers: int = Field(description="layers of the language model")
+    visual_tokens: int = Field(description="visual tokens that enter the language model")
+    visual_tokens_mean: float | None = Field(None, description="the mean over its layers, where some are dropped")
+    patches: int | None = Field(None, description="patches of one image")
+    prefusion_layers: int = Field(description="pre-fusion layers")
+    prefusion_place: str | None = Field(None, description="outside or inside the language model")
+    compressor: str = Field(description="compressor, and reduction if there is one; none for neither")
+    parameters: Number = Field(description="number of parameters")
 
 
-_FUSION: dict[str, Any] = {
-    "depth": (int, type(None)),
-    "low": (int, float, type(None)),
-    "high": (int, float, type(None)),
-    "layers": int,
-}
+class DataPart(_Part):
+    """The test questions."""
+
+    name: str = Field(description="name of the data set")
+    split: str | None = Field(None, description="name of the split")
+    fingerprint: str = Field(description="hash of the data")
+    examples: int = Field(description="number of questions")
+    kinds: list[str] = Field(description="type of each question")
+    guess: Outcomes | None = Field(None, description="outcomes of a guess from the question's text alone")
+    guess_note: str | None = Field(None, description="how the guess is made")
 
 
-def check(record: Any) -> None:
-    """Raise ValueError, in one line, for what is missing or inconsistent in a record."""
+class AccuracyPart(_Part):
+    """Outcomes by input."""
+
+    image: Outcomes = Field(description="outcomes with the question's image")
+    blank: Outcomes | None = Field(None, description="outcomes with a grey image")
+    shuffled: Outcomes | None = Field(None, description="outcomes with another question's image")
+
+
+class CostPart(_Part):
+    """The cost of one prompt."""
+
+    flops: Number = Field(description="floating-point operations of the prefill")
+    cache_bytes: Number = Field(0, description="bytes of keys and values that it leaves in the cache")
+    convention: str | None = Field(None, description="what is counted")
+
+
+class AttentionControl(_Part):
+    """The same statistics in a control model, means over samples."""
+
+    name: str | None = Field(None, description="the control model")
+    mass: MeansByPair | None = Field(None, description="[pairs, layers]")
+    entropy: MeansByPair | None = Field(None, description="[pairs, layers]")
+
+
+class AttentionPart(_Part):
+    """Attention from a target to a source group, mean over heads."""
+
+    pairs: list[list[str]] = Field(description="target and source of each pair")
+    samples: int = Field(description="number of questions")
+    mass: CurvesByPair = Field(description="[pairs, layers, samples], from 0 to 1; null where undefined")
+    entropy: CurvesByPair = Field(description="[pairs, layers, samples], nats; null where undefined")
+    uniform_mass: list[float] | None = Field(None, description="[pairs], of attention spread evenly")
+    uniform_entropy: list[float] | None = Field(None, description="[pairs], of attention spread evenly")
+    control: AttentionControl | None = None
+
+
+class Intervention(_Part):
+    """Outcomes with an intervention in some layers."""
+
+    layers: list[int] = Field(description="the layers, counted from 0")
+    correct: Outcomes
+
+
+class Depth(_Part):
+    """A fusion depth with its 95% bootstrap interval, in layers; null where there is none."""
+
+    depth: int | None
+    low: Number | None
+    high: Number | None
+    layers: int = Field(description="layers of the language model")
+
+    @model_validator(mode="after")
+    def _interval(self) -> Depth:
+        if self.depth is not None and (self.low is None or self.high is None):
+            raise ValueError("has a depth but no interval")
+        return self
+
+
+class RemovalPart(_Part):
+    """Outcomes without visual tokens in some layers."""
+
+    block: int | None = Field(None, description="layers of a block")
+    inside: list[Intervention] = Field(min_length=1, description="removed inside one block of layers")
+    onward: list[Intervention] = Field(min_length=1, description="removed from a layer to the last")
+    random_inside: list[Intervention] | None = Field(None, description="as many text tokens removed instead")
+    by_kind: dict[str, Depth] | None = Field(None, description="fusion depth by type of question")
+
+
+class KnockoutPart(_Part):
+    """Outcomes with attention from text to vision blocked in windows of layers."""
+
+    width: int = Field(description="layers of a window")
+    windows: list[Intervention] = Field(description="the intact model, then every window in order")
+
+
+class ReadoutDepth(_Part):
+    """A linear probe's outcomes after some layers."""
+
+    correct: Outcomes
+    control: Outcomes = Field(description="outcomes with shuffled answers")
+
+
+class ReadoutPart(_Part):
+    """A linear probe on the question's hidden states."""
+
+    samples: int
+    depths: list[ReadoutDepth] = Field(description="after 0, 1, ... all layers")
+
+
+class LensDepth(_Part):
+    """A logit lens after some layers."""
+
+    correct: Outcomes = Field(description="whether the answer's first token ranks first")
+    logprob: Number = Field(description="mean log-probability of that token, nats")
+
+
+class LensPart(_Part):
+    """A logit lens at the position that predicts the answer."""
+
+    samples: int
+    depths: list[LensDepth] = Field(description="after 0, 1, ... all layers")
+
+
+class _AnyRecord(_Part):
+    version: Literal[1] = Field(alias="schema")
+    id: str = Field(description="identity of the cell: 16 hex digits")
+    experiment: str
+    name: str = Field(description="label of the cell, with its seed")
+    config: dict[str, Any] = Field(description="the resolved configuration (docs/settings.md)")
+
+
+class FailedRecord(_AnyRecord):
+    """A cell that raised an error."""
+
+    status: Literal["failed"]
+    error: str | None = None
+    traceback: str | None = None
+    provenance: dict[str, Any] | None = None
+
+
+class FinishedRecord(_AnyRecord):
+    """A cell that was trained and measured."""
+
+    status: Literal["finished"]
+    model: ModelPart
+    data: DataPart
+    accuracy: AccuracyPart
+    cost: CostPart | None = None
+    attention: AttentionPart | None = None
+    removal: RemovalPart | None = None
+    knockout: KnockoutPart | None = None
+    readout: ReadoutPart | None = None
+    lens: LensPart | None = None
+    lens_note: str | None = Field(None, description="why there is no logit lens, where one was asked for")
+    fusion: dict[str, Depth | None] | None = Field(None, description="fusion depth by curve")
+    train: dict[str, Any] | None = Field(None, description="the log of training")
+    provenance: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FinishedRecord:
+        examples, layers = self.data.examples, self.model.layers
+        if len(self.data.kinds) != examples:
+            raise ValueError(f"data.kinds: has {len(self.data.kinds)} entries for {examples} examples")
+        _check_length("data.guess", self.data.guess, examples)
+        for view in type(self.accuracy).model_fields:
+            _check_length(f"accuracy.{view}", getattr(self.accuracy, view), examples)
+        if self.removal is not None:
+            _check_removal(self.removal, layers, examples)
+        if self.knockout is not None:
+            _check_knockout(self.knockout, layers, examples)
+        if self.readout is not None:
+            _check_depths("readout", self.readout.depths, ("correct", "control"), self.readout.samples, layers)
+        if self.lens is not None:
+            _check_depths("lens", self.lens.depths, ("correct",), self.lens.samples, layers)
+        if self.attention is not None:
+            _check_attention(self.attention, layers)
+        return self
+
+
+_RECORD: TypeAdapter[FinishedRecord | FailedRecord] = TypeAdapter(
+    Annotated[FinishedRecord | FailedRecord, Field(discriminator="status")]
+)
+
+
+def check_record(record: Any) -> None:
+    """Check a record.
+
+    Args:
+        record: What its JSON file holds.
+
+    Raises:
+        ValueError: If something is missing, of the wrong type or inconsistent, in one line that begins with the field.
+    """
     if not isinstance(record, dict):
-        raise ValueError(f"a record is a JSON object, this is a {type(record).__name__}")
+        raise ValueError(f"a record must be a JSON object, found {type(record).__name__}")
     if record.get("schema") != SCHEMA:
-        raise ValueError(f"schema {record.get('schema')!r}, this report reads schema {SCHEMA}")
-    for path, kind in _ALWAYS.items():
-        _field(record, path, kind)
-    if record.get("status") not in ("finished", "failed"):
-        raise ValueError(f"status is {record.get('status')!r}, not 'finished' or 'failed'")
-    if record["status"] == "failed":
-        return
-    for path, kind in _FINISHED.items():
-        _field(record, path, kind)
-    if record.get("cost") is not None:
-        _field(record, "cost.flops", (int, float))
-        if "cache_bytes" in record["cost"]:  # older records lack it
-            _field(record, "cost.cache_bytes", (int, float))
-    examples = record["data"]["examples"]
-    if len(record["data"]["kinds"]) != examples:
-        raise ValueError(f"data.kinds has {len(record['data']['kinds'])} entries for {examples} examples")
-    if record["data"].get("guess") is not None:
-        _check_outcomes(record["data"]["guess"], "data.guess", examples)
-    for view, outcomes in record["accuracy"].items():
-        if outcomes is not None:
-            _check_outcomes(outcomes, f"accuracy.{view}", examples)
-    if record.get("removal") is not None:
-        _check_removal(record)
-    if record.get("attention") is not None:
-        _check_attention(record)
-    if record.get("knockout") is not None:
-        _check_knockout(record)
-    if record.get("readout") is not None:
-        _check_readout(record)
-    if record.get("lens") is not None:
-        _check_lens(record)
-    for kind, depth in (record.get("fusion") or {}).items():
-        if depth is not None:
-            for key, type_ in _FUSION.items():
-                _field(depth, key, type_, f"fusion.{kind}.{key}")
-            if depth["depth"] is not None and (depth["low"] is None or depth["high"] is None):
-                raise ValueError(f"fusion.{kind} has a depth but no interval")
+        raise ValueError(f"schema: this version reads {SCHEMA}, found {record.get('schema')!r}")
+    try:
+        _RECORD.validate_python(record)
+    except ValidationError as error:
+        raise ValueError(_one_line(error.errors(include_url=False)[0])) from None
 
 
-def _field(mapping: Any, path: str, kind: Any, shown: str | None = None) -> Any:
-    value = mapping
-    for key in path.split("."):
-        if not isinstance(value, dict) or key not in value:
-            raise ValueError(f"{shown or path} is missing")
-        value = value[key]
-    # JSON's true would pass for the integer 1.
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{shown or path} is {value!r:.40}, of the wrong type")
-    return value
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a record."""
+    return {"title": "Record", **_RECORD.json_schema(by_alias=True)}
 
 
-def _check_outcomes(text: Any, path: str, examples: int) -> None:
-    if not isinstance(text, str) or set(text) - {"0", "1"}:
-        raise ValueError(f"{path} is not a string of 0 and 1")
-    if len(text) != examples:
-        raise ValueError(f"{path} has {len(text)} outcomes for {examples} examples")
+def _one_line(error: Any) -> str:
+    """Return pydantic's first error as one line: field, what is wrong, value."""
+    path = ""
+    for part in [part for part in error["loc"] if part not in ("finished", "failed")]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    if error["type"] == "value_error":  # raised by a validator above
+        return f"{path}: {error['ctx']['error']}" if path else str(error["ctx"]["error"])
+    if error["type"] == "missing":
+        return f"{path}: is missing"
+    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return f"status: must be 'finished' or 'failed', found {error['input'].get('status')!r}"
+    return f"{path}: {error['msg'][0].lower()}{error['msg'][1:]}, found {error['input']!r:.40}"
 
 
-def _check_removal(record: Record) -> None:
-    layers, examples = record["model"]["layers"], record["data"]["examples"]
+def _check_length(path: str, outcomes: str | None, examples: int) -> None:
+    if outcomes is not None and len(outcomes) != examples:
+        raise ValueError(f"{path}: has {len(outcomes)} outcomes for {examples} examples")
+
+
+def _check_removal(removal: RemovalPart, layers: int, examples: int) -> None:
     for part in ("inside", "onward", "random_inside"):
-        runs = record["removal"].get(part)
-        if runs is None and part == "random_inside":
-            continue
-        if not isinstance(runs, list) or not runs:
-            raise ValueError(f"removal.{part} is missing or empty")
+        runs = getattr(removal, part) or []
         for index, run in enumerate(runs):
-            _field(run, "layers", list, f"removal.{part}[{index}].layers")
-            _check_outcomes(run.get("correct"), f"removal.{part}[{index}].correct", examples)
-            if not set(run["layers"]) <= set(range(layers)):
-                raise ValueError(f"removal.{part}[{index}].layers goes beyond the model's {layers} layers")
-        if part != "onward" and not all(run["layers"] for run in runs):
-            raise ValueError(f"removal.{part} has a block without layers")
-    seen = first_layers(record)
-    tails = [list(range(count, layers)) for count in seen]
-    if tails != [run["layers"] for run in record["removal"]["onward"]] or sorted({0, layers, *seen}) != seen:
-        raise ValueError(f"removal.onward does not go from all {layers} layers to none, each time from a layer onward")
+            _check_length(f"removal.{part}[{index}].correct", run.correct, examples)
+            if not set(run.layers) <= set(range(layers)):
+                raise ValueError(f"removal.{part}[{index}].layers: {run.layers} are not layers of a model of {layers}")
+        if part != "onward" and not all(run.layers for run in runs):
+            raise ValueError(f"removal.{part}: has a block without layers")
+    starts = [layers - len(run.layers) for run in removal.onward]
+    tails = [list(range(start, layers)) for start in starts]
+    if tails != [run.layers for run in removal.onward] or sorted({0, layers, *starts}) != starts:
+        raise ValueError(f"removal.onward: must go from all {layers} layers to none, each from one layer to the last")
 
 
-def _check_knockout(record: Record) -> None:
-    layers, examples = record["model"]["layers"], record["data"]["examples"]
-    width = _field(record, "knockout.width", int)
+def _check_knockout(knockout: KnockoutPart, layers: int, examples: int) -> None:
+    width = knockout.width
     windows = [list(range(max(end - width, 0), min(end, layers))) for end in range(1, layers + width)]
-    runs = _field(record, "knockout.windows", list)
-    if [run.get("layers") for run in runs] != [[], *windows]:
-        raise ValueError(f"knockout.windows are not the intact model and all windows of {width} of {layers} layers")
-    for index, run in enumerate(runs):
-        _check_outcomes(run.get("correct"), f"knockout.windows[{index}].correct", examples)
+    if [run.layers for run in knockout.windows] != [[], *windows]:
+        raise ValueError(f"knockout.windows: must be the intact model and all windows of {width} of {layers} layers")
+    for index, run in enumerate(knockout.windows):
+        _check_length(f"knockout.windows[{index}].correct", run.correct, examples)
 
 
-def _check_readout(record: Record) -> None:
-    _check_depths(record, "readout", ("correct", "control"))
+def _check_depths(part: str, depths: Sequence[Any], names: Sequence[str], samples: int, layers: int) -> None:
+    if len(depths) != layers + 1:
+        raise ValueError(f"{part}.depths: has {len(depths)} entries, not {layers + 1} for a model of {layers} layers")
+    for index, entry in enumerate(depths):
+        for name in names:
+            _check_length(f"{part}.depths[{index}].{name}", getattr(entry, name), samples)
 
 
-def _check_lens(record: Record) -> None:
-    _check_depths(record, "lens", ("correct",))
-    for index, run in enumerate(record["lens"]["depths"]):
-        _field(run, "logprob", (int, float), f"lens.depths[{index}].logprob")
-
-
-def _check_depths(record: Record, part: str, keys: Sequence[str]) -> None:
-    """What is read after 0, 1, ... all layers, with one outcome a sample under each of `keys`."""
-    depths, samples = _field(record, f"{part}.depths", list), _field(record, f"{part}.samples", int)
-    if len(depths) != record["model"]["layers"] + 1:
-        raise ValueError(f"{part}.depths has {len(depths)} entries for {record['model']['layers']} layers and none")
-    for index, run in enumerate(depths):
-        for key in keys:
-            _check_outcomes(run.get(key), f"{part}.depths[{index}].{key}", samples)
-
-
-def _check_attention(record: Record) -> None:
-    attention, layers = record["attention"], record["model"]["layers"]
-    pairs = len(_field(attention, "pairs", list, "attention.pairs"))
-    samples = _field(attention, "samples", int, "attention.samples")
-    wanted: dict[str, tuple[int, ...]] = {"mass": (pairs, layers, samples), "entropy": (pairs, layers, samples)}
-    arrays = {f"attention.{key}": (attention.get(key), shape) for key, shape in wanted.items()}
-    for key in ("uniform_mass", "uniform_entropy"):
-        arrays[f"attention.{key}"] = (attention.get(key), (pairs,))
-    for key in ("mass", "entropy"):
-        arrays[f"attention.control.{key}"] = ((attention.get("control") or {}).get(key), (pairs, layers))
-    for path, (values, shape) in arrays.items():
-        if values is None and path not in ("attention.mass", "attention.entropy"):
+def _check_attention(attention: AttentionPart, layers: int) -> None:
+    pairs, samples = len(attention.pairs), attention.samples
+    control = attention.control
+    arrays: list[tuple[str, Any, tuple[int, ...]]] = [
+        ("mass", attention.mass, (pairs, layers, samples)),
+        ("entropy", attention.entropy, (pairs, layers, samples)),
+        ("uniform_mass", attention.uniform_mass, (pairs,)),
+        ("uniform_entropy", attention.uniform_entropy, (pairs,)),
+        ("control.mass", control and control.mass, (pairs, layers)),
+        ("control.entropy", control and control.entropy, (pairs, layers)),
+    ]
+    for name, values, shape in arrays:
+        if values is None:
             continue
         try:
             found = np.asarray(values, dtype=float).shape
-        except (TypeError, ValueError):
-            raise ValueError(f"{path} is not a full array of numbers") from None
+        except ValueError:
+            raise ValueError(f"attention.{name}: its rows differ in length; must have shape {shape}") from None
         if found != shape:
-            raise ValueError(f"{path} has shape {found}, expected {shape}")
+            raise ValueError(f"attention.{name}: must have shape {shape}, found {found}")
+
+
+if __name__ == "__main__":
+    print(json.dumps(json_schema(), indent=1))

@@ -1,8 +1,7 @@
-"""Record files: what a well-formed record holds, and how a folder of them is read.
+"""What reports read off a record.
 
-A record is the JSON object that `experiments.run` writes for one cell, kept here as a plain mapping. Outcomes are
-strings with one character an example, "1" for a right answer. A file that cannot be used becomes a `Hole`: it is shown
-in the report with its reason, and never stops it.
+A record is the JSON object that `experiments.run` writes for one cell, as nested mappings
+(`experiments.records.schema`).
 """
 
 from __future__ import annotations
@@ -12,65 +11,82 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
-from experiments.config.identity import INCIDENTAL
+from experiments.config.identity import IGNORED_SETTINGS
 
 Record: TypeAlias = Mapping[str, Any]
 
 
-def of_attention(record: Record) -> bool:
-    """Whether a record is of an experiment that probes one model and trains none: `attention`, `smol_attention`."""
+def is_attention_experiment(record: Record) -> bool:
+    """Return whether the record's experiment analyses one model and trains none: `attention`, `smol_attention`."""
     return str(record["experiment"]).rpartition("_")[2] == "attention"
 
 
-def outcomes(text: str) -> np.ndarray:
-    """One character an example to one 0 or 1 an example, uint8."""
+def parse_outcomes(text: str) -> UInt8[np.ndarray, " examples"]:
+    """Return outcomes as 0 and 1.
+
+    Args:
+        text: One character per example, "1" for a right answer.
+
+    Example:
+        >>> parse_outcomes("0110")
+        array([0, 1, 1, 0], dtype=uint8)
+    """
     return np.frombuffer(text.encode("ascii"), dtype=np.uint8) - ord("0")
 
 
 def percent_right(runs: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, "runs examples"]:
-    """The outcomes of several runs over the same examples, 0 or 100."""
-    return 100.0 * np.stack([outcomes(run["correct"]) for run in runs])
+    """Return the outcomes of several runs over the same examples, as 0 or 100."""
+    return 100.0 * np.stack([parse_outcomes(run["correct"]) for run in runs])
 
 
-def seed(record: Record) -> int | None:
-    """The training seed of a record, None where its configuration has none."""
+def record_seed(record: Record) -> int | None:
+    """Return the seed of a record, None if its configuration has none."""
     return record["config"].get("seed")
 
 
-def describe(record: Record) -> str:
-    """A record's label with its seed, for people."""
-    suffix = f"seed {seed(record)}"
-    return record["name"] if seed(record) is None or suffix in record["name"] else f"{record['name']}, {suffix}"
+def record_label(record: Record) -> str:
+    """Return the name of a record with its seed."""
+    suffix = f"seed {record_seed(record)}"
+    return record["name"] if record_seed(record) is None or suffix in record["name"] else f"{record['name']}, {suffix}"
 
 
-def failure(record: Record) -> str:
-    """Why a failed record failed, in one line."""
+def failure_reason(record: Record) -> str:
+    """Return in one line why a failed record failed."""
     return "failed: " + " ".join((record.get("error") or "no reason recorded").split())
 
 
-def first_layers(record: Record) -> list[int]:
-    """How many first layers still see the visual tokens, for each entry of `removal.onward`."""
+def layers_with_vision(record: Record) -> list[int]:
+    """Return the number of first layers that have visual tokens, for each entry of `removal.onward`."""
     return [record["model"]["layers"] - len(run["layers"]) for run in record["removal"]["onward"]]
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """A nested configuration as dotted keys with their values."""
+def flatten_config(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings of a nested configuration with their dotted names.
+
+    Example:
+        >>> dict(flatten_config({"train": {"max_steps": 60}, "seed": 0}))
+        {'train.max_steps': 60, 'seed': 0}
+    """
     for key, value in config.items():
         if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
+            yield from flatten_config(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def configuration(config: Mapping[str, Any], *without: str) -> str:
-    """A configuration as text that is equal where nothing differs but `INCIDENTAL` and the keys `without`."""
-    return json.dumps(
-        {key: value for key, value in config.items() if key not in (*INCIDENTAL, *without)}, sort_keys=True
-    )
+def configuration_key(config: Mapping[str, Any], *without: str) -> str:
+    """Return a text that is equal for configurations that differ in nothing but some settings.
+
+    Args:
+        config: A record's configuration.
+        without: Settings to leave out, beside `IGNORED_SETTINGS`.
+    """
+    left_out = (*IGNORED_SETTINGS, *without)
+    return json.dumps({key: value for key, value in config.items() if key not in left_out}, sort_keys=True)
 
 
-def started(record: Record) -> str:
-    """When a record's run began (ISO 8601), "" where it does not say."""
+def start_time(record: Record) -> str:
+    """Return when a record's run began (ISO 8601), "" if it is not recorded."""
     return (record.get("provenance") or {}).get("started") or ""

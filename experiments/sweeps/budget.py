@@ -1,4 +1,4 @@
-"""Which setting of a method costs as much as asked: for tables at equal FLOPs."""
+"""The setting of a method that fits a FLOPs budget, for tables at equal FLOPs."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 from transformers import LlavaConfig
 
 from experiments.config.schema import REDUCTIONS
-from experiments.cost.architectures import GEOMETRIES, geometry, mini
-from experiments.cost.estimate import Geometry, Prompt
-from experiments.cost.reduced_prompts import published, reduced
-from experiments.models.reduction_schedule import first_layers
+from experiments.cost.architectures import ARCHITECTURES, llava_config, llava_mini_config
+from experiments.cost.estimate import CostModel, Prompt
+from experiments.cost.reduced_prompts import estimate_with_reduction, published_reduction
+from experiments.models.reduction_schedule import reduction_layers
 from llava_mini.compressors import COMPRESSORS
 
 
 @dataclass(frozen=True)
-class Budgeted:
-    """A setting of a method, and what it costs.
+class BudgetedSetting:
+    """A setting of a method and its cost.
 
     Attributes:
-        settings: Dotted keys of the cell's configuration and their values.
-        flops: Of the whole model over the prompt, products of attention included ("full").
-        share: Of the FLOPs of the LLaVA itself.
+        settings: Dotted settings of the configuration and their values.
+        flops: FLOPs of the whole model for the prompt, attention products included ("full").
+        share: The same as a share of LLaVA's.
     """
 
     settings: dict[str, Any]
@@ -32,80 +32,94 @@ class Budgeted:
     share: float
 
 
-def settings(model: Any, method: str, share: float, text: int) -> dict[str, Any]:
-    """What `within` finds for a cell's model: one of the geometries by its name, or the folder that it is in.
+def budget_settings(model: Any, method: str, share: float, text_tokens: int) -> dict[str, Any]:
+    """Return the settings that `most_costly_within` chooses for a cell's model.
+
+    Args:
+        model: The configuration of the model: the name of a known architecture, or the folder of a LLaVA.
+        method: The method, as in `budget.method`.
+        share: The budget as a share of LLaVA's FLOPs.
+        text_tokens: Text tokens of the prompt.
 
     Raises:
-        ValueError: If its sizes are not known, or as `within`.
+        ValueError: If the model's architecture is not known, or as `most_costly_within`.
     """
-    return _settings(model.name if model.name in GEOMETRIES else str(model.get("path")), method, share, text)
+    name = model.name if model.name in ARCHITECTURES else str(model.get("path"))
+    return _cached_settings(name, method, share, text_tokens)
 
 
 @functools.cache
-def _settings(name: str, method: str, share: float, text: int) -> dict[str, Any]:
-    return within(geometry(name), method, share, text).settings
+def _cached_settings(name: str, method: str, share: float, text_tokens: int) -> dict[str, Any]:
+    return most_costly_within(llava_config(name), method, share, text_tokens).settings
 
 
-def within(llava: LlavaConfig, method: str, share: float, text: int) -> Budgeted:
-    """The setting of `method` that costs most among those that cost no more than `share` of LLaVA's FLOPs on a picture
-    and `text` tokens: the share that `fastv` and `pyramid_drop` keep, at the layers of conf/reduction; the layer of
-    `vtw`; or the size C of a compressor, without pre-fusion.
+def most_costly_within(llava: LlavaConfig, method: str, share: float, text_tokens: int) -> BudgetedSetting:
+    """Return the most costly setting of a method within a budget.
+
+    What is chosen depends on the method: for `fastv` and `pyramid_drop` the share of tokens that stays, at the layers of
+    conf/reduction; for `vtw` the layer; for a compressor its size C, without pre-fusion.
+
+    Args:
+        llava: The LLaVA.
+        method: A compressor or a reduction.
+        share: The budget as a share of LLaVA's FLOPs for one image and the text.
+        text_tokens: Text tokens of the prompt.
 
     Raises:
         ValueError: If there is no such method, or each of its settings costs more.
     """
-    plain, prompt = Geometry(llava), Prompt(text)
-    whole = plain(prompt).flops("full")
+    model, prompt = CostModel(llava), Prompt(text_tokens)
+    llava_flops = model(prompt).flops("full")
     if method in COMPRESSORS:
-        costs = _compressor(plain, method, prompt)
+        costs = _compressor_costs(model, method, prompt)
     elif method in REDUCTIONS[1:]:
-        costs = _reduction(plain, method, prompt)
+        costs = _reduction_costs(model, method, prompt)
     else:
-        known = ", ".join([*REDUCTIONS[1:], *sorted(COMPRESSORS)])
-        raise ValueError(f"no method {method!r} that fits into a budget; use {known}")
-    found = [Budgeted(settings, flops, flops / whole) for settings, flops in costs]
-    fitting = [each for each in found if each.share <= share]
-    if not fitting:
-        least = min(found, key=lambda each: each.flops)
-        setting = ", ".join(f"{key}={value}" for key, value in least.settings.items())
+        methods = ", ".join([*REDUCTIONS[1:], *sorted(COMPRESSORS)])
+        raise ValueError(f"budget.method: unknown {method!r}; use {methods}")
+    settings = [BudgetedSetting(settings, flops, flops / llava_flops) for settings, flops in costs]
+    within = [setting for setting in settings if setting.share <= share]
+    if not within:
+        least = min(settings, key=lambda setting: setting.flops)
+        text = ", ".join(f"{key}={value}" for key, value in least.settings.items())
         raise ValueError(
-            f"{method} cannot get down to {share:.1%} of LLaVA's FLOPs: its least is {least.share:.1%}, with {setting}"
+            f"budget.share: {method} needs at least {least.share:.1%} of LLaVA's FLOPs ({text}), found {share:.1%}"
         )
-    return max(fitting, key=lambda each: each.flops)
+    return max(within, key=lambda setting: setting.flops)
 
 
-def _reduction(plain: Geometry, method: str, prompt: Prompt) -> list[tuple[dict[str, Any], float]]:
-    """Every setting that drops another number of tokens somewhere, and its FLOPs."""
-    setting = published(method)
-    layers = first_layers(setting, plain.layers)
+def _reduction_costs(model: CostModel, method: str, prompt: Prompt) -> list[tuple[dict[str, Any], float]]:
+    """Return every setting that drops another number of tokens at some layer, with its FLOPs."""
+    published = published_reduction(method)
+    layers = reduction_layers(published, model.layers)
     if method == "vtw":
-        settings = [replace(setting, layers=[layer], of=0) for layer in range(plain.layers)]
+        reductions = [replace(published, layers=[layer], reference_depth=0) for layer in range(model.layers)]
     else:
-        visual = plain(prompt).visual_tokens
-        # where the number of tokens that stay changes at one of the layers
-        steps = {(kept / visual) ** (1 / stage) for kept in range(visual) for stage in range(1, len(layers) + 1)}
-        settings = [replace(setting, layers=layers, of=0, keep=keep) for keep in sorted(steps)]
+        visual = model(prompt).visual_tokens
+        # the shares at which the number of tokens that stay changes at one of the layers
+        shares = {(kept / visual) ** (1 / stage) for kept in range(visual) for stage in range(1, len(layers) + 1)}
+        reductions = [replace(published, layers=layers, reference_depth=0, keep=keep) for keep in sorted(shares)]
     return [
         (
-            {f"reduction.{field}": value for field, value in asdict(each).items()},
-            reduced(plain, prompt, each).flops("full"),
+            {f"reduction.{field}": value for field, value in asdict(reduction).items()},
+            estimate_with_reduction(model, prompt, reduction).flops("full"),
         )
-        for each in settings
+        for reduction in reductions
     ]
 
 
-def _compressor(plain: Geometry, name: str, prompt: Prompt) -> list[tuple[dict[str, Any], float]]:
-    """Every size that the compressor can have on the tower's grid, and its FLOPs."""
+def _compressor_costs(model: CostModel, name: str, prompt: Prompt) -> list[tuple[dict[str, Any], float]]:
+    """Return every size that a compressor can have on the vision tower's grid, with its FLOPs."""
     costs: list[tuple[dict[str, Any], float]] = []
     refusal: ValueError | None = None
-    for size in range(1, math.isqrt(plain.patches) + 1):
+    for size in range(1, math.isqrt(model.patches) + 1):
         fields = {"compressor": name, "compressor_size": size, "prefusion_layers": 0}
         try:
-            geometry = Geometry(mini(plain.config, **fields))
+            mini = CostModel(llava_mini_config(model.config, **fields))
         except ValueError as error:  # some compressors take divisors of the grid alone
             refusal = error
             continue
-        costs.append(({"compressor.name": name, "compressor.size": size}, geometry(prompt).flops("full")))
+        costs.append(({"compressor.name": name, "compressor.size": size}, mini(prompt).flops("full")))
     if refusal is not None and not costs:
         raise refusal
     return costs

@@ -1,30 +1,35 @@
-"""TODO"""
+"""Several processes that train one cell together, as torchrun launches them."""
 
 from __future__ import annotations
 
 import os
 
-from experiments.sweeps.store import Standing
+from experiments.sweeps.store import CellStatus
 
 
-def first() -> bool:
-    """Whether this is the only process or, of several that torchrun launched, the first."""
+def is_main_process() -> bool:
+    """Return whether this is the only process, or the first of several."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def together() -> bool:
-    """Whether several processes, launched by torchrun, train one cell together."""
+def is_distributed() -> bool:
+    """Return whether several processes train one cell together."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def _as_the_first(settled: Standing | None, device: str) -> Standing | None:
-    """What the first of several processes has decided."""
+def broadcast_status(status: CellStatus | None, device: str) -> CellStatus | None:
+    """Return in every process what the main process passed.
+
+    Args:
+        status: The status of the cell in the main process; ignored in the others.
+        device: The setting `device`, which decides how the processes communicate.
+    """
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    from experiments.devices import choose_device
+    from experiments.devices import select_device
 
-    PartialState(cpu=choose_device(device).type == "cpu")
-    said = [settled]
-    broadcast_object_list(said)
-    return said[0]
+    PartialState(cpu=select_device(device).type == "cpu")
+    shared = [status]
+    broadcast_object_list(shared)
+    return shared[0]

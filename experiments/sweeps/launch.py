@@ -1,5 +1,4 @@
-"""The cells of a sweep: those that are done are left out, the rest go to Hydra's launcher, and at the end it is said how
-all of them stand."""
+"""Run the cells of a sweep that are not finished, and report the status of all of them."""
 
 from __future__ import annotations
 
@@ -7,127 +6,130 @@ import logging
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 
-from hydra._internal.callbacks import Callbacks
-from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, JobStatus, configure_log
-from hydra.types import HydraContext
+from hydra._internal.hydra import Hydra
+from hydra.core.utils import JobStatus
 from omegaconf import DictConfig
 
 from experiments.errors import one_line
-from experiments.records.views import failure
-from experiments.sweeps import hydra_api, plan
-from experiments.sweeps.distributed import first, together
-from experiments.sweeps.plan import Job
-from experiments.sweeps.store import Standing, Store
+from experiments.records.views import failure_reason
+from experiments.sweeps.distributed import is_distributed, is_main_process
+from experiments.sweeps.hydra_api import configure_logging, launch_jobs, open_hydra
+from experiments.sweeps.plan import SweepJob, expand_sweep
+from experiments.sweeps.store import CellStatus, RecordStore
 
 log = logging.getLogger(__name__)
 
+_LAUNCHER_PACKAGES = ("joblib", "submitit")
+_LOG_MARK = "\nError stream produced"  # submitit appends the whole log of a lost job to its message
 
-def sweep(overrides: Sequence[str], job: Callable[[DictConfig], None]) -> int:
-    """Run what a sweep asks for and say how it stands.
+
+def run_sweep(overrides: Sequence[str], task: Callable[[DictConfig], None]) -> int:
+    """Run a sweep and log the status of its cells.
+
+    Args:
+        overrides: The overrides of the command line.
+        task: The function that runs one job.
 
     Returns:
-        The exit status: 1 if a cell failed or is still missing, 0 if all are finished or another process runs them.
+        The exit status: 1 if a cell failed or is still missing, 0 if all are finished or run in another process.
 
     Raises:
-        ValueError, OSError, HydraException, omegaconf.errors.OmegaConfBaseException: if a configuration is not one that can
-            be run, or the results folder cannot be written, before anything is run.
+        ValueError, OSError, HydraException, omegaconf.errors.OmegaConfBaseException: Before anything is run, if a
+            configuration cannot be run or the results folder cannot be written.
     """
-    with hydra_api.hydra() as hydra:
-        config, jobs = plan.expand(hydra, overrides)
-        configure_log(config.hydra.job_logging)
+    with open_hydra() as hydra:
+        sweep, jobs = expand_sweep(hydra, overrides)
+        configure_logging(sweep)
         cells = {job.cell.id: job for job in jobs if job.cell}
-        before = standings(jobs)
-        to_run = _to_run(jobs, before)
+        before = cell_statuses(jobs)
+        to_run = _unfinished(jobs, before)
         if cells and to_run:
-            log.info("%s: %s", count(len(cells)), states([standing.state for standing in before.values()]))
+            log.info("%s: %s", count_cells(len(cells)), summarise_states([status.state for status in before.values()]))
         if to_run:
-            Store(config.results).prepare()
-        context = HydraContext(hydra.config_loader, Callbacks(config))
-        broken = _launch(config, context, to_run, job) if to_run else []
-        if not first():
+            RecordStore(sweep.results).prepare()
+        errors = _launch(hydra, sweep, task, to_run) if to_run else []
+        if not is_main_process():
             return 0
-        configure_log(config.hydra.job_logging)  # launchers leave their own
-        after = standings(jobs)
-        for name, standing in after.items():
-            if told := _told(standing):
-                log.info("%s: %s", cells[name].name, told)
+        configure_logging(sweep)
+        after = cell_statuses(jobs)
+        for identity, status in after.items():
+            if note := _note(status):
+                log.info("%s: %s", cells[identity].name, note)
         if cells:
-            earlier = sum(standing.state == "finished" for standing in before.values())
-            text = states([standing.state for standing in after.values()])
-            log.info("%s: %s%s", count(len(cells)), text, f" ({earlier} finished before)" if earlier else "")
-        for error in broken:
+            earlier = sum(status.state == "finished" for status in before.values())
+            summary = summarise_states([status.state for status in after.values()])
+            log.info("%s: %s%s", count_cells(len(cells)), summary, f" ({earlier} finished before)" if earlier else "")
+        for error in errors:
             log.error("error: %s", error)
-    return int(bool(broken) or any(standing.state in ("failed", "missing") for standing in after.values()))
+    return int(bool(errors) or any(status.state in ("failed", "missing") for status in after.values()))
 
 
-def standings(jobs: Sequence[Job]) -> dict[str, Standing]:
-    """How each cell stands, by its identity."""
+def cell_statuses(jobs: Sequence[SweepJob]) -> dict[str, CellStatus]:
+    """Return the status of each cell of some jobs, by identity."""
     cells = {job.cell.id: job.cell for job in jobs if job.cell}
-    return {name: Store(cell.config.results).standing(name) for name, cell in cells.items()}
+    return {identity: RecordStore(cell.config.results).status(identity) for identity, cell in cells.items()}
 
 
-def _to_run(jobs: Sequence[Job], before: Mapping[str, Standing]) -> list[list[str]]:
-    """The overrides of those jobs that a launcher is given. Several processes that train together are given all: what
-    one of them sees done another may not yet."""
-    found: dict[str, list[str]] = {}
-    for number, each in enumerate(jobs):
-        if each.cell is None:
-            found[str(number)] = each.overrides
-            continue
-        state = before[each.cell.id].state
-        if state == "finished":
-            Store(each.cell.config.results).clean(each.cell.id)
-        if together() or state in ("missing", "running") or (state == "failed" and each.cell.config.retry_failed):
-            found.setdefault(each.cell.id, each.overrides)
-    return list(found.values())
-
-
-def _launch(
-    config: DictConfig, context: HydraContext, overrides: Sequence[Sequence[str]], job: Callable[[DictConfig], None]
-) -> list[str]:
-    """What went wrong that no record tells of."""
-    launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=job, config=config)
-    try:
-        returned: Sequence[JobReturn] = launcher.launch(overrides, initial_job_idx=0)
-    except Exception as error:
-        reason = lost(error)
-        if reason is None:
-            raise
-        return [one_line(reason)]  # the other jobs may have ended well
-    broken = [one for one in returned if one.status == JobStatus.FAILED]
-    return [f"{' '.join(one.overrides or ())}: {one_line(one._return_value)}" for one in broken]
-
-
-def _told(standing: Standing) -> str:
-    if standing.state == "failed":
-        assert standing.record
-        return failure(standing.record)
-    if standing.state == "running":
-        return f"run by {standing.owner}"
-    return "ended without a record" if standing.state == "missing" else ""
-
-
-def count(cells: int) -> str:
+def count_cells(cells: int) -> str:
+    """Return "1 cell", "2 cells"."""
     return f"{cells} cell{'s' * (cells != 1)}"
 
 
-def states(found: Sequence[str]) -> str:
-    """How many cells are in each state."""
-    return ", ".join(f"{found.count(state)} {state}" for state in sorted(set(found)))
+def summarise_states(states: Sequence[str]) -> str:
+    """Return how many cells are in each state: "1 failed, 2 finished"."""
+    return ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
 
 
-_PACKAGES = ("joblib", "submitit")
+def launcher_failure(error: Exception) -> str | None:
+    """Return what a launcher reports of jobs that it could not start, or that it lost.
 
-
-_LOG = "\nError stream produced"  # submitit appends the whole log of a job that is gone
-
-
-def lost(error: Exception) -> str | None:
-    """What a launcher says of jobs that it could not start, or that ended without a word. None where the error is not
-    a launcher's."""
+    Returns:
+        The message without the jobs' logs, or None if the error is not from a launcher.
+    """
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    if frame.f_globals["__name__"].split(".")[0] not in _PACKAGES:
+    if frame.f_globals["__name__"].split(".")[0] not in _LAUNCHER_PACKAGES:
         return None
-    said, log, _ = str(error).partition(_LOG)
-    return said + "; its log lies there too, and the same command takes up what is missing" if log else said
+    message, has_log, _ = str(error).partition(_LOG_MARK)
+    return f"{message}; its log is there too, and the same command runs what is missing" if has_log else message
+
+
+def _unfinished(jobs: Sequence[SweepJob], statuses: Mapping[str, CellStatus]) -> list[list[str]]:
+    """Return the overrides of the jobs to launch.
+
+    Processes that train together launch every job: one of them may not yet see a record that another has read.
+    """
+    to_run: dict[str, list[str]] = {}
+    for number, job in enumerate(jobs):
+        if job.cell is None:
+            to_run[str(number)] = job.overrides
+            continue
+        state = statuses[job.cell.id].state
+        if state == "finished":
+            RecordStore(job.cell.config.results).clean(job.cell.id)
+        if is_distributed() or state in ("missing", "running") or (state == "failed" and job.cell.config.retry_failed):
+            to_run.setdefault(job.cell.id, job.overrides)
+    return list(to_run.values())
+
+
+def _launch(
+    hydra: Hydra, sweep: DictConfig, task: Callable[[DictConfig], None], jobs: Sequence[Sequence[str]]
+) -> list[str]:
+    """Launch jobs, and return the errors that no record holds."""
+    try:
+        returned = launch_jobs(hydra, sweep, task, jobs)
+    except Exception as error:
+        reason = launcher_failure(error)
+        if reason is None:
+            raise
+        return [one_line(reason)]  # other jobs may have finished
+    failed = [job for job in returned if job.status == JobStatus.FAILED]
+    return [f"{' '.join(job.overrides or ())}: {one_line(job._return_value)}" for job in failed]
+
+
+def _note(status: CellStatus) -> str:
+    if status.state == "failed":
+        assert status.record
+        return failure_reason(status.record)
+    if status.state == "running":
+        return f"run by {status.owner}"
+    return "ended without a record" if status.state == "missing" else ""

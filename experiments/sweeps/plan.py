@@ -1,53 +1,33 @@
-"""What a command line asks for: one cell or the cells of a sweep, named before anything heavy is imported."""
+"""What a command line asks for: one cell, or the cells of a sweep. Nothing heavy is imported to name them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.cell import Cell
-from experiments.config import identity, plain, rows, schema
-from experiments.config.rows import read
+from experiments.config.identity import cell_identity
+from experiments.config.plain import to_plain, unknown_settings
+from experiments.config.rows import read_rows
+from experiments.config.schema import Config
 from experiments.data.load import load_data
+from experiments.errors import no_such_setting
 from experiments.provenance import code_version
-from experiments.sweeps.hydra_api import _compose
-
-
-def measured(config: DictConfig) -> bool:
-    """Whether a configuration asks for a measurement of this machine, which has no cell."""
-    return config.bench is not None or config.cost is not None
-
-
-def identify(config: DictConfig) -> Cell:
-    """The cell of a composed configuration.
-
-    Raises:
-        ValueError, OSError, omegaconf.errors.OmegaConfBaseException: if the configuration is not one that can be run.
-    """
-    chosen = choose(config)
-    typed: schema.Config = OmegaConf.to_object(chosen)  # type: ignore[assignment]
-    resolved = plain.resolved(chosen)
-    data = load_data(typed.data)
-    label = (
-        None if config.row is None else rows.read(config.name, OmegaConf.to_container(config.rows))[config.row].label
-    )
-    return Cell(typed, resolved, data, identity.identity(resolved, data.fingerprint, code_version()), label)
+from experiments.sweeps.hydra_api import compose_job, compose_sweep, parse_overrides, split_jobs
 
 
 @dataclass(frozen=True)
-class Job:
+class SweepJob:
     """One run of a sweep.
 
-    Args:
-        overrides: What it adds to the sweep's configuration.
-        name: Its row, where it is one of a table, and what else sets it apart from the sweep's other jobs.
-        cell: None for a measurement.
+    Attributes:
+        overrides: Its overrides, those of the whole sweep included.
+        name: Its table row, if it has one, and what else sets it apart from the sweep's other jobs.
+        cell: Its cell, None for a benchmark.
     """
 
     overrides: list[str]
@@ -55,51 +35,106 @@ class Job:
     cell: Cell | None
 
 
-def expand(hydra: Hydra, overrides: Sequence[str]) -> tuple[DictConfig, list[Job]]:
-    """The configuration of a sweep and its jobs, in the order in which `-m` runs them.
+def is_benchmark(config: DictConfig) -> bool:
+    """Return whether a configuration asks for a benchmark of this machine, which has no cell."""
+    return config.bench is not None or config.cost is not None
+
+
+def identify_cell(config: DictConfig, overrides: Sequence[str]) -> Cell:
+    """Return the cell of a composed configuration.
+
+    Args:
+        config: The configuration.
+        overrides: The overrides that it was composed with, to refuse those that a table row would undo.
 
     Raises:
-        ValueError, OSError, HydraException, omegaconf.errors.OmegaConfBaseException: if a configuration is not one that can
-            be run.
+        ValueError, OSError, omegaconf.errors.OmegaConfBaseException: If the configuration cannot be run.
     """
-    sweep = hydra.compose_config("config", [*overrides, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
-    params = [f"{key}={value}" for key, value in (sweep.hydra.sweeper.params or {}).items()]
-    parsed = OverridesParser.create(hydra.config_loader).parse_overrides([*params, *sweep.hydra.overrides.task])
-    (jobs,) = BasicSweeper.split_arguments(parsed, None)
+    selected = select_row(config, overrides)
+    typed: Config = OmegaConf.to_object(selected)  # type: ignore[assignment]
+    resolved = to_plain(selected)
+    data = load_data(typed.data)
+    identity = cell_identity(resolved, data.fingerprint, code_version())
+    row = None
+    if config.row is not None:
+        row = read_rows(config.name, OmegaConf.to_container(config.rows))[config.row].label
+    return Cell(typed, resolved, data, identity, row)
+
+
+def expand_sweep(hydra: Hydra, overrides: Sequence[str]) -> tuple[DictConfig, list[SweepJob]]:
+    """Return the configuration of a sweep and its jobs, in the order in which `-m` runs them.
+
+    Raises:
+        ValueError, OSError, HydraException, omegaconf.errors.OmegaConfBaseException: If a configuration cannot be run.
+    """
+    sweep = compose_sweep(hydra, overrides)
+    jobs = split_jobs(hydra, sweep)
     shared = set(jobs[0]).intersection(*jobs)
     composed: dict[tuple[str, ...], DictConfig] = {}
-    found = []
+    expanded = []
     for job in jobs:
-        config = _compose(hydra, sweep, job, composed)
-        cell = None if measured(config) else identify(config)
-        apart = [override for override in job if override not in shared]
+        config = compose_job(hydra, sweep, job, composed)
+        cell = None if is_benchmark(config) else identify_cell(config, job)
+        distinct = [override for override in job if override not in shared]
         if cell and cell.row:
-            apart = [cell.row, *(override for override in apart if not override.startswith("row="))]
-        found.append(Job(job, ", ".join(apart) or (cell.label if cell else config.name), cell))
-    return sweep, found
+            distinct = [cell.row, *(override for override in distinct if not override.startswith("row="))]
+        expanded.append(SweepJob(job, ", ".join(distinct) or (cell.label if cell else config.name), cell))
+    return sweep, expanded
 
 
-def choose(config: DictConfig) -> DictConfig:
-    """The configuration of the row that `row` names, or as it is where none is named; with the settings that fit the
-    budget, where there is one.
+def select_row(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Return a configuration with the settings of its table row, and with those that its FLOPs budget chooses.
+
+    Args:
+        config: The configuration. Without `row` and `budget.method` it is returned as it is.
+        overrides: The overrides that it was composed with.
 
     Raises:
-        ValueError: if there is no such row, or nothing fits the budget.
-        omegaconf.errors.OmegaConfBaseException: if a row's setting is no field of the configuration, or of another type.
+        ValueError: If a setting does not exist, if there is no such row, if nothing fits the budget, or if an override
+            names a setting that the row or the budget sets to another value.
+        omegaconf.errors.OmegaConfBaseException: If a row names a setting that does not exist, or has another type.
     """
-    chosen = config.copy()
-    number = chosen.row
+    for key in unknown_settings(config):
+        raise ValueError(no_such_setting(key))
+    selected = config.copy()
+    number = selected.row
     if number is not None:
-        rows = read(config.name, OmegaConf.to_container(chosen.rows, resolve=True))
+        rows = read_rows(config.name, OmegaConf.to_container(selected.rows, resolve=True))
         if not 0 <= number < len(rows):
-            found = f"has rows 0 to {len(rows) - 1}" if rows else "has no rows"
-            raise ValueError(f"row: no row {number}; experiment {config.name} {found}")
-        for key, value in rows[number].settings.items():
-            OmegaConf.update(chosen, key, value)
-    chosen.rows, chosen.row = [], None
-    if chosen.budget.method != "none":
-        from experiments.sweeps.budget import settings  # imports torch, which hardly any row needs to be known
+            existing = f"has rows 0 to {len(rows) - 1}" if rows else "has no rows"
+            raise ValueError(f"row: no row {number}; experiment {config.name} {existing}")
+        _apply(selected, rows[number].settings, overrides, f"row {number} ('{rows[number].label}') of {config.name}")
+    selected.rows, selected.row = [], None
+    if selected.budget.method != "none":
+        from experiments.sweeps.budget import budget_settings  # imports torch, which few rows need
 
-        for key, value in settings(chosen.model, **chosen.budget).items():
-            OmegaConf.update(chosen, key, value)
-    return chosen
+        chosen = budget_settings(selected.model, **selected.budget)
+        _apply(selected, chosen, overrides, f"the FLOPs budget of {config.name}")
+    return selected
+
+
+def _apply(config: DictConfig, settings: Mapping[str, Any], overrides: Sequence[str], source: str) -> None:
+    """Set the settings of a row or a budget in place, unless an override asks for something else."""
+    for override in parse_overrides(overrides):
+        for key, value in settings.items():
+            if _contradicts(override.key_or_group, config, key, value):
+                raise ValueError(f"{override.input_line}: {source} sets {key}={value}; leave out one of the two")
+    for key, value in settings.items():
+        OmegaConf.update(config, key, value)
+
+
+def _contradicts(overridden: str, config: DictConfig, key: str, value: Any) -> bool:
+    """Return whether an override asks for another value of a setting.
+
+    A group's option (`compressor=average`) asks for its name, and for those of its settings that it changes from their
+    defaults.
+    """
+    if overridden != key and not key.startswith(f"{overridden}."):
+        return False
+    requested = OmegaConf.select(config, key)
+    if requested == value:
+        return False
+    if overridden == key or key == f"{overridden}.name":
+        return True
+    schema = OmegaConf.structured(OmegaConf.get_type(config, overridden))
+    return requested != OmegaConf.select(schema, key.removeprefix(f"{overridden}."))

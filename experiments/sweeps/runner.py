@@ -1,4 +1,4 @@
-"""What becomes of a cell: it is done already, another process has it, it is run, or it fails and says why."""
+"""Run one cell, unless it is finished, failed before, or runs in another process."""
 
 from __future__ import annotations
 
@@ -9,100 +9,106 @@ import time
 import traceback
 from contextlib import ExitStack
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from experiments.cell import Cell
-from experiments.errors import EXPECTED, one_line
-from experiments.provenance import provenance
-from experiments.sweeps.distributed import _as_the_first, first, together
-from experiments.sweeps.store import Standing, Store
+from experiments.errors import INPUT_ERRORS, one_line
+from experiments.provenance import ROOT, provenance
+from experiments.records.schema import SCHEMA
+from experiments.sweeps.distributed import broadcast_status, is_distributed, is_main_process
+from experiments.sweeps.store import CellStatus, RecordStore
 
 log = logging.getLogger(__name__)
 
 
-_ROOT = Path(__file__).resolve().parents[1]
+def run_if_needed(cell: Cell, record_input_errors: bool) -> CellStatus:
+    """Run a cell and write its record, unless that is done or another process does it.
 
-
-def attempt(cell: Cell, record_all: bool) -> Standing:
-    """Run a cell unless it is done, has failed before or is another process's, and say how it then stands.
-
-    Of several processes that train together the first decides, holds the lock and writes.
+    Of several processes that train together, the main process decides, holds the lock and writes.
 
     Args:
-        record_all: Record whatever the cell raises. Otherwise what wrong input raises is left to the caller.
+        cell: The cell.
+        record_input_errors: Write a record of failure also for what wrong input raises. Otherwise such an error is
+            raised.
+
+    Returns:
+        The status of the cell afterwards.
 
     Raises:
-        ResultsError: if the results folder cannot be written.
+        ResultsFolderError: If the results folder cannot be written.
     """
-    store = Store(cell.config.results)
-    with ExitStack() as held:
-        settled = _claim(cell, store, held) if first() else None
-        if together():
-            settled = _as_the_first(settled, cell.config.device)
-        if settled:
-            return settled
-        began, started = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.monotonic()
+    store = RecordStore(cell.config.results)
+    with ExitStack() as held_lock:
+        status = _claim(cell, store, held_lock) if is_main_process() else None
+        if is_distributed():
+            status = broadcast_status(status, cell.config.device)
+        if status:
+            return status
+        started, clock = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.monotonic()
         log.info("%s (%s)", cell.label, cell.id)
         try:
-            from experiments.run_cell import run_cell  # imports torch: a cell that is done does not wait for it
+            from experiments.run_cell import run_cell  # imports torch, which a finished cell does not need
 
             record = run_cell(cell, store.work(cell.id))
         except Exception as error:
-            if full := store.full(error):
-                raise full from error
-            if not first() or (isinstance(error, EXPECTED) and not record_all):
+            if disk_full := store.disk_full_error(error):
+                raise disk_full from error
+            if not is_main_process() or (isinstance(error, INPUT_ERRORS) and not record_input_errors):
                 raise
-            record = _failure(cell, error)
-            if together():  # the others wait for a step that never comes: all end here
-                store.write(_timed(record, began, started))
+            record = _failure_record(cell, error)
+            if is_distributed():  # the other processes wait for this one, so all must end
+                store.write(_with_times(record, started, clock))
                 raise
-        if not first():
-            return Standing("running")
-        assert record  # the first process always has one
-        store.write(_timed(record, began, started))
+        if not is_main_process():
+            return CellStatus("running")
+        assert record  # the main process always has one
+        store.write(_with_times(record, started, clock))
         if record["status"] == "finished":
             store.clean(cell.id)
         else:
             log.error("%s failed: %s", cell.label, record["error"])
-            gc.collect()  # the failed model's memory is the next cell's
-        return Standing(record["status"], record)
+            gc.collect()  # the next cell needs the failed model's memory
+        return CellStatus(record["status"], record)
 
 
-def _claim(cell: Cell, store: Store, held: ExitStack) -> Standing | None:
-    """How a cell stands that this process shall not run; None, with its lock held, for one that it shall."""
-    if settled := _settled(cell, store):
-        return settled
+def _claim(cell: Cell, store: RecordStore, held_lock: ExitStack) -> CellStatus | None:
+    """Take the lock of a cell that this process must run.
+
+    Returns:
+        None, with the lock held, or the status of a cell that must not be run here.
+    """
+    if status := _settled_status(cell, store):
+        return status
     store.prepare()
-    if not held.enter_context(store.lock(cell.id)):
-        return Standing("running", owner=store.standing(cell.id).owner)
-    return _settled(cell, store)  # another may have ended it before this one had the lock
+    if not held_lock.enter_context(store.lock(cell.id)):
+        return CellStatus("running", owner=store.status(cell.id).owner)
+    return _settled_status(cell, store)  # another process may have ended it just before
 
 
-def _settled(cell: Cell, store: Store) -> Standing | None:
-    standing = store.standing(cell.id)
-    if standing.state == "finished":
-        return standing
-    record = standing.record
-    return None if record is None or cell.config.retry_failed else Standing("failed", record)
+def _settled_status(cell: Cell, store: RecordStore) -> CellStatus | None:
+    """Return the status of a cell that needs no run, None for any other."""
+    status = store.status(cell.id)
+    if status.state == "finished":
+        return status
+    record = status.record
+    return None if record is None or cell.config.retry_failed else CellStatus("failed", record)
 
 
-def _failure(cell: Cell, error: Exception) -> dict[str, Any]:
-    """The record of a cell that raised."""
-    told = "".join(traceback.format_exception(error))
+def _failure_record(cell: Cell, error: Exception) -> dict[str, Any]:
+    trace = "".join(traceback.format_exception(error))
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "id": cell.id,
         "experiment": cell.config.name,
         "name": cell.label,
         "status": "failed",
         "error": f"{type(error).__name__}: {one_line(error)}".rstrip(": "),
-        "traceback": told.replace(f"{_ROOT}{os.sep}", ""),
+        "traceback": trace.replace(f"{ROOT}{os.sep}", ""),
         "config": cell.resolved,
         "provenance": provenance(),
     }
 
 
-def _timed(record: dict[str, Any], began: str, started: float) -> dict[str, Any]:
-    seconds = round(time.monotonic() - started, 1)
-    return record | {"provenance": {"started": began, "seconds": seconds, **record["provenance"]}}
+def _with_times(record: dict[str, Any], started: str, clock: float) -> dict[str, Any]:
+    seconds = round(time.monotonic() - clock, 1)
+    return record | {"provenance": {"started": started, "seconds": seconds, **record["provenance"]}}

@@ -1,4 +1,4 @@
-"""Records on disk: one JSON file a cell, named by the cell's identity, whole or not there at all."""
+"""The results folder of a sweep: records, checkpoints and locks of its cells."""
 
 from __future__ import annotations
 
@@ -13,39 +13,48 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments.files import write_atomically
-from experiments.records.files import read, sealed
+from experiments.records.files import read_record, with_digest
 from experiments.records.views import Record
-from experiments.sweeps.locks import Lock, Owner, owner
+from experiments.sweeps.locks import CellLock, LockOwner, lock_owner
 
-_NO_SPACE = 2**20  # bytes
+_DISK_FULL_BELOW = 2**20  # free bytes
 
 
-class ResultsError(OSError):
-    """The results folder cannot take what is to be written. The message says what to do."""
+class ResultsFolderError(OSError):
+    """The results folder cannot be written. The message says what to do."""
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How a cell stands: `record` is there for one that is finished or failed, `owner` for one that is running."""
+class CellStatus:
+    """The status of a cell.
+
+    Attributes:
+        state: What it is.
+        record: The record of a finished or failed cell.
+        owner: The process of a running cell, if it is known.
+    """
 
     state: Literal["finished", "failed", "running", "missing"]
     record: Record | None = None
-    owner: Owner | None = None
+    owner: LockOwner | None = None
 
 
-class Store:
-    """The results folder: `records/<identity>.json`; `work/<identity>/` while a cell trains, `locks/<identity>/` while it
-    runs."""
+class RecordStore:
+    """A results folder.
+
+    It holds `records/<identity>.json` for each finished or failed cell, `work/<identity>/` while a cell trains, and
+    `locks/<identity>/` while it runs.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.records = self.folder / "records"
 
     def prepare(self) -> None:
-        """Make the folder.
+        """Create the folder and check that it can be written.
 
         Raises:
-            ResultsError: if it cannot be made or written, before anything has been computed.
+            ResultsFolderError: If it cannot, before anything has been computed.
         """
         try:
             self.records.mkdir(parents=True, exist_ok=True)
@@ -55,76 +64,83 @@ class Store:
             raise self._error(error) from error
 
     def path(self, identity: str) -> Path:
+        """Return the path of a cell's record."""
         return self.records / f"{identity}.json"
 
     def work(self, identity: str) -> Path:
+        """Return the folder of a cell's checkpoints."""
         return self.folder / "work" / identity
 
-    def lock(self, identity: str) -> Lock:
-        return Lock(self.folder / "locks" / identity)
+    def lock(self, identity: str) -> CellLock:
+        """Return the lock of a cell."""
+        return CellLock(self.folder / "locks" / identity)
 
     def locked(self) -> Iterator[str]:
-        """The cells whose locks lie there, of the living and of the dead."""
+        """Return the identities of all locks, those of dead processes included."""
         return (path.name for path in sorted((self.folder / "locks").glob("[!.]*")))
 
     def record(self, identity: str) -> Record | None:
-        """The record of a cell, None where there is none that is whole."""
+        """Return the record of a cell, None if there is no whole one."""
         try:
-            record = read(self.path(identity))
+            record = read_record(self.path(identity))
         except (OSError, ValueError):
             return None
         return record if record["id"] == identity else None
 
-    def standing(self, identity: str) -> Standing:
+    def status(self, identity: str) -> CellStatus:
+        """Return the status of a cell."""
         record = self.record(identity)
         if record and record["status"] == "finished":
-            return Standing("finished", record)
-        if runs := owner(self.folder / "locks" / identity):
-            return Standing("running", record, runs)
-        return Standing("failed", record) if record else Standing("missing")
+            return CellStatus("finished", record)
+        if owner := lock_owner(self.folder / "locks" / identity):
+            return CellStatus("running", record, owner)
+        return CellStatus("failed", record) if record else CellStatus("missing")
 
     def write(self, record: dict[str, Any]) -> Path:
-        """Write a record. One of failure leaves a finished one as it is.
+        """Write a record. A record of failure never replaces a finished one.
+
+        Returns:
+            Its path.
 
         Raises:
-            ResultsError: if it cannot be written; what was there before then still is.
-            ValueError: if it holds what JSON does not have.
+            ResultsFolderError: If it cannot be written. The file that was there before is unchanged.
+            ValueError: If it holds NaN or infinity, which JSON has not.
         """
         path = self.path(record["id"])
-        if record["status"] != "finished" and self.standing(record["id"]).state == "finished":
+        if record["status"] != "finished" and self.status(record["id"]).state == "finished":
             return path
-        text = sealed(json.dumps(record, separators=(",", ":"), allow_nan=False))
+        text = with_digest(json.dumps(record, separators=(",", ":"), allow_nan=False))
         try:
             write_atomically(path, text)
         except OSError as error:
             raise self._error(error) from error
         return path
 
-    def full(self, error: BaseException) -> ResultsError | None:
-        """What to say instead of an error that came of a full disk, None for any other.
+    def disk_full_error(self, error: BaseException) -> ResultsFolderError | None:
+        """Return the error to raise instead, if the cause of an error is a full disk; None otherwise.
 
-        Libraries say it in ways of their own; torch does not say it at all, so the disk is looked at too.
+        Libraries report a full disk in different ways, and torch not at all, so the free space counts too.
         """
         causes = [error]
         while following := causes[-1].__cause__ or causes[-1].__context__:
             causes.append(following)
-        said = any(
+        reported = any(
             getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(cause)
             for cause in causes
         )
-        if said or shutil.disk_usage(self.folder).free < _NO_SPACE:
+        if reported or shutil.disk_usage(self.folder).free < _DISK_FULL_BELOW:
             return self._error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         return None
 
     def clean(self, identity: str) -> None:
-        """Remove what a finished cell trained in, and what a kill left of its record's writing."""
+        """Remove the checkpoints of a finished cell, and half-written records that a kill left behind."""
         shutil.rmtree(self.work(identity), ignore_errors=True)
-        for aside in self.records.glob(f".{identity}.json.*"):
-            aside.unlink(missing_ok=True)
+        for temporary in self.records.glob(f".{identity}.json.*"):
+            temporary.unlink(missing_ok=True)
 
-    def _error(self, error: OSError) -> ResultsError:
+    def _error(self, error: OSError) -> ResultsFolderError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            what_to_do = "make room there, then run the same command again: it takes up where this one stopped"
+            advice = "free some space there, then run the same command again: it resumes"
         else:
-            what_to_do = "choose another with results=FOLDER"
-        return ResultsError(f"results folder '{self.folder}' cannot be written ({error.strerror}); {what_to_do}")
+            advice = "choose another with results=FOLDER"
+        return ResultsFolderError(f"results folder '{self.folder}' cannot be written ({error.strerror}); {advice}")
