@@ -39,7 +39,7 @@ def unknown_settings(config: DictConfig, prefix: str = "") -> Iterator[str]:
     if not is_dataclass(schema):
         return  # rows and other free-form parts
     names = {field.name for field in fields(schema)}
-    for key in config:
+    for key in map(str, config):
         if key not in names:
             yield f"{prefix}{key}"
         elif OmegaConf.is_dict(config) and not OmegaConf.is_missing(config, key):
