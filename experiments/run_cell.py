@@ -1,4 +1,4 @@
-"""One cell: a config in, a record out."""
+"""The run of one cell: build the model, train it, evaluate it, and return the record."""
 
 from __future__ import annotations
 
@@ -15,51 +15,61 @@ from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from experiments.cell import Cell
 from experiments.config.schema import Config, ScratchModel
-from experiments.data import shapes
-from experiments.data.load import GUESS_IMAGES, Data
+from experiments.data.load import TEXT_BASELINE_SAMPLES, DataSplits
 from experiments.data.samples import Sample, single_questions
-from experiments.devices import choose_device
-from experiments.evaluation import analyses
-from experiments.evaluation.accuracy import blank, by_kind, correct, digits, shuffled
+from experiments.data.shapes import require_shape_samples
+from experiments.devices import select_device
+from experiments.evaluation.accuracy import (
+    accuracy_by_question_type,
+    blank_images,
+    correct_answers,
+    outcome_digits,
+    shuffled_images,
+)
+from experiments.evaluation.analyses import check_probe_layers, run_probes
 from experiments.evaluation.flops import forward_cost
-from experiments.evaluation.questions import Questions
-from experiments.models import token_reduction
+from experiments.evaluation.questions import EncodedQuestions
 from experiments.models.build import build_model
-from experiments.models.feature_cache import keep_features
+from experiments.models.feature_cache import open_feature_cache
+from experiments.models.token_reduction import (
+    check_token_reduction,
+    token_dropper_for_inference,
+    token_dropper_for_training,
+)
 from experiments.provenance import provenance
-from experiments.training import curriculum, trainer
+from experiments.training.curriculum import pretrain_from_scratch
+from experiments.training.trainer import ADAPTER_FOLDER, latest_complete_checkpoint, train_llava
 from llava_mini import LlavaMiniConfig
 
+GUESS_NOTE = f"most frequent answer to the same question text in {TEXT_BASELINE_SAMPLES} training conversations"
+BLIND_CONTROLS = {"blank": blank_images, "shuffled": shuffled_images}  # by their names in records
 log = logging.getLogger(__name__)
-GUESS_NOTE = f"most frequent answer to the same question text in {GUESS_IMAGES} training conversations"
 
 
 def run_cell(cell: Cell, work: Path) -> dict[str, Any] | None:
-    """Run a cell and return its record, None in a helping process.
+    """Run a cell: build its model, train it, evaluate it, and make its record.
 
     Args:
-        work: Where it keeps its checkpoints, from which it goes on where it was cut.
+        cell: The configuration and the data.
+        work: Folder of the checkpoints, from which interrupted training resumes.
+
+    Returns:
+        The record. None in all processes but the main one of a distributed training.
+
+    Raises:
+        FileNotFoundError: If a file that the configuration names is missing.
+        ValueError: If the configuration does not fit the model or the data.
     """
     config, data = cell.config, cell.data
     torch.set_num_threads(config.threads)
-    device = choose_device(config.device)
-    transformers.logging.set_verbosity_error()  # it tells of weights that are new on purpose; load() refuses missing ones
-    model, processor = build_model(config, data.train)
-    analyses.check(model, config.probe)
-    token_reduction.check(model, config)
-    model.to(device)
-    log_history, train_seconds = _train(model, processor, config, data, work, device)
+    device = select_device(config.device)
+    model, processor = _build(config, data, device)
+    training_log, train_seconds = _train(model, processor, config, data, work, device)
     if config.train.trains and not PartialState().is_main_process:
-        return None  # of several processes that train together, one measures and writes
-    set_seed(config.seed)  # what measuring draws is the same after a training that was cut and resumed
-
-    samples = list(single_questions(data.test.samples))
-    features = keep_features(config, model, processor, data.test)
-    questions = Questions(samples, processor, config.batch_size, device, features)
-    # With their pixels: the tower is part of the cost of the first, and has random weights in attention's control.
-    looked_at = config.probe.attention_questions if config.probe.attention else 1
-    some = Questions(samples[:looked_at], processor, config.batch_size, device)
-    record: dict[str, Any] = {
+        return None
+    set_seed(config.seed)  # evaluation draws the same numbers whether or not training was interrupted
+    results = _evaluate(model, processor, config, data, device)
+    record = {
         "schema": 1,
         "id": cell.id,
         "experiment": config.name,
@@ -67,94 +77,150 @@ def run_cell(cell: Cell, work: Path) -> dict[str, Any] | None:
         "status": "finished",
         "error": None,
         "config": cell.resolved,
-        "cost": forward_cost(model, some, token_reduction.in_answering(config)),
-        "data": _data_part(config, data, samples),
-        "accuracy": _accuracy(model, processor, config, questions, device),
-        **analyses.analyse(model, questions, some, config.probe),
-        "train": {"log": log_history} if config.train.trains else None,
+        **results,
+        "train": {"log": training_log} if config.train.trains else None,
+        "model": _model_part(model, config, results["cost"]),
+        "provenance": {"train_seconds": train_seconds, **provenance(device)},
     }
-    record["model"] = _model_part(model, config, record["cost"])
-    record["provenance"] = {"train_seconds": train_seconds, **provenance(device)}
-    log.info("percent right, %s:\n%s", record["data"]["split"], by_kind(record))
+    log.info("accuracy in percent, %s split:\n%s", data.test.name, accuracy_by_question_type(record))
     if config.save:
-        _save(model, processor, work / trainer.ADAPTER, Path(config.save))
+        _save(model, processor, work / ADAPTER_FOLDER, Path(config.save))
     return record
 
 
+def _build(config: Config, data: DataSplits, device: torch.device) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Build the model, and check that the cell's probes and token reduction fit it before anything is computed."""
+    transformers.logging.set_verbosity_error()  # it warns of new weights; load_checkpoint refuses missing ones
+    model, processor = build_model(config, data.train)
+    check_probe_layers(model, config.probe)
+    check_token_reduction(model, config)
+    model.to(device)
+    return model, processor
+
+
 def _train(
-    model: PreTrainedModel, processor: ProcessorMixin, config: Config, data: Data, work: Path, device: torch.device
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    config: Config,
+    data: DataSplits,
+    work: Path,
+    device: torch.device,
 ) -> tuple[list[dict[str, float]], float]:
+    """Train the model in place, and return the training log and the seconds. A cell without training returns none."""
     if not config.train.trains:
         return [], 0.0
     if data.train is None:
-        amount = f"train.steps={config.train.steps}" if config.train.steps else f"train.epochs={config.train.epochs}"
-        raise ValueError(f"data '{config.data.name}' has no training split to take {amount} from: give data.test_path")
+        setting = "max_steps" if config.train.max_steps else "num_train_epochs"
+        raise ValueError(
+            f"train.{setting}={getattr(config.train, setting)}: data '{config.data.name}' has no training split; set "
+            "data.test_path, and data.path becomes the training split"
+        )
     started = time.monotonic()
-    if isinstance(config.model, ScratchModel) and trainer.last_checkpoint(work) is None:
-        curriculum.school(model, processor, shapes.scenes_of(data.train), config.model, work, config.seed, device)
-    around = token_reduction.in_training(config)
-    features = keep_features(config, model, processor, data.train)
-    history = trainer.train(
-        model, processor, data.train.samples, config.train, work, config.seed, device, around, features
+    if isinstance(config.model, ScratchModel) and latest_complete_checkpoint(work) is None:
+        scenes = require_shape_samples(data.train)
+        pretrain_from_scratch(model, processor, scenes, config.model, work, config.seed, device)
+    training_log = train_llava(
+        model,
+        processor,
+        data.train.samples,
+        config.train,
+        work,
+        config.seed,
+        device,
+        drop_tokens=token_dropper_for_training(config),
+        features=open_feature_cache(config, model, processor, data.train),
     )
     model.eval()
-    return history, round(time.monotonic() - started, 1)
+    return training_log, round(time.monotonic() - started, 1)
 
 
-def _accuracy(
-    model: PreTrainedModel, processor: ProcessorMixin, config: Config, questions: Questions, device: torch.device
-) -> dict[str, str]:
-    around = token_reduction.in_answering(config)
-    found = {"image": digits(correct(model, questions, "accuracy", around))}
-    if config.probe.controls:
-        for condition in (blank, shuffled):
-            changed = Questions(condition(questions.samples), processor, config.batch_size, device, questions.features)
-            found[condition.__name__] = digits(correct(model, changed, f"{condition.__name__} pictures", around))
-    return found
+def _evaluate(
+    model: PreTrainedModel, processor: ProcessorMixin, config: Config, data: DataSplits, device: torch.device
+) -> dict[str, Any]:
+    """Return the parts of the record that are measured: cost, data, accuracy and one for each analysis."""
+    samples = list(single_questions(data.test.samples))
+    features = open_feature_cache(config, model, processor, data.test)
+    questions = EncodedQuestions(samples, processor, config.batch_size, device, features)
+    # With pixels: the vision tower is part of the measured cost, and has random weights in the attention control.
+    pixel_questions = config.probe.attention_questions if config.probe.attention else 1
+    questions_with_pixels = EncodedQuestions(samples[:pixel_questions], processor, config.batch_size, device)
+    return {
+        "cost": forward_cost(model, questions_with_pixels, token_dropper_for_inference(config)),
+        "data": _data_part(config, data, samples),
+        "accuracy": _accuracy_part(model, processor, config, questions, device),
+        **run_probes(model, questions, questions_with_pixels, config.probe),
+    }
 
 
-def _data_part(config: Config, data: Data, samples: list[Sample]) -> dict[str, Any]:
+def _data_part(config: Config, data: DataSplits, samples: list[Sample]) -> dict[str, Any]:
+    """Return the `data` part: the question types, and the outcomes of the text-only baseline."""
     part: dict[str, Any] = {
         "name": config.data.name,
         "split": data.test.name,
         "fingerprint": data.fingerprint,
         "examples": len(samples),
-        "kinds": [sample.kinds[0] for sample in samples],
+        "kinds": [sample.question_types[0] for sample in samples],
     }
     if data.train is not None:
-        right = [data.guess(s.questions[0], s.kinds[0]) == s.answers[0] for s in samples]
-        part |= {"guess": digits(torch.tensor(right)), "guess_note": GUESS_NOTE}
+        baseline = data.text_only_baseline
+        correct = [baseline(s.questions[0], s.question_types[0]) == s.answers[0] for s in samples]
+        part |= {"guess": outcome_digits(torch.tensor(correct)), "guess_note": GUESS_NOTE}
+    return part
+
+
+def _accuracy_part(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    config: Config,
+    questions: EncodedQuestions,
+    device: torch.device,
+) -> dict[str, str]:
+    """Return the `accuracy` part: one digit per question with its image, and under each blind control."""
+    drop_tokens = token_dropper_for_inference(config)
+    part = {"image": outcome_digits(correct_answers(model, questions, "accuracy", drop_tokens))}
+    if config.probe.controls:
+        for name, replace_images in BLIND_CONTROLS.items():
+            control = EncodedQuestions(
+                replace_images(questions.samples), processor, config.batch_size, device, questions.features
+            )
+            part[name] = outcome_digits(correct_answers(model, control, f"accuracy, {name} images", drop_tokens))
     return part
 
 
 def _model_part(model: PreTrainedModel, config: Config, cost: dict[str, Any]) -> dict[str, Any]:
-    """What tables name a row by. `visual_tokens` enter the language model; `visual_tokens_mean` is the mean over its
-    layers, which is less where some leave on the way."""
-    mini = isinstance(model.config, LlavaMiniConfig)
-    inside = config.prefusion.place == "inside"
-    compressor = model.config.compressor if mini else "none"
+    """Return the `model` part, by which tables name a row.
+
+    `visual_tokens` enter the language model. `visual_tokens_mean` is the mean over its layers, which is lower if tokens
+    are dropped inside it.
+    """
+    is_mini = isinstance(model.config, LlavaMiniConfig)
+    inside = config.prefusion.location == "inside"
+    compressor = model.config.compressor if is_mini else "none"
     methods = [name for name in (compressor, config.reduction.name) if name != "none"]
     return {
-        "label": "LLaVA-Mini" if mini else "LLaVA" if model.config.model_type == "llava" else type(model).__name__,
+        "label": "LLaVA-Mini" if is_mini else "LLaVA" if model.config.model_type == "llava" else type(model).__name__,
         "layers": model.config.get_text_config().num_hidden_layers,
         "visual_tokens": cost["visual_tokens"],
         "visual_tokens_mean": cost["visual_tokens_mean"],
         "patches": getattr(model.config, "image_seq_length", cost["visual_tokens"]),
-        "prefusion_layers": config.prefusion.layers if inside else model.config.prefusion_layers if mini else 0,
-        "prefusion_place": config.prefusion.place,
+        "prefusion_layers": config.prefusion.layers if inside else model.config.prefusion_layers if is_mini else 0,
+        "prefusion_place": config.prefusion.location,
         "compressor": "+".join(methods) or "none",
         "parameters": model.num_parameters(),
     }
 
 
 def _save(model: PreTrainedModel, processor: ProcessorMixin, adapter: Path, folder: Path) -> None:
-    """Save aside, then rename: a folder that is there is whole. An adapter that was trained is saved too, by itself."""
-    aside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    processor.save_pretrained(aside)
+    """Save the model, its processor and a trained adapter.
+
+    They are written to a temporary folder that is then renamed, so that an existing folder is always complete.
+    """
+    temporary = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    processor.save_pretrained(temporary)
     if adapter.is_dir():
-        shutil.copytree(adapter, aside / trainer.ADAPTER)
+        shutil.copytree(adapter, temporary / ADAPTER_FOLDER)
     if folder.exists():
         shutil.rmtree(folder)
-    aside.rename(folder)
+    temporary.rename(folder)

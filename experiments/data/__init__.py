@@ -1,1 +1,1 @@
-"""Data sets: generated scenes, photographs, and LLaVA-format conversation files."""
+"""Data sets: generated scenes and clips, photographs, and LLaVA-format conversation files."""

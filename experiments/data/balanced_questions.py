@@ -1,4 +1,4 @@
-"""Questions about things on a grid, drawn so that the text alone says little."""
+"""Questions about the cells of a grid, balanced so that a text-only model gains little from the question text."""
 
 from __future__ import annotations
 
@@ -6,37 +6,66 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-Pair = tuple[str, str]  # question, answer
-NEIGHBOURS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
+QuestionAnswer = tuple[str, str]
+TypedQuestion = tuple[str, str, str]  # question type, question, answer
+NEIGHBOUR_OFFSETS = {
+    "left of": (0, -1),
+    "right of": (0, 1),
+    "above": (-1, 0),
+    "below": (1, 0),
+}  # rows down, columns right
 
 
-def cell_name(cell: int, grid: int) -> str:
-    return f"row {cell // grid + 1} column {cell % grid + 1}"
+def grid_cell_name(cell: int, grid_size: int) -> str:
+    """Return the words for a grid cell, such as "row 2 column 3".
 
-
-def beside(cell: int, grid: int) -> Iterator[tuple[str, int]]:
-    """The cells around a cell of a grid in reading order, each with what to call where it lies."""
-    for word, (down, right) in NEIGHBOURS.items():
-        row, column = cell // grid + down, cell % grid + right
-        if 0 <= row < grid and 0 <= column < grid:
-            yield word, row * grid + column
-
-
-def ask(
-    candidates: Mapping[str, Sequence[Pair]], rounds: Mapping[str, int], rng: np.random.Generator
-) -> list[tuple[str, str, str]]:
-    """`rounds[kind]` questions of each kind in random order, as (kind, question, answer).
-
-    The answer is drawn first, evenly from those the picture allows, then a question that has it: a model that sees no
-    picture finds all answers to a question about equally likely. A kind with no candidate is left out.
+    Args:
+        cell: Index of the grid cell in reading order, from 0.
+        grid_size: Cells per side of the grid.
     """
-    asked: list[tuple[str, str, str]] = []
-    for kind, pairs in candidates.items():
-        by_answer: dict[str, list[str]] = {}
+    return f"row {cell // grid_size + 1} column {cell % grid_size + 1}"
+
+
+def neighbours(cell: int, grid_size: int) -> Iterator[tuple[str, int]]:
+    """Yield the up to four neighbours of a grid cell.
+
+    Args:
+        cell: Index of the grid cell in reading order, from 0.
+        grid_size: Cells per side of the grid.
+
+    Yields:
+        The direction of the neighbour (a key of `NEIGHBOUR_OFFSETS`) and its index.
+    """
+    for direction, (down, right) in NEIGHBOUR_OFFSETS.items():
+        row, column = cell // grid_size + down, cell % grid_size + right
+        if 0 <= row < grid_size and 0 <= column < grid_size:
+            yield direction, row * grid_size + column
+
+
+def draw_questions(
+    candidates: Mapping[str, Sequence[QuestionAnswer]], questions_per_type: Mapping[str, int], rng: np.random.Generator
+) -> list[TypedQuestion]:
+    """Draw questions of each type with balanced answers.
+
+    The answer is drawn first, uniformly from those that the image allows. Then a question with this answer is drawn. So
+    all answers to a question are about equally likely for a model that gets no image.
+
+    Args:
+        candidates: All questions of each type that the image allows. A type without candidates is left out.
+        questions_per_type: How many questions of each type to draw.
+        rng: The source of all draws.
+
+    Returns:
+        (question type, question, answer) of all drawn questions, in random order.
+    """
+    drawn: list[TypedQuestion] = []
+    for question_type, pairs in candidates.items():
+        questions_by_answer: dict[str, list[str]] = {}
         for question, answer in pairs:
-            by_answer.setdefault(answer, []).append(question)
-        answers = list(by_answer)
-        for _ in range(rounds[kind] if answers else 0):
+            questions_by_answer.setdefault(answer, []).append(question)
+        answers = list(questions_by_answer)
+        for _ in range(questions_per_type[question_type] if answers else 0):
             answer = answers[rng.integers(len(answers))]
-            asked.append((kind, by_answer[answer][rng.integers(len(by_answer[answer]))], answer))
-    return [asked[i] for i in rng.permutation(len(asked))]
+            questions = questions_by_answer[answer]
+            drawn.append((question_type, questions[rng.integers(len(questions))], answer))
+    return [drawn[i] for i in rng.permutation(len(drawn))]

@@ -1,4 +1,4 @@
-"""Conversations to token ids and labels, through whatever chat template the processor has."""
+"""Token ids and labels of conversations, through the chat template of the processor, and batches of them."""
 
 from __future__ import annotations
 
@@ -12,164 +12,190 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
-from experiments.data.samples import IMAGE_SLOT, SLOT, VIDEO_SLOT, Sample
+from experiments.data.samples import IMAGE_PLACEHOLDER, PLACEHOLDER, VIDEO_PLACEHOLDER, Sample
 from llava_mini import LlavaMiniProcessor
 
-IGNORED = -100
-Encoded = dict[str, Any]
-Spans = list[tuple[int, int]]  # of characters
+IGNORE_INDEX = -100
+EncodedSample = dict[str, Any]
+CharacterSpans = list[tuple[int, int]]  # (start, end)
 
 
-def messages(sample: Sample) -> list[dict[str, Any]]:
-    """LLaVA turns -> transformers chat messages.
+def chat_messages(sample: Sample) -> list[dict[str, Any]]:
+    """Convert a sample's LLaVA turns to transformers' chat messages.
 
-    A turn's only picture goes before its text, as LLaVA's own training code has it; several stay where they are.
+    A turn's only image goes before its text, as in LLaVA's training code. Several images keep their positions.
     """
     roles = {"human": "user", "gpt": "assistant"}
-    return [{"role": roles[turn["from"]], "content": _content(turn["value"])} for turn in sample.conversations]
+    return [{"role": roles[turn["from"]], "content": _message_content(turn["value"])} for turn in sample.conversations]
 
 
-def _content(text: str) -> list[dict[str, str]]:
-    slots = SLOT.findall(text)
-    if len(slots) == 1:
-        parts = [slots[0], SLOT.sub("", text).strip()]
-    else:  # a template writes the line break after a picture
-        parts = re.split(rf"({SLOT.pattern})\n?", text.strip())
-    types = {IMAGE_SLOT: "image", VIDEO_SLOT: "video"}
+def _message_content(text: str) -> list[dict[str, str]]:
+    placeholders = PLACEHOLDER.findall(text)
+    if len(placeholders) == 1:
+        parts = [placeholders[0], PLACEHOLDER.sub("", text).strip()]
+    else:  # the line break after an image is left to the template
+        parts = re.split(rf"({PLACEHOLDER.pattern})\n?", text.strip())
+    types = {IMAGE_PLACEHOLDER: "image", VIDEO_PLACEHOLDER: "video"}
     return [{"type": types[part]} if part in types else {"type": "text", "text": part} for part in parts if part]
 
 
-class Encoder:
-    """Turns samples into `input_ids`, `labels` and pictures; `labels` is -100 but on answers and the end-of-turn token
-    after each.
+class SampleEncoder:
+    """Encodes samples to `input_ids`, `labels` and visual inputs.
 
-    Where answers lie is read off the template itself: the text of the chat up to a question, with the header that asks
-    for an answer, against the text up to the answer. The text is tokenised once, as a whole, with the start token if
-    the template leaves it to the tokenizer. Works with fast tokenizers (offsets are needed).
+    `labels` is -100 everywhere but on answers and the end-of-turn token after each. Answer positions come from the
+    template: the chat rendered up to a question, with the header of an answer, is compared with the chat rendered up to
+    the answer. The whole text is tokenised once, with the start token if the template leaves it to the tokenizer. The
+    tokenizer must be a fast one, since offsets are needed.
 
-    The pictures of a LLaVA-Mini's processor come as `pixel_values`, a stream that is read when a batch is put together,
-    and their `visual_layout`; those of any other, which must be images, as `images`.
+    With a LLaVA-Mini processor, an item holds `pixel_values`, a stream that is read when a batch is collated, and
+    `visual_layout`. With any other processor it holds `images`.
+
+    Args:
+        processor: The model's processor.
 
     Raises:
-        ValueError: if the template writes earlier turns anew when a later one is added, or leaves a picture out, or the
-            processor takes no videos and the sample has one.
+        ValueError: On a call, if the template rewrites earlier turns or omits an image, or if a sample has a video and
+            the processor accepts none.
     """
 
     def __init__(self, processor: ProcessorMixin) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.image_token = processor.image_token
-        self._visual_tokens: dict[tuple[int, int], int] = {}
+        self._token_counts: dict[tuple[int, int], int] = {}  # by image size
 
-    def __call__(self, sample: Sample) -> Encoded:
+    def __call__(self, sample: Sample) -> EncodedSample:
+        """Return the encoded sample: `input_ids`, `labels` and the keys of its visual inputs."""
         text, answers = self._render(sample)
-        for token, slot in ((self.image_token, IMAGE_SLOT), (VIDEO_SLOT, VIDEO_SLOT)):
-            if (written := text.count(token)) != (needed := sample.slots.count(slot)):
+        for token, placeholder in ((self.image_token, IMAGE_PLACEHOLDER), (VIDEO_PLACEHOLDER, VIDEO_PLACEHOLDER)):
+            if (written := text.count(token)) != (needed := sample.placeholders.count(placeholder)):
                 raise ValueError(
-                    f"sample {sample.id}: the chat template writes {written} {token} where the sample has {needed} {slot}"
+                    f"sample {sample.id}: the chat template writes {written} {token} where the sample has {needed} "
+                    f"{placeholder}; use a template that writes every image and video"
                 )
         bos = self.tokenizer.bos_token
-        special = not (bos and text.startswith(bos))
-        encode = self._mini if isinstance(self.processor, LlavaMiniProcessor) else self._plain
-        ids, is_answer, pictures = encode(sample, text, answers, special)
-        labels = [i if hit else IGNORED for i, hit in zip(ids, is_answer, strict=True)]
-        return {"input_ids": ids, "labels": labels, **pictures}
+        add_special_tokens = not (bos and text.startswith(bos))
+        encode = self._encode_for_llava_mini if isinstance(self.processor, LlavaMiniProcessor) else self._encode
+        ids, is_answer, visual_inputs = encode(sample, text, answers, add_special_tokens)
+        labels = [i if in_answer else IGNORE_INDEX for i, in_answer in zip(ids, is_answer, strict=True)]
+        return {"input_ids": ids, "labels": labels, **visual_inputs}
 
-    def _render(self, sample: Sample) -> tuple[str, Spans]:
-        """The conversation as text, and where in it the answers are."""
-        chat = messages(sample)
+    def _render(self, sample: Sample) -> tuple[str, CharacterSpans]:
+        """Return the conversation as text, and the spans of its answers."""
+        messages = chat_messages(sample)
         text, answers = "", []
-        for end in range(1, len(chat), 2):
-            head = self.processor.apply_chat_template(chat[:end], tokenize=False, add_generation_prompt=True)
-            text = self.processor.apply_chat_template(chat[: end + 1], tokenize=False)
-            if not text.startswith(head):
+        for end in range(1, len(messages), 2):
+            prompt = self.processor.apply_chat_template(messages[:end], tokenize=False, add_generation_prompt=True)
+            text = self.processor.apply_chat_template(messages[: end + 1], tokenize=False)
+            if not text.startswith(prompt):
                 raise ValueError(
                     f"sample {sample.id}: the chat template does not write the conversation turn by turn, so its answers "
-                    "cannot be found; use a template whose text only grows with each turn"
+                    "cannot be located; use a template that only appends text with each turn"
                 )
-            answers.append((len(head), len(text.rstrip())))
+            answers.append((len(prompt), len(text.rstrip())))
         return text, answers
 
-    def _mini(
-        self, sample: Sample, text: str, answers: Spans, special: bool
+    def _encode_for_llava_mini(
+        self, sample: Sample, text: str, answers: CharacterSpans, add_special_tokens: bool
     ) -> tuple[list[int], list[bool], dict[str, Any]]:
-        coded = self.processor(
+        encoded = self.processor(
             text=[text],
-            images=[p for p in sample.pictures if isinstance(p, Image.Image)],
-            videos=[p for p in sample.pictures if not isinstance(p, Image.Image)],
+            images=[visual for visual in sample.visual_inputs if isinstance(visual, Image.Image)],
+            videos=[visual for visual in sample.visual_inputs if not isinstance(visual, Image.Image)],
             answer_spans=[answers],
             stream=True,
-            add_special_tokens=special,
+            add_special_tokens=add_special_tokens,
         )
-        pictures = {name: coded[name] for name in ("pixel_values", "visual_layout") if name in coded}
-        return coded["input_ids"][0], coded["answer_mask"][0], pictures
+        visual_inputs = {name: encoded[name] for name in ("pixel_values", "visual_layout") if name in encoded}
+        return encoded["input_ids"][0], encoded["answer_mask"][0], visual_inputs
 
-    def _plain(
-        self, sample: Sample, text: str, answers: Spans, special: bool
+    def _encode(
+        self, sample: Sample, text: str, answers: CharacterSpans, add_special_tokens: bool
     ) -> tuple[list[int], list[bool], dict[str, Any]]:
-        if VIDEO_SLOT in sample.slots:
+        if VIDEO_PLACEHOLDER in sample.placeholders:
             name = type(self.processor).__name__
-            raise ValueError(f"sample {sample.id}: a {name} takes images, not videos; LLaVA-Mini takes both")
-        counts = [self.visual_tokens(image) for image in sample.pictures]
+            raise ValueError(f"sample {sample.id}: a {name} accepts images, not videos; LLaVA-Mini accepts both")
+        token_counts = [self.image_token_count(image) for image in sample.visual_inputs]
 
-        def stretch(part: str) -> str:
-            """The start of the text, with as many image tokens for each image as it takes."""
-            each = iter(counts)
-            return re.sub(re.escape(self.image_token), lambda slot: slot[0] * next(each), part)
+        def expand_image_tokens(prefix: str) -> str:
+            """Repeat the image token of each image in a prefix of the text as often as the image needs."""
+            counts = iter(token_counts)
+            return re.sub(re.escape(self.image_token), lambda match: match[0] * next(counts), prefix)
 
-        spans = [(len(stretch(text[:a])), len(stretch(text[:b]))) for a, b in answers]
-        coded = self.tokenizer(stretch(text), return_offsets_mapping=True, add_special_tokens=special)
-        is_answer = [any(a <= start and stop <= b for a, b in spans) for start, stop in coded["offset_mapping"]]
-        return coded["input_ids"], is_answer, {"images": sample.pictures}
+        spans = [(len(expand_image_tokens(text[:a])), len(expand_image_tokens(text[:b]))) for a, b in answers]
+        encoded = self.tokenizer(
+            expand_image_tokens(text), return_offsets_mapping=True, add_special_tokens=add_special_tokens
+        )
+        is_answer = [any(a <= start and stop <= b for a, b in spans) for start, stop in encoded["offset_mapping"]]
+        return encoded["input_ids"], is_answer, {"images": sample.visual_inputs}
 
-    def visual_tokens(self, image: Any) -> int:
-        """How many tokens the processor puts in the place of an image of this size: asked of it once for each size."""
-        if image.size not in self._visual_tokens:
+    def image_token_count(self, image: Any) -> int:
+        """Return how many tokens the processor inserts for an image. The processor runs once per image size."""
+        if image.size not in self._token_counts:
             ids = self.processor(text=self.image_token, images=image)["input_ids"]
             image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
-            self._visual_tokens[image.size] = torch.as_tensor(ids).eq(image_id).sum().item()
-        return self._visual_tokens[image.size]
+            self._token_counts[image.size] = torch.as_tensor(ids).eq(image_id).sum().item()
+        return self._token_counts[image.size]
 
 
-def on_answers(inputs: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], Int[torch.Tensor, "batch last"]]:
-    """What to call a model with for logits of a batch at its last positions alone, and the labels there.
+def restrict_to_answers(
+    inputs: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, Any], Int[torch.Tensor, "batch last"]]:
+    """Restrict the logits of a batch to the last positions, which hold the answers.
 
-    They are from the first position on that predicts a labelled token in any row. What is ahead of it, pictures most of
-    all, predicts nothing that is asked for, and a large vocabulary's logits there would cost more than some of the
-    layers. A LLaVA-Mini is told apart what to leave unfused, which it would read off the labels of all positions.
+    The logits start at the first position that predicts a labelled token in any row. Earlier positions, mostly images,
+    predict nothing that is labelled. With a large vocabulary their logits would cost more than some of the layers.
+
+    Args:
+        inputs: A batch with `labels` (batch, positions).
+
+    Returns:
+        The inputs of the model, with `logits_to_keep` and without `labels`, and the labels at the kept positions. A
+        LLaVA-Mini also gets `answer_mask`: it must not fuse answers, and would otherwise read them off all labels.
     """
     labels = inputs["labels"]
-    first = int((labels != IGNORED).any(0).int().argmax())  # 0 where there is no label at all
-    # Named one by one: of a slice, a language model's head without gradients copies its weights for every row of the batch.
-    kept = torch.arange(max(first - 1, 0), labels.shape[1], device=labels.device)
-    unfused = {"answer_mask": labels != IGNORED} if "visual_layout" in inputs else {}
-    asked = {name: value for name, value in inputs.items() if name != "labels"}
-    return asked | unfused | {"logits_to_keep": kept}, labels[:, kept]
+    first = int((labels != IGNORE_INDEX).any(0).int().argmax())  # 0 where there is no label at all
+    # As indices: given a slice, a language model's head without gradients copies its weights for every row of the batch.
+    kept_positions = torch.arange(max(first - 1, 0), labels.shape[1], device=labels.device)
+    answer_mask = {"answer_mask": labels != IGNORE_INDEX} if "visual_layout" in inputs else {}
+    model_inputs = {name: value for name, value in inputs.items() if name != "labels"}
+    return model_inputs | answer_mask | {"logits_to_keep": kept_positions}, labels[:, kept_positions]
 
 
 class Collator:
-    """Encoded samples -> one padded batch of tensors with the pixels of their pictures."""
+    """Collates encoded samples into one padded batch of tensors with the pixels of their images.
+
+    Args:
+        processor: The model's processor.
+        side: The padding side, "left" or "right".
+    """
 
     def __init__(self, processor: ProcessorMixin, side: str = "right") -> None:
         self.image_processor = processor.image_processor
         self.side = side
         pad = processor.tokenizer.pad_token_id
-        self._fill: dict[str, int] = {"input_ids": pad, "labels": IGNORED, "attention_mask": 0}
+        self._padding_values: dict[str, int] = {"input_ids": pad, "labels": IGNORE_INDEX, "attention_mask": 0}
 
-    def __call__(self, items: Sequence[Encoded]) -> dict[str, torch.Tensor]:
-        rows: dict[str, Callable[[Encoded], list[int]]] = {
-            "input_ids": lambda x: x["input_ids"],
-            "labels": lambda x: x["labels"],
-            "attention_mask": lambda x: [1] * len(x["input_ids"]),
+    def __call__(self, items: Sequence[EncodedSample]) -> dict[str, torch.Tensor]:
+        """Return `input_ids`, `labels`, `attention_mask` and, unless all is text, `pixel_values`."""
+        columns: dict[str, Callable[[EncodedSample], list[int]]] = {
+            "input_ids": lambda item: item["input_ids"],
+            "labels": lambda item: item["labels"],
+            "attention_mask": lambda item: [1] * len(item["input_ids"]),
         }
         batch = {
-            name: pad_sequence([torch.tensor(row(x)) for x in items], True, self._fill[name], padding_side=self.side)
-            for name, row in rows.items()
+            name: pad_sequence(
+                [torch.tensor(column(item)) for item in items],
+                True,
+                self._padding_values[name],
+                padding_side=self.side,
+            )
+            for name, column in columns.items()
         }
-        if images := [image for x in items for image in x.get("images", ())]:
+        if images := [image for item in items for image in item.get("images", ())]:
             batch |= self.image_processor(images, return_tensors="pt")
-        if crops := [frame for x in items for frame in x.get("pixel_values", ())]:
+        if crops := [frame for item in items for frame in item.get("pixel_values", ())]:
             batch["pixel_values"] = torch.cat(crops)
-        if shown := [(i, x["visual_layout"]) for i, x in enumerate(items) if "visual_layout" in x]:
-            batch["visual_layout"] = torch.cat([layout + torch.tensor([i, 0, 0]) for i, layout in shown])
+        if layouts := [(i, item["visual_layout"]) for i, item in enumerate(items) if "visual_layout" in item]:
+            batch["visual_layout"] = torch.cat([layout + torch.tensor([i, 0, 0]) for i, layout in layouts])
         return batch

@@ -1,4 +1,4 @@
-"""Your own data: a LLaVA-format JSON file and a folder of images and videos."""
+"""The reader of LLaVA-format JSON files with a folder of images and videos."""
 
 from __future__ import annotations
 
@@ -11,72 +11,29 @@ from typing import Any
 
 from PIL import Image
 
-from experiments.data.samples import IMAGE_SLOT, SLOT, VIDEO_SLOT, Numbered, Picture, Sample, Split, fingerprint
+from experiments.data.samples import (
+    IMAGE_PLACEHOLDER,
+    PLACEHOLDER,
+    VIDEO_PLACEHOLDER,
+    IndexedImageLoader,
+    Sample,
+    Split,
+    VisualInput,
+    fingerprint,
+)
 
-_FROM = ("human", "gpt")
-_KIND = {IMAGE_SLOT: "image", VIDEO_SLOT: "video"}
-
-
-def _files(entry: dict[str, Any], kind: str, where: str) -> list[str]:
-    """The paths under "image" or "video", which is absent, one path or a list of them."""
-    given = entry.get(kind)
-    paths = [] if given is None else given if isinstance(given, list) else [given]
-    if not all(isinstance(path, str) for path in paths):
-        raise ValueError(f'{where}: "{kind}" is a path or a list of paths, found {str(given)[:80]}')
-    return paths
-
-
-def _entry(entry: Any, index: int, source: Path, folder: Path) -> dict[str, Any]:
-    """An entry of the file, checked; "image" and "video" become lists, and a video's slot `<video>`."""
-    where = f"'{source}', entry {index}"
-    if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
-        raise ValueError(f'{where}: not an object with a list of "conversations"')
-    turns = entry["conversations"]
-    for i, turn in enumerate(turns):
-        if not isinstance(turn, dict) or turn.get("from") != _FROM[i % 2] or not isinstance(turn.get("value"), str):
-            raise ValueError(
-                f'{where}, turn {i}: expected {{"from": "{_FROM[i % 2]}", "value": text}}, found {str(turn)[:80]}'
-            )
-    if not turns or len(turns) % 2:
-        raise ValueError(
-            f"{where}: a conversation needs an answer to each question, and this one has {len(turns)} turns"
-        )
-    files = {kind: _files(entry, kind, where) for kind in _KIND.values()}
-    if files["video"] and not files["image"]:  # the released video data has `<image>` there
-        turns = [turn | {"value": turn["value"].replace(IMAGE_SLOT, VIDEO_SLOT)} for turn in turns]
-    for slot, kind in _KIND.items():
-        slots = sum(turn["value"].count(slot) for turn in turns[::2])
-        if slots != len(files[kind]):
-            raise ValueError(
-                f"{where}: its questions need one {slot} for each of its {len(files[kind])} {kind}s, found {slots}"
-            )
-    for i, turn in enumerate(turns[1::2]):
-        if found := SLOT.search(turn["value"]):
-            raise ValueError(f"{where}, turn {2 * i + 1}: an answer holds {found[0]}, and pictures belong to questions")
-    for kind, paths in files.items():
-        for path in paths:
-            if not (folder / path).is_file():
-                raise FileNotFoundError(f"{where}: no {kind} '{folder / path}'")
-    kinds = entry.get("kinds", ["question"] * (len(turns) // 2))
-    if not isinstance(kinds, list) or len(kinds) != len(turns) // 2:
-        raise ValueError(f'{where}: "kinds" names the type of each question, and there are {len(turns) // 2} questions')
-    return entry | files | {"conversations": turns, "kinds": kinds}
+_SPEAKERS = ("human", "gpt")
+_MEDIA = {IMAGE_PLACEHOLDER: "image", VIDEO_PLACEHOLDER: "video"}
 
 
-def _image(path: Path) -> Image.Image:
-    from llava_mini.images import to_rgb  # takes seconds, which data that is only fingerprinted need not
+class LlavaJsonSamples(Sequence[Sample]):
+    """Samples of checked JSON entries. Images and videos are read when a sample's visual inputs are accessed.
 
-    return to_rgb(path)
-
-
-def _video(path: Path, frames: int) -> Picture:
-    from llava_mini.video import Video
-
-    return Video(path, frames=frames)
-
-
-class JsonSamples(Sequence[Sample]):
-    """Checked entries; pictures are read when they are asked for."""
+    Args:
+        entries: Entries as `_check_entry` returns them.
+        folder: The folder that the paths of the entries are relative to.
+        frames: How many frames of each video the model gets, evenly spaced.
+    """
 
     def __init__(self, entries: list[dict[str, Any]], folder: Path, frames: int) -> None:
         self.entries, self.folder, self.frames = entries, folder, frames
@@ -88,30 +45,44 @@ class JsonSamples(Sequence[Sample]):
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
         entry = self.entries[index]
         turns = entry["conversations"]
-        readers: dict[str, Iterator[Callable[[], Picture]]] = {
-            IMAGE_SLOT: (
-                Numbered(number, partial(_image, self.folder / path))
+        loaders: dict[str, Iterator[Callable[[], VisualInput]]] = {
+            IMAGE_PLACEHOLDER: (
+                IndexedImageLoader(number, partial(_read_image, self.folder / path))
                 for number, path in enumerate(entry["image"], self.first_image[index])
             ),
-            VIDEO_SLOT: (partial(_video, self.folder / path, self.frames) for path in entry["video"]),
+            VIDEO_PLACEHOLDER: (partial(_open_video, self.folder / path, self.frames) for path in entry["video"]),
         }
-        slots = [slot for turn in turns for slot in SLOT.findall(turn["value"])]
-        return Sample(str(entry.get("id", index)), tuple(next(readers[slot]) for slot in slots), turns, entry["kinds"])
+        placeholders = [placeholder for turn in turns for placeholder in PLACEHOLDER.findall(turn["value"])]
+        return Sample(
+            str(entry.get("id", index)),
+            tuple(next(loaders[placeholder]) for placeholder in placeholders),
+            turns,
+            entry["kinds"],
+        )
 
 
 def load_llava_json(path: str, images: str, split: str, count: int = 0, frames: int = 8) -> Split:
-    """The first `count` conversations of a LLaVA-format JSON file, or all for 0.
+    """Load the first `count` conversations of a LLaVA-format JSON file.
 
-    Each entry has "conversations" (turns from "human" and "gpt", alternating), an "image" or a "video" (a path below
-    `images`, or a list of them) unless it is text alone, and may have an "id" and "kinds", the type of each of its
-    questions. The questions hold `<image>` or `<video>` where the pictures are; beside a "video" alone, `<image>` means
-    the video. Of each video `frames` are taken, spread evenly. The fingerprint covers the file's bytes and the names and
-    sizes of its pictures.
+    Each entry has "conversations": alternating turns from "human" and "gpt". It has an "image" or a "video" (a path
+    below `images`, or a list of paths) unless it is text alone. It may have an "id", and "kinds", the type of each of its
+    questions. The questions hold `<image>` or `<video>` where the images and videos belong. In an entry with only a
+    "video", `<image>` means the video.
+
+    Args:
+        path: The JSON file.
+        images: The folder of images and videos.
+        split: Name of the split.
+        count: How many conversations; 0 for all.
+        frames: How many frames of each video the model gets, evenly spaced.
+
+    Returns:
+        The split. Its fingerprint covers the file's bytes and the names and sizes of images and videos.
 
     Raises:
-        FileNotFoundError: if the file, the folder or a picture is missing.
-        ValueError: if the file is no JSON, an entry is no conversation, its slots are not those of its pictures, or (when
-            it is read) a picture is none.
+        FileNotFoundError: If the file, the folder, an image or a video is missing.
+        ValueError: If the file is not JSON, an entry is not a conversation, or its placeholders do not match its images
+            and videos. A file that is not an image raises when it is read.
     """
     source, folder = Path(path), Path(images)
     if not source.is_file():
@@ -119,7 +90,7 @@ def load_llava_json(path: str, images: str, split: str, count: int = 0, frames: 
     if not folder.is_dir():
         raise FileNotFoundError(f"data.images: no folder '{folder}'")
     if frames < 1:
-        raise ValueError(f"data.frames: {frames} frames of a video show nothing; use 1 or more")
+        raise ValueError(f"data.frames: must be at least 1 frame of each video, found {frames}")
     text = source.read_bytes()
     try:
         entries = json.loads(text)
@@ -129,8 +100,70 @@ def load_llava_json(path: str, images: str, split: str, count: int = 0, frames: 
         raise ValueError(
             f"'{source}': expected a list of conversations, found {type(entries).__name__ if entries else 'none'}"
         )
-    checked = [_entry(entry, i, source, folder) for i, entry in enumerate(entries[: count or None])]
-    sizes = {kind: [(p, (folder / p).stat().st_size) for e in checked for p in e[kind]] for kind in _KIND.values()}
+    checked = [_check_entry(entry, i, source, folder) for i, entry in enumerate(entries[: count or None])]
+    sizes = {kind: [(p, (folder / p).stat().st_size) for e in checked for p in e[kind]] for kind in _MEDIA.values()}
     videos = [sizes["video"], frames] if sizes["video"] else []
-    whole = fingerprint(text, sizes["image"], count, *videos)
-    return Split(split, JsonSamples(checked, folder, frames), whole, len(sizes["image"]))
+    digest = fingerprint(text, sizes["image"], count, *videos)
+    return Split(split, LlavaJsonSamples(checked, folder, frames), digest, len(sizes["image"]))
+
+
+def _check_entry(entry: Any, index: int, source: Path, folder: Path) -> dict[str, Any]:
+    """Return a checked copy of an entry: "image" and "video" as lists, and `<video>` for each video."""
+    where = f"'{source}', entry {index}"
+    if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
+        raise ValueError(f'{where}: expected an object with a list of "conversations", found {str(entry)[:80]}')
+    turns = entry["conversations"]
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, dict) or turn.get("from") != _SPEAKERS[i % 2] or not isinstance(turn.get("value"), str):
+            raise ValueError(
+                f'{where}, turn {i}: expected {{"from": "{_SPEAKERS[i % 2]}", "value": text}}, found {str(turn)[:80]}'
+            )
+    if not turns or len(turns) % 2:
+        raise ValueError(f"{where}: a conversation needs an answer to each question, found {len(turns)} turns")
+    files = {kind: _media_paths(entry, kind, where) for kind in _MEDIA.values()}
+    if files["video"] and not files["image"]:  # the released video data has `<image>` there
+        turns = [turn | {"value": turn["value"].replace(IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)} for turn in turns]
+    for placeholder, kind in _MEDIA.items():
+        found = sum(turn["value"].count(placeholder) for turn in turns[::2])
+        if found != len(files[kind]):
+            raise ValueError(
+                f"{where}: its questions need one {placeholder} for each of its {len(files[kind])} {kind}s, found {found}"
+            )
+    for i, turn in enumerate(turns[1::2]):
+        if match := PLACEHOLDER.search(turn["value"]):
+            raise ValueError(
+                f"{where}, turn {2 * i + 1}: an answer holds {match[0]}; images and videos belong to questions"
+            )
+    for kind, paths in files.items():
+        for path in paths:
+            if not (folder / path).is_file():
+                raise FileNotFoundError(f"{where}: no {kind} '{folder / path}'")
+    question_types = entry.get("kinds", ["question"] * (len(turns) // 2))
+    if not isinstance(question_types, list) or len(question_types) != len(turns) // 2:
+        raise ValueError(
+            f'{where}: "kinds" must list the type of each of its {len(turns) // 2} questions, '
+            f"found {str(question_types)[:80]}"
+        )
+    return entry | files | {"conversations": turns, "kinds": question_types}
+
+
+def _media_paths(entry: dict[str, Any], kind: str, where: str) -> list[str]:
+    """Return the paths under "image" or "video", which may be absent, one path or a list of paths."""
+    value = entry.get(kind)
+    paths = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(path, str) for path in paths):
+        raise ValueError(f'{where}: "{kind}" must be a path or a list of paths, found {str(value)[:80]}')
+    return paths
+
+
+def _read_image(path: Path) -> Image.Image:
+    # Importing llava_mini takes seconds, and computing a fingerprint does not need it.
+    from llava_mini.images import to_rgb
+
+    return to_rgb(path)
+
+
+def _open_video(path: Path, frames: int) -> VisualInput:
+    from llava_mini.video import Video
+
+    return Video(path, frames=frames)

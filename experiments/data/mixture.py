@@ -1,16 +1,19 @@
-"""Several sets of samples as one."""
+"""A mixture of several sets of samples."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from experiments.data.samples import Numbered, Sample
+from experiments.data.samples import IndexedImageLoader, Sample
 
 
 class Mixture(Sequence[Sample]):
-    """A sample of each part in turn; images are numbered anew. Parts come with what their kinds of question are prefixed
-    with. A sample has one image."""
+    """Takes a sample of each part in turn, and gives all images new indices.
+
+    Args:
+        parts: Pairs of a prefix for question types and samples about one image each.
+    """
 
     def __init__(self, parts: Sequence[tuple[str, Sequence[Sample]]]) -> None:
         self.parts = parts
@@ -23,6 +26,7 @@ class Mixture(Sequence[Sample]):
             raise IndexError(index)
         prefix, samples = self.parts[index % len(self.parts)]
         sample = samples[index // len(self.parts)]
-        (load,) = sample.load
-        kinds = [f"{prefix}{kind}" for kind in sample.kinds]
-        return replace(sample, load=(Numbered(index, load),), kinds=kinds)  # type: ignore[arg-type]
+        (load,) = sample.loaders
+        question_types = [f"{prefix}{question_type}" for question_type in sample.question_types]
+        loaders = (IndexedImageLoader(index, load),)  # type: ignore[arg-type]
+        return replace(sample, loaders=loaders, question_types=question_types)

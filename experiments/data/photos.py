@@ -1,4 +1,4 @@
-"""Real photographs, one alone or several on a grid, with questions about them; and what they are mixed from."""
+"""Splits of photographs, one alone or several on a grid, mixed with scenes of shapes."""
 
 from __future__ import annotations
 
@@ -12,120 +12,177 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
-from experiments.data.balanced_questions import ask
+from experiments.data.balanced_questions import TypedQuestion, draw_questions
 from experiments.data.mixture import Mixture
-from experiments.data.photo_questions import DESCRIBE, about_grid, about_one, description
-from experiments.data.samples import Numbered, OneQuestionEach, Sample, Split, at_least_one, conversation, fingerprint
+from experiments.data.photo_questions import (
+    DESCRIBE_PROMPT,
+    describe_photos,
+    photo_grid_questions,
+    single_photo_questions,
+)
+from experiments.data.samples import (
+    IndexedImageLoader,
+    OneQuestionPerImage,
+    Sample,
+    Split,
+    check_image_count,
+    fingerprint,
+    llava_conversation,
+)
 from experiments.data.shapes import load_shapes
 
-GRIDS = {"one": 1, "2x2": 2, "3x3": 3}
-SHAPES = "shapes"
-BETWEEN = (128, 128, 128)
+GRID_SIZES = {"one": 1, "2x2": 2, "3x3": 3}
+SHAPES_PART = "shapes"
+MARGIN_COLOUR = (128, 128, 128)
 
 
-class Photos(NamedTuple):
-    """Photographs of known classes."""
+class LabelledPhotos(NamedTuple):
+    """Photographs with their classes. `labels` are indices of `classes`."""
 
     images: UInt8[np.ndarray, "photos height width 3"]
     labels: Int[np.ndarray, " photos"]
     classes: Sequence[str]
 
 
-class Sheets(Sequence[Sample]):
-    """Sheets of `grid` x `grid` photographs, put together when they are asked for.
+class PhotoGridSamples(Sequence[Sample]):
+    """Samples of grids of photographs, composed when the image is loaded.
 
-    A photograph is scaled to cover whole patches of a vision tower, as many as there is room for; what is left lies
-    between them, grey.
+    Each photograph is resized to whole patches of a vision tower, as many as fit. The rest of the image is a grey margin
+    between photographs.
 
     Args:
-        side: Of a sheet, in patches of `patch` pixels.
-        described: Each conversation ends with a description of all that there is to see, or is nothing else.
+        split: Name of the split, for the sample ids.
+        photos: The photographs to draw from.
+        count: How many images.
+        seed: Seed of the drawn photographs and questions.
+        grid_size: Photographs per side of the grid.
+        side: Patches per side of an image.
+        patch: Pixels per side of a patch.
+        descriptions: "no" for questions alone, "last" for a description after the questions about a grid, "only" for
+            descriptions alone.
     """
 
     def __init__(
-        self, split: str, photos: Photos, count: int, seed: int, grid: int, side: int, patch: int, described: str
+        self,
+        split: str,
+        photos: LabelledPhotos,
+        count: int,
+        seed: int,
+        grid_size: int,
+        side: int,
+        patch: int,
+        descriptions: str,
     ) -> None:
-        self.split, self.photos, self.seed, self.grid, self.patch = split, photos, seed, grid, patch
-        self.side, self.cell, self.described = side, side // grid, described
-        self.starts = [i * (side - self.cell) // max(grid - 1, 1) for i in range(grid)]  # in patches
-        self.chosen = np.random.default_rng([seed, grid]).integers(len(photos.labels), size=(count, grid * grid))
+        self.split, self.photos, self.seed, self.grid_size, self.patch = split, photos, seed, grid_size, patch
+        self.side, self.photo_side, self.descriptions = side, side // grid_size, descriptions  # sides in patches
+        self.starts = [i * (side - self.photo_side) // max(grid_size - 1, 1) for i in range(grid_size)]  # in patches
+        rng = np.random.default_rng([seed, grid_size])
+        self.photo_indices = rng.integers(len(photos.labels), size=(count, grid_size * grid_size))
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.photo_indices)
 
-    def names(self, index: int) -> list[str]:
-        """Of the classes of a sheet's photographs, in reading order."""
-        return [self.photos.classes[label] for label in self.photos.labels[self.chosen[index]]]
+    def class_names(self, index: int) -> list[str]:
+        """Return the class of each photograph of an image, in reading order."""
+        return [self.photos.classes[label] for label in self.photos.labels[self.photo_indices[index]]]
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
-        names = self.names(index)
-        asked = []
-        if self.described != "only":
-            candidates = about_one(names[0]) if self.grid == 1 else about_grid(names, self.photos.classes, self.grid)
-            asked = ask(candidates, dict.fromkeys(candidates, 1), np.random.default_rng([self.seed, index]))
-        if self.described == "only" or (self.described == "last" and self.grid > 1):
-            asked.append(("description", DESCRIBE, description(names, self.grid)))
-        turns = conversation((question, answer) for _, question, answer in asked)
-        image = Numbered(index, partial(self.draw, index))
-        return Sample(f"photos-{self.split}-{self.seed}-{self.grid}-{index}", (image,), turns, [k for k, _, _ in asked])
+        names = self.class_names(index)
+        questions: list[TypedQuestion] = []
+        if self.descriptions != "only":
+            candidates = (
+                single_photo_questions(names[0])
+                if self.grid_size == 1
+                else photo_grid_questions(names, self.photos.classes, self.grid_size)
+            )
+            rng = np.random.default_rng([self.seed, index])
+            questions = draw_questions(candidates, dict.fromkeys(candidates, 1), rng)
+        if self.descriptions == "only" or (self.descriptions == "last" and self.grid_size > 1):
+            questions.append(("description", DESCRIBE_PROMPT, describe_photos(names, self.grid_size)))
+        return Sample(
+            f"photos-{self.split}-{self.seed}-{self.grid_size}-{index}",
+            (IndexedImageLoader(index, partial(self.render, index)),),
+            llava_conversation((question, answer) for _, question, answer in questions),
+            [question_type for question_type, _, _ in questions],
+        )
 
-    def draw(self, index: int) -> Image.Image:
-        """A sheet's pixels."""
-        sheet = Image.new("RGB", (self.side * self.patch,) * 2, BETWEEN)
+    def render(self, index: int) -> Image.Image:
+        """Return the image: its photographs on a grey background."""
+        image = Image.new("RGB", (self.side * self.patch,) * 2, MARGIN_COLOUR)
         corners = [(x * self.patch, y * self.patch) for y in self.starts for x in self.starts]
-        for corner, photo in zip(corners, self.photos.images[self.chosen[index]], strict=True):
-            scaled = Image.fromarray(photo).resize((self.cell * self.patch,) * 2, Image.Resampling.BICUBIC)
-            sheet.paste(scaled, corner)
-        return sheet
+        for corner, photo in zip(corners, self.photos.images[self.photo_indices[index]], strict=True):
+            resized = Image.fromarray(photo).resize((self.photo_side * self.patch,) * 2, Image.Resampling.BICUBIC)
+            image.paste(resized, corner)
+        return image
 
 
 def load_photos(
     folder: str, split: str, count: int, seed: int, parts: Sequence[str], side: int, patch: int, captions: bool
 ) -> Split:
-    """`count` pictures of each of `parts` in turn: `one` photograph, `2x2` and `3x3` grids of them, and scenes of `shapes`.
+    """Generate a split of images from labelled photographs, with the parts in turn.
 
-    Training conversations about a grid end with its description; test pictures have one question each, the kinds in turn.
+    Training conversations about a grid end with its description. Test images have one question each, the question types
+    in turn.
 
     Args:
-        folder: Holds `train.npz` and `test.npz` (`images` uint8 [n, height, width, 3], `labels` int [n]) and `classes.json`
-            (a list of names); README, "Photographs". Photographs of one file are used in that split alone.
-        side: Of a picture, in patches of `patch` pixels.
-        captions: Descriptions alone, as LLaVA's first stage has them, in training.
+        folder: Holds `train.npz` and `test.npz` (`images` uint8 [n, height, width, 3], `labels` int [n]) and
+            `classes.json` (a list of names). Photographs of one file are used in that split alone.
+        split: "train" or "test".
+        count: How many images, over all parts.
+        seed: Seed of the drawn photographs, scenes and questions.
+        parts: Kinds of image: "one" photograph, a "2x2" or "3x3" grid of photographs, and scenes of "shapes".
+        side: Patches per side of an image.
+        patch: Pixels per side of a patch.
+        captions: Train on descriptions alone, as in LLaVA's first stage.
 
     Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if a file is not what it should be, there is no such part, or a grid has no room for a photograph.
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is not what it should be, a part is unknown, or photographs of a grid do not fit on a patch.
     """
-    known = [*GRIDS, SHAPES]
-    if not parts or len(set(parts)) < len(parts) or set(parts) - set(known):
-        raise ValueError(f"data.parts: {list(parts)}; name some of {', '.join(known)}, each once")
-    if patch < 1 or side < (least := max(GRIDS.get(part, 1) for part in parts)):
-        raise ValueError(f"data.side={side} data.patch={patch}: {least} photographs a side need at least a patch each")
+    known_parts = [*GRID_SIZES, SHAPES_PART]
+    if not parts or len(set(parts)) < len(parts) or set(parts) - set(known_parts):
+        raise ValueError(f"data.parts: use any of {', '.join(known_parts)}, each at most once, found {list(parts)}")
+    min_side = max(GRID_SIZES.get(part, 1) for part in parts)
+    if patch < 1 or side < min_side:
+        raise ValueError(
+            f"data.side={side} data.patch={patch}: side must be at least {min_side}, a patch for each photograph, and "
+            "patch at least 1"
+        )
     photos, digest = read_photos(folder, split)
     training = split == "train"
-    described = "no" if not training else "only" if captions else "last"
-    made, prints = [], []
+    descriptions = "no" if not training else "only" if captions else "last"
+    prefixed_samples, shapes_fingerprints = [], []
     for number, part in enumerate(parts):
-        if not (share := len(range(number, at_least_one(count, split), len(parts)))):
+        part_count = len(range(number, check_image_count(count, split), len(parts)))
+        if not part_count:
             break
         samples: Sequence[Sample]
-        if part == SHAPES:
-            shapes = load_shapes(split, share, seed)
-            samples = shapes.samples.described() if described == "only" else shapes.samples  # type: ignore[attr-defined]
-            prints.append(shapes.fingerprint)
+        if part == SHAPES_PART:
+            shapes = load_shapes(split, part_count, seed)
+            samples = shapes.samples.with_descriptions() if descriptions == "only" else shapes.samples  # type: ignore[attr-defined]
+            shapes_fingerprints.append(shapes.fingerprint)
         else:
-            samples = Sheets(split, photos, share, seed, GRIDS[part], side, patch, described)
-        made.append((f"{SHAPES} " if part == SHAPES else "", samples if training else OneQuestionEach(samples)))
+            samples = PhotoGridSamples(split, photos, part_count, seed, GRID_SIZES[part], side, patch, descriptions)
+        prefix = f"{SHAPES_PART} " if part == SHAPES_PART else ""
+        prefixed_samples.append((prefix, samples if training else OneQuestionPerImage(samples)))
     return Split(
         split,
-        Mixture(made),
-        fingerprint("photos", digest, prints, split, count, seed, list(parts), side, patch, captions),
+        Mixture(prefixed_samples),
+        fingerprint("photos", digest, shapes_fingerprints, split, count, seed, list(parts), side, patch, captions),
         count,
     )
 
 
-def read_photos(folder: str, split: str) -> tuple[Photos, str]:
-    """The photographs of a split's file, and a digest of them."""
+def read_photos(folder: str, split: str) -> tuple[LabelledPhotos, str]:
+    """Read the photographs of a split.
+
+    Returns:
+        The photographs, and a hash of them.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is unreadable, or its arrays do not go together.
+    """
     source, names = Path(folder) / f"{split}.npz", Path(folder) / "classes.json"
     for path in (source, names):
         if not path.is_file():
@@ -147,5 +204,5 @@ def read_photos(folder: str, split: str) -> tuple[Photos, str]:
             f"'{source}': expected images uint8 [n, height, width, 3] with n labels, found {photos.dtype} {photos.shape}"
         )
     if not 0 <= labels.min() <= labels.max() < len(classes):
-        raise ValueError(f"'{source}': labels run to {labels.max()}, and '{names}' has {len(classes)} names")
-    return Photos(photos, labels, classes), fingerprint(photos.tobytes(), labels.tobytes(), classes)
+        raise ValueError(f"'{source}': labels run up to {labels.max()}, but '{names}' has {len(classes)} names")
+    return LabelledPhotos(photos, labels, classes), fingerprint(photos.tobytes(), labels.tobytes(), classes)

@@ -1,4 +1,4 @@
-"""What a data set is here: pictures with conversations in LLaVA's format, and the guess that needs no picture."""
+"""Samples of a data set (images or videos with a LLaVA conversation), splits of them, and the text-only baseline."""
 
 from __future__ import annotations
 
@@ -13,96 +13,124 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from PIL import Image
 
-if TYPE_CHECKING:  # llava_mini takes seconds to import
+if TYPE_CHECKING:  # importing llava_mini takes seconds
     from llava_mini.video import Video
 
-IMAGE_SLOT, VIDEO_SLOT = "<image>", "<video>"
-SLOT = re.compile(f"{IMAGE_SLOT}|{VIDEO_SLOT}")
-Picture: TypeAlias = "Image.Image | Video"
+IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER = "<image>", "<video>"
+PLACEHOLDER = re.compile(f"{IMAGE_PLACEHOLDER}|{VIDEO_PLACEHOLDER}")
+VisualInput: TypeAlias = "Image.Image | Video"
 
 
 @dataclass(frozen=True)
-class Numbered:
-    """Draws or reads an image when it is called, and says without that which of its split's images it is."""
+class IndexedImageLoader:
+    """Loads an image of a split, and knows the image's index without loading it.
 
-    number: int
+    Args:
+        index: Index of the image among all images of its split, from 0.
+        make: Reads or renders the image.
+    """
+
+    index: int
     make: Callable[[], Image.Image]
 
     def __call__(self) -> Image.Image:
+        """Read or render the image."""
         return self.make()
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Pictures and what is said about them, as LLaVA's training files have it.
+    """Images and videos with a conversation about them, in the format of LLaVA's training files.
 
-    `load` draws or reads each picture: none for text alone. `conversations` alternates `{"from": "human", "value": ...}`
-    and `{"from": "gpt", "value": ...}`; the human turns hold `<image>` or `<video>` for each picture, in order. `kinds`
-    names the type of each question, one an answer.
+    Args:
+        id: The sample's name.
+        loaders: Read or render the image or video of each placeholder; empty for text alone.
+        conversations: Turns `{"from": "human", "value": ...}` and `{"from": "gpt", "value": ...}`, alternating. The human
+            turns hold `<image>` or `<video>` for each entry of `loaders`, in order.
+        question_types: The type of each question: one entry per answer.
     """
 
     id: str
-    load: tuple[Callable[[], Picture], ...]
+    loaders: tuple[Callable[[], VisualInput], ...]
     conversations: list[dict[str, str]]
-    kinds: list[str]
+    question_types: list[str]
 
     @cached_property
-    def pictures(self) -> list[Picture]:
-        """Drawn or read when they are first asked for; a video's frames only when they are gone through."""
-        return [load() for load in self.load]
+    def visual_inputs(self) -> list[VisualInput]:
+        """The images and videos, loaded at first access. A video decodes its frames only when they are iterated."""
+        return [load() for load in self.loaders]
 
     @property
     def image(self) -> Image.Image | None:
-        """The picture of a sample about one image; None for any other sample."""
-        only = self.pictures[0] if len(self.load) == 1 else None
+        """The image of a sample about exactly one image; None for any other sample."""
+        only = self.visual_inputs[0] if len(self.loaders) == 1 else None
         return only if isinstance(only, Image.Image) else None
 
     @property
-    def slots(self) -> list[str]:
-        return [slot for turn in self.conversations[::2] for slot in SLOT.findall(turn["value"])]
+    def placeholders(self) -> list[str]:
+        """`<image>` or `<video>` for each visual input, in the order of the text."""
+        return [placeholder for turn in self.conversations[::2] for placeholder in PLACEHOLDER.findall(turn["value"])]
 
     @property
     def questions(self) -> list[str]:
-        return [SLOT.sub("", turn["value"]).strip() for turn in self.conversations[::2]]
+        """The text of each human turn, without placeholders."""
+        return [PLACEHOLDER.sub("", turn["value"]).strip() for turn in self.conversations[::2]]
 
     @property
     def answers(self) -> list[str]:
+        """The text of each answer."""
         return [turn["value"] for turn in self.conversations[1::2]]
 
 
 @dataclass(frozen=True)
 class Split:
-    """A part of a data set. `samples` may make its items when asked for; the fingerprint stands for all of their bytes.
-    `images` is how many of its pictures are `Numbered`, from 0."""
+    """One split of a data set.
+
+    Args:
+        name: "train", "validation" or "test".
+        samples: The samples; may build each one on access.
+        fingerprint: Hash that stands for the bytes of all samples.
+        image_count: How many images have an `IndexedImageLoader`; their indices are 0 to image_count - 1.
+    """
 
     name: str
     samples: Sequence[Sample]
     fingerprint: str
-    images: int = 0
+    image_count: int = 0
 
     def __len__(self) -> int:
         return len(self.samples)
 
 
-def conversation(pairs: Iterable[tuple[str, str]], slots: Iterable[str] = (IMAGE_SLOT,)) -> list[dict[str, str]]:
-    """Question and answer pairs -> LLaVA turns, with the slots of all pictures before the first question."""
+def llava_conversation(
+    pairs: Iterable[tuple[str, str]], placeholders: Iterable[str] = (IMAGE_PLACEHOLDER,)
+) -> list[dict[str, str]]:
+    """Build a conversation in LLaVA's format.
+
+    Args:
+        pairs: Questions with their answers.
+        placeholders: `<image>` or `<video>` for each visual input; all are put before the first question.
+
+    Returns:
+        Alternating human and gpt turns.
+    """
     turns: list[dict[str, str]] = []
     for question, answer in pairs:
-        shown = "" if turns else "".join(f"{slot}\n" for slot in slots)
-        turns += [{"from": "human", "value": shown + question}, {"from": "gpt", "value": answer}]
+        prefix = "" if turns else "".join(f"{placeholder}\n" for placeholder in placeholders)
+        turns += [{"from": "human", "value": prefix + question}, {"from": "gpt", "value": answer}]
     return turns
 
 
 def single_questions(samples: Iterable[Sample]) -> Iterator[Sample]:
-    """Each question as a conversation of its own, so that no earlier answer helps with a later one."""
+    """Yield a sample for each question alone, so that no earlier answer helps with a later one."""
     for sample in samples:
         for i, (question, answer) in enumerate(zip(sample.questions, sample.answers, strict=True)):
-            turns = conversation([(question, answer)], sample.slots)
-            yield Sample(f"{sample.id}.{i}", sample.load, turns, [sample.kinds[i]])
+            turns = llava_conversation([(question, answer)], sample.placeholders)
+            yield Sample(f"{sample.id}.{i}", sample.loaders, turns, [sample.question_types[i]])
 
 
-class OneQuestionEach(Sequence[Sample]):
-    """One question about each picture, the kinds in turn, so that no two outcomes of a test hang on the same picture."""
+class OneQuestionPerImage(Sequence[Sample]):
+    """One question of each sample, the question types in turn, so that no two test outcomes share an image."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self.samples = samples
@@ -111,46 +139,57 @@ class OneQuestionEach(Sequence[Sample]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
-        singles = sorted(single_questions([self.samples[index]]), key=lambda single: single.kinds)
+        singles = sorted(single_questions([self.samples[index]]), key=lambda single: single.question_types)
         return singles[index % len(singles)]
 
 
-class TextGuess:
-    """The best that can be done without the image by table look-up: the most frequent training answer.
+class TextOnlyBaseline:
+    """Answers from the question text alone, by table look-up: the most frequent training answer.
 
-    To a question text that training had, its most frequent answer; else the most frequent answer to its kind.
+    A question text that occurs in training gets its most frequent answer. Any other gets the most frequent answer to its
+    question type.
+
+    Args:
+        samples: Training samples. Their visual inputs are not loaded.
     """
 
     def __init__(self, samples: Iterable[Sample]) -> None:
         by_question: dict[str, Counter[str]] = defaultdict(Counter)
-        by_kind: dict[str, Counter[str]] = defaultdict(Counter)
+        by_type: dict[str, Counter[str]] = defaultdict(Counter)
         for sample in samples:
-            for question, answer, kind in zip(sample.questions, sample.answers, sample.kinds, strict=True):
+            for question, answer, question_type in zip(
+                sample.questions, sample.answers, sample.question_types, strict=True
+            ):
                 by_question[question][answer] += 1
-                by_kind[kind][answer] += 1
-        # ties go to the answer first in the alphabet, so that the guess does not hang on the order of the samples
-        self._by_question, self._by_kind = (
-            {key: min(counts, key=lambda a: (-counts[a], a)) for key, counts in table.items()}
-            for table in (by_question, by_kind)
+                by_type[question_type][answer] += 1
+        # Ties go to the alphabetically first answer, so that the order of the samples does not matter.
+        self._by_question, self._by_type = (
+            {key: min(counts, key=lambda answer: (-counts[answer], answer)) for key, counts in table.items()}
+            for table in (by_question, by_type)
         )
 
-    def __call__(self, question: str, kind: str) -> str | None:
-        return self._by_question.get(question, self._by_kind.get(kind))
+    def __call__(self, question: str, question_type: str) -> str | None:
+        """Return the predicted answer; None for a question type that training lacks."""
+        return self._by_question.get(question, self._by_type.get(question_type))
 
 
-def at_least_one(count: int, field: str) -> int:
-    """A number of pictures to make.
+def check_image_count(count: int, split: str) -> int:
+    """Return `count` if it is a number of images or clips that can be generated.
+
+    Args:
+        count: How many to generate.
+        split: The name of the split, for the message.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: If `count` is less than 1.
     """
     if count < 1:
-        raise ValueError(f"data.{field}: {count} pictures cannot be made; generated data has no end, so say how many")
+        raise ValueError(f"data.{split}_samples: generated data has no end, so it must be at least 1, found {count}")
     return count
 
 
 def fingerprint(*parts: object) -> str:
-    """16 hex digits for bytes or anything that JSON can hold."""
+    """Return 16 hex digits that identify bytes or any values that JSON can hold."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode())

@@ -1,4 +1,4 @@
-"""Scenes of coloured shapes on a grid: drawn from a seed, rendered to pixels."""
+"""Scenes of coloured shapes on a grid: layouts drawn from a seed, and their pixels."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ COLOURS = {
     "purple": (142, 68, 173),
 }
 SHAPES = ("square", "triangle", "ring", "cross")
-GRID = 3  # cells a side
-CELL = 16  # pixels a side of a cell
-SIDE = GRID * CELL
+GRID_SIZE = 3  # grid cells per side
+CELL_SIZE = 16  # pixels per side of a grid cell
+IMAGE_SIZE = GRID_SIZE * CELL_SIZE  # pixels per side
 MIN_OBJECTS = 6
-SPLITS = {"train": range(2, 10), "validation": range(1, 2), "test": range(1)}  # tenths of all layouts
-_BLOCK = 4096  # scenes drawn at once: a longer split begins with the shorter one
+SPLIT_TENTHS = {"train": range(2, 10), "validation": range(1, 2), "test": range(1)}  # tenths of all layouts
+_BLOCK = 4096  # scenes per block of draws; blocks have a fixed size so that a longer split begins with the shorter one
 _EMPTY = -1
+_BACKGROUND = 235  # grey level
+_NOISE_STD = 6  # grey levels
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """Layouts and the numbers that draw them. Cells are in reading order; colour and shape are -1 where a cell is empty."""
+    """Layouts of scenes and the numbers that determine their pixels.
+
+    Grid cells are in reading order. Colour and shape are indices of `COLOURS` and `SHAPES`, and -1 in empty cells.
+    """
 
     colour: Int[np.ndarray, "scenes cells"]
     shape: Int[np.ndarray, "scenes cells"]
@@ -41,10 +46,13 @@ class Scenes:
         return Scenes(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
 
 
-def split_of(
+def layout_tenth(
     colour: Int[np.ndarray, "scenes cells"], shape: Int[np.ndarray, "scenes cells"]
 ) -> Int[np.ndarray, " scenes"]:
-    """The tenth (0 to 9) that a layout belongs to: a hash of the layout alone, so no two splits can share one."""
+    """Return the tenth (0 to 9) of all layouts that each scene belongs to.
+
+    The tenth is a hash of the layout alone, so no two splits can share a layout.
+    """
     state = np.where(colour == _EMPTY, 0, 1 + colour * len(SHAPES) + shape).astype(np.uint64)
     base = np.uint64(1 + len(COLOURS) * len(SHAPES))
     number = np.zeros(len(state), np.uint64)
@@ -56,34 +64,40 @@ def split_of(
     return (number >> np.uint64(20)).astype(np.int64) % 10
 
 
-def draw(split: str, seed: int, count: int) -> Scenes:
-    """The first `count` scenes of a split. The same split and seed give the same scenes, whatever the count."""
-    tenths = list(SPLITS[split])
+def draw_scenes(split: str, seed: int, count: int) -> Scenes:
+    """Draw the first `count` scenes of a split.
+
+    Args:
+        split: A key of `SPLIT_TENTHS`.
+        seed: The same split and seed give the same scenes, whatever the count.
+        count: How many scenes.
+    """
+    tenths = list(SPLIT_TENTHS[split])
     blocks: list[Scenes] = []
     while sum(map(len, blocks)) < count:
-        rng = np.random.default_rng([seed, list(SPLITS).index(split), len(blocks)])
+        rng = np.random.default_rng([seed, list(SPLIT_TENTHS).index(split), len(blocks)])
         block = _draw_block(rng)
-        blocks.append(block[np.isin(split_of(block.colour, block.shape), tenths)])
+        blocks.append(block[np.isin(layout_tenth(block.colour, block.shape), tenths)])
     return Scenes(*(np.concatenate([getattr(b, name) for b in blocks]) for name in Scenes.__dataclass_fields__))[:count]
 
 
 def _draw_block(rng: np.random.Generator) -> Scenes:
-    size = (_BLOCK, GRID * GRID)
-    objects = rng.integers(MIN_OBJECTS, GRID * GRID + 1, size=(_BLOCK, 1))
+    size = (_BLOCK, GRID_SIZE * GRID_SIZE)
+    objects = rng.integers(MIN_OBJECTS, GRID_SIZE * GRID_SIZE + 1, size=(_BLOCK, 1))
     filled = rng.random(size).argsort(axis=1).argsort(axis=1) < objects
     return Scenes(
         colour=np.where(filled, rng.integers(len(COLOURS), size=size), _EMPTY),
         shape=np.where(filled, rng.integers(len(SHAPES), size=size), _EMPTY),
-        centre=CELL / 2 + rng.uniform(-1.5, 1.5, (*size, 2)),
+        centre=CELL_SIZE / 2 + rng.uniform(-1.5, 1.5, (*size, 2)),
         radius=rng.uniform(4.5, 6.5, size),
         noise_seed=rng.integers(2**31, size=_BLOCK),
     )
 
 
-def render(scenes: Scenes) -> UInt8[np.ndarray, "scenes side side 3"]:
-    """Pixels of scenes: shapes with soft edges over grey, with Gaussian noise of 6 grey levels."""
-    ys, xs = np.mgrid[:CELL, :CELL].astype(np.float32) + np.float32(0.5)
-    dx = xs - scenes.centre[..., 0, None, None].astype(np.float32)  # [scenes, cells, CELL, CELL]
+def render_scenes(scenes: Scenes) -> UInt8[np.ndarray, "scenes side side 3"]:
+    """Render scenes to pixels: shapes with soft edges on grey, with Gaussian noise of 6 grey levels."""
+    ys, xs = np.mgrid[:CELL_SIZE, :CELL_SIZE].astype(np.float32) + np.float32(0.5)
+    dx = xs - scenes.centre[..., 0, None, None].astype(np.float32)  # [scenes, cells, CELL_SIZE, CELL_SIZE]
     dy = ys - scenes.centre[..., 1, None, None].astype(np.float32)
     radius = scenes.radius[..., None, None].astype(np.float32)
     shape = scenes.shape[..., None, None]
@@ -94,9 +108,11 @@ def render(scenes: Scenes) -> UInt8[np.ndarray, "scenes side side 3"]:
     ring = abs(np.hypot(dx, dy) - 0.75 * radius) - 0.25 * radius
     cross = np.maximum(box - radius, np.minimum(abs(dx), abs(dy)) - 0.3 * radius)
     distance = np.choose(np.maximum(shape, 0), [square, triangle, ring, cross])
-    cover = np.where(shape == _EMPTY, 0, np.clip(0.5 - distance, 0, 1))[..., None]
+    opacity = np.where(shape == _EMPTY, 0, np.clip(0.5 - distance, 0, 1))[..., None]
     paint = np.array(list(COLOURS.values()), np.float32)[np.maximum(scenes.colour, 0)][:, :, None, None, :]
-    cells = 235 * (1 - cover) + paint * cover
-    image = cells.reshape(-1, GRID, GRID, CELL, CELL, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, SIDE, SIDE, 3)
-    noise = np.stack([np.random.default_rng(s).standard_normal((SIDE, SIDE, 1), np.float32) for s in scenes.noise_seed])
-    return np.clip(image + 6 * noise, 0, 255).round().astype(np.uint8)
+    cells = _BACKGROUND * (1 - opacity) + paint * opacity
+    image = cells.reshape(-1, GRID_SIZE, GRID_SIZE, CELL_SIZE, CELL_SIZE, 3).transpose(0, 1, 3, 2, 4, 5)
+    image = image.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)
+    noise_shape = (IMAGE_SIZE, IMAGE_SIZE, 1)
+    noise = np.stack([np.random.default_rng(s).standard_normal(noise_shape, np.float32) for s in scenes.noise_seed])
+    return np.clip(image + _NOISE_STD * noise, 0, 255).round().astype(np.uint8)

@@ -1,1 +1,1 @@
-"""What is measured on the test questions: accuracy, and the analyses by layer."""
+"""What is measured on the test questions: accuracy, cost, and the analyses by layer."""

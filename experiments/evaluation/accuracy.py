@@ -1,4 +1,4 @@
-"""Exact-match accuracy on held-out questions, one question at a time."""
+"""Exact-match accuracy on held-out questions, one question at a time, and its blind controls."""
 
 from __future__ import annotations
 
@@ -16,80 +16,103 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from experiments.data.encoding import IGNORED, on_answers
-from experiments.data.samples import Picture, Sample
-from experiments.devices import inference
-from experiments.evaluation.questions import Inputs, Questions
-from experiments.models.token_reduction import Around, untouched
+from experiments.data.encoding import IGNORE_INDEX, restrict_to_answers
+from experiments.data.samples import Sample, VisualInput
+from experiments.devices import inference_mode
+from experiments.evaluation.questions import EncodedQuestions, ModelInputs
+from experiments.models.token_reduction import TokenDropper, keep_all_tokens
 from llava_mini.video import Video
 
-GREY = (128, 128, 128)
+BLANK_COLOUR = (128, 128, 128)
 
 
 def greedy_matches(
     logits: Float[Tensor, "batch positions vocabulary"], labels: Int[Tensor, "batch last"]
 ) -> Bool[Tensor, " batch"]:
-    """Whether greedy decoding would write exactly the labelled answer, its end-of-turn token included. Labels are of the
-    last positions, or of all.
+    """Return whether greedy decoding would write exactly the labelled answer and its end-of-turn token.
 
-    Given the right answer so far, the most likely next token is the right one at every step: that is what greedy
-    decoding does, so one teacher-forced pass tells the outcome of `generate` without running it.
+    Greedy decoding writes the answer if, given the right tokens so far, the most likely next token is right at every
+    step. So one teacher-forced pass gives the outcome of `generate` without running it.
+
+    Args:
+        logits: Logits of a teacher-forced pass.
+        labels: Labels of the last positions, or of all, -100 outside answers.
     """
-    said, wanted = logits[:, -labels.shape[1] : -1].argmax(-1), labels[:, 1:]
-    return ((said == wanted) | (wanted == IGNORED)).all(-1)
+    predicted, target = logits[:, -labels.shape[1] : -1].argmax(-1), labels[:, 1:]
+    return ((predicted == target) | (target == IGNORE_INDEX)).all(-1)
 
 
-def answered(model: PreTrainedModel, inputs: Inputs) -> Bool[Tensor, " batch"]:
-    """Which rows of a batch the model answers right, by one forward call."""
-    asked, labels = on_answers(inputs)
-    return greedy_matches(model(**asked).logits, labels)
+def answered_correctly(model: PreTrainedModel, inputs: ModelInputs) -> Bool[Tensor, " batch"]:
+    """Return which rows of a batch the model answers correctly, from one forward call."""
+    model_inputs, labels = restrict_to_answers(inputs)
+    return greedy_matches(model(**model_inputs).logits, labels)
 
 
-def correct(
-    model: PreTrainedModel, questions: Questions, say: str, around: Around = untouched
+def correct_answers(
+    model: PreTrainedModel,
+    questions: EncodedQuestions,
+    progress_label: str,
+    drop_tokens: TokenDropper = keep_all_tokens,
 ) -> Bool[Tensor, " questions"]:
-    """Which questions are answered right, with `around` around every forward call."""
+    """Return which questions the model answers correctly.
+
+    Args:
+        model: The model.
+        questions: The questions.
+        progress_label: Label of the progress bar.
+        drop_tokens: Drops visual tokens in each forward call.
+    """
     outcomes = []
-    with inference(model), questions.given():
-        for inputs in questions.batches(say):
-            with around(model, inputs):
-                outcomes.append(answered(model, inputs).cpu())
+    with inference_mode(model), questions.features_as_pixel_values():
+        for inputs in questions.batches(progress_label):
+            with drop_tokens(model, inputs):
+                outcomes.append(answered_correctly(model, inputs).cpu())
     return torch.cat(outcomes)
 
 
-def blank(samples: Sequence[Sample]) -> list[Sample]:
-    """The same questions about grey pictures of the same size, and of a video as many frames."""
+def blank_images(samples: Sequence[Sample]) -> list[Sample]:
+    """Replace each image by a grey image of the same size, and each video by as many grey frames."""
 
-    def grey(load: Callable[[], Picture]) -> Picture:
-        picture = load()
-        if isinstance(picture, Video):
-            return Video([Image.new("RGB", next(iter(picture)).size, GREY)] * len(picture))
-        return Image.new("RGB", picture.size, GREY)
+    def load_blank(load: Callable[[], VisualInput]) -> VisualInput:
+        original = load()
+        if isinstance(original, Video):
+            return Video([Image.new("RGB", next(iter(original)).size, BLANK_COLOUR)] * len(original))
+        return Image.new("RGB", original.size, BLANK_COLOUR)
 
-    return [replace(s, load=tuple(partial(grey, load) for load in s.load)) for s in samples]
+    return [replace(s, loaders=tuple(partial(load_blank, load) for load in s.loaders)) for s in samples]
 
 
-def shuffled(samples: Sequence[Sample]) -> list[Sample]:
-    """The same questions, each about the pictures that belong to the question half the set away, among those that have
-    as many images and videos in the same order."""
-    alike: dict[tuple[str, ...], list[Sample]] = defaultdict(list)
+def shuffled_images(samples: Sequence[Sample]) -> list[Sample]:
+    """Give each question the images of another question: the one half the set away.
+
+    Questions exchange images only with questions that have as many images and videos in the same order.
+    """
+    same_placeholders: dict[tuple[str, ...], list[Sample]] = defaultdict(list)
     for sample in samples:
-        alike[tuple(sample.slots)].append(sample)
-    others = {slots: iter([*some[len(some) // 2 :], *some[: len(some) // 2]]) for slots, some in alike.items()}
-    return [replace(s, load=next(others[tuple(s.slots)]).load) for s in samples]
+        same_placeholders[tuple(sample.placeholders)].append(sample)
+    donors = {
+        placeholders: iter([*group[len(group) // 2 :], *group[: len(group) // 2]])
+        for placeholders, group in same_placeholders.items()
+    }
+    return [replace(s, loaders=next(donors[tuple(s.placeholders)]).loaders) for s in samples]
 
 
-def digits(outcomes: Bool[Tensor, " questions"] | Bool[np.ndarray, " questions"]) -> str:
-    """One character a question, as records keep them: 1 is right."""
-    return "".join("1" if right else "0" for right in outcomes.tolist())
+def outcome_digits(outcomes: Bool[Tensor, " questions"] | Bool[np.ndarray, " questions"]) -> str:
+    """Return outcomes as records store them: one character per question, 1 if it is correct and 0 if not."""
+    return "".join("1" if outcome else "0" for outcome in outcomes.tolist())
 
 
-def by_kind(record: dict[str, Any]) -> str:
-    """Percent right by question kind: with the picture, under each control, and by guessing from the text alone."""
-    views = {**record["accuracy"]} | ({"text-only guess": record["data"]["guess"]} if "guess" in record["data"] else {})
-    right = pd.DataFrame({name: [100 * int(digit) for digit in digits] for name, digits in views.items()})
-    grouped = right.groupby(pd.Series(record["data"]["kinds"], name="kind"))
+def accuracy_by_question_type(record: dict[str, Any]) -> str:
+    """Return a printable table of a record's accuracies in percent, by question type.
+
+    Its columns are the accuracy with the image, under each blind control, and of the text-only baseline.
+    """
+    outcomes = {**record["accuracy"]}
+    if "guess" in record["data"]:
+        outcomes["text-only guess"] = record["data"]["guess"]
+    percent = pd.DataFrame({name: [100 * int(digit) for digit in digits] for name, digits in outcomes.items()})
+    grouped = percent.groupby(pd.Series(record["data"]["kinds"], name="question type"))
     table = pd.concat([grouped.size().rename("n"), grouped.mean()], axis=1)
-    table.loc["all"] = [len(right), *right.mean()]
+    table.loc["all"] = [len(percent), *percent.mean()]
     table["n"] = table["n"].astype(int)
     return table.round(1).to_string()

@@ -1,5 +1,8 @@
-"""The paper's three analyses on test questions (attention mass, attention entropy, removal of visual tokens), and two
-that check them: attention knock-out, and what a linear read-out finds in the text."""
+"""The analyses of a cell: attention, removal, knock-out, linear readout and logit lens on the test questions.
+
+The first two are the paper's analyses: attention mass and entropy, and removal of visual tokens. Knock-out and readout
+check them.
+"""
 
 from __future__ import annotations
 
@@ -8,45 +11,62 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from experiments.config.schema import ProbeConfig
-from experiments.evaluation.attention_by_layer import attention
-from experiments.evaluation.layerwise_ablation import knockout, removal
-from experiments.evaluation.questions import Questions
-from experiments.evaluation.readouts import lens, readout
+from experiments.evaluation.attention_by_layer import measure_attention
+from experiments.evaluation.layerwise_ablation import measure_knockout, measure_removal
+from experiments.evaluation.questions import EncodedQuestions
+from experiments.evaluation.readouts import measure_lens, measure_readout
 
 
-def check(model: PreTrainedModel, config: ProbeConfig) -> None:
-    """Before anything is measured: can it be?
+def check_probe_layers(model: PreTrainedModel, config: ProbeConfig) -> None:
+    """Check, before anything is measured, that blocks and windows of layers fit the model.
 
     Raises:
-        ValueError: if the layers to take visual tokens from at once are more than the model has, or none.
+        ValueError: If a block or window has no layers, or more than the model.
     """
-    layers = model.config.get_text_config().num_hidden_layers
-    for field, count in (("block", config.block), ("knockout_width", config.knockout_width)):
-        if not 1 <= count <= layers:
-            raise ValueError(f"probe.{field}: {count} layers at once in a model of {layers}; use 1 to {layers}")
+    depth = model.config.get_text_config().num_hidden_layers
+    for setting in ("removal_block_size", "knockout_width"):
+        layers = getattr(config, setting)
+        if not 1 <= layers <= depth:
+            raise ValueError(f"probe.{setting}: {layers} layers at once in a model of {depth}; use 1 to {depth}")
 
 
-def analyse(model: PreTrainedModel, questions: Questions, some: Questions, config: ProbeConfig) -> dict[str, Any]:
-    """All that `config` asks for; attention is recorded on `some` questions, with pixels for the tower of random weights
-    to look at; the rest is measured on all."""
-    found: dict[str, dict[str, Any] | None] = dict.fromkeys(("attention", "removal", "knockout", "readout"))
+def run_probes(
+    model: PreTrainedModel,
+    questions: EncodedQuestions,
+    attention_questions: EncodedQuestions,
+    config: ProbeConfig,
+) -> dict[str, Any]:
+    """Run the configured analyses.
+
+    Args:
+        model: The model.
+        questions: The questions of all analyses but attention.
+        attention_questions: The questions that attention is recorded on. They hold pixels, not cached features, since
+            the vision tower of the random-weight control must encode them.
+        config: Which analyses to run.
+
+    Returns:
+        The parts `attention`, `removal`, `knockout`, `readout`, `fusion`, `lens` and `lens_note` of a record. A part that
+        is not configured is None.
+    """
+    parts: dict[str, dict[str, Any] | None] = dict.fromkeys(("attention", "removal", "knockout", "readout"))
     if config.attention:
-        found["attention"] = attention(model, some, config.random_control)
-    with questions.given():
+        parts["attention"] = measure_attention(model, attention_questions, config.random_control)
+    with questions.features_as_pixel_values():
         if config.removal:
-            found["removal"] = removal(model, questions, config.block)
+            parts["removal"] = measure_removal(model, questions, config.removal_block_size)
         if config.knockout:
-            found["knockout"] = knockout(model, questions, config.knockout_width)
+            parts["knockout"] = measure_knockout(model, questions, config.knockout_width)
         if config.readout:
-            found["readout"] = readout(model, questions)
-        read = _lens(model, questions, config)
-    depths = {name: part.pop("fusion") for name, part in found.items() if part}
-    return {**found, "fusion": depths or None, **read}
+            parts["readout"] = measure_readout(model, questions)
+        lens = _lens_or_reason(model, questions, config)
+    fusion_depths = {name: part.pop("fusion") for name, part in parts.items() if part}
+    return {**parts, "fusion": fusion_depths or None, **lens}
 
 
-def _lens(model: PreTrainedModel, questions: Questions, config: ProbeConfig) -> dict[str, Any]:
-    """The `lens` part, and in `lens_note` why it is None where it was asked for: not every model can be read so."""
+def _lens_or_reason(model: PreTrainedModel, questions: EncodedQuestions, config: ProbeConfig) -> dict[str, Any]:
+    """Return the `lens` part, and in `lens_note` why a configured lens is None: it cannot read every model."""
     try:
-        return {"lens": lens(model, questions) if config.lens else None, "lens_note": None}
+        return {"lens": measure_lens(model, questions) if config.lens else None, "lens_note": None}
     except ValueError as error:
         return {"lens": None, "lens_note": str(error)}

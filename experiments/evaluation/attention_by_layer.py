@@ -1,4 +1,4 @@
-"""TODO"""
+"""Attention mass and entropy between token groups, by layer (Figures 2 and 3 of the paper)."""
 
 from __future__ import annotations
 
@@ -11,86 +11,106 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from experiments.data.encoding import on_answers
-from experiments.devices import inference
-from experiments.evaluation.questions import Questions, token_map
+from experiments.data.encoding import restrict_to_answers
+from experiments.devices import inference_mode
+from experiments.evaluation.questions import EncodedQuestions, instruction_token_map
 from probes import fusion_depth, record_attention
 
-PAIRS = (("instruction", "vision"), ("instruction", "instruction"), ("response", "vision"), ("response", "instruction"))
+TOKEN_GROUP_PAIRS = (  # (target, source)
+    ("instruction", "vision"),
+    ("instruction", "instruction"),
+    ("response", "vision"),
+    ("response", "instruction"),
+)
+FUSION_PAIR_INDEX = TOKEN_GROUP_PAIRS.index(("instruction", "vision"))
+_DIGITS = 5  # decimal places that records store
 
 
-FUSION_PAIR = PAIRS.index(("instruction", "vision"))
+def measure_attention(model: PreTrainedModel, questions: EncodedQuestions, control: bool) -> dict[str, Any]:
+    """Measure the `attention` part of a record.
 
-
-_DIGITS = 5  # kept of each number per sample
-
-
-def _pairs(
-    values: Float[Tensor, "layers batch targets sources"], groups: tuple[str, ...], targets: tuple[str, ...]
-) -> Tensor:
-    return torch.stack([values[:, :, targets.index(t), groups.index(s)] for t, s in PAIRS])
-
-
-def attention_by_layer(
-    model: PreTrainedModel, questions: Questions, say: str
-) -> dict[str, Float[np.ndarray, "pairs layers samples"]]:
-    """Mass and entropy (nats) between the token groups of PAIRS, mean over heads, for each question."""
-    parts: dict[str, list[Tensor]] = {"mass": [], "entropy": []}
-    with inference(model):
-        for inputs in questions.batches(say):
-            with record_attention(model, token_map(model, inputs), targets=("instruction", "response")) as record:
-                model(**on_answers(inputs)[0])
-            for name, part in parts.items():
-                part.append(_pairs(getattr(record, name).mean(2), record.sources, record.targets))
-    return {name: torch.cat(part, -1).numpy() for name, part in parts.items()}
-
-
-def uniform_attention(model: PreTrainedModel, questions: Questions) -> dict[str, list[float]]:
-    """What attention spread evenly over all visible positions would give: the mass of each pair, and the entropy.
-
-    The entropy, ln of the number of visible source tokens, is the most that any attention can reach.
+    Args:
+        model: The model.
+        questions: The questions, with pixels.
+        control: Add the attention of the same model with random weights.
     """
-    mass, entropy = [], []
-    for inputs in questions.batches("uniform attention"):
-        tokens = token_map(model, inputs)
-        seen = {group: tokens.mask(group).cumsum(1).float() for group in ("instruction", "response", "vision")}
-        everything = sum(seen.values())
-        for_pair = []
-        for target, source in PAIRS:
-            queries = tokens.mask(target) & (seen[source] > 0)
-            count = queries.sum(1)
-            share = torch.where(queries, seen[source] / everything, 0).sum(1) / count
-            most = torch.where(queries, seen[source].clamp(min=1).log(), 0).sum(1) / count
-            for_pair.append(torch.stack([share, most]))
-        mass_and_entropy = torch.stack(for_pair, 1)  # [2, pairs, batch]
-        mass.append(mass_and_entropy[0])
-        entropy.append(mass_and_entropy[1])
-    return {
-        "uniform_mass": torch.cat(mass, 1).nanmean(1).tolist(),
-        "uniform_entropy": torch.cat(entropy, 1).nanmean(1).tolist(),
-    }
-
-
-def attention(model: PreTrainedModel, questions: Questions, control: bool) -> dict[str, Any]:
-    """The `attention` part of a record; `control` adds the same model with random weights."""
-    found = attention_by_layer(model, questions, "attention")
+    measured = attention_mass_and_entropy(model, questions, "attention")
     part: dict[str, Any] = {
-        "pairs": PAIRS,
+        "pairs": TOKEN_GROUP_PAIRS,
         "samples": len(questions),
         "queries_note": "a response query is an answer token that is read, not the position that predicts it",
-        **{name: _nullable(values) for name, values in found.items()},
+        **{name: _nested_lists(values) for name, values in measured.items()},
         **uniform_attention(model, questions),
         "control": None,
     }
     if control:
         random = type(model)._from_config(model.config, dtype=model.dtype).to(model.device)
-        means = {k: np.nanmean(v, -1) for k, v in attention_by_layer(random, questions, "random weights").items()}
-        part["control"] = {"name": "same model, random weights", **{k: _nullable(v) for k, v in means.items()}}
-    part["fusion"] = asdict(fusion_depth(found["mass"][FUSION_PAIR], "attention"))
+        random_attention = attention_mass_and_entropy(random, questions, "random weights")
+        means = {name: _nested_lists(np.nanmean(values, -1)) for name, values in random_attention.items()}
+        part["control"] = {"name": "same model, random weights", **means}
+    part["fusion"] = asdict(fusion_depth(measured["mass"][FUSION_PAIR_INDEX], "attention"))
     return part
 
 
-def _nullable(values: np.ndarray) -> list[Any]:
-    """Nested lists rounded for storage, None where undefined: JSON has no NaN."""
+def attention_mass_and_entropy(
+    model: PreTrainedModel, questions: EncodedQuestions, progress_label: str
+) -> dict[str, Float[np.ndarray, "pairs layers samples"]]:
+    """Record `mass` and `entropy` (nats) of `TOKEN_GROUP_PAIRS` for each question, as means over heads.
+
+    Args:
+        model: The model.
+        questions: The questions.
+        progress_label: Label of the progress bar.
+    """
+    batches: dict[str, list[Tensor]] = {"mass": [], "entropy": []}
+    with inference_mode(model):
+        for inputs in questions.batches(progress_label):
+            tokens = instruction_token_map(model, inputs)
+            with record_attention(model, tokens, targets=("instruction", "response")) as record:
+                model(**restrict_to_answers(inputs)[0])
+            for name, parts in batches.items():
+                parts.append(_select_pairs(getattr(record, name).mean(2), record.sources, record.targets))
+    return {name: torch.cat(parts, -1).numpy() for name, parts in batches.items()}
+
+
+def _select_pairs(
+    values: Float[Tensor, "layers batch targets sources"], sources: tuple[str, ...], targets: tuple[str, ...]
+) -> Float[Tensor, "pairs layers batch"]:
+    return torch.stack(
+        [values[:, :, targets.index(target), sources.index(source)] for target, source in TOKEN_GROUP_PAIRS]
+    )
+
+
+def uniform_attention(model: PreTrainedModel, questions: EncodedQuestions) -> dict[str, list[float]]:
+    """Return mass and entropy of each pair for attention spread evenly over all visible positions.
+
+    This entropy is the logarithm of the number of visible source tokens. It is the upper bound for any attention.
+
+    Returns:
+        `uniform_mass` and `uniform_entropy` (nats), one mean over questions for each pair.
+    """
+    masses, entropies = [], []
+    for inputs in questions.batches("uniform attention"):
+        tokens = instruction_token_map(model, inputs)
+        visible = {group: tokens.mask(group).cumsum(1).float() for group in ("instruction", "response", "vision")}
+        all_visible = sum(visible.values())
+        by_pair = []
+        for target, source in TOKEN_GROUP_PAIRS:
+            queries = tokens.mask(target) & (visible[source] > 0)
+            query_count = queries.sum(1)
+            mass = torch.where(queries, visible[source] / all_visible, 0).sum(1) / query_count
+            entropy = torch.where(queries, visible[source].clamp(min=1).log(), 0).sum(1) / query_count
+            by_pair.append(torch.stack([mass, entropy]))
+        mass_and_entropy = torch.stack(by_pair, 1)  # [2, pairs, batch]
+        masses.append(mass_and_entropy[0])
+        entropies.append(mass_and_entropy[1])
+    return {
+        "uniform_mass": torch.cat(masses, 1).nanmean(1).tolist(),
+        "uniform_entropy": torch.cat(entropies, 1).nanmean(1).tolist(),
+    }
+
+
+def _nested_lists(values: np.ndarray) -> list[Any]:
+    """Return rounded nested lists with None for undefined values: JSON has no NaN."""
     rounded = np.round(values.astype(np.float64), _DIGITS)
     return np.where(np.isnan(rounded), None, rounded).tolist()  # type: ignore[call-overload]

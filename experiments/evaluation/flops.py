@@ -1,4 +1,4 @@
-"""What a forward pass costs, counted by torch as it runs."""
+"""FLOPs and cache size of a forward pass, counted by torch as it runs."""
 
 from __future__ import annotations
 
@@ -11,54 +11,70 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Cache, PreTrainedModel
 
-from experiments.evaluation.questions import Questions
-from experiments.models.token_reduction import Around, untouched
+from experiments.evaluation.questions import EncodedQuestions
+from experiments.models.token_reduction import TokenDropper, keep_all_tokens
 from probes.hooks.decoder import cache_name
 from probes.tokens.token_map import visual_token_ids
 
-T = TypeVar("T")
+Result = TypeVar("Result")
 
 
 @torch.no_grad()
-def forward_cost(model: PreTrainedModel, questions: Questions, around: Around = untouched) -> dict[str, Any]:
-    """FLOPs of the prefill of the first question alone, with `around` around it: tower, projector, compressor,
-    pre-fusion and language model; and the bytes of keys and values that it leaves. Visual tokens that are gone in the
-    last layer get no logits."""
+def forward_cost(
+    model: PreTrainedModel, questions: EncodedQuestions, drop_tokens: TokenDropper = keep_all_tokens
+) -> dict[str, Any]:
+    """Measure the cost of the prefill of one question.
+
+    FLOPs cover the vision tower, projector, compressor, pre-fusion and language model. Visual tokens that are dropped
+    before the last layer get no logits.
+
+    Args:
+        model: The model.
+        questions: The first question is measured, alone.
+        drop_tokens: Drops visual tokens in the forward call.
+
+    Returns:
+        The `cost` part of a record: FLOPs, bytes of the key-value cache, and numbers of tokens.
+    """
     inputs = {name: tensor for name, tensor in questions.first().items() if name != "labels"}
-    # not by a TokenMap, which refuses a prompt without visual tokens: a LLaVA-Mini of size 0 has none
+    # Counted from ids: a TokenMap rejects prompts without visual tokens, such as those of a LLaVA-Mini of size 0.
     visual = sum(int((inputs["input_ids"] == token).sum()) for token in visual_token_ids(model.config))
-    with around(model, inputs) as receipt:
-        left: dict[str, Any] = {}
+    with drop_tokens(model, inputs) as receipt:
+        logits_to_keep: dict[str, Any] = {}
         if receipt is not None:
-            model(**inputs)  # only a run tells which tokens are left in the end
-            left["logits_to_keep"] = (~cast(Tensor, receipt[-1].chosen)[0]).nonzero()[:, 0].to(model.device)
-        flops, outputs = counted(lambda: model(**inputs, **left, use_cache=True))
-    dropped = 0.0
+            model(**inputs)  # which tokens reach the last layer is known only after a run
+            dropped_at_end = cast(Tensor, receipt[-1].chosen)[0]
+            logits_to_keep["logits_to_keep"] = (~dropped_at_end).nonzero()[:, 0].to(model.device)
+        flops, outputs = count_flops(lambda: model(**inputs, **logits_to_keep, use_cache=True))
+    dropped_tokens = 0.0  # summed over layers
     for effect in receipt or ():
-        dropped += sum(effect.tokens[layer] / effect.calls[layer] for layer in effect.calls)
+        dropped_tokens += sum(effect.tokens[layer] / effect.calls[layer] for layer in effect.calls)
     return {
         "flops": float(flops),
-        "cache_bytes": cache_bytes(outputs[cache_name(outputs)]),
+        "cache_bytes": kv_cache_bytes(outputs[cache_name(outputs)]),
         "text_tokens": inputs["input_ids"].shape[1] - visual,
         "visual_tokens": visual,
-        "visual_tokens_mean": visual - dropped / model.config.get_text_config().num_hidden_layers,
+        "visual_tokens_mean": visual - dropped_tokens / model.config.get_text_config().num_hidden_layers,
         "convention": "multiply and add are 2; one question with its answer, all matrix products and attention, counted by torch",
     }
 
 
 @torch.no_grad()
-def counted(run: Callable[[], T]) -> tuple[int, T]:
-    """FLOPs of a run, and what it returned.
+def count_flops(run: Callable[[], Result]) -> tuple[int, Result]:
+    """Run a function and count its FLOPs.
 
-    Attention is run by its plain matrix products, since torch counts nothing inside fused kernels on a CPU; causal
-    attention counts in full, as torch does.
+    Attention runs as plain matrix products, since torch counts nothing inside fused kernels on a CPU. Causal attention
+    counts in full, as in torch.
+
+    Returns:
+        The FLOPs, and what `run` returned.
     """
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        found = run()
-    return counter.get_total_flops(), found
+        result = run()
+    return counter.get_total_flops(), result
 
 
-def cache_bytes(cache: Cache) -> int:
-    """Of the keys and values that a language model's layers hold."""
-    held = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
+def kv_cache_bytes(cache: Cache) -> int:
+    """Return the bytes of the keys and values in a cache."""
+    filled_layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in filled_layers)

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Accuracy without visual tokens in some layers (removal), and with attention to them blocked (knock-out)."""
 
 from __future__ import annotations
 
@@ -11,99 +11,133 @@ import numpy as np
 from jaxtyping import Float
 from transformers import PreTrainedModel
 
-from experiments.data.encoding import on_answers
-from experiments.devices import inference
-from experiments.evaluation.accuracy import digits, greedy_matches
-from experiments.evaluation.questions import Inputs, Questions, token_map
+from experiments.data.encoding import restrict_to_answers
+from experiments.devices import inference_mode
+from experiments.evaluation.accuracy import greedy_matches, outcome_digits
+from experiments.evaluation.questions import EncodedQuestions, ModelInputs, instruction_token_map
 from probes import FusionDepth, TokenMap, fusion_depth
-from probes.fusion.curves import Score, knockout_curve, removal_scores
+from probes.fusion.curves import ScoreFunction, knockout_curve, removal_scores
 
 
-def _measured(
-    questions: Questions, model: PreTrainedModel, say: str, measure: Callable[[TokenMap, Inputs, Score], Any]
-) -> np.ndarray:
-    """`measure` of every batch, `[points, samples]` each, side by side. It is given what asks for the answers alone, and
-    what scores them."""
-    parts = []
-    with inference(model):
-        for inputs in questions.batches(say):
-            asked, labels = on_answers(inputs)
-            parts.append(measure(token_map(model, inputs), asked, partial(greedy_matches, labels=labels)))
-    return np.concatenate(parts, axis=1)
+def measure_removal(model: PreTrainedModel, questions: EncodedQuestions, block: int) -> dict[str, Any]:
+    """Measure the `removal` part of a record.
 
+    Questions are answered without visual tokens inside each block of layers, and from each block onward. The paper's
+    Figure 5 drops "all vision tokens in layers a to b" and leaves open which of the two is meant.
 
-def _runs(layers: Sequence[range], outcomes: np.ndarray) -> list[dict[str, Any]]:
-    """What was done to which layers, with one digit a question."""
-    return [{"layers": list(some), "correct": digits(row)} for some, row in zip(layers, outcomes, strict=True)]
-
-
-def removal(model: PreTrainedModel, questions: Questions, block: int) -> dict[str, Any]:
-    """The `removal` part of a record: answers without visual tokens inside each block of layers, and from it onward.
-
-    The paper's Figure 5 drops "all vision tokens in layers a to b" and leaves open which of the two is meant.
+    Args:
+        model: The model.
+        questions: The questions.
+        block: Layers of a block.
     """
-    layers = model.config.get_text_config().num_hidden_layers
-    blocks = [range(a, min(a + block, layers)) for a in range(0, layers, block)]
-    onwards = [range(a, layers) for a in [*(some.start for some in blocks), layers]]
+    depth = model.config.get_text_config().num_hidden_layers
+    blocks = [range(first, min(first + block, depth)) for first in range(0, depth, block)]
+    onwards = [range(first, depth) for first in [*(layers.start for layers in blocks), depth]]
 
-    def measure(tokens: TokenMap, asked: Inputs, score: Score) -> np.ndarray:
-        return removal_scores(model, tokens, asked, score, [*blocks, *onwards])
+    def measure(tokens: TokenMap, inputs: ModelInputs, score: ScoreFunction) -> np.ndarray:
+        return removal_scores(model, tokens, inputs, score, [*blocks, *onwards])
 
-    outcomes = _measured(questions, model, "no vision in some layers", measure)
+    outcomes = _measure_batches(questions, model, "removal of visual tokens", measure)
     inside, onward = np.split(outcomes, [len(blocks)])
+    question_types = [sample.question_types[0] for sample in questions.samples]
     return {
         "block": block,
-        "inside": _runs(blocks, inside),
-        "onward": _runs(onwards, onward),
-        "by_kind": removal_by_kind(onward, [sample.kinds[0] for sample in questions.samples], block, layers),
-        "fusion": _removal_depth(onward, block, layers),
+        "inside": _layer_outcomes(blocks, inside),
+        "onward": _layer_outcomes(onwards, onward),
+        "by_kind": removal_depth_by_question_type(onward, question_types, block, depth),
+        "fusion": _removal_depth(onward, block, depth),
     }
 
 
-def removal_by_kind(
-    onward: Float[np.ndarray, "starts samples"], kinds: Sequence[str], block: int, layers: int
-) -> dict[str, dict[str, Any]]:
-    """The fusion depth of each kind of question, from what is right without visual tokens from each block onward."""
-    of = np.array(kinds)
-    return {
-        kind: _removal_depth(onward[:, of == kind], block, layers)
-        for kind in sorted(set(kinds))
-        if (of == kind).sum() > 1  # no interval rests on one
-    }
+def measure_knockout(model: PreTrainedModel, questions: EncodedQuestions, width: int) -> dict[str, Any]:
+    """Measure the `knockout` part of a record.
 
+    Questions are answered by the intact model, and with attention from all text to visual tokens blocked in windows of
+    layers. The visual tokens themselves are still processed there.
 
-def _removal_depth(onward: Float[np.ndarray, "starts samples"], block: int, layers: int) -> dict[str, Any]:
-    return asdict(_in_layers(fusion_depth(onward, "removal"), block, layers))
+    Args:
+        model: The model.
+        questions: The questions.
+        width: Layers of a window.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
 
+    def measure(tokens: TokenMap, inputs: ModelInputs, score: ScoreFunction) -> np.ndarray:
+        return knockout_curve(model, tokens, inputs, score, width)
 
-def knockout(model: PreTrainedModel, questions: Questions, width: int) -> dict[str, Any]:
-    """The `knockout` part of a record: answers of the intact model, and with all text cut off from the visual tokens in
-    windows of `width` layers, which go on being processed."""
-    layers = model.config.get_text_config().num_hidden_layers
-
-    def measure(tokens: TokenMap, asked: Inputs, score: Score) -> np.ndarray:
-        return knockout_curve(model, tokens, asked, score, width)
-
-    outcomes = _measured(questions, model, "text cut off from vision", measure)
-    windows = [range(max(end - width, 0), min(end, layers)) for end in range(1, layers + width)]
+    outcomes = _measure_batches(questions, model, "attention knock-out", measure)
+    windows = [range(max(end - width, 0), min(end, depth)) for end in range(1, depth + width)]
     return {
         "width": width,
-        "windows": _runs([range(0), *windows], outcomes),
+        "windows": _layer_outcomes([range(0), *windows], outcomes),
         "fusion": asdict(fusion_depth(outcomes, "knockout", width=width)),
     }
 
 
-def _in_layers(depth: FusionDepth, block: int, layers: int) -> FusionDepth:
-    """A depth counted in blocks, counted in layers, to the end of the block; the last one may be shorter."""
+def removal_depth_by_question_type(
+    onward: Float[np.ndarray, "starts samples"], question_types: Sequence[str], block: int, depth: int
+) -> dict[str, dict[str, Any]]:
+    """Return the fusion depth of each question type.
 
-    def count(blocks: int) -> int:
-        return min(blocks * block, layers)
+    Args:
+        onward: Outcomes without visual tokens from each block onward.
+        question_types: Type of each question. A type with a single question is left out: it has no interval.
+        block: Layers of a block.
+        depth: Layers of the language model.
+    """
+    type_of_question = np.array(question_types)
+    return {
+        question_type: _removal_depth(onward[:, type_of_question == question_type], block, depth)
+        for question_type in sorted(set(question_types))
+        if (type_of_question == question_type).sum() > 1
+    }
+
+
+def _measure_batches(
+    questions: EncodedQuestions,
+    model: PreTrainedModel,
+    progress_label: str,
+    measure: Callable[[TokenMap, ModelInputs, ScoreFunction], Float[np.ndarray, "points batch"]],
+) -> Float[np.ndarray, "points samples"]:
+    """Measure every batch, and concatenate the results.
+
+    Args:
+        questions: The questions.
+        model: The model.
+        progress_label: Label of the progress bar.
+        measure: Gets the token map, inputs whose logits are restricted to answers, and what scores these logits.
+    """
+    batches = []
+    with inference_mode(model):
+        for inputs in questions.batches(progress_label):
+            model_inputs, labels = restrict_to_answers(inputs)
+            score = partial(greedy_matches, labels=labels)
+            batches.append(measure(instruction_token_map(model, inputs), model_inputs, score))
+    return np.concatenate(batches, axis=1)
+
+
+def _layer_outcomes(layers: Sequence[range], outcomes: np.ndarray) -> list[dict[str, Any]]:
+    """Return the ablated layers with one digit per question."""
+    return [
+        {"layers": list(ablated), "correct": outcome_digits(row)} for ablated, row in zip(layers, outcomes, strict=True)
+    ]
+
+
+def _removal_depth(onward: Float[np.ndarray, "starts samples"], block: int, depth: int) -> dict[str, Any]:
+    return asdict(_blocks_to_layers(fusion_depth(onward, "removal"), block, depth))
+
+
+def _blocks_to_layers(fusion: FusionDepth, block: int, depth: int) -> FusionDepth:
+    """Convert a fusion depth from blocks to layers, up to the end of the block; the last block may be shorter."""
+
+    def to_layers(blocks: int) -> int:
+        return min(blocks * block, depth)
 
     return replace(
-        depth,
-        depth=depth.depth and count(depth.depth),
-        low=depth.low and count(depth.low),
-        high=depth.high and count(depth.high),
-        reads=tuple(map(count, depth.reads)),
-        layers=layers,
+        fusion,
+        depth=fusion.depth and to_layers(fusion.depth),
+        low=fusion.low and to_layers(fusion.low),
+        high=fusion.high and to_layers(fusion.high),
+        reads=tuple(map(to_layers, fusion.reads)),
+        layers=depth,
     )

@@ -1,4 +1,4 @@
-"""Which position of a batch of questions is what, in the paper's terms."""
+"""Encoded questions in batches, and their token maps in the paper's token groups."""
 
 from __future__ import annotations
 
@@ -13,27 +13,33 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from experiments.data.encoding import Collator, Encoded, Encoder
+from experiments.data.encoding import Collator, EncodedSample, SampleEncoder
 from experiments.data.samples import Sample
-from experiments.models.feature_cache import Features
+from experiments.models.feature_cache import VisionFeatureCache
 from probes import TokenMap
 
+ModelInputs = dict[str, Tensor]
 
-def token_map(model: PreTrainedModel, inputs: Inputs) -> TokenMap:
-    """The paper's token types: the instruction is the system prompt and the user's text together (section 3).
 
-    Where in the picture a token lies is not asked: features in the place of pixels would not tell.
+def instruction_token_map(model: PreTrainedModel, inputs: ModelInputs) -> TokenMap:
+    """Return the token map of a batch, with system prompt and user text merged into "instruction" (paper section 3).
+
+    The map has no places: `pixel_values` may be cached features, from which places cannot be derived.
     """
     inputs = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
     return TokenMap.from_inputs(model, inputs).merge({"instruction": ["system", "instruction"]})
 
 
-Inputs = dict[str, Tensor]
+class EncodedQuestions:
+    """Questions that are encoded once and can be iterated repeatedly as left-padded batches.
 
-
-class Questions:
-    """Questions encoded once, served as left-padded batches as often as wanted: with pixels, or with `features` of the
-    split that they are about."""
+    Args:
+        samples: One sample per question.
+        processor: The model's processor.
+        batch_size: Questions of a batch.
+        device: Device of the batches.
+        features: Feature cache of the samples' split. With it, batches hold features as `pixel_values`.
+    """
 
     def __init__(
         self,
@@ -41,31 +47,32 @@ class Questions:
         processor: ProcessorMixin,
         batch_size: int,
         device: torch.device,
-        features: Features | None = None,
+        features: VisionFeatureCache | None = None,
     ) -> None:
-        encode: Callable[[Sample], Encoded] = Encoder(processor)
+        encode: Callable[[Sample], EncodedSample] = SampleEncoder(processor)
         if features is not None:
-            encode = partial(features.encoded, encode)
+            encode = partial(features.encode_sample, encode)
         self.samples, self.device, self.features = samples, device, features
-        with tqdm(samples, desc="encode", leave=False) as bar:
-            self.items = [encode(sample) for sample in bar]
+        with tqdm(samples, desc="encoding", leave=False) as bar:
+            self.encoded = [encode(sample) for sample in bar]
         self._collate = Collator(processor, side="left")
-        self._loader = DataLoader(self.items, batch_size, collate_fn=self._collate)  # type: ignore[arg-type]
+        self._loader = DataLoader(self.encoded, batch_size, collate_fn=self._collate)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.encoded)
 
-    def batches(self, say: str) -> Iterator[Inputs]:
-        for batch in tqdm(self._loader, desc=say, leave=False):
-            yield self._here(batch)
+    def batches(self, progress_label: str) -> Iterator[ModelInputs]:
+        """Yield all batches, with a progress bar."""
+        for batch in tqdm(self._loader, desc=progress_label, leave=False):
+            yield self._to_device(batch)
 
-    def given(self) -> AbstractContextManager[None]:
-        """While inside, a model takes what the batches hold in the place of pixels."""
-        return self.features.given() if self.features else contextlib.nullcontext()
+    def features_as_pixel_values(self) -> AbstractContextManager[None]:
+        """Return a context in which the model accepts the `pixel_values` of the batches, pixels or cached features."""
+        return self.features.as_pixel_values() if self.features else contextlib.nullcontext()
 
-    def first(self) -> Inputs:
-        """The first question alone."""
-        return self._here(self._collate(self.items[:1]))
+    def first(self) -> ModelInputs:
+        """Return a batch of the first question alone."""
+        return self._to_device(self._collate(self.encoded[:1]))
 
-    def _here(self, batch: Inputs) -> Inputs:
+    def _to_device(self, batch: ModelInputs) -> ModelInputs:
         return {name: tensor.to(self.device) for name, tensor in batch.items()}

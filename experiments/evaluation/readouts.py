@@ -1,4 +1,4 @@
-"""The right answer's first word in the language model, layer by layer: a logit lens where the answer begins."""
+"""The right answer in hidden states, layer by layer: a logit lens, and a linear classifier."""
 
 from __future__ import annotations
 
@@ -11,82 +11,87 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from experiments.data.encoding import IGNORED, on_answers
-from experiments.devices import inference
-from experiments.evaluation.accuracy import digits
-from experiments.evaluation.questions import Questions, token_map
+from experiments.data.encoding import IGNORE_INDEX, restrict_to_answers
+from experiments.devices import inference_mode
+from experiments.evaluation.accuracy import outcome_digits
+from experiments.evaluation.questions import EncodedQuestions, instruction_token_map
 from probes import fusion_depth
 from probes.fusion.curves import text_states
 from probes.readouts.linear_probe import linear_readout
 from probes.readouts.logit_lens import logit_lens
 
-_DIGITS = 5  # kept of a mean log-probability
+READOUT_FOLDS = 5
+_DIGITS = 5  # decimal places of a mean log-probability in records
 
 
-def lens(model: PreTrainedModel, questions: Questions) -> dict[str, Any]:
-    """The `lens` part of a record: after 0, 1, ... all layers, whether the right answer's first token ranks first of the
-    vocabulary, one digit a question, and its mean log-probability in nats.
+def measure_lens(model: PreTrainedModel, questions: EncodedQuestions) -> dict[str, Any]:
+    """Measure the `lens` part of a record, with one forward pass per batch.
 
-    It is read where the model predicts that token, the last position of the question's prompt, by the model's own final
-    norm and head: after all layers it is the model's own prediction. One forward pass of every batch.
+    After 0, 1, ... all layers it holds whether the right answer's first token ranks first of the vocabulary, one digit
+    per question, and the token's mean log-probability in nats. States are read at the position that predicts the token,
+    the last one of the prompt, by the model's own final norm and head. So after all layers it is the model's prediction.
 
     Raises:
-        ValueError: if the model's states cannot be read in this way.
+        ValueError: If the logit lens cannot read the model.
     """
-    correct, logprobs = [], []
-    with inference(model):
+    correct_batches, logprob_batches = [], []
+    with inference_mode(model):
         for inputs in questions.batches("logit lens"):
-            before, wanted = before_answers(inputs["labels"].cpu())
-            words, word = wanted.unique(return_inverse=True)
-            asked, _ = on_answers(inputs)
-            with logit_lens(model, token_map(model, inputs), before, top=1, track=words.tolist()) as read:
-                model(**asked)
-            correct.append(read.ids[..., 0] == wanted)
-            logprobs.append(read.tracked_logprobs[:, torch.arange(len(word)), word].double())
-    right, logprob = torch.cat(correct, 1), torch.cat(logprobs, 1)
+            positions, targets = answer_start(inputs["labels"].cpu())
+            tracked, target_index = targets.unique(return_inverse=True)
+            model_inputs, _ = restrict_to_answers(inputs)
+            tokens = instruction_token_map(model, inputs)
+            with logit_lens(model, tokens, positions, top=1, track=tracked.tolist()) as lens:
+                model(**model_inputs)
+            correct_batches.append(lens.ids[..., 0] == targets)
+            logprob_batches.append(lens.tracked_logprobs[:, torch.arange(len(target_index)), target_index].double())
+    correct, logprobs = torch.cat(correct_batches, 1), torch.cat(logprob_batches, 1)
     return {
         "label": "the right answer's first token",
-        "samples": right.shape[1],
+        "samples": correct.shape[1],
         "depths": [
-            {"correct": digits(row), "logprob": round(mean, _DIGITS)}
-            for row, mean in zip(right, logprob.mean(1).tolist(), strict=True)
+            {"correct": outcome_digits(row), "logprob": round(mean, _DIGITS)}
+            for row, mean in zip(correct, logprobs.mean(1).tolist(), strict=True)
         ],
     }
 
 
-def before_answers(
+def answer_start(
     labels: Int[Tensor, "batch positions"],
 ) -> tuple[Bool[Tensor, "batch positions"], Int[Tensor, " batch"]]:
-    """Of each row, the position that predicts its first labelled token, and that token."""
-    labelled = labels[:, 1:] != IGNORED
+    """Return the mask of the position that predicts each row's first labelled token, and that token."""
+    labelled = labels[:, 1:] != IGNORE_INDEX
     first = labelled & (labelled.cumsum(1) == 1)
     return pad(first, (0, 1)), labels[:, 1:][first]
 
 
-READOUT_FOLDS = 5
+def measure_readout(model: PreTrainedModel, questions: EncodedQuestions) -> dict[str, Any] | None:
+    """Measure the `readout` part of a record.
 
+    After 0, 1, ... all layers, a linear classifier predicts the right answer from the question's hidden states. It is
+    tested on images that it was not trained on.
 
-def readout(model: PreTrainedModel, questions: Questions) -> dict[str, Any] | None:
-    """The `readout` part of a record: whether a linear classifier reads the right answer off the question's own states
-    after 0, 1, ... all layers, on pictures that it was not trained on. None where the answers are too few or alike."""
-    with inference(model):
-        parts = [
-            text_states(model, token_map(model, inputs), on_answers(inputs)[0])
-            for inputs in questions.batches("states of the text")
+    Returns:
+        The part, or None if there are fewer than two different answers or fewer images than folds.
+    """
+    with inference_mode(model):
+        batches = [
+            text_states(model, instruction_token_map(model, inputs), restrict_to_answers(inputs)[0])
+            for inputs in questions.batches("hidden states of the question")
         ]
-    states = torch.cat(parts, dim=1)
-    seeing = [i for i, sample in enumerate(questions.samples) if sample.load]
-    answers = [questions.samples[i].answers[0] for i in seeing]
-    pictures = [questions.samples[i].load for i in seeing]
-    if len(set(answers)) < 2 or len(set(pictures)) < READOUT_FOLDS:
+    states = torch.cat(batches, dim=1)
+    with_image = [i for i, sample in enumerate(questions.samples) if sample.loaders]
+    answers = [questions.samples[i].answers[0] for i in with_image]
+    images = [questions.samples[i].loaders for i in with_image]
+    if len(set(answers)) < 2 or len(set(images)) < READOUT_FOLDS:
         return None
-    found = linear_readout(states[:, seeing], answers, pictures=pictures, folds=READOUT_FOLDS)
+    readout = linear_readout(states[:, with_image], answers, pictures=images, folds=READOUT_FOLDS)
     return {
         "label": "the right answer",
-        "samples": len(seeing),
+        "samples": len(with_image),
         "depths": [
-            {"correct": digits(right), "control": digits(control)}
-            for right, control in zip(found.correct, found.control, strict=True)
+            {"correct": outcome_digits(correct), "control": outcome_digits(control)}
+            for correct, control in zip(readout.correct, readout.control, strict=True)
         ],
-        "fusion": asdict(fusion_depth(found.correct, "readout")),
+        "fusion": asdict(fusion_depth(readout.correct, "readout")),
     }

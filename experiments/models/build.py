@@ -1,4 +1,4 @@
-"""From a model config to a model and its processor."""
+"""The model and processor of a cell, built from its configuration."""
 
 from __future__ import annotations
 
@@ -26,96 +26,134 @@ from experiments.config.schema import (
 )
 from experiments.data import scenes, shapes
 from experiments.data.samples import Split
-from experiments.files import ASSETS, stamps
+from experiments.files import ASSETS, file_stamps
 from experiments.models import from_parts, lora, scratch
 from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
 
-KEPT_BYTES = 4 * 2**30  # a larger one is read anew: the memory is worth more
-
-
-_last: dict[str, tuple[PreTrainedModel, ProcessorMixin]] = {}  # the LLaVA that this process's last cell was made of
-
-
-_SHIPPED = "asset:"
-
-
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+MAX_CACHED_BYTES = 4 * 2**30  # a larger model is read again for each cell: its memory is worth more than the time
+VOCABULARY_SAMPLES = 1000  # of questions and of descriptions, that a new tokenizer is trained on
+_ASSET_PREFIX = "asset:"
+_HUB_NAME_PATTERN = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_cached_llava: dict[str, tuple[PreTrainedModel, ProcessorMixin]] = {}  # at most one: that of this process's last cell
 
 
 def build_model(config: Config, train: Split | None) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The model that a cell starts from, in eval mode, with its processor. What is new in it is drawn from the seed.
+    """Build the model that a cell starts from, in eval mode, and its processor.
 
-    The LLaVA below it is kept for the next cell of this process, up to 4 GiB of it, and each cell gets a copy. A model
-    from scratch learns its vocabulary from the training split. A compressor or pre-fusion layers make a
-    LLaVA-Mini of the LLaVA that the model config names.
+    New weights are drawn from the seed. A compressor or pre-fusion layers make a LLaVA-Mini of the configured LLaVA. A
+    LLaVA of up to `MAX_CACHED_BYTES` is cached for the next cell of this process, and each cell gets a copy of it.
+
+    Args:
+        config: The cell's configuration.
+        train: The training split, from which a model from scratch gets its vocabulary.
 
     Raises:
-        FileNotFoundError: if a folder does not exist.
-        ValueError: if a checkpoint lacks weights, its tower has another grid than the config says, or a model from
-            scratch has no scenes to learn from.
+        FileNotFoundError: If a folder does not exist.
+        ValueError: If a checkpoint lacks weights, its vision tower has another grid than the configuration, or a model
+            from scratch has no scenes to train on.
     """
     set_seed(config.seed)
-    model, processor, kept = _base(config, train)
-    set_seed(config.seed)  # what comes next is drawn alike whether the LLaVA was read or at hand
+    model, processor, is_cached = _base_llava(config, train)
+    set_seed(config.seed)  # the next draws are the same whether the LLaVA was read or cached
     patches, grid = getattr(model.config, "image_seq_length", None), config.model.grid
     if grid is not None and patches is not None and patches != grid * grid:
-        raise ValueError(f"model.grid: {grid} x {grid} patches, but the vision tower makes {patches} of an image")
+        raise ValueError(f"model.grid: expected {grid} x {grid} patches, but the vision tower has {patches} per image")
     if config.compressor.name != "none" or config.prefusion.layers:
-        model, processor = _mini(model, processor, config.compressor, config.prefusion, config.tiles)
+        model, processor = _build_llava_mini(model, processor, config.compressor, config.prefusion, config.tiles)
     elif config.tiles > 1:
-        raise ValueError(f"tiles: only a LLaVA-Mini takes {config.tiles} x {config.tiles} tiles; give it a compressor")
-    elif kept:
+        raise ValueError(
+            f"tiles: only a LLaVA-Mini accepts {config.tiles} x {config.tiles} tiles; set a compressor, or tiles=1"
+        )
+    elif is_cached:
         model = copy.deepcopy(model)
     model.eval()
     return model, processor
 
 
-def forget() -> None:
-    """Let go of the LLaVA that is kept: the next cell reads its own."""
-    _last.clear()
+def clear_model_cache() -> None:
+    """Drop the cached LLaVA, so that the next cell reads its own."""
+    _cached_llava.clear()
 
 
-def _base(config: Config, train: Split | None) -> tuple[PreTrainedModel, ProcessorMixin, bool]:
-    """The LLaVA that a cell's model is made of, and whether it is kept for other cells, which must find it as it is."""
+def load_checkpoint(
+    path: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a saved model and its processor.
+
+    Args:
+        path: A folder, a model hub name, or `asset:NAME` for a model that ships with the project.
+        dtype: Floating type of the weights.
+        attention: Attention implementation: sdpa, eager or flash_attention_2.
+
+    Raises:
+        FileNotFoundError: If there is no such folder and the path is not a hub name.
+        ValueError: If it holds no vision-language model, or a weight of the model is not in the checkpoint.
+    """
+    name = _resolve_source(path, "path")
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, attn_implementation=attention, output_loading_info=True, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model.path: '{path}' is neither a folder nor a hub name that holds a vision-language model: {first_line}"
+        ) from error
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        raise ValueError(f"model.path: checkpoint '{path}' lacks {len(missing)} weights, the first is {missing[0]}")
+    return model, processor
+
+
+def _base_llava(config: Config, train: Split | None) -> tuple[PreTrainedModel, ProcessorMixin, bool]:
+    """Return the LLaVA that a cell's model is made of, its processor, and whether it is cached and must not change."""
     if isinstance(config.model, ScratchModel):
-        return *_llava(config, train), False
-    folders = stamps(getattr(config.model, name, None) for name in ("path", "vision", "language", "adapter"))
-    name = repr([config.model, folders, isinstance(config.model, JoinedModel) and config.seed])
-    base = _last.get(name)
+        return *_build_llava(config, train), False
+    folders = file_stamps(getattr(config.model, name, None) for name in ("path", "vision", "language", "adapter"))
+    key = repr([config.model, folders, isinstance(config.model, JoinedModel) and config.seed])
+    base = _cached_llava.get(key)
     if base is None:
-        forget()
-        base = _llava(config, train)
-        if sum(p.nbytes for p in base[0].parameters()) <= KEPT_BYTES:
-            _last[name] = base
-    return *base, name in _last
+        clear_model_cache()
+        base = _build_llava(config, train)
+        if sum(p.nbytes for p in base[0].parameters()) <= MAX_CACHED_BYTES:
+            _cached_llava[key] = base
+    return *base, key in _cached_llava
 
 
-def _llava(config: Config, train: Split | None) -> tuple[PreTrainedModel, ProcessorMixin]:
+def _build_llava(config: Config, train: Split | None) -> tuple[PreTrainedModel, ProcessorMixin]:
     source = config.model
     dtype = getattr(torch, source.dtype, None)
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(
-            f"model.dtype: '{source.dtype}' is no floating type of torch; use float32, bfloat16 or float16"
+            f"model.dtype: '{source.dtype}' is not a floating type of torch; use float32, bfloat16 or float16"
         )
     if isinstance(source, CheckpointModel):
-        return load(source.path, dtype, source.attention)
+        return load_checkpoint(source.path, dtype, source.attention)
     if isinstance(source, JoinedModel):
-        vision = _folder_or_hub_name(source.vision, "vision")
-        language = _folder_or_hub_name(source.language, "language")
-        model, processor = from_parts.join(vision, language, source.vision_layer, source.grid, dtype, source.attention)
+        model, processor = from_parts.build_llava_from_parts(
+            _resolve_source(source.vision, "vision"),
+            _resolve_source(source.language, "language"),
+            source.vision_layer,
+            source.grid,
+            dtype,
+            source.attention,
+        )
         if source.adapter is not None:
-            lora.apply(model, _folder_or_hub_name(source.adapter, "adapter"))
+            lora.merge_saved_adapter(model, _resolve_source(source.adapter, "adapter"))
         return model, processor
     if isinstance(source, ScratchModel):
-        seen = shapes.scenes_of(train)
-        told = (seen, seen.described())
-        text = scratch.tokenizer((samples[i] for samples in told for i in range(1000)), source.vocabulary)
-        model = scratch.llava(text, scenes.SIDE, source.patch, source.width, source.layers)
-        return model, scratch.processor(text, scenes.SIDE, source.patch)
-    raise TypeError(f"no way to build a {type(source).__name__}")
+        questions = shapes.require_shape_samples(train)
+        texts = (
+            samples[i] for samples in (questions, questions.with_descriptions()) for i in range(VOCABULARY_SAMPLES)
+        )
+        tokenizer = scratch.train_tokenizer(texts, source.vocabulary)
+        model = scratch.build_llava(tokenizer, scenes.IMAGE_SIZE, source.patch, source.width, source.layers)
+        return model, scratch.build_processor(tokenizer, scenes.IMAGE_SIZE, source.patch)
+    raise TypeError(f"model: no builder for a {type(source).__name__}; add one to build.py")
 
 
-def _mini(
+def _build_llava_mini(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     compressor: CompressorConfig,
@@ -124,13 +162,13 @@ def _mini(
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     if not isinstance(model, LlavaForConditionalGeneration) or isinstance(model, LlavaMiniForConditionalGeneration):
         raise ValueError(
-            f"a compressor or pre-fusion is put into a LLaVA, and this model is a {type(model).__name__}; "
+            f"compressor, prefusion: they are added to a LLaVA, and this model is a {type(model).__name__}; "
             "choose a LLaVA, or compressor=none prefusion.layers=0"
         )
-    inside = prefusion.place == "inside"
+    inside = prefusion.location == "inside"
     if inside and (compressor.name == "none" or not compressor.size):
         raise ValueError(
-            "prefusion.place=inside leaves compressed tokens to later layers: choose a compressor with at least one token"
+            "prefusion.location=inside: later layers need compressed tokens; choose a compressor with at least one token"
         )
     mini = LlavaMiniForConditionalGeneration.from_llava(
         model,
@@ -147,30 +185,10 @@ def _mini(
     return mini, LlavaMiniProcessor.from_llava(processor, mini.config, tiles=tiles)
 
 
-def _folder_or_hub_name(path: str, field: str) -> str:
-    if path.startswith(_SHIPPED):  # a name and no path, so that a cell is the same in every clone
-        path = str(ASSETS / path.removeprefix(_SHIPPED))
-    if not Path(path).is_dir() and (Path(path).is_absolute() or not _HUB_NAME.fullmatch(path)):
+def _resolve_source(path: str, field: str) -> str:
+    """Return a folder or a hub name; `asset:NAME` becomes the folder of a shipped model."""
+    if path.startswith(_ASSET_PREFIX):  # the configuration holds the name, so that a cell is the same in every clone
+        path = str(ASSETS / path.removeprefix(_ASSET_PREFIX))
+    if not Path(path).is_dir() and (Path(path).is_absolute() or not _HUB_NAME_PATTERN.fullmatch(path)):
         raise FileNotFoundError(f"model.{field}: no folder '{path}'")
     return path
-
-
-def load(
-    path: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
-) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A saved model and its processor; every weight must come from the checkpoint."""
-    name = _folder_or_hub_name(path, "path")
-    try:
-        processor = AutoProcessor.from_pretrained(name)
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype, attn_implementation=attention, output_loading_info=True, use_safetensors=True
-        )
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"model.path: '{path}' is neither a folder nor a hub name that holds a vision-language model: {first}"
-        ) from error
-    lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if lacking:
-        raise ValueError(f"model.path: checkpoint '{path}' lacks {len(lacking)} weights, the first is {lacking[0]}")
-    return model, processor

@@ -1,4 +1,4 @@
-"""What a frozen vision tower says of the pictures of a split, computed once for all cells that look at them."""
+"""A disk cache of the vision features of one data split, shared by all cells with the same frozen vision tower."""
 
 from __future__ import annotations
 
@@ -24,196 +24,221 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel, Process
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from experiments.config.schema import Config
-from experiments.data.samples import Numbered, Sample, Split, fingerprint
+from experiments.data.samples import IndexedImageLoader, Sample, Split, fingerprint
 from llava_mini import LlavaMiniProcessor
 from llava_mini.images import to_rgb
 
+VisionFeatures = BFloat16[Tensor, "crops layers tokens width"]
+
 log = logging.getLogger(__name__)
-_BLANK = Image.new("RGB", (8, 8))
-_NOT_THE_TOWERS = ("_name_or_path", "architectures", "dtype", "transformers_version")  # fields of its configuration
-_PAGE = 4096
+_BLANK_IMAGE = Image.new("RGB", (8, 8))
+_UNHASHED_CONFIG_FIELDS = ("_name_or_path", "architectures", "dtype", "transformers_version")  # do not change features
+_PAGE_BYTES = 4096
+_CHECKSUM_BYTES = 8
 
-Seen = BFloat16[Tensor, "crops layers tokens width"]
 
+class VisionFeatureCache:
+    """Hidden states of a frozen vision tower at the selected layers, in bf16, in one memory-mapped file per split.
 
-class Features:
-    """Hidden states of a frozen tower at the selected layers, in bf16, in a memory-mapped file for each split.
+    An image is encoded at its first use, alone, so its features depend on nothing but the image. Cells that use different
+    images in different orders fill one file together, and each reads what it would have computed. The file's name is a
+    hash of the vision tower's weights and configuration, its layers, the image processing, the split, and the device,
+    attention implementation, threads and versions that compute the features.
 
-    A picture goes through the tower when it is first asked for, alone, so that what is kept hangs on nothing but the
-    picture: cells that look at different pictures in different orders fill one file together, and each finds what it
-    would have computed. The file's name is a hash of the tower's weights and configuration, its layers, what is done to
-    pictures ahead of it, the split, and how and with which versions it is computed.
-
-    The file begins with a checksum for each picture and is sparse: pictures that nobody looked at take no room. What
-    does not match its checksum counts as not there and is computed again. So any number of processes may read and write
-    at once without a lock, and neither a kill in the middle of writing nor a garbled file does harm. Where nothing can
-    be written, on a full disk, features are computed and not kept.
+    The file begins with a checksum for each image. It is sparse: images that were never used take no disk space. A row
+    that does not match its checksum counts as missing and is computed again. So any number of processes can read and
+    write at once without a lock, and neither a kill in the middle of a write nor a corrupt file does harm. Where the file
+    cannot be written, for example on a full disk, features are computed and not cached.
 
     Args:
-        folder: Where the files are.
-        model: A LLaVA or LLaVA-Mini, on the device and in the dtype that its tower will run.
+        folder: The folder of the files.
+        model: A LLaVA or LLaVA-Mini, on the device and in the dtype that its vision tower will run in.
         processor: Its processor.
-        split: The pictures. Those that it does not number, and videos, go through the tower each time.
+        split: The images. Videos, and images without an `IndexedImageLoader`, are encoded each time.
     """
 
     def __init__(
         self, folder: Path, model: LlavaForConditionalGeneration, processor: ProcessorMixin, split: Split
     ) -> None:
         self.processor = processor
-        self.tower: Any = model.model.vision_tower
-        self._run: Callable[..., Any] = self.tower.forward
+        self.vision_tower: Any = model.model.vision_tower
+        self._forward: Callable[..., Any] = self.vision_tower.forward
         selected = model.config.vision_feature_layer
         self.layers: list[int] = [selected] if isinstance(selected, int) else list(selected)
-        self.path = folder / f"{self._name(split)}.features"
-        self._shape = self._look(self._pixels(_BLANK)).shape
-        self._bytes = 2 * math.prod(self._shape)
-        self._start = -(-8 * split.images // _PAGE) * _PAGE
-        self._kept: tuple[np.memmap, np.memmap] | None = None  # checksums, rows
+        self.path = folder / f"{self._file_stem(split)}.features"
+        self._shape = self._encode(self._pixel_values(_BLANK_IMAGE)).shape
+        self._row_bytes = 2 * math.prod(self._shape)
+        self._rows_start = -(-_CHECKSUM_BYTES * split.image_count // _PAGE_BYTES) * _PAGE_BYTES
+        self._checksums_and_rows: tuple[np.memmap, np.memmap] | None = None
         self._file: FileIO | None = None
-        if split.images:
-            self._open(split.images)
+        if split.image_count:
+            self._open(split.image_count)
 
-    def _name(self, split: Split) -> str:
+    def get(self, load: Callable[[], Any]) -> VisionFeatures:
+        """Return the features of an image. The image is loaded only if its features are not cached.
+
+        Args:
+            load: Reads or renders the image.
+
+        Raises:
+            ValueError: If the vision tower encodes images of different sizes to different shapes.
+        """
+        if not isinstance(load, IndexedImageLoader):
+            return self._encode(self._pixel_values(load()))
+        if (cached := self._read(load.index)) is not None:
+            return cached
+        features = self._encode(self._pixel_values(load()))
+        if features.shape != self._shape:
+            raise ValueError(
+                f"keep_features: the vision tower encodes images to different shapes, {tuple(features.shape)} after "
+                f"{tuple(self._shape)}; set keep_features=false"
+            )
+        self._write(load.index, features)
+        return features
+
+    def encode_sample(self, encode: Callable[[Sample], dict[str, Any]], sample: Sample) -> dict[str, Any]:
+        """Return `encode(sample)` with a stream of features as its `pixel_values`.
+
+        The images of a sample whose images can be cached are not loaded here. The text is encoded around blank images.
+        """
+        cacheable = all(isinstance(load, IndexedImageLoader) for load in sample.loaders)
+        blank = (lambda: _BLANK_IMAGE,) * len(sample.loaders)
+        item = encode(replace(sample, loaders=blank) if cacheable else sample)
+        if cacheable or "images" in item:
+            stream = _FeatureStream(self.get, sample.loaders)
+        else:  # frames of videos
+            stream = _FeatureStream(self._encode, item["pixel_values"])
+        item.pop("images", None)
+        return item | {"pixel_values": stream} if sample.loaders else item
+
+    @contextlib.contextmanager
+    def as_pixel_values(self) -> Iterator[None]:
+        """Make the model accept features as `pixel_values` inside the block: its vision tower returns its input."""
+
+        def return_input(
+            pixel_values: Float[Tensor, "crops layers tokens width"], **_: Any
+        ) -> BaseModelOutputWithPooling:
+            states = pixel_values.to(self.vision_tower.device, self.vision_tower.dtype).unbind(dim=1)
+            return BaseModelOutputWithPooling(hidden_states=dict(zip(self.layers, states, strict=True)))  # type: ignore[arg-type]
+
+        self.vision_tower.forward = return_input
+        try:
+            yield
+        finally:
+            del self.vision_tower.forward
+
+    def _file_stem(self, split: Split) -> str:
         weights = hashlib.sha256()
-        for name, tensor in self.tower.state_dict().items():
+        for name, tensor in self.vision_tower.state_dict().items():
             weights.update(name.encode() + str(tensor.dtype).encode())
             weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        config = {k: v for k, v in self.tower.config.to_dict().items() if k not in _NOT_THE_TOWERS}
-        ahead = [
+        config = {k: v for k, v in self.vision_tower.config.to_dict().items() if k not in _UNHASHED_CONFIG_FIELDS}
+        image_processing = [
             self.processor.image_processor.to_dict(),
             *(getattr(self.processor, name, default) for name, default in (("tiles", 1), ("pad_to_square", False))),
         ]
-        computed = [
-            self.tower.config._attn_implementation,
-            self.tower.device.type,
+        computation = [
+            self.vision_tower.config._attn_implementation,
+            self.vision_tower.device.type,
             torch.get_num_threads(),
             torch.__version__,
             transformers.__version__,
         ]
-        return fingerprint(weights.hexdigest(), config, self.layers, ahead, split.fingerprint, computed)
+        return fingerprint(weights.hexdigest(), config, self.layers, image_processing, split.fingerprint, computation)
 
-    def _open(self, pictures: int) -> None:
-        size = self._start + pictures * self._bytes
+    def _open(self, image_count: int) -> None:
+        size = self._rows_start + image_count * self._row_bytes
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = FileIO(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+")
             if os.fstat(self._file.fileno()).st_size != size:
-                self._file.truncate(size)  # a hole holds no picture: its checksum reads as 0, which is none
+                self._file.truncate(size)  # new bytes read as 0, which is the checksum of no row
         except OSError as error:
-            self._keep_no_more(error)
+            self._stop_writing(error)
         else:
-            rows = np.memmap(self.path, np.int16, "r", self._start, (pictures, self._bytes // 2))
-            self._kept = np.memmap(self.path, np.uint64, "r", 0, (pictures,)), rows
+            row_shape = (image_count, self._row_bytes // 2)
+            rows = np.memmap(self.path, np.int16, "r", self._rows_start, row_shape)
+            self._checksums_and_rows = np.memmap(self.path, np.uint64, "r", 0, (image_count,)), rows
 
-    def _keep_no_more(self, error: OSError) -> None:
-        log.warning("features are computed and not kept: '%s' cannot be written (%s)", self.path, error.strerror)
+    def _stop_writing(self, error: OSError) -> None:
+        log.warning("features are computed and not cached: '%s' cannot be written (%s)", self.path, error.strerror)
         self._file = None
 
-    def of(self, load: Callable[[], Any]) -> Seen:
-        """The features of an image that `load` draws or reads, which it is not asked to if they are kept."""
-        if not isinstance(load, Numbered):
-            return self._look(self._pixels(load()))
-        if (kept := self._read(load.number)) is not None:
-            return kept
-        seen = self._look(self._pixels(load()))
-        if seen.shape != self._shape:
-            raise ValueError(
-                f"keep_features: this tower sees pictures at sizes of their own, {tuple(seen.shape)} after "
-                f"{tuple(self._shape)}; leave it out"
-            )
-        self._write(load.number, seen)
-        return seen
-
-    def _read(self, number: int) -> Seen | None:
-        if self._kept is None:
+    def _read(self, index: int) -> VisionFeatures | None:
+        if self._checksums_and_rows is None:
             return None
-        sums, rows = self._kept
-        if not (checksum := int(sums[number])):
+        checksums, rows = self._checksums_and_rows
+        if not (checksum := int(checksums[index])):
             return None
-        row = np.array(rows[number])
+        row = np.array(rows[index])
         return torch.from_numpy(row).view(torch.bfloat16).view(self._shape) if checksum == _checksum(row) else None
 
-    def _write(self, number: int, seen: Seen) -> None:
+    def _write(self, index: int, features: VisionFeatures) -> None:
         if self._file is None:
             return
-        row = seen.contiguous().view(torch.int16).numpy()
-        try:  # through the file: where the disk is full, writing to mapped memory would end the process
+        row = features.contiguous().view(torch.int16).numpy()
+        try:  # through the file: on a full disk, writing to mapped memory would end the process
             file = self._file.fileno()
-            if os.pwrite(file, row.data, self._start + number * self._bytes) == self._bytes:
-                os.pwrite(file, np.uint64(_checksum(row)).tobytes(), 8 * number)
+            if os.pwrite(file, row.data, self._rows_start + index * self._row_bytes) == self._row_bytes:
+                os.pwrite(file, np.uint64(_checksum(row)).tobytes(), _CHECKSUM_BYTES * index)
         except OSError as error:
-            self._keep_no_more(error)
+            self._stop_writing(error)
 
-    def _pixels(self, picture: Image.Image) -> Float[Tensor, "crops channels height width"]:
+    def _pixel_values(self, image: Image.Image) -> Float[Tensor, "crops channels height width"]:
         if isinstance(self.processor, LlavaMiniProcessor):
-            return self.processor.crops(picture, squash=False)
-        return self.processor.image_processor(to_rgb(picture), return_tensors="pt")["pixel_values"]
+            return self.processor.crops(image, squash=False)
+        return self.processor.image_processor(to_rgb(image), return_tensors="pt")["pixel_values"]
 
     @torch.no_grad()
-    def _look(self, pixels: Float[Tensor, "crops channels height width"]) -> Seen:
-        training = self.tower.training
-        self.tower.eval()
-        inputs = pixels.to(self.tower.device, self.tower.dtype)
-        states = self._run(inputs, output_hidden_states=True, return_dict=True).hidden_states
-        self.tower.train(training)
+    def _encode(self, pixels: Float[Tensor, "crops channels height width"]) -> VisionFeatures:
+        was_training = self.vision_tower.training
+        self.vision_tower.eval()
+        inputs = pixels.to(self.vision_tower.device, self.vision_tower.dtype)
+        states = self._forward(inputs, output_hidden_states=True, return_dict=True).hidden_states
+        self.vision_tower.train(was_training)
         return torch.stack([states[layer] for layer in self.layers], dim=1).to("cpu", torch.bfloat16)
 
-    def encoded(self, encode: Callable[[Sample], dict[str, Any]], sample: Sample) -> dict[str, Any]:
-        """`encode(sample)` with a stream of features in the place of its pictures. Images that may be kept are neither
-        drawn nor read for it: their text is encoded around a blank image."""
-        numbered = all(isinstance(load, Numbered) for load in sample.load)
-        item = encode(replace(sample, load=(lambda: _BLANK,) * len(sample.load)) if numbered else sample)
-        if numbered or "images" in item:
-            stream = _Stream(self.of, sample.load)
-        else:  # frames of videos
-            stream = _Stream(self._look, item["pixel_values"])
-        item.pop("images", None)
-        return item | {"pixel_values": stream} if sample.load else item
 
-    @contextlib.contextmanager
-    def given(self) -> Iterator[None]:
-        """While inside, the model takes features as `pixel_values`: its tower hands on what it is given."""
+class _FeatureStream:
+    """Features of some images, computed each time the stream is iterated.
 
-        def hand_on(pixel_values: Float[Tensor, "crops layers tokens width"], **_: Any) -> BaseModelOutputWithPooling:
-            states = pixel_values.to(self.tower.device, self.tower.dtype).unbind(dim=1)
-            return BaseModelOutputWithPooling(hidden_states=dict(zip(self.layers, states, strict=True)))  # type: ignore[arg-type]
+    Args:
+        encode: Returns the features of one of `inputs`.
+        inputs: Image loaders, or pixels of video frames.
+    """
 
-        self.tower.forward = hand_on
-        try:
-            yield
-        finally:
-            del self.tower.forward
+    def __init__(self, encode: Callable[[Any], VisionFeatures], inputs: Iterable[Any]) -> None:
+        self.encode, self.inputs = encode, inputs
 
-
-class _Stream:
-    """What `look` makes of each of some things, made anew each time it is gone through."""
-
-    def __init__(self, look: Callable[[Any], Seen], things: Iterable[Any]) -> None:
-        self.look, self.things = look, things
-
-    def __iter__(self) -> Iterator[Seen]:
-        return map(self.look, self.things)
+    def __iter__(self) -> Iterator[VisionFeatures]:
+        return map(self.encode, self.inputs)
 
 
 def _checksum(row: np.ndarray) -> int:
-    """Never 0, which is what a hole in a file reads as."""
+    """Return a CRC that is never 0, since unwritten parts of the file read as 0."""
     return zlib.crc32(row.data) | 1 << 32
 
 
-def keep_features(
+def open_feature_cache(
     config: Config, model: PreTrainedModel, processor: ProcessorMixin, split: Split | None
-) -> Features | None:
-    """The features of a split for a cell, or None where its tower has to look at pixels: where the configuration does
-    not ask for features to be kept, and where the compressor needs the tower's attention, which is not kept.
+) -> VisionFeatureCache | None:
+    """Open the feature cache of a split.
+
+    Returns:
+        The cache. None if `config.keep_features` is off, there is no split, or the compressor needs the vision tower's
+        attention, which is not cached.
 
     Raises:
-        ValueError: if the model is no LLaVA.
+        ValueError: If the model is not a LLaVA.
     """
     if not config.keep_features or split is None:
         return None
     if not isinstance(model, LlavaForConditionalGeneration):
-        raise ValueError(f"keep_features: only a LLaVA's features are kept, and this model is a {type(model).__name__}")
+        raise ValueError(
+            f"keep_features: only a LLaVA's features can be cached, and this model is a {type(model).__name__}; "
+            "set keep_features=false"
+        )
     if needed := {"saliency", "keys"} & set(getattr(model.model, "needs", ())):
-        log.info("no features are kept for a compressor that needs the tower's %s", " and ".join(sorted(needed)))
+        log.info("no features are cached: the compressor needs the vision tower's %s", " and ".join(sorted(needed)))
         return None
-    return Features(Path(config.results) / "shared", model, processor, split)
+    return VisionFeatureCache(Path(config.results) / "shared", model, processor, split)

@@ -1,4 +1,4 @@
-"""A LLaVA from a vision directory and a language directory, with a projector that has learned nothing yet."""
+"""A LLaVA built from a vision model and a language model, with a newly initialised projector."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from transformers import (
     LlavaProcessor,
 )
 
-from experiments.data.samples import IMAGE_SLOT
+from experiments.data.samples import IMAGE_PLACEHOLDER
 
-# Turns message parts into plain strings, each picture into its slot and a new line, for the text template that follows.
-_FLATTEN = (
+# Joins the parts of each message to one string, with a placeholder and a line break for each image or video. The text
+# template that follows gets these strings.
+_FLATTEN_MESSAGE_PARTS = (
     "{%- set flat = namespace(messages=[]) -%}{%- for message in messages -%}"
     "{%- set content -%}{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
     "{%- for part in message['content'] -%}"
@@ -27,61 +28,69 @@ _FLATTEN = (
 )
 
 
-def image_chat_template(text_template: str) -> str:
-    """A language model's own chat template, made to take messages with images."""
-    return _FLATTEN + text_template
+def multimodal_chat_template(text_template: str) -> str:
+    """Return a language model's chat template that also accepts messages with images and videos."""
+    return _FLATTEN_MESSAGE_PARTS + text_template
 
 
-def join(
+def build_llava_from_parts(
     vision: str, language: str, vision_layer: int, grid: int | None, dtype: torch.dtype, attention: str
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Join any Auto vision model that returns patch features after one class token with any Auto decoder.
+    """Build a LLaVA from a vision model and a language model.
 
-    The projector (and the embedding of the image token) is drawn from torch's current seed.
+    The projector and the embedding of the image token are drawn from torch's current seed.
 
     Args:
-        vision_layer: The hidden states of the tower that are taken; -2 is the last layer but one.
-        grid: Patches a side that pictures are scaled to have, by default those that the tower's processor says. A tower
-            whose positions do not stretch refuses any other.
+        vision: Folder or hub name of any Auto vision model that returns patch features after one class token.
+        language: Folder or hub name of any Auto decoder with a chat template.
+        vision_layer: Hidden states of the vision tower that the projector reads; -2 is the second last layer.
+        grid: Patches per side that images are resized to; by default those of the vision model's image processor. A
+            vision tower that cannot interpolate its position embeddings rejects any other grid.
+        dtype: Floating type of the weights.
+        attention: Attention implementation: sdpa, eager or flash_attention_2.
+
+    Returns:
+        The model and its processor.
 
     Raises:
-        ValueError: if the language model's tokenizer has no chat template.
+        ValueError: If the language model's tokenizer has no chat template.
     """
-    tokenizer = AutoTokenizer.from_pretrained(language, extra_special_tokens={"image_token": IMAGE_SLOT})
+    tokenizer = AutoTokenizer.from_pretrained(language, extra_special_tokens={"image_token": IMAGE_PLACEHOLDER})
     if not tokenizer.chat_template:
         raise ValueError(
             f"model.language: the tokenizer in '{language}' has no chat template; use an instruction-tuned model"
         )
-    tower = AutoModel.from_pretrained(vision, dtype=dtype)
-    tower = getattr(tower, "vision_model", tower)  # of a two-tower model such as CLIP, the half that sees
+    vision_tower = AutoModel.from_pretrained(vision, dtype=dtype)
+    vision_tower = getattr(vision_tower, "vision_model", vision_tower)  # the vision half of a model such as CLIP
     decoder = AutoModelForCausalLM.from_pretrained(language, dtype=dtype)
     decoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     config = LlavaConfig(
-        vision_config=tower.config,
+        vision_config=vision_tower.config,
         text_config=decoder.config,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_SLOT),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),
         vision_feature_layer=vision_layer,
         tie_word_embeddings=decoder.config.tie_word_embeddings,
     )
-    pixels = AutoImageProcessor.from_pretrained(vision)
+    image_processor = AutoImageProcessor.from_pretrained(vision)
+    patch_size = vision_tower.config.patch_size
     if grid is not None:
-        side = grid * tower.config.patch_size
-        pixels.size = dict.fromkeys(dict(pixels.size), side)
-        if getattr(pixels, "crop_size", None):
-            pixels.crop_size = {"height": side, "width": side}
-    crop = getattr(pixels, "crop_size", None) or pixels.size
-    config.image_seq_length = (crop["height"] // tower.config.patch_size) * (crop["width"] // tower.config.patch_size)
+        side = grid * patch_size
+        image_processor.size = dict.fromkeys(dict(image_processor.size), side)
+        if getattr(image_processor, "crop_size", None):
+            image_processor.crop_size = {"height": side, "width": side}
+    crop = getattr(image_processor, "crop_size", None) or image_processor.size
+    config.image_seq_length = (crop["height"] // patch_size) * (crop["width"] // patch_size)
     model = LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=attention)
-    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.model.vision_tower.load_state_dict(vision_tower.state_dict())
     model.model.language_model.load_state_dict(decoder.get_decoder().state_dict())
     model.lm_head.load_state_dict(decoder.get_output_embeddings().state_dict())
     model.generation_config = decoder.generation_config
     processor = LlavaProcessor(
-        pixels,
+        image_processor,
         tokenizer,
-        patch_size=tower.config.patch_size,
+        patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=image_chat_template(tokenizer.chat_template),
+        chat_template=multimodal_chat_template(tokenizer.chat_template),
     )
     return model, processor

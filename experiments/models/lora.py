@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al. 2022) through peft: a small part of a large language model is trained."""
+"""Low-rank adapters (LoRA, Hu et al. 2022) in the language model, through peft."""
 
 from __future__ import annotations
 
@@ -17,58 +17,68 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 LANGUAGE_LAYERS = "language_model.layers"
-IN_FULL = ("multi_modal_projector", "compressor", "prefusion")
+FULLY_TRAINED_MODULES = ("multi_modal_projector", "compressor", "prefusion")
 
 
-def _peft(wanted: str) -> ModuleType:
-    if not is_peft_available():
-        raise ImportError(f"{wanted} needs peft: pip install peft")
-    return importlib.import_module("peft")
+def add_adapters(model: PreTrainedModel, rank: int) -> PeftModel:
+    """Add adapters to all linear layers in the language model's decoder layers, and freeze the rest but new modules.
 
+    Projector, compressor and pre-fusion are trained in full: they start untrained, and a low-rank update would leave them
+    so. Updates are scaled by alpha / rank = 2, without dropout. LLaVA-1.5's own recipe has the same ratio, with rank 128,
+    learning rate 2e-4, and 2e-5 for the projector.
 
-def adapt(model: PreTrainedModel, rank: int) -> PeftModel:
-    """Adapters on all linear maps in the language model's layers; all else of it and the vision tower stay as they are.
-
-    Projector, compressor and pre-fusion are trained in full: a small change to layers that have learned nothing would
-    leave them so. Updates are scaled by alpha / rank = 2 and have no dropout; LLaVA-1.5's own recipe has the same ratio,
-    rank 128, rate 2e-4 and 2e-5 for the projector.
+    Args:
+        model: A LLaVA or LLaVA-Mini; changed in place.
+        rank: Rank of the adapters.
 
     Raises:
-        ImportError: if peft is not installed.
-        ValueError: if the language model has no such layers.
+        ImportError: If peft is not installed.
+        ValueError: If the language model has no such layers.
     """
-    peft = _peft("train.lora")
-    inside = [name for name, m in model.named_modules() if LANGUAGE_LAYERS in name and isinstance(m, nn.Linear)]
-    if not inside:
-        raise ValueError(f"train.lora: {type(model).__name__} has no linear maps in {LANGUAGE_LAYERS}")
-    kinds = sorted({name.rpartition(".")[2] for name in inside})
+    peft = _import_peft("train.lora_rank")
+    linear_names = [name for name, m in model.named_modules() if LANGUAGE_LAYERS in name and isinstance(m, nn.Linear)]
+    if not linear_names:
+        raise ValueError(
+            f"train.lora_rank: {type(model).__name__} has no linear layers in {LANGUAGE_LAYERS}; set train.lora_rank=0"
+        )
+    suffixes = sorted({name.rpartition(".")[2] for name in linear_names})
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
-        target_modules=rf".*{re.escape(LANGUAGE_LAYERS)}\..*\.({'|'.join(kinds)})",
-        modules_to_save=[name for name in IN_FULL if getattr(model.model, name, None) is not None],
+        target_modules=rf".*{re.escape(LANGUAGE_LAYERS)}\..*\.({'|'.join(suffixes)})",
+        modules_to_save=[name for name in FULLY_TRAINED_MODULES if getattr(model.model, name, None) is not None],
     )
     return peft.get_peft_model(model, config)
 
 
-def apply(model: PreTrainedModel, folder: str) -> None:
-    """Put an adapter that `merge` saved, with what was trained in full, into a model like the one that it was trained in.
+def merge_saved_adapter(model: PreTrainedModel, folder: str) -> None:
+    """Merge an adapter, with its fully trained modules, into a model like the one that it was trained in.
+
+    Args:
+        model: The model; changed in place.
+        folder: A folder that `save_and_merge_adapter` wrote.
 
     Raises:
-        ImportError: if peft is not installed.
-        ValueError: if the folder holds no adapter in safetensors, or one of another model.
+        ImportError: If peft is not installed.
+        ValueError: If the folder holds no adapter in safetensors, or one of another model.
     """
-    peft = _peft("model.adapter")
+    peft = _import_peft("model.adapter")
     if not (Path(folder) / peft.utils.SAFETENSORS_WEIGHTS_NAME).is_file():
         raise ValueError(f"model.adapter: '{folder}' holds no {peft.utils.SAFETENSORS_WEIGHTS_NAME}")
     try:
         peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
     except (RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"model.adapter: '{folder}' is not of a model like this one: {first}") from error
+        first_line = str(error).strip().splitlines()[0]
+        raise ValueError(f"model.adapter: '{folder}' does not fit this model: {first_line}") from error
 
 
-def merge(adapted: PeftModel, folder: Path) -> None:
-    """Save the adapter with what was trained in full to `folder`, and put it into the model that was adapted."""
+def save_and_merge_adapter(adapted: PeftModel, folder: Path) -> None:
+    """Save the adapter, with its fully trained modules, to `folder`, and merge it into the adapted model."""
     adapted.save_pretrained(str(folder), is_main_process=PartialState().is_main_process)
     adapted.merge_and_unload()
+
+
+def _import_peft(setting: str) -> ModuleType:
+    if not is_peft_available():
+        raise ImportError(f"{setting} needs peft: pip install peft")
+    return importlib.import_module("peft")

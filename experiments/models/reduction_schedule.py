@@ -1,46 +1,73 @@
-"""TODO"""
+"""The share of visual tokens that each layer works on, for methods that drop tokens inside the language model."""
 
 from __future__ import annotations
 
 import torch
 
 from experiments.config.schema import ReductionConfig
-from probes.pruning import kept_tokens
+from probes.pruning import count_kept_tokens
 
 
-def first_layers(config: ReductionConfig, depth: int) -> list[int]:
-    """The first layers of a language model of `depth` that run on fewer tokens: `config.layers`, scaled from
-    `config.of` layers to `depth`, to the nearest (halves up) and at least 1.
+def reduction_layers(config: ReductionConfig, depth: int) -> list[int]:
+    """Return the layers at which a reduction starts to run on fewer tokens.
+
+    Args:
+        config: Method and layers. With `reference_depth`, layers are scaled from that depth to `depth`, to the nearest
+            (halves up) and at least 1.
+        depth: Layers of the language model.
 
     Raises:
-        ValueError: If they do not ascend, or do not lie in the model.
+        ValueError: If the layers do not ascend, or are outside the model.
     """
-    named, of = list(config.layers), config.of
-    layers = [max(1, (2 * layer * depth + of) // (2 * of)) for layer in named] if of else named
-    least = 0 if config.name == "vtw" else 1  # those that rank tokens need a layer to look at
-    if sorted(set(layers)) != layers or not all(least <= layer < depth for layer in layers):
-        scaled = f" of {of} are {layers} in a model of {depth} layers" if of else f" in a model of {depth} layers"
+    configured, reference = list(config.layers), config.reference_depth
+    layers = (
+        [max(1, (2 * layer * depth + reference) // (2 * reference)) for layer in configured]
+        if reference
+        else configured
+    )
+    lowest = 0 if config.name == "vtw" else 1  # methods that rank tokens need the attention of an earlier layer
+    if sorted(set(layers)) != layers or not all(lowest <= layer < depth for layer in layers):
+        scaled = f" of {reference} are {layers} in a model" if reference else " in a model"
         raise ValueError(
-            f"reduction.layers: {named}{scaled}; {config.name} needs ascending ones, {least} to {depth - 1}"
+            f"reduction.layers: {configured}{scaled} of {depth} layers; {config.name} needs ascending layers from "
+            f"{lowest} to {depth - 1}"
         )
     return layers
 
 
-def visual_by_layer(config: ReductionConfig, depth: int, visual: int) -> list[float]:
-    """The share of a prompt's `visual` tokens that each of `depth` layers works on.
+def reduction_token_shares(config: ReductionConfig, depth: int, visual_tokens: int) -> list[float]:
+    """Return the share of a prompt's visual tokens that each layer works on, with a reduction.
+
+    Args:
+        config: Method, layers and share of kept tokens.
+        depth: Layers of the language model.
+        visual_tokens: Visual tokens of the prompt.
+
+    Returns:
+        A share from 0 to 1 for each of `depth` layers.
 
     Raises:
-        ValueError: As `first_layers`.
+        ValueError: As `reduction_layers`.
     """
     shares = [1.0] * depth
     if config.name != "none":
-        for stage, start in enumerate(first_layers(config, depth), 1):
-            shares[start:] = [int(kept_tokens(torch.tensor(visual), config.keep**stage)) / visual] * (depth - start)
+        for stage, start in enumerate(reduction_layers(config, depth), 1):
+            left = int(count_kept_tokens(torch.tensor(visual_tokens), config.keep**stage))
+            shares[start:] = [left / visual_tokens] * (depth - start)
     return shares
 
 
-def visual_inside(layers: int, depth: int, visual: int, compressed: int) -> list[float]:
-    """The same where the first `layers` see `visual` tokens, patches and compressed ones, and the others `compressed`.
+def inside_prefusion_token_shares(layers: int, depth: int, visual_tokens: int, compressed: int) -> list[float]:
+    """Return the share of a prompt's visual tokens that each layer works on, with pre-fusion inside the language model.
+
+    Args:
+        layers: The first layers, which work on patches and compressed tokens. Later layers get compressed tokens alone.
+        depth: Layers of the language model.
+        visual_tokens: Visual tokens of the prompt: patches and compressed tokens.
+        compressed: The compressed tokens among them.
+
+    Returns:
+        A share from 0 to 1 for each of `depth` layers.
 
     Raises:
         ValueError: If no layer is left without patches.
@@ -48,6 +75,6 @@ def visual_inside(layers: int, depth: int, visual: int, compressed: int) -> list
     if not 1 <= layers < depth:
         raise ValueError(
             f"prefusion.layers: {layers} inside a language model of {depth} layers; use 1 to {depth - 1}, so that some "
-            "see no patches"
+            "layers get no patches"
         )
-    return [1.0] * layers + [compressed / visual] * (depth - layers)
+    return [1.0] * layers + [compressed / visual_tokens] * (depth - layers)

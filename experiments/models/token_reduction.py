@@ -1,4 +1,4 @@
-"""Visual tokens that leave the language model on the way: in-LLM reduction, and pre-fusion within its first layers."""
+"""Visual tokens dropped inside the language model: reduction methods, and pre-fusion within its first layers."""
 
 from __future__ import annotations
 
@@ -12,63 +12,83 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from experiments.config.schema import Config, ReductionConfig
-from experiments.models.reduction_schedule import first_layers, visual_inside
+from experiments.models.reduction_schedule import inside_prefusion_token_shares, reduction_layers
 from probes.interventions import Receipt, RemoveTokens, intervene
-from probes.pruning import How, fastv, pyramid_drop, vtw
+from probes.pruning import RemovalMode, fastv, pyramid_drop, vtw
 from probes.tokens.token_map import TokenMap, visual_token_ids
 
-# What goes around a forward call with these inputs: it gives the receipt of what it took out, if anything.
-Around = Callable[[PreTrainedModel, Mapping[str, Any]], AbstractContextManager[Receipt | None]]
+TokenDropper = Callable[[PreTrainedModel, Mapping[str, Any]], AbstractContextManager[Receipt | None]]
+"""Makes the context of one forward call from the model and its inputs. The context drops visual tokens inside the language
+model and yields the receipt, or None if it drops nothing."""
 
 
-def untouched(model: PreTrainedModel, inputs: Mapping[str, Any]) -> AbstractContextManager[Receipt | None]:
-    """Around a call from which nothing is taken out."""
+def keep_all_tokens(model: PreTrainedModel, inputs: Mapping[str, Any]) -> AbstractContextManager[Receipt | None]:
+    """Return a context in which forward calls keep all tokens."""
     return nullcontext()
 
 
-def in_training(config: Config) -> Around:
-    """What goes around the forward calls of training.
+def token_dropper_for_training(config: Config) -> TokenDropper:
+    """Return what drops visual tokens in the forward calls of training.
 
-    FastV, VTW and PyramidDrop were published as methods for trained models: a row of theirs is trained without them, as
-    long as the others, and answers with them. Pre-fusion within the language model is part of the model.
+    FastV, VTW and PyramidDrop were published as methods for trained models. Their rows are trained without them, as long
+    as the others, and use them only to answer. Pre-fusion within the language model is part of the model.
     """
-    if config.prefusion.place == "outside":
-        return untouched
-    return _where_vision_is(lambda model, tokens: fusing_inside(model, tokens, config.prefusion.layers), places=True)
+    if config.prefusion.location == "outside":
+        return keep_all_tokens
+    return _for_visual_inputs(
+        lambda model, tokens: prefuse_inside(model, tokens, config.prefusion.layers), needs_places=True
+    )
 
 
-def in_answering(config: Config) -> Around:
-    """What goes around the forward calls in which questions are answered."""
+def token_dropper_for_inference(config: Config) -> TokenDropper:
+    """Return what drops visual tokens in the forward calls that answer questions."""
     if config.reduction.name == "none":
-        return in_training(config)
-    return _where_vision_is(lambda model, tokens: reducing(model, tokens, config.reduction), places=False)
+        return token_dropper_for_training(config)
+    return _for_visual_inputs(
+        lambda model, tokens: reduce_visual_tokens(model, tokens, config.reduction), needs_places=False
+    )
 
 
-def _where_vision_is(
-    context: Callable[[PreTrainedModel, TokenMap], AbstractContextManager[Receipt | None]], places: bool
-) -> Around:
-    def around(model: PreTrainedModel, inputs: Mapping[str, Any]) -> AbstractContextManager[Receipt | None]:
-        visual = torch.tensor(visual_token_ids(model.config), device=inputs["input_ids"].device)
-        if not torch.isin(inputs["input_ids"], visual).any():
+def _for_visual_inputs(
+    make_context: Callable[[PreTrainedModel, TokenMap], AbstractContextManager[Receipt | None]], needs_places: bool
+) -> TokenDropper:
+    """Return a token dropper that leaves batches of text alone unchanged.
+
+    Args:
+        make_context: Makes the context of a batch with visual tokens.
+        needs_places: Whether the token map must know where in the image each token lies.
+    """
+
+    def drop_tokens(model: PreTrainedModel, inputs: Mapping[str, Any]) -> AbstractContextManager[Receipt | None]:
+        visual_ids = torch.tensor(visual_token_ids(model.config), device=inputs["input_ids"].device)
+        if not torch.isin(inputs["input_ids"], visual_ids).any():
             return nullcontext()
-        # what stands in the place of pixels may be kept features, whose shape tells a LLaVA's layout nothing
-        known = {name: value for name, value in inputs.items() if places or name != "pixel_values"}
-        return context(model, TokenMap.from_inputs(model, known))
+        # `pixel_values` may be cached features, and a LLaVA's image layout cannot be derived from their shape.
+        map_inputs = {name: value for name, value in inputs.items() if needs_places or name != "pixel_values"}
+        return make_context(model, TokenMap.from_inputs(model, map_inputs))
 
-    return around
+    return drop_tokens
 
 
-def reducing(
-    model: PreTrainedModel, tokens: TokenMap, config: ReductionConfig, how: How = "drop"
+def reduce_visual_tokens(
+    model: PreTrainedModel, tokens: TokenMap, config: ReductionConfig, how: RemovalMode = "drop"
 ) -> AbstractContextManager[Receipt | None]:
-    """Runs forward calls on fewer and fewer visual tokens; see probes/pruning.py for the methods and their papers.
+    """Return a context in which forward calls run on fewer and fewer visual tokens.
+
+    The methods and their papers are described in probes/pruning.py.
+
+    Args:
+        model: The model.
+        tokens: Token map of the inputs.
+        config: Method, layers and share of kept tokens.
+        how: "drop" tokens, or "mask" them.
 
     Raises:
-        ValueError: As `first_layers`.
+        ValueError: As `reduction_layers`.
     """
     if config.name == "none":
         return nullcontext()
-    layers = first_layers(config, model.config.get_text_config().num_hidden_layers)
+    layers = reduction_layers(config, model.config.get_text_config().num_hidden_layers)
     if config.name == "vtw":
         return vtw(model, tokens, layers[0], how=how)
     if config.name == "fastv":
@@ -76,57 +96,67 @@ def reducing(
     return pyramid_drop(model, tokens, layers, config.keep, how=how)
 
 
-def fusing_inside(
-    model: PreTrainedModel, tokens: TokenMap, layers: int, how: How = "drop"
+def prefuse_inside(
+    model: PreTrainedModel, tokens: TokenMap, layers: int, how: RemovalMode = "drop"
 ) -> AbstractContextManager[Receipt]:
-    """Pre-fusion within the language model (LLaVA-Mini, appendix E.3 and Table 12): its own first `layers` layers see
-    the patches, those after do not. All text, answers too, is fused there, since it goes through the same causal layers.
-    Positions stay what they were.
+    """Return a context of pre-fusion within the language model (LLaVA-Mini, appendix E.3 and Table 12).
+
+    The language model's first `layers` layers get the patches, and later layers do not. All text is fused there, answers
+    too, since it passes through the same causal layers. Position ids do not change.
 
     Args:
-        tokens: Of a LLaVA-Mini with `keep_patches`, with their places.
+        model: A LLaVA-Mini with `keep_patches`.
+        tokens: Token map of its inputs, with places.
+        layers: How many first layers get the patches.
+        how: "drop" the patches in later layers, or "mask" them.
     """
     depth = model.config.get_text_config().num_hidden_layers
-    return intervene(model, tokens, RemoveTokens(patches(tokens), range(layers, depth), how=how))
+    return intervene(model, tokens, RemoveTokens(patch_mask(tokens), range(layers, depth), how=how))
 
 
-def patches(tokens: TokenMap) -> Bool[Tensor, "batch positions"]:
-    """Which visual tokens of a LLaVA-Mini with `keep_patches` are patches: all but the last tile of every frame, which
-    is that of its compressed tokens.
+def patch_mask(tokens: TokenMap) -> Bool[Tensor, "batch positions"]:
+    """Return which tokens of a LLaVA-Mini with `keep_patches` are patches.
+
+    Patches are the visual tokens of all but the last tile of every frame. The last tile holds the compressed tokens.
 
     Raises:
         ValueError: If the map has no places.
     """
-    places, found = tokens.require_places(), tokens.mask("vision")
-    row, tile = found.nonzero()[:, 0], places.tile[found]
-    _, frame = torch.stack([row, places.image[found], places.frame[found]]).unique(dim=1, return_inverse=True)
-    last = torch.zeros_like(tile).scatter_reduce(0, frame, tile, "amax")
-    found[found.clone()] = tile < last[frame]
-    return found
+    places, vision = tokens.require_places(), tokens.mask("vision")
+    row, tile = vision.nonzero()[:, 0], places.tile[vision]
+    _, frame = torch.stack([row, places.image[vision], places.frame[vision]]).unique(dim=1, return_inverse=True)
+    last_tile = torch.zeros_like(tile).scatter_reduce(0, frame, tile, "amax")
+    patches = vision.clone()
+    patches[vision] = tile < last_tile[frame]
+    return patches
 
 
-def check(model: PreTrainedModel, config: Config) -> None:
-    """Before anything runs: can it be done?
+def check_token_reduction(model: PreTrainedModel, config: Config) -> None:
+    """Check, before anything runs, that the cell's reduction or inside pre-fusion can run.
 
     Raises:
-        ValueError: If layers are outside the model, there are no visual tokens to drop, or the cell wants a probe that
-            is not defined where tokens leave on the way.
+        ValueError: If layers are outside the model, there are no visual tokens to drop, or the cell wants a probe that is
+            undefined for a model that drops tokens.
     """
     reduction, prefusion = config.reduction, config.prefusion
-    inside = prefusion.place == "inside"
+    inside = prefusion.location == "inside"
     if reduction.name == "none" and not inside:
         return
-    wanted = f"reduction={reduction.name}" if reduction.name != "none" else "prefusion.place=inside"
+    setting = f"reduction={reduction.name}" if reduction.name != "none" else "prefusion.location=inside"
     depth = model.config.get_text_config().num_hidden_layers
     if inside and reduction.name != "none":
-        raise ValueError(f"{wanted}: prefusion.place=inside takes patches out itself; leave out one of the two")
+        raise ValueError(f"{setting}: prefusion.location=inside drops patches itself; leave out one of the two")
     if inside:
-        visual_inside(prefusion.layers, depth, 1, 1)
+        inside_prefusion_token_shares(prefusion.layers, depth, 1, 1)
     else:
-        first_layers(reduction, depth)
+        reduction_layers(reduction, depth)
     if getattr(model.config, "compressor", "none") != "none" and not model.config.compressor_size:
-        raise ValueError(f"{wanted}: with compressor.size=0 the language model sees no visual token to drop")
+        raise ValueError(
+            f"{setting}: with compressor.size=0 the language model gets no visual token to drop; set it to at least 1"
+        )
     probes: Sequence[str] = ("attention", "removal", "knockout", "readout", "lens")
     for name in probes:
         if getattr(config.probe, name):
-            raise ValueError(f"probe.{name} looks at a model that keeps its visual tokens: leave it out with {wanted}")
+            raise ValueError(
+                f"probe.{name}: it needs a model that keeps its visual tokens; set probe.{name}=false with {setting}"
+            )

@@ -1,1 +1,1 @@
-"""Training with transformers' Trainer."""
+"""Training: the stages of a cell on transformers' Trainer, and their optimizers."""

@@ -1,4 +1,4 @@
-"""Steps of training whose rows are sorted by size."""
+"""A sampler whose rows are sorted by size within each training step."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class SortedSteps(Sampler[int], TrainerCallback):
-    """All rows in random order, those of each step sorted, the largest first.
+class SizeSortedSampler(Sampler[int], TrainerCallback):
+    """Yields all rows in random order, with the rows of each step sorted from largest to smallest.
 
-    Rows that a process takes at once are then of like length and need little padding, and are of one kind where sizes
-    tell kinds apart. Which rows make a step stays random, so that the gradient is what it would be without; LLaVA's
-    training code sorts within a step too. Trainer's own `group_by_length` sorts over fifty steps, and draws its order
-    from torch's global generator, which a run resumed in a later epoch finds in another state. This one draws it from
-    the seed and the epoch alone.
+    Rows of one forward pass then have similar lengths and need little padding. They also have one kind where sizes
+    distinguish kinds. Which rows form a step stays random, so the gradient is the same as without sorting. LLaVA's
+    training code sorts within a step too.
+
+    Trainer's own `group_by_length` sorts over fifty steps. It draws its order from torch's global generator, whose state
+    differs in a run that resumed in a later epoch. This sampler draws the order from the seed and the epoch alone.
 
     Args:
-        sizes: Anything that sorts, for each row.
+        sizes: A sortable size for each row.
         batch_size: Rows of a step.
-        seed: What the order is drawn from.
+        seed: Seed of the order.
     """
 
     def __init__(self, sizes: Sequence[Any], batch_size: int, seed: int) -> None:
@@ -32,7 +33,8 @@ class SortedSteps(Sampler[int], TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.epoch = int(state.epoch or 0)  # a fraction where a run is resumed within an epoch
+        """Set the epoch, on which the order depends; Trainer calls this."""
+        self.epoch = int(state.epoch or 0)  # a fraction if a run resumes within an epoch
 
     def __len__(self) -> int:
         return len(self.sizes)

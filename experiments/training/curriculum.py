@@ -1,4 +1,4 @@
-"""What a model from scratch learns before its cell trains it: to see, then to say what is where."""
+"""The two pretraining stages of a model from scratch, ahead of its cell's own training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from experiments.data.shapes import ShapeSamples
 from experiments.training import trainer, vision_pretraining
 
 
-def school(
+def pretrain_from_scratch(
     model: LlavaForConditionalGeneration,
     processor: ProcessorMixin,
     samples: ShapeSamples,
@@ -21,10 +21,28 @@ def school(
     seed: int,
     device: torch.device,
 ) -> None:
-    """Train in place, each stage in a folder of its own below `work` so that a cut run goes on where it was."""
-    if config.tower.trains:
-        vision_pretraining.pretrain(
-            model.model.vision_tower, processor, samples, config.tower, work / "tower", seed, device
+    """Pretrain the vision tower on labelled scenes, then the whole model on descriptions of them.
+
+    Args:
+        model: The model; trained in place.
+        processor: Its processor.
+        samples: The training scenes.
+        config: Training settings of both stages.
+        work: Folder of the checkpoints. Each stage has a subfolder, from which an interrupted run resumes.
+        seed: Seed of the order of training.
+        device: Where to train.
+    """
+    if config.vision_pretraining.trains:
+        vision_pretraining.pretrain_vision_tower(
+            model.model.vision_tower, processor, samples, config.vision_pretraining, work / "tower", seed, device
         )
-    if config.describe.trains:
-        trainer.train(model, processor, samples.described(), config.describe, work / "describe", seed, device)
+    if config.caption_pretraining.trains:
+        trainer.train_llava(
+            model,
+            processor,
+            samples.with_descriptions(),
+            config.caption_pretraining,
+            work / "describe",
+            seed,
+            device,
+        )

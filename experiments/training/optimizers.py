@@ -1,5 +1,4 @@
-"""Muon for the matrices inside a model, AdamW for the rest, behind one optimizer that Trainer can hold; and a learning
-rate of their own for some parameters."""
+"""Muon with AdamW as one optimizer for Trainer, and learning rates of their own for some parameters."""
 
 from __future__ import annotations
 
@@ -11,15 +10,22 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 # Trained on the same scenes for 300 steps, the tiny LLaVA's loss fell from 0.65 to 0.32 with Muon at four times AdamW's
-# rate and to 0.44 with AdamW alone.
-MATRIX_RATE = 4
+# rate, and to 0.44 with AdamW alone.
+MATRIX_RATE_FACTOR = 4
 
 
 class MuonAdamW(Optimizer):
-    """torch's Muon on weight matrices between hidden states, torch's AdamW on embeddings, norms, biases and convolutions.
+    """Runs torch's Muon on weight matrices between hidden states, and AdamW on all other parameters.
 
-    Muon's updates are scaled to the size of AdamW's (`match_rms_adamw`, Moonshot AI 2025), so that one rate serves both;
-    the matrices then learn at MATRIX_RATE times it. Both read the learning rate that a scheduler sets.
+    The others are embeddings, norms, biases and convolutions. Muon's updates are scaled to the size of AdamW's
+    (`match_rms_adamw`, Moonshot AI 2025), so one rate serves both. The matrices learn at `MATRIX_RATE_FACTOR` times it.
+    Both optimizers read the learning rate that a scheduler sets.
+
+    Args:
+        model: The model whose trainable parameters are optimised.
+        lr: Learning rate of AdamW.
+        weight_decay: Weight decay of both.
+        betas: Moment decays of AdamW.
     """
 
     def __init__(self, model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]) -> None:
@@ -28,10 +34,10 @@ class MuonAdamW(Optimizer):
         others: list[nn.Parameter] = []
         for parameter in model.parameters():
             if parameter.requires_grad:
-                inner = parameter.ndim == 2 and id(parameter) not in embeddings
-                (matrices if inner else others).append(parameter)
+                is_matrix = parameter.ndim == 2 and id(parameter) not in embeddings
+                (matrices if is_matrix else others).append(parameter)
         self.parts: list[Optimizer] = [
-            Muon(matrices, lr=MATRIX_RATE * lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            Muon(matrices, lr=MATRIX_RATE_FACTOR * lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
             AdamW(others, lr=lr, weight_decay=weight_decay, betas=betas),
         ]
         super().__init__([*matrices, *others], {"lr": lr})
@@ -39,6 +45,7 @@ class MuonAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step of both optimizers, and return the loss of `closure` if there is one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -48,18 +55,26 @@ class MuonAdamW(Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the states of both optimizers."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the states of both optimizers."""
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
-def give_own_rate(optimizer: Optimizer, parameters: Iterable[nn.Parameter], rate: float) -> None:
-    """Move parameters of a fresh optimizer to groups like theirs but for the learning rate."""
-    own = {id(p) for p in parameters}
+def set_learning_rate(optimizer: Optimizer, parameters: Iterable[nn.Parameter], learning_rate: float) -> None:
+    """Move parameters of a new optimizer to groups of their own with another learning rate.
+
+    Args:
+        optimizer: The optimizer; changed in place.
+        parameters: The parameters. All settings of their groups but the learning rate are copied.
+        learning_rate: Their learning rate.
+    """
+    ids = {id(p) for p in parameters}
     for group in list(optimizer.param_groups):
-        if moved := [p for p in group["params"] if id(p) in own]:
-            group["params"] = [p for p in group["params"] if id(p) not in own]
-            optimizer.add_param_group({**group, "params": moved, "lr": rate})
+        if moved := [p for p in group["params"] if id(p) in ids]:
+            group["params"] = [p for p in group["params"] if id(p) not in ids]
+            optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})

@@ -1,4 +1,4 @@
-"""Training on transformers' Trainer: checkpoints, resume, bf16, several processes and loggers are its own."""
+"""Training of LLaVA and LLaVA-Mini on transformers' Trainer, with its checkpoints, bf16 and distributed launches."""
 
 from __future__ import annotations
 
@@ -18,24 +18,32 @@ from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArgumen
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from experiments.config.schema import TrainConfig
-from experiments.data.encoding import Collator, Encoder, on_answers
-from experiments.data.samples import VIDEO_SLOT, Sample
+from experiments.data.encoding import Collator, SampleEncoder, restrict_to_answers
+from experiments.data.samples import VIDEO_PLACEHOLDER, Sample
 from experiments.models import lora
-from experiments.models.feature_cache import Features
-from experiments.models.token_reduction import Around, untouched
-from experiments.training.batch_sampler import SortedSteps
-from experiments.training.optimizers import MuonAdamW, give_own_rate
+from experiments.models.feature_cache import VisionFeatureCache
+from experiments.models.token_reduction import TokenDropper, keep_all_tokens
+from experiments.training.batch_sampler import SizeSortedSampler
+from experiments.training.optimizers import MuonAdamW, set_learning_rate
 
+PROJECTOR, PREFUSION = "multi_modal_projector", "prefusion"  # parts of the names of their parameters
+ADAPTER_FOLDER = "adapter"  # beside the checkpoints
+_TRAINER_STATE = "trainer_state.json"  # Trainer writes it last: if it is complete, so is the checkpoint
 log = logging.getLogger(__name__)
-_TRAINER_STATE = "trainer_state.json"  # Trainer writes it last: a checkpoint that has it whole is whole
-PROJECTOR, PREFUSION = "multi_modal_projector", "prefusion"  # in the names of their parameters
-ADAPTER = "adapter"  # a folder among the checkpoints
 
 
-class Conversations(Dataset[dict[str, Any]]):
-    """Samples, encoded when they are asked for, with features in the place of pictures if there are any."""
+class ConversationDataset(Dataset[dict[str, Any]]):
+    """Samples that are encoded on access.
 
-    def __init__(self, samples: Sequence[Sample], encoder: Encoder, features: Features | None = None) -> None:
+    Args:
+        samples: The samples.
+        encoder: Encodes a sample.
+        features: Cached vision features that replace the samples' images.
+    """
+
+    def __init__(
+        self, samples: Sequence[Sample], encoder: SampleEncoder, features: VisionFeatureCache | None = None
+    ) -> None:
         self.samples, self.encoder, self.features = samples, encoder, features
 
     def __len__(self) -> int:
@@ -43,52 +51,66 @@ class Conversations(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = self.samples[index]
-        return self.encoder(sample) if self.features is None else self.features.encoded(self.encoder, sample)
+        return self.encoder(sample) if self.features is None else self.features.encode_sample(self.encoder, sample)
 
     def sizes(self) -> list[tuple[int, int, int]]:
-        """Of each sample the number of its videos, of its pictures and of its characters, without a look at a picture."""
+        """Return the numbers of videos, visual inputs and characters of each sample. No image is loaded."""
         return [
-            (s.slots.count(VIDEO_SLOT), len(s.slots), sum(len(turn["value"]) for turn in s.conversations))
-            for s in self.samples
+            (
+                sample.placeholders.count(VIDEO_PLACEHOLDER),
+                len(sample.placeholders),
+                sum(len(turn["value"]) for turn in sample.conversations),
+            )
+            for sample in self.samples
         ]
 
 
 class ResumingTrainer(Trainer):
-    """A Trainer that may take rows in an order of ours, may give parts of the model learning rates of their own, may put
-    something around the forward calls, and resumes models whose weights are renamed when they are saved.
+    """A Trainer with three options, that also resumes models whose weights are renamed when they are saved.
 
-    transformers writes LLaVA's weights under the names of its older layout, and Trainer reads them back by name without
-    the renaming that `from_pretrained` does: it would go on from the weights at hand, with a warning alone.
+    transformers saves LLaVA's weights under the names of an older layout. `from_pretrained` renames them, and Trainer
+    does not: it would warn and continue from the weights in memory.
+
+    Args:
+        sampler: Order of the rows; None for Trainer's own.
+        part_learning_rates: Learning rate of the parameters whose names hold a key; None for the common one.
+        forward_context: Makes the context of a forward call from its inputs.
+        **kwargs: Arguments of Trainer.
     """
 
     def __init__(
         self,
         *,
-        order: SortedSteps | None,
-        own_rates: Mapping[str, float | None],
-        around: Callable[[dict[str, Any]], AbstractContextManager[Any]],
+        sampler: SizeSortedSampler | None,
+        part_learning_rates: Mapping[str, float | None],
+        forward_context: Callable[[dict[str, Any]], AbstractContextManager[Any]],
         **kwargs: Any,
     ) -> None:
-        self.order, self.own_rates, self.around = order, own_rates, around
-        super().__init__(callbacks=[order] if order else None, **kwargs)
+        self.size_sorted_sampler, self.part_learning_rates = sampler, part_learning_rates
+        self.forward_context = forward_context
+        super().__init__(callbacks=[sampler] if sampler else None, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
-        return super()._get_train_sampler(train_dataset) if self.order is None else self.order
+        if self.size_sorted_sampler is None:
+            return super()._get_train_sampler(train_dataset)
+        return self.size_sorted_sampler
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        fresh = self.optimizer is None
+        """Create the optimizer, and set the learning rates of parts of the model."""
+        is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        for part, rate in self.own_rates.items() if fresh else ():
-            if rate is not None:
-                named = (self.model if model is None else model).named_parameters()
-                give_own_rate(optimizer, [p for name, p in named if part in name], rate)
+        for part, learning_rate in self.part_learning_rates.items() if is_new else ():
+            if learning_rate is not None:
+                named_parameters = (self.model if model is None else model).named_parameters()
+                set_learning_rate(optimizer, [p for name, p in named_parameters if part in name], learning_rate)
         return optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        with self.around(inputs):
+        """Compute the loss from the logits of answers alone, inside the forward context."""
+        with self.forward_context(inputs):
             if "labels" in inputs:
-                asked, labels = on_answers(inputs)
-                inputs = asked | {"labels": labels}
+                model_inputs, labels = restrict_to_answers(inputs)
+                inputs = model_inputs | {"labels": labels}
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -99,8 +121,8 @@ class ResumingTrainer(Trainer):
         model.load_state_dict(saved.state_dict())
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a Trainer's output folder; a half-written one is passed over."""
+def latest_complete_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint in a Trainer's output folder, or None. Incomplete ones are skipped."""
 
     def step(path: Path) -> int:
         return int(path.name.rpartition("-")[2])
@@ -110,64 +132,131 @@ def last_checkpoint(folder: Path) -> Path | None:
             if json.loads((path / _TRAINER_STATE).read_text())["global_step"] == step(path):
                 return path
         except (OSError, ValueError, KeyError):
-            log.warning("%s is not whole and is passed over", path)
+            log.warning("checkpoint %s is incomplete and is skipped", path)
     return None
 
 
-def share(config: TrainConfig, processes: int) -> tuple[int, int]:
-    """How many of a step's rows a process takes at once, and how many times it does.
+def split_batch(config: TrainConfig, processes: int) -> tuple[int, int]:
+    """Split the rows of a training step over processes and forward passes.
+
+    Returns:
+        Rows of one forward pass of a process, and forward passes of a process per step.
 
     Raises:
-        ValueError: if the step's rows cannot be shared evenly.
+        ValueError: If the rows cannot be split evenly.
     """
-    rows, left = divmod(config.batch_size, processes)
-    if left or not rows:
-        raise ValueError(f"train.batch_size {config.batch_size} cannot be shared evenly by {processes} processes")
-    at_once = min(config.micro_batch or rows, rows)
-    if rows % at_once:
+    rows, remainder = divmod(config.batch_size, processes)
+    if remainder or not rows:
         raise ValueError(
-            f"train.micro_batch {at_once} does not divide the {rows} rows that each process takes a step "
+            f"train.batch_size: {config.batch_size} rows cannot be split evenly over {processes} processes; use a "
+            f"multiple of {processes}"
+        )
+    rows_per_pass = min(config.per_device_train_batch_size or rows, rows)
+    if rows % rows_per_pass:
+        raise ValueError(
+            f"train.per_device_train_batch_size: {rows_per_pass} does not divide the {rows} rows of each process per step "
             f"(train.batch_size {config.batch_size}, processes {processes})"
         )
-    return at_once, rows // at_once
+    return rows_per_pass, rows // rows_per_pass
 
 
-def fit(
+def set_trainable_parameters(model: nn.Module, config: TrainConfig) -> None:
+    """Make the configured parameters trainable, and freeze all others.
+
+    LLaVA-Mini's first stage trains the projector alone, and its second stage all but the vision tower.
+    """
+    model.requires_grad_(config.trainable == "all")
+    model.get_submodule(f"model.{PROJECTOR}").requires_grad_(True)
+    model.get_submodule("model.vision_tower").requires_grad_(config.train_vision)
+
+
+def train_llava(
+    model: PreTrainedModel,
+    processor: Any,
+    samples: Sequence[Sample],
+    config: TrainConfig,
+    work: Path,
+    seed: int,
+    device: torch.device,
+    drop_tokens: TokenDropper = keep_all_tokens,
+    features: VisionFeatureCache | None = None,
+) -> list[dict[str, float]]:
+    """Train a LLaVA or LLaVA-Mini on conversations, in place.
+
+    With `config.lora_rank`, adapters are trained, saved in `work`, and merged into the model.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        samples: The training samples.
+        config: Training settings.
+        work: Folder of the checkpoints, from which an interrupted run resumes.
+        seed: Seed of the order of the samples.
+        device: Where to train.
+        drop_tokens: Drops visual tokens in each forward call.
+        features: Feature cache of the split of the samples. The vision tower then runs only for images that it lacks.
+
+    Returns:
+        Trainer's log, as `run_trainer`.
+    """
+    dataset = ConversationDataset(samples, SampleEncoder(processor), features)
+    sizes = dataset.sizes() if config.group_by_length else None
+    set_trainable_parameters(model, config)
+    adapted = lora.add_adapters(model, config.lora_rank) if config.lora_rank else None
+    forward_context = partial(drop_tokens, model)
+    with features.as_pixel_values() if features else nullcontext():
+        history = run_trainer(
+            adapted or model, dataset, Collator(processor), config, work, seed, device, sizes, forward_context
+        )
+    if adapted:
+        lora.save_and_merge_adapter(adapted, work / ADAPTER_FOLDER)
+    return history
+
+
+def run_trainer(
     model: nn.Module,
-    data: Dataset[dict[str, Any]],
+    dataset: Dataset[dict[str, Any]],
     collate: Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]],
     config: TrainConfig,
     work: Path,
     seed: int,
     device: torch.device,
     sizes: Sequence[Any] | None = None,
-    around: Callable[[dict[str, Any]], AbstractContextManager[Any]] = nullcontext,
+    forward_context: Callable[[dict[str, Any]], AbstractContextManager[Any]] = nullcontext,
 ) -> list[dict[str, float]]:
-    """Train in place for `config.steps` steps or `config.epochs` epochs, from the newest whole checkpoint in `work` if
-    there is one. `config.batch_size` rows make a step, whatever the processes of a distributed launch.
+    """Train any module in place with Trainer, from the newest complete checkpoint in `work` if there is one.
+
+    A step has `config.batch_size` rows, over all processes of a distributed launch.
 
     Args:
-        sizes: What the rows of a step are sorted by; see [`SortedSteps`].
-        around: Of the inputs of a forward call: what to run it in.
+        model: A module that returns its loss.
+        dataset: The training rows.
+        collate: Makes a batch of rows.
+        config: Training settings: `max_steps` steps, or `num_train_epochs` epochs.
+        work: Folder of the checkpoints.
+        seed: Seed of the order of the rows.
+        device: Where to train.
+        sizes: Size of each row, by which rows are sorted within a step; see `SizeSortedSampler`.
+        forward_context: Makes the context of a forward call from its inputs.
 
     Returns:
         Trainer's log: loss, learning rate and gradient norm by step.
     """
     arguments = TrainingArguments(
         output_dir=str(work),
-        max_steps=config.steps or -1,
-        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        num_train_epochs=config.num_train_epochs,
         learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup,
+        lr_scheduler_type=config.lr_scheduler_type,
+        warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         adam_beta2=config.adam_beta2,
         max_grad_norm=config.max_grad_norm,
         bf16=config.bf16,
-        save_steps=config.save_every,
+        save_steps=config.save_steps,
         save_total_limit=2,
-        # a divisor of the steps between checkpoints: a resumed run then averages losses over the same steps
-        logging_steps=math.gcd(10, config.save_every),
+        # A divisor of the steps between checkpoints, so that a resumed run averages losses over the same steps.
+        logging_steps=math.gcd(10, config.save_steps),
         logging_first_step=True,
         seed=seed,
         use_cpu=device.type == "cpu",
@@ -176,73 +265,42 @@ def fit(
         report_to="none",
         disable_tqdm=False,
     )
-    # one device a process: DataParallel would count a step's rows once for each, and tear rows from their pictures
+    # One device per process: DataParallel would multiply a step's rows by the devices, and separate rows from images.
     arguments._n_gpu = min(arguments.n_gpu, 1)
-    at_once, times = share(config, arguments.world_size)
-    arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = at_once, times
+    rows_per_pass, passes = split_batch(config, arguments.world_size)
+    arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = rows_per_pass, passes
     trainer = ResumingTrainer(
         model=model,
         args=arguments,
-        train_dataset=data,
+        train_dataset=dataset,
         data_collator=collate,
-        optimizers=(_optimizer(model, config), None),
-        order=SortedSteps(sizes, config.batch_size, seed) if sizes else None,
-        own_rates={PROJECTOR: config.projector_learning_rate, PREFUSION: config.prefusion_learning_rate},
-        around=around,
+        optimizers=(_build_optimizer(model, config), None),
+        sampler=SizeSortedSampler(sizes, config.batch_size, seed) if sizes else None,
+        part_learning_rates={PROJECTOR: config.projector_learning_rate, PREFUSION: config.prefusion_learning_rate},
+        forward_context=forward_context,
     )
-    found = last_checkpoint(work)
-    if found:
-        log.info("resuming from %s", found)
-        state = TrainerState.load_from_json(str(found / _TRAINER_STATE))
-        if state.global_step == (config.steps or state.max_steps):  # Trainer would take a step before it sees that
-            trainer._load_from_checkpoint(str(found))
-            return _history(state)
-    trainer.train(resume_from_checkpoint=str(found) if found else None)
-    return _history(trainer.state)
+    checkpoint = latest_complete_checkpoint(work)
+    if checkpoint:
+        log.info("resuming from %s", checkpoint)
+        state = TrainerState.load_from_json(str(checkpoint / _TRAINER_STATE))
+        if state.global_step == (config.max_steps or state.max_steps):  # Trainer would take one more step here
+            trainer._load_from_checkpoint(str(checkpoint))
+            return _loss_history(state)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return _loss_history(trainer.state)
 
 
-def _history(state: TrainerState) -> list[dict[str, float]]:
-    """The log by step, and where it ended. Trainer's own last entry tells times, and means over what this process ran."""
-    ended = {"step": state.global_step, "epoch": state.epoch, "total_flos": state.total_flos}
-    return [*(entry for entry in state.log_history if "loss" in entry), ended]
+def _loss_history(state: TrainerState) -> list[dict[str, float]]:
+    """Return the log by step, and the step, epoch and FLOPs of its end.
+
+    Trainer's own last entry is left out: it holds times, and means over the steps of this process alone.
+    """
+    end = {"step": state.global_step, "epoch": state.epoch, "total_flos": state.total_flos}
+    return [*(entry for entry in state.log_history if "loss" in entry), end]
 
 
-def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer | None:
-    """None leaves the choice to Trainer, which takes AdamW."""
-    if config.optimizer == "muon":
+def _build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer | None:
+    """Return Muon with AdamW, or None for Trainer's own AdamW."""
+    if config.optim == "muon":
         return MuonAdamW(model, config.learning_rate, config.weight_decay, (0.9, config.adam_beta2))
     return None
-
-
-def choose_parameters(model: nn.Module, config: TrainConfig) -> None:
-    """Let the parameters learn that `config` says, and no others: LLaVA-Mini's first stage trains the projector alone,
-    its second all but the vision tower."""
-    model.requires_grad_(config.trainable == "all")
-    model.get_submodule(f"model.{PROJECTOR}").requires_grad_(True)
-    model.get_submodule("model.vision_tower").requires_grad_(config.train_vision)
-
-
-def train(
-    model: PreTrainedModel,
-    processor: Any,
-    samples: Sequence[Sample],
-    config: TrainConfig,
-    work: Path,
-    seed: int,
-    device: torch.device,
-    around: Around = untouched,
-    features: Features | None = None,
-) -> list[dict[str, float]]:
-    """Train a LLaVA or LLaVA-Mini on conversations, in place, with `around` around every forward call. With
-    `config.lora` adapters are trained, left in `work`, and merged into the model. With `features`, of the split that the
-    samples are, its tower runs for those pictures alone that are not kept."""
-    data = Conversations(samples, Encoder(processor), features)
-    sizes = data.sizes() if config.group_by_length else None
-    choose_parameters(model, config)
-    adapted = lora.adapt(model, config.lora) if config.lora else None
-    within = partial(around, model)
-    with features.given() if features else nullcontext():
-        history = fit(adapted or model, data, Collator(processor), config, work, seed, device, sizes, within)
-    if adapted:
-        lora.merge(adapted, work / ADAPTER)
-    return history

@@ -1,9 +1,10 @@
-"""A vision tower that has learned to see before the language model looks: the tiny LLaVA's stand-in for CLIP.
+"""Pretraining of the tiny LLaVA's vision tower on labelled scenes, in place of CLIP's pretraining.
 
-LLaVA starts from a tower trained on other pictures and labels, whose patch features know their surroundings. The tiny
-tower is trained here to name, from each patch feature, the place of the grid cell that the patch lies in, and colour
-and shape of what is there, of its four neighbours and of the next two things in reading order; the linear heads are then
-thrown away. The place matters: rotary positions tell the language model only how far apart tokens are.
+LLaVA starts from a vision tower that was pretrained on other images and labels, whose patch features hold their context.
+The tiny vision tower is trained here to classify, from each patch feature: the position of the patch's grid cell, and the
+colour and shape of the object there, of its four neighbours, and of the next two objects in reading order. The linear
+heads are then discarded. The position matters because rotary positions give the language model only distances between
+tokens.
 """
 
 from __future__ import annotations
@@ -21,23 +22,35 @@ from torch.utils.data import Dataset
 from transformers import CLIPVisionModel, ProcessorMixin
 
 from experiments.config.schema import TrainConfig
-from experiments.data.balanced_questions import NEIGHBOURS, beside
-from experiments.data.scenes import CELL, COLOURS, GRID, SHAPES, SIDE
+from experiments.data.balanced_questions import NEIGHBOUR_OFFSETS, neighbours
+from experiments.data.scenes import CELL_SIZE, COLOURS, GRID_SIZE, IMAGE_SIZE, SHAPES
 from experiments.data.shapes import ShapeSamples
-from experiments.training.trainer import fit
+from experiments.training.trainer import run_trainer
 
-VIEWS = 1 + len(NEIGHBOURS) + 2  # the cell itself, its neighbours, the next two things in reading order
+CELL_COUNT = GRID_SIZE * GRID_SIZE
+VIEW_COUNT = 1 + len(NEIGHBOUR_OFFSETS) + 2  # the grid cell itself, its neighbours, the next two objects
 
 
-class PatchReader(nn.Module):
-    """Linear read-out from every patch feature of its cell's place, and of colour and shape in each view (0 for none)."""
+class PatchClassifier(nn.Module):
+    """Linear heads on every patch feature, for the position of its grid cell and the colour and shape in each view.
 
-    def __init__(self, tower: CLIPVisionModel) -> None:
+    A view is a grid cell relative to the patch's own one. Class 0 of colour and shape stands for an empty view.
+
+    Args:
+        vision_tower: The vision tower that is trained.
+    """
+
+    def __init__(self, vision_tower: CLIPVisionModel) -> None:
         super().__init__()
-        self.tower = tower
-        self.register_buffer("cells", patch_cells(tower.config.patch_size), persistent=False)
-        classes = {"colour": VIEWS * (1 + len(COLOURS)), "shape": VIEWS * (1 + len(SHAPES)), "place": GRID * GRID}
-        self.heads = nn.ModuleDict({name: nn.Linear(tower.config.hidden_size, n) for name, n in classes.items()})
+        self.vision_tower = vision_tower
+        self.register_buffer("cells", patch_grid_cells(vision_tower.config.patch_size), persistent=False)
+        class_counts = {
+            "colour": VIEW_COUNT * (1 + len(COLOURS)),
+            "shape": VIEW_COUNT * (1 + len(SHAPES)),
+            "position": CELL_COUNT,
+        }
+        width = vision_tower.config.hidden_size
+        self.heads = nn.ModuleDict({name: nn.Linear(width, count) for name, count in class_counts.items()})
 
     def forward(
         self,
@@ -45,30 +58,18 @@ class PatchReader(nn.Module):
         colour: Int[Tensor, "batch cells views"],
         shape: Int[Tensor, "batch cells views"],
     ) -> dict[str, Tensor]:
-        features = self.tower(pixel_values).last_hidden_state[:, 1:]  # without the class token
-        place = torch.arange(GRID * GRID, device=features.device).expand(len(features), -1)[..., None]
+        """Return the sum of the cross-entropies of all heads, as `loss`."""
+        features = self.vision_tower(pixel_values).last_hidden_state[:, 1:]  # without the class token
+        position = torch.arange(CELL_COUNT, device=features.device).expand(len(features), -1)[..., None]
         losses = []
-        for name, labels in (("colour", colour), ("shape", shape), ("place", place)):
-            wanted = labels[:, self.cells].flatten()  # one for each patch and view
-            losses.append(F.cross_entropy(self.heads[name](features).view(len(wanted), -1), wanted))
+        for name, labels in (("colour", colour), ("shape", shape), ("position", position)):
+            targets = labels[:, self.cells].flatten()  # one for each patch and view
+            losses.append(F.cross_entropy(self.heads[name](features).view(len(targets), -1), targets))
         return {"loss": torch.stack(losses).sum()}
 
 
-def views(colour: Int[np.ndarray, " cells"]) -> Int[np.ndarray, "cells views"]:
-    """For each cell the cells that its views show, -1 for none; needs only which cells are empty (-1)."""
-    shown = np.full((GRID * GRID, VIEWS), -1)
-    shown[:, 0] = np.arange(GRID * GRID)
-    for cell in range(GRID * GRID):
-        for word, neighbour in beside(cell, GRID):
-            shown[cell, 1 + list(NEIGHBOURS).index(word)] = neighbour
-    filled = np.flatnonzero(colour >= 0)
-    for step in (1, 2):
-        shown[filled[:-step], VIEWS - 3 + step] = filled[step:]
-    return shown
-
-
 class LabelledScenes(Dataset[dict[str, Any]]):
-    """Pictures with the colour and shape that each cell's views show, 0 where there is nothing."""
+    """Images of scenes with the colour and shape in each view of each grid cell, 0 for an empty view."""
 
     def __init__(self, samples: ShapeSamples) -> None:
         self.samples = samples
@@ -78,22 +79,43 @@ class LabelledScenes(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         scenes = self.samples.scenes
-        shown = views(scenes.colour[index])
+        cells = view_cells(scenes.colour[index])
         labels = {
-            name: torch.from_numpy(np.where(shown < 0, 0, getattr(scenes, name)[index][shown] + 1))
+            name: torch.from_numpy(np.where(cells < 0, 0, getattr(scenes, name)[index][cells] + 1))
             for name in ("colour", "shape")
         }
-        return {"image": self.samples.draw(index), **labels}
+        return {"image": self.samples.render(index), **labels}
 
 
-def patch_cells(patch: int) -> Int[Tensor, " patches"]:
-    """The grid cell that each patch lies in, patches in reading order."""
-    along = torch.arange(SIDE // patch) * patch // CELL
-    return (along[:, None] * GRID + along).flatten()
+def view_cells(colour: Int[np.ndarray, " cells"]) -> Int[np.ndarray, "cells views"]:
+    """Return the grid cell in each view of each grid cell, -1 for none.
+
+    Args:
+        colour: Colour index in each grid cell; only the sign matters: -1 in empty cells.
+    """
+    cells = np.full((CELL_COUNT, VIEW_COUNT), -1)
+    cells[:, 0] = np.arange(CELL_COUNT)
+    for cell in range(CELL_COUNT):
+        for direction, neighbour in neighbours(cell, GRID_SIZE):
+            cells[cell, 1 + list(NEIGHBOUR_OFFSETS).index(direction)] = neighbour
+    filled = np.flatnonzero(colour >= 0)
+    for step in (1, 2):
+        cells[filled[:-step], VIEW_COUNT - 3 + step] = filled[step:]
+    return cells
 
 
-def pretrain(
-    tower: CLIPVisionModel,
+def patch_grid_cells(patch: int) -> Int[Tensor, " patches"]:
+    """Return the grid cell that each patch lies in, patches in reading order.
+
+    Args:
+        patch: Pixels per side of a patch.
+    """
+    along_side = torch.arange(IMAGE_SIZE // patch) * patch // CELL_SIZE
+    return (along_side[:, None] * GRID_SIZE + along_side).flatten()
+
+
+def pretrain_vision_tower(
+    vision_tower: CLIPVisionModel,
     processor: ProcessorMixin,
     samples: ShapeSamples,
     config: TrainConfig,
@@ -101,10 +123,21 @@ def pretrain(
     seed: int,
     device: torch.device,
 ) -> None:
-    """Train the tower in place."""
+    """Train the vision tower in place, on labelled scenes.
+
+    Args:
+        vision_tower: The vision tower.
+        processor: The model's processor.
+        samples: The training scenes.
+        config: Training settings.
+        work: Folder of the checkpoints, from which an interrupted run resumes.
+        seed: Seed of the order of the scenes.
+        device: Where to train.
+    """
 
     def collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        labels = {name: torch.stack([x[name] for x in items]) for name in ("colour", "shape")}
-        return {**processor.image_processor([x["image"] for x in items], return_tensors="pt"), **labels}
+        labels = {name: torch.stack([item[name] for item in items]) for name in ("colour", "shape")}
+        return {**processor.image_processor([item["image"] for item in items], return_tensors="pt"), **labels}
 
-    fit(PatchReader(tower).to(device), LabelledScenes(samples), collate, config, work, seed, device)
+    classifier = PatchClassifier(vision_tower).to(device)
+    run_trainer(classifier, LabelledScenes(samples), collate, config, work, seed, device)

@@ -1,3 +1,5 @@
+"""Token ids, labels and batches of conversations."""
+
 import re
 
 import pytest
@@ -6,11 +8,11 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from experiments.data.encoding import IGNORED, Collator, Encoder, messages
-from experiments.data.samples import Sample, conversation
-from experiments.data.scenes import SIDE
+from experiments.data.encoding import IGNORE_INDEX, Collator, SampleEncoder, chat_messages
+from experiments.data.samples import Sample, llava_conversation
+from experiments.data.scenes import IMAGE_SIZE
 from experiments.models import scratch
-from experiments.models.from_parts import image_chat_template
+from experiments.models.from_parts import multimodal_chat_template
 from llava_mini import LlavaMiniProcessor
 from llava_mini.chat_templates import LLAMA_3_TEMPLATE, VICUNA_TEMPLATE
 from llava_mini.video import Video
@@ -21,8 +23,7 @@ SMOLLM2_TEMPLATE = (
     "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# What a model of each family reads, token by token, of the two questions and answers of TURNS; every second part is what
-# it shall learn to write.
+# Tokens of the conversation TURNS in each chat template. Every second part is an answer, whose tokens are labelled.
 LLAMA_3 = (
     "<|begin_of_text|> <|start_header_id|> system <|end_header_id|> \n \n You are a helpful language and vision assistant . "
     "You are able to understand the visual content that the user provides , and assist the user with a variety of tasks "
@@ -48,17 +49,17 @@ SMOLLM2 = (
     "Yes \n Quite sure <|im_end|>",
     "\n",
 )
-FAMILIES = {
+TEMPLATES = {
     "llama-3.1": (LLAMA_3_TEMPLATE, "<|begin_of_text|>", "<|eot_id|>", LLAMA_3),
     "vicuna": (VICUNA_TEMPLATE, "<s>", "</s>", VICUNA),
-    "smollm2": (image_chat_template(SMOLLM2_TEMPLATE), "<|im_start|>", "<|im_end|>", SMOLLM2),
+    "smollm2": (multimodal_chat_template(SMOLLM2_TEMPLATE), "<|im_start|>", "<|im_end|>", SMOLLM2),
 }
-TURNS = conversation([("What is it?", "A red cat."), ("Sure?", "Yes\nQuite sure")])
-PICTURE = Image.new("RGB", (SIDE, SIDE), "red")
+TURNS = llava_conversation([("What is it?", "A red cat."), ("Sure?", "Yes\nQuite sure")])
+RED_IMAGE = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "red")
 
 
-def words(bos: str, eos: str, parts: tuple[str, ...]) -> PreTrainedTokenizerFast:
-    """A tokenizer of words, marks and line breaks; spaces are dropped, and every text begins with the start token."""
+def word_tokenizer(bos: str, eos: str, parts: tuple[str, ...]) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of words, punctuation and line breaks that drops spaces and prepends the start token."""
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(" ".join(parts).split(" ")))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="no other word"))
     tokenizer.add_special_tokens([word for word in vocabulary if re.fullmatch("<.+>", word)])
@@ -75,43 +76,43 @@ def words(bos: str, eos: str, parts: tuple[str, ...]) -> PreTrainedTokenizerFast
     )
 
 
-@pytest.mark.parametrize("visual", [None, 1, 4], ids=["llava", "mini-1", "mini-4"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_labels_token_by_token(family, visual):
-    template, bos, eos, parts = FAMILIES[family]
-    plain = scratch.processor(words(bos, eos, parts), SIDE, patch=16)
+@pytest.mark.parametrize("visual_tokens", [None, 1, 4], ids=["llava", "mini-1", "mini-4"])
+@pytest.mark.parametrize("template_name", TEMPLATES)
+def test_sample_encoder_labels_only_answer_tokens(template_name, visual_tokens):
+    template, bos, eos, parts = TEMPLATES[template_name]
+    plain = scratch.build_processor(word_tokenizer(bos, eos, parts), IMAGE_SIZE, patch=16)
     plain.chat_template = template
     processor = plain
-    if visual:
+    if visual_tokens:
         processor = LlavaMiniProcessor(
-            plain.image_processor, plain.tokenizer, chat_template=template, num_visual_tokens=visual
+            plain.image_processor, plain.tokenizer, chat_template=template, num_visual_tokens=visual_tokens
         )
-    encoded = Encoder(processor)(Sample("s", (lambda: PICTURE,), TURNS, ["x", "x"]))
+    encoded = SampleEncoder(processor)(Sample("s", (lambda: RED_IMAGE,), TURNS, ["x", "x"]))
     expected = [
-        (token, learn)
+        (token, is_answer)
         for i, part in enumerate(parts)
-        for token in part.replace("<image>", " ".join(["<image>"] * (visual or 9))).split(" ")
-        for learn in [i % 2 == 1]
+        for token in part.replace("<image>", " ".join(["<image>"] * (visual_tokens or 9))).split(" ")
+        for is_answer in [i % 2 == 1]
     ]
     assert processor.tokenizer.convert_ids_to_tokens(encoded["input_ids"]) == [token for token, _ in expected]
-    assert [label != IGNORED for label in encoded["labels"]] == [learn for _, learn in expected]
-    assert all(label in (IGNORED, i) for i, label in zip(encoded["input_ids"], encoded["labels"], strict=True))
+    assert [label != IGNORE_INDEX for label in encoded["labels"]] == [is_answer for _, is_answer in expected]
+    assert all(label in (IGNORE_INDEX, i) for i, label in zip(encoded["input_ids"], encoded["labels"], strict=True))
 
 
-def test_ids_are_what_the_processor_makes(processor, few):
-    sample = few.samples[0]
-    encoded = Encoder(processor)(sample)
-    text = processor.apply_chat_template(messages(sample), tokenize=False)
+def test_sample_encoder_returns_the_ids_of_the_processor(processor, shapes_split):
+    sample = shapes_split.samples[0]
+    encoded = SampleEncoder(processor)(sample)
+    text = processor.apply_chat_template(chat_messages(sample), tokenize=False)
     assert encoded["input_ids"] == processor(text=text, images=sample.image)["input_ids"][0]
 
 
-def test_labels_of_the_tiny_llava(processor, few):
-    sample = few.samples[1]
-    encoded = Encoder(processor)(sample)
+def test_sample_encoder_labels_each_answer_with_its_end_token(processor, shapes_split):
+    sample = shapes_split.samples[1]
+    encoded = SampleEncoder(processor)(sample)
     decode = processor.tokenizer.decode
     runs: list[list[int]] = [[]]
     for label in encoded["labels"]:
-        if label == IGNORED:
+        if label == IGNORE_INDEX:
             runs.append([])
         else:
             runs[-1].append(label)
@@ -123,61 +124,61 @@ def test_labels_of_the_tiny_llava(processor, few):
     [
         ("what?", ["what?"]),
         ("<image>\nwhat?", ["IMAGE", "what?"]),
-        ("what?\n<image>", ["IMAGE", "what?"]),  # as LLaVA's own training code moves it
+        ("what?\n<image>", ["IMAGE", "what?"]),  # as in LLaVA's own training code
         ("<video>", ["VIDEO"]),
         ("<image>\n<image>\nwhat?", ["IMAGE", "IMAGE", "what?"]),
         ("is <image> like <image>?", ["is ", "IMAGE", " like ", "IMAGE", "?"]),
     ],
 )
-def test_where_pictures_stand_in_a_message(value, content):
+def test_chat_messages_puts_a_single_image_first(value, content):
     turns = [{"from": "human", "value": value}, {"from": "gpt", "value": "yes"}]
-    user, assistant = messages(Sample("s", (), turns, ["x"]))
+    user, assistant = chat_messages(Sample("s", (), turns, ["x"]))
     assert [part.get("text", part["type"].upper()) for part in user["content"]] == content
     assert assistant == {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(processor, few, monkeypatch):
+def test_sample_encoder_with_a_template_that_rewrites_earlier_turns_raises(processor, shapes_split, monkeypatch):
     monkeypatch.setattr(processor, "chat_template", "{{ messages | length }}{% for m in messages %}x{% endfor %}")
-    with pytest.raises(ValueError, match="turn by turn"):
-        Encoder(processor)(few.samples[0])
+    with pytest.raises(ValueError, match=r"sample shapes-train-0-0: .*turn by turn"):
+        SampleEncoder(processor)(shapes_split.samples[0])
 
 
-def test_a_template_that_leaves_the_picture_out_is_refused(processor, few, monkeypatch):
+def test_sample_encoder_with_a_template_without_images_raises(processor, shapes_split, monkeypatch):
     monkeypatch.setattr(processor, "chat_template", "{% for m in messages %}x{% endfor %}")
-    with pytest.raises(ValueError, match=r"sample shapes-train-0-0: the chat template writes 0 <image> where .* has 1"):
-        Encoder(processor)(few.samples[0])
+    with pytest.raises(ValueError, match=r"sample shapes-train-0-0: .*0 <image>.* 1 <image>"):
+        SampleEncoder(processor)(shapes_split.samples[0])
 
 
-def test_text_only(processor):
-    sample = Sample("t", (), conversation([("is there a blue ring?", "no")], slots=()), ["existence"])
-    encoded = Encoder(processor)(sample)
+def test_sample_encoder_of_a_text_sample_has_no_image_token(processor):
+    sample = Sample("t", (), llava_conversation([("is there a blue ring?", "no")], placeholders=()), ["existence"])
+    encoded = SampleEncoder(processor)(sample)
     assert processor.image_token not in processor.tokenizer.decode(encoded["input_ids"])
     assert "pixel_values" not in Collator(processor)([encoded])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_collator_pads_and_masks(processor, few, side):
-    encoder = Encoder(processor)
-    short = Sample("s", (lambda: Image.new("RGB", (48, 48)),), conversation([("yes?", "no")]), ["x"])
-    samples = [few.samples[0], short]
+def test_collator_pads_and_masks_each_row(processor, shapes_split, side):
+    encoder = SampleEncoder(processor)
+    short = Sample("s", (lambda: Image.new("RGB", (48, 48)),), llava_conversation([("yes?", "no")]), ["x"])
+    samples = [shapes_split.samples[0], short]
     batch = Collator(processor, side)([encoder(s) for s in samples])
     assert batch["pixel_values"].shape == (2, 3, 48, 48)
     for row, sample in enumerate(samples):
         kept = batch["attention_mask"][row].bool()
         assert batch["input_ids"][row][kept].tolist() == encoder(sample)["input_ids"]
-        assert (batch["labels"][row][~kept] == IGNORED).all()
+        assert (batch["labels"][row][~kept] == IGNORE_INDEX).all()
         assert (batch["input_ids"][row][~kept] == processor.tokenizer.pad_token_id).all()
     first = batch["attention_mask"][1, 0]
     assert torch.equal(first, torch.tensor(0 if side == "left" else 1))
 
 
 @pytest.fixture
-def mini(processor):
-    """A LLaVA-Mini's processor: four tokens a picture, in tiles of 2 x 2, with a template that knows videos."""
+def mini_processor(processor):
+    """A LLaVA-Mini processor: four tokens per image, 2 x 2 tiles, and a template that accepts videos."""
     return LlavaMiniProcessor(
         processor.image_processor,
         processor.tokenizer,
-        chat_template=image_chat_template(
+        chat_template=multimodal_chat_template(
             "{{ bos_token }}{% for m in messages %}{{ m['content'] + (eos_token if m['role'] == 'assistant' else '') }}"
             "{% endfor %}"
         ),
@@ -186,26 +187,31 @@ def mini(processor):
     )
 
 
-def grey(level: int) -> Image.Image:
+def grey_image(level: int) -> Image.Image:
     return Image.new("RGB", (40, 30), (level, level, level))
 
 
-def test_rows_of_all_kinds_in_one_batch(mini):
-    """Videos, text alone, several images: as the processor makes them of all rows at once."""
-    film = Video([grey(level) for level in (10, 20, 30)])
+def test_collator_of_videos_text_and_images_equals_the_processor(mini_processor):
+    """A batch equals what the processor returns for all rows at once."""
+    clip = Video([grey_image(level) for level in (10, 20, 30)])
     samples = [
-        Sample("v", (lambda: film,), conversation([("what?", "a")], ["<video>"]), ["x"]),
-        Sample("t", (), conversation([("who?", "b")], []), ["x"]),
-        Sample("i", (lambda: grey(40), lambda: grey(50)), conversation([("why?", "c")], ["<image>"] * 2), ["x"]),
+        Sample("v", (lambda: clip,), llava_conversation([("what?", "a")], ["<video>"]), ["x"]),
+        Sample("t", (), llava_conversation([("who?", "b")], []), ["x"]),
+        Sample(
+            "i",
+            (lambda: grey_image(40), lambda: grey_image(50)),
+            llava_conversation([("why?", "c")], ["<image>"] * 2),
+            ["x"],
+        ),
     ]
-    encoder = Encoder(mini)
+    encoder = SampleEncoder(mini_processor)
     items = [encoder(sample) for sample in samples]
     assert [item["input_ids"].count(encoder.tokenizer.image_token_id) for item in items] == [3 * 4, 0, 2 * 4]
-    batch = Collator(mini)(items)
-    expected = mini(
+    batch = Collator(mini_processor)(items)
+    expected = mini_processor(
         text=["<s><video>\nwhat?a</s>", "<s>who?b</s>", "<s><image>\n<image>\nwhy?c</s>"],
-        images=[grey(40), grey(50)],
-        videos=[film],
+        images=[grey_image(40), grey_image(50)],
+        videos=[clip],
         padding=True,
         padding_side="right",
         return_tensors="pt",
@@ -213,21 +219,25 @@ def test_rows_of_all_kinds_in_one_batch(mini):
     for name in ("input_ids", "attention_mask", "pixel_values", "visual_layout"):
         assert torch.equal(batch[name], expected[name]), name
     assert batch["visual_layout"].tolist() == [[0, 3, 2], [2, 1, 2], [2, 1, 2]]
-    assert [mini.tokenizer.decode(row[row != IGNORED]) for row in batch["labels"]] == ["a</s>", "b</s>", "c</s>"]
+    assert [mini_processor.tokenizer.decode(row[row != IGNORE_INDEX]) for row in batch["labels"]] == [
+        "a</s>",
+        "b</s>",
+        "c</s>",
+    ]
 
 
-def test_several_images_in_a_plain_llava(processor):
-    """Each takes its own tokens, and the labels stay on the answer behind them."""
-    turns = conversation([("what differs?", "nothing")], ["<image>", "<image>"])
-    encoded = Encoder(processor)(Sample("s", (lambda: PICTURE, lambda: PICTURE), turns, ["x"]))
+def test_sample_encoder_of_two_images_inserts_tokens_for_each(processor):
+    """The labels stay on the answer after them."""
+    turns = llava_conversation([("what differs?", "nothing")], ["<image>", "<image>"])
+    encoded = SampleEncoder(processor)(Sample("s", (lambda: RED_IMAGE, lambda: RED_IMAGE), turns, ["x"]))
     assert encoded["input_ids"].count(processor.tokenizer.image_token_id) == 18
-    labels = [label for label in encoded["labels"] if label != IGNORED]
+    labels = [label for label in encoded["labels"] if label != IGNORE_INDEX]
     assert processor.tokenizer.decode(labels) == "nothing</s>"
     assert Collator(processor)([encoded])["pixel_values"].shape == (2, 3, 48, 48)
 
 
-def test_a_plain_llava_takes_no_video(processor, monkeypatch):
-    monkeypatch.setattr(processor, "chat_template", image_chat_template("{{ messages[0]['content'] }}yes"))
-    sample = Sample("film", (lambda: Video([PICTURE]),), conversation([("what?", "yes")], ["<video>"]), ["x"])
-    with pytest.raises(ValueError, match="sample film: a LlavaProcessor takes images, not videos"):
-        Encoder(processor)(sample)
+def test_sample_encoder_of_a_video_for_llava_raises(processor, monkeypatch):
+    monkeypatch.setattr(processor, "chat_template", multimodal_chat_template("{{ messages[0]['content'] }}yes"))
+    sample = Sample("clip", (lambda: Video([RED_IMAGE]),), llava_conversation([("what?", "yes")], ["<video>"]), ["x"])
+    with pytest.raises(ValueError, match=r"sample clip: a LlavaProcessor .*not videos"):
+        SampleEncoder(processor)(sample)

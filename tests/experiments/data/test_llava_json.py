@@ -1,3 +1,5 @@
+"""The reader of LLaVA-format JSON files."""
+
 import json
 
 import av
@@ -17,71 +19,76 @@ def folder(tmp_path):
     return tmp_path
 
 
-def write(folder, entries) -> str:
+def write_json(folder, entries) -> str:
+    """Write entries, or text as it is, to a file and return its path."""
     path = folder / "data.json"
     path.write_text(entries if isinstance(entries, str) else json.dumps(entries))
     return str(path)
 
 
-def test_what_shapes_makes_is_llava_json(tmp_path):
-    made = load_shapes("test", 3)
-    for sample in made.samples:
+def test_load_llava_json_of_written_shapes_returns_the_same_samples(tmp_path):
+    generated = load_shapes("test", 3)
+    for sample in generated.samples:
         sample.image.save(tmp_path / f"{sample.id}.png")
-    path = write(
+    path = write_json(
         tmp_path,
         [
-            {"id": s.id, "image": f"{s.id}.png", "conversations": s.conversations, "kinds": s.kinds}
-            for s in made.samples
+            {"id": s.id, "image": f"{s.id}.png", "conversations": s.conversations, "kinds": s.question_types}
+            for s in generated.samples
         ],
     )
-    for read, sample in zip(load_llava_json(path, str(tmp_path), "test").samples, made.samples, strict=True):
-        assert (read.id, read.conversations, read.kinds) == (sample.id, sample.conversations, sample.kinds)
+    for read, sample in zip(load_llava_json(path, str(tmp_path), "test").samples, generated.samples, strict=True):
+        assert (read.id, read.conversations, read.question_types) == (
+            sample.id,
+            sample.conversations,
+            sample.question_types,
+        )
         assert read.image.tobytes() == sample.image.tobytes()
 
 
-def test_count_and_fingerprint(folder):
-    path = write(
+def test_load_llava_json_with_a_count_returns_so_many_and_another_fingerprint(folder):
+    path = write_json(
         folder,
         [{"image": "a.png", "conversations": TURNS}, {"conversations": [TURNS[1] | {"from": "human"}, TURNS[1]]}],
     )
-    both, one = load_llava_json(path, str(folder), "test"), load_llava_json(path, str(folder), "test", 1)
-    assert (len(both), len(one)) == (2, 1)
-    assert both.samples[1].load == ()
-    assert both.fingerprint != one.fingerprint
+    all_entries, first = load_llava_json(path, str(folder), "test"), load_llava_json(path, str(folder), "test", 1)
+    assert (len(all_entries), len(first)) == (2, 1)
+    assert all_entries.samples[1].loaders == ()
+    assert all_entries.fingerprint != first.fingerprint
 
 
 @pytest.mark.parametrize(
-    ("entries", "said"),
+    ("entries", "message"),
     [
         ("[{", "is not JSON"),
-        ({"a": 1}, "expected a list of conversations, found dict"),
+        ({"a": 1}, "found dict"),
         ([], "found none"),
-        ([{"image": "a.png"}], "entry 0: not an object with a list"),
-        ([{"image": "a.png", "conversations": TURNS[:1]}], "1 turns"),
-        ([{"image": "a.png", "conversations": TURNS[::-1]}], 'turn 0: expected {"from": "human"'),
-        ([{"image": "a.png", "conversations": [{"from": "human", "value": 3}, TURNS[1]]}], "turn 0"),
-        ([{"conversations": TURNS}], "entry 0: its questions need one <image> for each of its 0 images, found 1"),
+        ([{"image": "a.png"}], "entry 0: .*conversations"),
+        ([{"image": "a.png", "conversations": TURNS[:1]}], "entry 0: .*1 turns"),
+        ([{"image": "a.png", "conversations": TURNS[::-1]}], 'entry 0, turn 0: .*"from": "human"'),
+        ([{"image": "a.png", "conversations": [{"from": "human", "value": 3}, TURNS[1]]}], "turn 0: .*found .*3"),
+        ([{"conversations": TURNS}], "entry 0: .*<image>.* 0 images, found 1"),
         ([{"image": "a.png", "conversations": [TURNS[1] | {"from": "human"}, TURNS[1]]}], "1 images, found 0"),
         ([{"image": ["a.png"] * 2, "conversations": TURNS}], "2 images, found 1"),
         ([{"video": "a.mp4", "conversations": [TURNS[1] | {"from": "human"}, TURNS[1]]}], "1 videos, found 0"),
-        ([{"image": "a.png", "video": "a.mp4", "conversations": TURNS}], "<video> for each of its 1 videos, found 0"),
-        ([{"image": {"path": "a.png"}, "conversations": TURNS}], '"image" is a path or a list of paths'),
-        ([{"image": "a.png", "conversations": [TURNS[0], TURNS[1] | {"value": "<image>"}]}], "turn 1: an answer holds"),
-        ([{"image": "a.png", "conversations": TURNS, "kinds": []}], "there are 1 questions"),
+        ([{"image": "a.png", "video": "a.mp4", "conversations": TURNS}], "<video>.* 1 videos, found 0"),
+        ([{"image": {"path": "a.png"}, "conversations": TURNS}], '"image" .*path.*found .*a.png'),
+        ([{"image": "a.png", "conversations": [TURNS[0], TURNS[1] | {"value": "<image>"}]}], "turn 1: .*<image>"),
+        ([{"image": "a.png", "conversations": TURNS, "kinds": []}], r'"kinds".* 1 questions.*\[\]'),
     ],
 )
-def test_wrong_files_are_refused_in_one_line(folder, entries, said):
-    with pytest.raises(ValueError, match=said.replace("{", r"\{")) as error:
-        load_llava_json(write(folder, entries), str(folder), "test")
+def test_load_llava_json_of_a_wrong_file_raises_one_line(folder, entries, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_llava_json(write_json(folder, entries), str(folder), "test")
     assert "\n" not in str(error.value)
     assert "data.json" in str(error.value)
 
 
-def test_missing_files(folder):
-    path = write(folder, [{"image": "b.png", "conversations": TURNS}])
+def test_load_llava_json_with_a_missing_file_names_it(folder):
+    path = write_json(folder, [{"image": "b.png", "conversations": TURNS}])
     with pytest.raises(FileNotFoundError, match=r"entry 0: no image '.*b.png'"):
         load_llava_json(path, str(folder), "test")
-    path = write(folder, [{"video": ["b.mp4"], "conversations": TURNS}])
+    path = write_json(folder, [{"video": ["b.mp4"], "conversations": TURNS}])
     with pytest.raises(FileNotFoundError, match=r"entry 0: no video '.*b.mp4'"):
         load_llava_json(path, str(folder), "test")
     with pytest.raises(FileNotFoundError, match=r"data.path: no file"):
@@ -91,42 +98,44 @@ def test_missing_files(folder):
 
 
 @pytest.mark.parametrize("content", [b"no image", b"\x89PNG\r\n\x1a\n broken"])
-def test_an_image_that_is_none_is_named_when_it_is_read(folder, content):
+def test_visual_inputs_of_an_unreadable_image_names_it(folder, content):
     (folder / "a.png").write_bytes(content)
-    sample = load_llava_json(write(folder, [{"image": "a.png", "conversations": TURNS}]), str(folder), "test").samples[
-        0
-    ]
+    sample = load_llava_json(
+        write_json(folder, [{"image": "a.png", "conversations": TURNS}]), str(folder), "test"
+    ).samples[0]
     with pytest.raises(ValueError, match=r"a.png cannot be read as an image|a.png .* cannot be turned into RGB"):
-        _ = sample.pictures
+        _ = sample.visual_inputs
 
 
 @pytest.fixture
-def film(folder):
-    """40 frames without loss; frame i has the grey level 6 * i."""
-    with av.open(str(folder / "film.mkv"), "w") as container:
+def clip(folder):
+    """A lossless video of 40 frames; frame i has the grey level 6 * i."""
+    with av.open(str(folder / "clip.mkv"), "w") as container:
         stream = container.add_stream("ffv1", rate=10)
         stream.width, stream.height, stream.pix_fmt = 32, 32, "bgr0"
         for i in range(40):
             image = np.full((32, 32, 3), 6 * i, dtype=np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode(None))
-    return "film.mkv"
+    return "clip.mkv"
 
 
-@pytest.mark.parametrize("slot", ["<image>", "<video>"])
-def test_a_video_gives_eight_frames_spread_evenly(folder, film, slot):
-    """Written either way, as in the released data; frames are those in the middle of eight equal parts, which are
-    bounded by 0, 5, 10, 15, 20, 24, 29, 34 and 39."""
-    turns = [{"from": "human", "value": f"what?\n{slot}"}, {"from": "gpt", "value": "a cat"}]
-    path = write(folder, [{"video": film, "conversations": turns}])
+@pytest.mark.parametrize("placeholder", ["<image>", "<video>"])
+def test_load_llava_json_of_a_video_takes_eight_evenly_spaced_frames(folder, clip, placeholder):
+    """Both placeholders occur in the released data. Frames lie in the middle of eight equal parts.
+
+    The parts are bounded by 0, 5, 10, 15, 20, 24, 29, 34 and 39.
+    """
+    turns = [{"from": "human", "value": f"what?\n{placeholder}"}, {"from": "gpt", "value": "a cat"}]
+    path = write_json(folder, [{"video": clip, "conversations": turns}])
     sample = load_llava_json(path, str(folder), "test").samples[0]
-    assert sample.slots == ["<video>"]
+    assert sample.placeholders == ["<video>"]
     assert sample.questions == ["what?"]
-    (video,) = sample.pictures
+    (video,) = sample.visual_inputs
     assert [np.asarray(frame).mean() / 6 for frame in video] == [2, 7, 12, 17, 22, 26, 31, 36]
 
 
-def test_pictures_stand_in_the_order_of_their_slots(folder, film):
+def test_visual_inputs_have_the_order_of_their_placeholders(folder, clip):
     Image.new("RGB", (4, 4)).save(folder / "b.png")
     turns = [
         {"from": "human", "value": "<image>\n<video>\nwhat?"},
@@ -134,15 +143,15 @@ def test_pictures_stand_in_the_order_of_their_slots(folder, film):
         {"from": "human", "value": "<image>\nand here?"},
         {"from": "gpt", "value": "none"},
     ]
-    path = write(folder, [{"image": ["a.png", "b.png"], "video": [film], "conversations": turns}])
-    first, video, second = load_llava_json(path, str(folder), "test", frames=3).samples[0].pictures
+    path = write_json(folder, [{"image": ["a.png", "b.png"], "video": [clip], "conversations": turns}])
+    first, video, second = load_llava_json(path, str(folder), "test", frames=3).samples[0].visual_inputs
     assert (first.size, len(video), second.size) == ((8, 8), 3, (4, 4))
 
 
-def test_the_fingerprint_knows_the_frames_of_videos_alone(folder, film):
-    for name, entry in (("film", {"video": film}), ("image", {"image": "a.png"})):
-        path = write(folder, [entry | {"conversations": TURNS}])
+def test_load_llava_json_fingerprint_depends_on_frames_only_with_videos(folder, clip):
+    for name, entry in (("clip", {"video": clip}), ("image", {"image": "a.png"})):
+        path = write_json(folder, [entry | {"conversations": TURNS}])
         two, four = (load_llava_json(path, str(folder), "test", frames=n).fingerprint for n in (2, 4))
         assert (two == four) == (name == "image")
-    with pytest.raises(ValueError, match=r"data.frames: 0 frames"):
+    with pytest.raises(ValueError, match=r"data\.frames: .*0"):
         load_llava_json(path, str(folder), "test", frames=0)
