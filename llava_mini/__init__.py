@@ -1,4 +1,4 @@
-"""LLaVA-Mini (arXiv 2501.03895) as a transformers model; importing it registers it with the Auto classes."""
+"""LLaVA-Mini (arXiv 2501.03895) as a transformers model. Importing this package registers it with the Auto classes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 from .configuration import PRESETS, LlavaMiniConfig
 from .encoded_images import Pictures
-from .modeling import LlavaMiniForConditionalGeneration, LlavaMiniModel, LlavaMiniPreTrainedModel
+from .modeling import LlavaMiniForConditionalGeneration, LlavaMiniModel
+from .pretrained_model import LlavaMiniPreTrainedModel
 from .processing import LlavaMiniProcessor
 
 AutoConfig.register("llava_mini", LlavaMiniConfig)
@@ -17,14 +18,14 @@ AutoModel.register(LlavaMiniConfig, LlavaMiniModel)
 AutoModelForImageTextToText.register(LlavaMiniConfig, LlavaMiniForConditionalGeneration)
 AutoProcessor.register(LlavaMiniConfig, LlavaMiniProcessor)
 
-# LLaVA checkpoints on disk name their weights otherwise than the classes do. Without these tables the language model
-# of an ordinary LLaVA checkpoint would not be found, and be left at random.
+# LLaVA checkpoints on disk use other weight names than the classes. Without these tables, loading an ordinary LLaVA
+# checkpoint would miss the language model and leave its weights random.
 register_checkpoint_conversion_mapping("llava_mini", get_checkpoint_conversion_mapping("llava"))
 register_checkpoint_conversion_mapping("LlavaMiniModel", get_checkpoint_conversion_mapping("LlavaModel"))
 
 
 def __getattr__(name: str) -> Any:
-    if name == "convert_official":  # imported when asked for: it is also a program, `python -m llava_mini.convert`
+    if name == "convert_official":  # imported lazily: `python -m llava_mini.convert` must not import it twice
         from .convert import convert_official
 
         return convert_official

@@ -1,10 +1,13 @@
-"""Talk to a LLaVA-Mini: `python -m llava_mini.chat MODEL --image a.jpg --query "What is it?"`; turn by turn without a query."""
+"""Command line chat with a LLaVA-Mini: `python -m llava_mini.chat MODEL --image a.jpg --query "What is it?"`.
+
+Without --query the program reads one question a line from the standard input and answers each in turn.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,30 +17,41 @@ import llava_mini  # noqa: F401 (registers the Auto classes)
 
 from .encoded_images import Pictures
 
-ROOM = 2**31  # bytes for what is kept of the pictures from turn to turn
+ENCODED_IMAGES_BYTES = 2**31  # memory limit of the encoded images that are reused from turn to turn
 
 
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m llava_mini.chat", description="Talk to a LLaVA-Mini about pictures."
+        prog="python -m llava_mini.chat", description="Ask a LLaVA-Mini questions about images and videos."
     )
     parser.add_argument("model", help="a folder or a name on the model hub")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="may be given several times")
     parser.add_argument("--video", action="append", default=[], metavar="FILE", help="may be given several times")
-    parser.add_argument("--query", help="ask this and end; without it, a chat until the end of input (Ctrl-D)")
-    parser.add_argument("--fps", type=float, help="frames a second taken from a video (1)")
-    parser.add_argument("--num-frames", type=int, help="frames taken from a video, in place of --fps")
-    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (512)")
-    parser.add_argument("--dtype", default="auto", help="bfloat16, float16, float32; by default as saved")
+    parser.add_argument("--query", help="answer this question and exit; without it, chat until end of input (Ctrl-D)")
+    parser.add_argument("--fps", type=float, help="frames a second sampled from a video (default: 1)")
+    parser.add_argument("--num-frames", type=int, help="frames sampled from a video, instead of --fps")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (default: 512)")
+    parser.add_argument("--dtype", default="auto", help="bfloat16, float16 or float32 (default: as saved)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
 
-def answer(
+def generate_answer(
     model: Any, processor: Any, chat: list[dict[str, Any]], options: argparse.Namespace, pictures: Pictures | None
 ) -> tuple[str, Pictures | None]:
-    """What the model says next, written to the standard output while it is generated; and the chat's pictures, encoded
-    once for all turns."""
+    """Generate the model's next turn and write it to the standard output while it is generated.
+
+    Args:
+        model: A LLaVA-Mini in evaluation mode.
+        processor: Its processor.
+        chat: Messages up to and including the new question.
+        options: Parsed command line; see [`parse_arguments`].
+        pictures: Encoded images and videos of the chat, as the previous turn returned them; None in the first turn.
+
+    Returns:
+        The answer's text, and the encoded images and videos for the next turn.
+    """
     inputs = processor.apply_chat_template(
         chat,
         tokenize=True,
@@ -46,22 +60,29 @@ def answer(
         add_generation_prompt=True,
         fps=options.fps,
         num_frames=options.num_frames,
-        stream=True,  # a video's frames are decoded while the model takes them
+        stream=True,  # decode video frames one at a time while the model encodes them
     ).to(model.device)
-    # a lone query needs nothing kept, and of a compressor that reads the question nothing can be
-    keeps = options.query is None and "text" not in model.model.needs
-    if keeps and "pixel_values" in inputs:
+    # A single query has no later turn. A compressor that reads the question must encode the images with every question.
+    is_reused = options.query is None and "text" not in model.model.needs
+    if is_reused and "pixel_values" in inputs:
         pixel_values = inputs.pop("pixel_values")
         if pictures is None:
             with torch.no_grad():
-                pictures = model.encode_pictures(pixel_values, inputs["visual_layout"], max_bytes=ROOM)
+                pictures = model.encode_pictures(pixel_values, inputs["visual_layout"], max_bytes=ENCODED_IMAGES_BYTES)
         inputs["pictures"] = pictures
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    new = model.generate(**inputs, max_new_tokens=options.max_new_tokens, do_sample=False, streamer=streamer)
-    return processor.decode(new[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True), pictures
+    output_ids = model.generate(**inputs, max_new_tokens=options.max_new_tokens, do_sample=False, streamer=streamer)
+    return processor.decode(output_ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True), pictures
 
 
-def talk(options: argparse.Namespace) -> None:
+def run_chat(options: argparse.Namespace) -> None:
+    """Load the model, then answer the query or every question of the standard input.
+
+    Raises:
+        ValueError: If --dtype names no dtype, or an image, a video or the model cannot be read.
+        OSError: If a file or the model does not exist.
+        ImportError: If a video is given and PyAV is not installed.
+    """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype, None)
@@ -69,17 +90,17 @@ def talk(options: argparse.Namespace) -> None:
         raise ValueError(f"--dtype: no dtype '{options.dtype}'; use auto, bfloat16, float16 or float32")
     processor = AutoProcessor.from_pretrained(options.model)
     model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=dtype).to(options.device).eval()
-    pictures = [{"type": kind, kind: path} for kind in ("image", "video") for path in getattr(options, kind)]
+    visual_parts = [{"type": kind, kind: path} for kind in ("image", "video") for path in getattr(options, kind)]
     chat: list[dict[str, Any]] = []
-    encoded = None
-    for query in [options.query] if options.query is not None else _lines():
-        content = [*(pictures if not chat else []), {"type": "text", "text": query}]
+    pictures = None
+    for query in [options.query] if options.query is not None else _read_queries():
+        content = [*(visual_parts if not chat else []), {"type": "text", "text": query}]
         chat.append({"role": "user", "content": content})
-        said, encoded = answer(model, processor, chat, options, encoded)
-        chat.append({"role": "assistant", "content": [{"type": "text", "text": said}]})
+        answer, pictures = generate_answer(model, processor, chat, options, pictures)
+        chat.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
 
 
-def _lines() -> Any:
+def _read_queries() -> Iterator[str]:
     while True:
         try:
             yield input("> ")
@@ -89,9 +110,10 @@ def _lines() -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = arguments(argv)
+    """Run the program and return its exit status; an error prints one line to the standard error."""
+    options = parse_arguments(argv)
     try:
-        talk(options)
+        run_chat(options)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

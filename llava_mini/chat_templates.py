@@ -1,14 +1,14 @@
-"""Chat templates for the two families of language models that LLaVA-Mini was trained with."""
+"""Chat templates of the two language model families that LLaVA-Mini was trained with: Llama 3 and Vicuna."""
 
 from __future__ import annotations
 
-# A message's content is a string, or a list of parts among which images and videos stand as their placeholders.
+# Renders one message. Its content is a string or a list of parts; images and videos become `<image>` and `<video>`.
 _CONTENT = (
     "{%- macro show(content) -%}{%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}"
     "{%- if part['type'] in ('image', 'video') -%}{{ '<' + part['type'] + '>\\n' }}"
     "{%- else -%}{{ part['text'] }}{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
 )
-# The conversation `llava_llama_3_1` of the official code, written as the tokenizer of Llama 3 writes a chat.
+# The conversation `llava_llama_3_1` of the official code, in the chat format of Llama 3's tokenizer.
 LLAMA_3_TEMPLATE = (
     _CONTENT
     + "{%- macro header(role) -%}{{ '<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' }}{%- endmacro -%}"
@@ -21,8 +21,8 @@ LLAMA_3_TEMPLATE = (
     "{%- else -%}{{ show(message['content']) | trim + '<|eot_id|>' }}{%- endif -%}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ header('assistant') }}{%- endif -%}"
 )
-# The conversation `vicuna_v1` of LLaVA. Without the start token, which the tokenizer adds: where it stands in the text,
-# Llama 2's tokenizer would not begin the word after it with a space.
+# The conversation `vicuna_v1` of LLaVA, without the start token, because the tokenizer adds it. If the text held the
+# start token, Llama 2's tokenizer would omit the space ahead of the next word.
 VICUNA_TEMPLATE = (
     _CONTENT
     + "{%- if messages[0]['role'] != 'system' -%}{{ 'A chat between a curious user and an artificial intelligence "

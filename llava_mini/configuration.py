@@ -1,4 +1,4 @@
-"""Configuration of LLaVA-Mini."""
+"""Configuration of LLaVA-Mini and the presets of its two published variants."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import LlavaConfig, PreTrainedConfig
 
 from .compressors import COMPRESSORS
 
-# What the released code computes, and what the paper writes where the two differ. The published numbers belong to "code".
+# The released code and the paper differ in these fields. The published numbers belong to "code".
 PRESETS: dict[str, dict[str, Any]] = {
     "code": {
         "compress_before_projection": True,
@@ -24,50 +24,74 @@ PRESETS: dict[str, dict[str, Any]] = {
         "prefuse_visual_tokens": False,
     },
 }
-CHOICES = {
+FIELD_CHOICES = {
     "compressor_attention": ("multi_head", "bare"),
     "compressor_positions": ("query_grid", "own_grid"),
 }
-# Starts of pre-fusion that take the language model's own first layers.
-COPIES = ("language_model", "identity")
+# Values of `prefusion_init` that copy the language model's first layers.
+COPYING_INITS = ("language_model", "identity")
 
 
 @strict
 class LlavaMiniConfig(LlavaConfig):
-    r"""A [`LlavaConfig`] with the compression and the pre-fusion of LLaVA-Mini (arXiv 2501.03895, section 4).
+    r"""Configuration of a [`LlavaMiniModel`]: a [`LlavaConfig`] with compression and modality pre-fusion.
 
-    The defaults are those of the released checkpoint: one token an image, four pre-fusion layers, and the order of the
-    released code (ictnlp/LLaVA-Mini, commit 47da113). `LlavaMiniConfig(**PRESETS["paper"])` follows the equations.
+    Both are described in section 4 of LLaVA-Mini (arXiv 2501.03895). The defaults are those of the released checkpoint:
+    one visual token per image, four pre-fusion layers and the order of the released code (ictnlp/LLaVA-Mini, commit
+    47da113). `LlavaMiniConfig(**PRESETS["paper"])` follows the equations of the paper instead.
 
     Args:
-        compressor: How patches become visual tokens: a name in `llava_mini.compressors.COMPRESSORS`, or "none" to give
-            the language model every patch.
-        compressor_size: C; an image or a frame becomes C x C visual tokens. 0 leaves pre-fusion alone to carry the
-            picture. Ignored by the compressor "none".
-        compressor_heads: Attention heads of the compressors that attend ("query", "nested_query", "qformer",
-            "token_packer"); must divide the width of their features.
-        compressor_attention: The compressor "query" as "multi_head" attention with layer norms and linear maps (code),
-            or "bare": softmax((Q + PE)(H + PE)^T) H, unscaled and without weights of its own (equation 2).
-        compressor_positions: Its position table: "query_grid", a C x C table resized to the patches (code), which with
-            C = 1 is one vector for all, or "own_grid", a sine-cosine table for queries and patches each.
-        compress_before_projection: Compress the vision tower's features (code) or the projected ones (equation 2).
-        prefusion_layers: Decoder layers that fuse the text with the patches ahead of the language model; 0 for none.
-        prefusion_init: What new pre-fusion layers start from: "fresh" for the language model's own random
-            initialisation, "language_model" for a copy of its first `prefusion_layers` layers, "identity" for a copy
-            whose attention and MLP give zero, so that text and visual tokens pass unchanged until the layers have
-            learned (block expansion, Wu et al. 2024, LLaMA Pro), or a .safetensors file with names such as
-            `0.self_attn.q_proj.weight`, as the official `--pretrain_prefusion` takes it.
-        prefuse_visual_tokens: The language model gets its visual tokens as they leave pre-fusion (code), or as they
-            were before it (equation 3, where pre-fusion gives the text only).
-        keep_patches: The language model sees the patches that were compressed too, ahead of the compressed tokens: for
-            pre-fusion within its own first layers (paper Table 12), from which the caller has to drop the patches.
-        detach_embeddings: Keep gradients from the text embeddings, as the released training code does; the paper
-            trains all but the vision tower.
-        frames_per_chunk: Frames that go through vision tower, compressor and pre-fusion at once. Trades memory for
-            speed and changes no result.
+        compressor (`str`, *optional*, defaults to `"query"`):
+            How patches become visual tokens: a name in `llava_mini.compressors.COMPRESSORS`, or `"none"` to give the
+            language model every patch.
+        compressor_size (`int`, *optional*, defaults to 1):
+            C: an image or a video frame becomes C x C visual tokens. With 0 the language model receives the image
+            through pre-fusion only. The compressor `"none"` ignores this field.
+        compressor_heads (`int`, *optional*, defaults to 8):
+            Number of attention heads of the compressors that attend (`"query"`, `"nested_query"`, `"qformer"`,
+            `"token_packer"`). It must divide the width of their features.
+        compressor_attention (`str`, *optional*, defaults to `"multi_head"`):
+            Attention of the compressor `"query"`. `"multi_head"` has layer norms and linear maps (code). `"bare"` is
+            softmax((Q + PE)(H + PE)^T) H, unscaled and without further weights (equation 2).
+        compressor_positions (`str`, *optional*, defaults to `"query_grid"`):
+            Position table of the compressor `"query"`. `"query_grid"` is a C x C table resized to the patch grid
+            (code); with C = 1 it is one vector for all patches. `"own_grid"` is a sine-cosine table for queries and
+            another for patches.
+        compress_before_projection (`bool`, *optional*, defaults to `True`):
+            Whether to compress the vision tower's features (code) or the projected features (equation 2).
+        prefusion_layers (`int`, *optional*, defaults to 4):
+            Number of decoder layers that fuse text with patches ahead of the language model. 0 disables pre-fusion.
+        prefusion_init (`str`, *optional*, defaults to `"fresh"`):
+            Initial weights of new pre-fusion layers:
+
+            - `"fresh"`: the random initialisation of the language model.
+            - `"language_model"`: a copy of the language model's first `prefusion_layers` layers.
+            - `"identity"`: such a copy whose attention and MLP output zero. Text and visual tokens pass unchanged until
+              the layers are trained (block expansion; Wu et al. 2024, LLaMA Pro).
+            - a .safetensors file with names such as `0.self_attn.q_proj.weight`, as the official
+              `--pretrain_prefusion` reads it.
+        prefuse_visual_tokens (`bool`, *optional*, defaults to `True`):
+            Whether the language model receives the visual tokens as pre-fusion outputs them (code), or as they enter
+            pre-fusion (equation 3, where pre-fusion returns only text).
+        keep_patches (`bool`, *optional*, defaults to `False`):
+            Whether the language model also receives the uncompressed patches, ahead of the compressed tokens. This
+            serves pre-fusion within the language model's own first layers (paper Table 12). The caller must then drop
+            the patches after those layers.
+        detach_embeddings (`bool`, *optional*, defaults to `False`):
+            Whether to block gradients to the text embeddings, as the released training code does. The paper trains
+            everything except the vision tower.
+        frames_per_chunk (`int`, *optional*, defaults to 32):
+            Number of frames that pass through vision tower, compressor and pre-fusion at once. It trades memory for
+            speed and does not change results.
 
     Raises:
         ValueError: If a field has a value outside its range.
+
+    Example:
+        >>> from llava_mini import PRESETS, LlavaMiniConfig
+        >>> config = LlavaMiniConfig(compressor_size=2, **PRESETS["paper"])
+        >>> config.num_visual_tokens(patches=576)
+        4
     """
 
     model_type = "llava_mini"
@@ -86,59 +110,71 @@ class LlavaMiniConfig(LlavaConfig):
     frames_per_chunk: int = 32
 
     def __post_init__(self, **kwargs):
-        # The folder of an ordinary LLaVA says "llava", which would become an attribute and lead transformers astray.
+        # An ordinary LLaVA's config.json has model_type "llava". As an attribute it would mislead transformers.
         kwargs.pop("model_type", None)
         super().__post_init__(**kwargs)
         self.check()
 
     def check(self) -> None:
-        """Raises a ValueError if a field is out of range. Apart from `__post_init__` the model calls it too, since
-        `from_pretrained(folder, compressor_size=2)` sets fields after the configuration was built."""
+        """Check that every field is in its range.
+
+        `__post_init__` calls this, and so does the model: `from_pretrained(folder, compressor_size=2)` sets fields after
+        the configuration was built.
+
+        Raises:
+            ValueError: If a field is out of range.
+        """
         if self.compressor not in ("none", *COMPRESSORS):
-            known = ", ".join(sorted(COMPRESSORS))
-            raise ValueError(f"compressor must be 'none' or one of {known}; got {self.compressor!r}")
-        least = {"compressor_size": 0, "compressor_heads": 1, "prefusion_layers": 0, "frames_per_chunk": 1}
-        for name, bound in least.items():
+            registered = ", ".join(sorted(COMPRESSORS))
+            raise ValueError(f"compressor must be 'none' or one of {registered}; got {self.compressor!r}")
+        minimums = {"compressor_size": 0, "compressor_heads": 1, "prefusion_layers": 0, "frames_per_chunk": 1}
+        for name, minimum in minimums.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < bound:
-                raise ValueError(f"{name} must be an integer of at least {bound}; got {value!r}")
-        for name, choices in CHOICES.items():
+            if not isinstance(value, int) or value < minimum:
+                raise ValueError(f"{name} must be an integer of at least {minimum}; got {value!r}")
+        for name, choices in FIELD_CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
         if self.keep_patches and (self.compressor == "none" or not self.compressor_size or self.prefusion_layers):
             raise ValueError(
-                "keep_patches puts patches beside compressed tokens into the language model, in place of pre-fusion ahead "
-                "of it: give a compressor with compressor_size of at least 1, and prefusion_layers=0"
+                "keep_patches=True needs a compressor, compressor_size of at least 1 and prefusion_layers=0; "
+                f"got compressor={self.compressor!r}, compressor_size={self.compressor_size}, "
+                f"prefusion_layers={self.prefusion_layers}"
             )
         if self.compressor != "none" and not (self.compressor_size or self.prefusion_layers):
             raise ValueError(
-                "compressor_size=0 with prefusion_layers=0 leaves the picture no way to the language model"
+                "compressor_size=0 with prefusion_layers=0 gives the language model nothing of the image; "
+                "set one of them to at least 1"
             )
-        if self.prefusion_init not in ("fresh", *COPIES) and not self.prefusion_init.endswith(".safetensors"):
+        if self.prefusion_init not in ("fresh", *COPYING_INITS) and not self.prefusion_init.endswith(".safetensors"):
             raise ValueError(
                 "prefusion_init must be 'fresh', 'language_model', 'identity' or a .safetensors file; "
                 f"got {self.prefusion_init!r}"
             )
-        layers = self.get_text_config().num_hidden_layers
-        if self.prefusion_init in COPIES and self.prefusion_layers > layers:
+        num_layers = self.get_text_config().num_hidden_layers
+        if self.prefusion_init in COPYING_INITS and self.prefusion_layers > num_layers:
             raise ValueError(
-                f"prefusion_init={self.prefusion_init!r} copies at most the language model's {layers} layers; "
+                f"prefusion_init={self.prefusion_init!r} copies at most the language model's {num_layers} layers; "
                 f"got prefusion_layers={self.prefusion_layers}"
             )
 
     @property
     def vision_width(self) -> int:
-        """Width of the vision tower's features, concatenated over the selected layers."""
-        layers = 1 if isinstance(self.vision_feature_layer, int) else len(self.vision_feature_layer)
-        return cast(PreTrainedConfig, self.vision_config).hidden_size * layers
+        """Return the width of the vision tower's features, concatenated over the selected layers."""
+        num_layers = 1 if isinstance(self.vision_feature_layer, int) else len(self.vision_feature_layer)
+        return cast(PreTrainedConfig, self.vision_config).hidden_size * num_layers
 
     @property
     def compressor_width(self) -> int:
-        """Width of the features that the compressor takes in and of the tokens that it returns."""
+        """Return the width of the compressor's input features and output tokens."""
         return self.vision_width if self.compress_before_projection else self.get_text_config().hidden_size
 
     def num_visual_tokens(self, patches: int) -> int:
-        """How many tokens the language model sees of an image that the vision tower cut into `patches` patches."""
+        """Return how many visual tokens the language model receives for one image or video frame.
+
+        Args:
+            patches (`int`): Number of patches that the vision tower makes of the image, over all its tiles.
+        """
         if self.compressor == "none":
             return patches
         return self.compressor_size**2 + (patches if self.keep_patches else 0)

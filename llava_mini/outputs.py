@@ -1,4 +1,4 @@
-"""What LLaVA-Mini's forward calls return. Keys and values go by the name that the installed transformers has for them."""
+"""Outputs of LLaVA-Mini's forward calls."""
 
 from __future__ import annotations
 
@@ -11,14 +11,26 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 @dataclass
 class LlavaMiniModelOutputWithPast(BaseModelOutputWithPast):
-    """A decoder's output, and the visual tokens that the language model got, in the order of the text."""
+    """Hold the output of [`LlavaMiniModel`].
+
+    Keys and values have the field name that the installed transformers gives them.
+
+    Args:
+        image_hidden_states (`torch.FloatTensor` of shape `(tokens, width)`, *optional*):
+            Visual tokens that the language model received, in the order of the text.
+    """
 
     image_hidden_states: Float[Tensor, "tokens width"] | None = None
 
 
 @dataclass
 class LlavaMiniCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """Loss and logits, and the visual tokens that the language model got, in the order of the text."""
+    """Hold the output of [`LlavaMiniForConditionalGeneration`]: loss, logits and visual tokens.
+
+    Args:
+        image_hidden_states (`torch.FloatTensor` of shape `(tokens, width)`, *optional*):
+            Visual tokens that the language model received, in the order of the text.
+    """
 
     image_hidden_states: Float[Tensor, "tokens width"] | None = None
 

@@ -1,9 +1,9 @@
-"""Processor of LLaVA-Mini."""
+"""Processor of LLaVA-Mini: images, videos and text to pixels, layout and token ids."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,30 +12,52 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, LlavaProcessor
-from transformers.image_utils import load_image
 from transformers.processing_utils import MultiModalData
 
+from .chat_messages import (
+    CharacterSpans,
+    find_answer_spans,
+    load_part_image,
+    message_parts,
+    part_source,
+    shift_spans,
+)
 from .configuration import LlavaMiniConfig
 from .images import pad_to_square, to_rgb
-from .tiles import cut
+from .tiles import cut_into_tiles
 from .video import Video
 
-VIDEO_SLOT = "<video>"
-Spans = Sequence[tuple[int, int]]  # of characters
+VIDEO_TOKEN = "<video>"  # replaced by image tokens, so it need not be in the vocabulary
 
 
 class LlavaMiniProcessor(LlavaProcessor):
-    """Images, videos and text for LLaVA-Mini: crops, their layout, and as many placeholders as there are visual tokens.
+    """Processor of LLaVA-Mini: a [`LlavaProcessor`] with videos, tiles and one placeholder for each visual token.
 
     Args:
-        num_visual_tokens: Placeholders an image or a frame takes: C x C, or None for one a patch, as in LLaVA.
-        tiles: N; every image and frame is cut into N x N tiles, followed by the whole (LLaVA-Mini-HD: 2).
-        pad_to_square: Pad pictures to a square with the image processor's mean colour before anything else, as LLaVA-1.5
-            was fine-tuned. Otherwise images are cropped at the centre, and frames squashed, as the released code does.
-        fuse_answers: Let pre-fusion fuse what the assistant said in earlier turns, as the released code does. In
-            training answers are never fused, so by default `apply_chat_template` marks them in `answer_mask`.
-        keep_patches: A frame takes a placeholder for each patch ahead of those for its compressed tokens.
-        The other arguments are those of [`LlavaProcessor`].
+        num_visual_tokens (`int`, *optional*):
+            Number of placeholders of an image or a video frame, C x C. None gives one for each patch, as in LLaVA.
+        tiles (`int`, *optional*, defaults to 1):
+            N: every image and frame is cut into N x N tiles, followed by the whole image. LLaVA-Mini-HD uses 2.
+        pad_to_square (`bool`, *optional*, defaults to `False`):
+            Whether to pad images to a square with the image processor's mean colour first, as LLaVA-1.5 was fine-tuned.
+            Otherwise images are cropped at the centre and frames are squashed, as in the released code.
+        fuse_answers (`bool`, *optional*, defaults to `False`):
+            Whether pre-fusion fuses the assistant's earlier turns, as in the released code. Training never fuses
+            answers, so by default `apply_chat_template` marks them in `answer_mask`.
+        keep_patches (`bool`, *optional*, defaults to `False`):
+            Whether a frame has one placeholder for each patch ahead of those for its compressed tokens.
+        image_processor, tokenizer, patch_size, vision_feature_select_strategy, chat_template, image_token,
+        num_additional_image_tokens:
+            As in [`LlavaProcessor`].
+
+    Example:
+        >>> from llava_mini import LlavaMiniConfig
+        >>> mini_processor = LlavaMiniProcessor.from_llava(processor, LlavaMiniConfig(compressor_size=2))
+        >>> inputs = mini_processor(text="<image> what is this", images=image, return_tensors="pt")
+        >>> inputs["visual_layout"].tolist()  # row 0, one frame, one tile
+        [[0, 1, 1]]
+        >>> int((inputs["input_ids"] == model.config.image_token_id).sum())
+        4
     """
 
     def __init__(
@@ -72,8 +94,20 @@ class LlavaMiniProcessor(LlavaProcessor):
 
     @classmethod
     def from_llava(cls, processor: LlavaProcessor, config: LlavaMiniConfig, **fields: Any) -> LlavaMiniProcessor:
-        """A processor for a LLaVA-Mini of this configuration, on a LLaVA's tokenizer and image processor. `fields` are
-        `tiles`, `pad_to_square` and `fuse_answers`."""
+        """Build a processor from a LLaVA's tokenizer and image processor.
+
+        Args:
+            processor ([`LlavaProcessor`]):
+                The LLaVA's processor.
+            config ([`LlavaMiniConfig`]):
+                Configuration of the LLaVA-Mini.
+            fields:
+                `tiles`, `pad_to_square` and `fuse_answers`.
+
+        Example:
+            >>> LlavaMiniProcessor.from_llava(processor, mini.config, tiles=2).num_visual_tokens
+            1
+        """
         return cls(
             image_processor=processor.image_processor,
             tokenizer=processor.tokenizer,
@@ -96,39 +130,59 @@ class LlavaMiniProcessor(LlavaProcessor):
         fps: float | None = None,
         num_frames: int | None = None,
         stream: bool = False,
-        answer_spans: list[Spans] | None = None,
+        answer_spans: list[CharacterSpans] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Rows of text with their pictures, which stand where `<image>` and `<video>` are.
+        """Prepare rows of text with the images and videos at their `<image>` and `<video>` tokens.
 
         Args:
-            images: PIL images or paths, in the order of the text: one, a list, or a list for each row.
-            text: One row or a list of them.
-            videos: Paths, or [`Video`]s, which may be made of frames, likewise.
-            fps: Frames a second taken from videos given by path; 1 unless `num_frames` is given.
-            num_frames: Frames taken from each such video, spread evenly.
-            stream: Decode frames only while the model takes them, so that a long video is never held whole.
-            answer_spans: For each row the characters that pre-fusion shall leave alone.
-            kwargs: Of the tokenizer: `padding`, `return_tensors`, ...
+            images (`PIL.Image.Image`, path, or (nested) list of them, *optional*):
+                Images in the order of the text: one, a list, or a list for each row.
+            text (`str` or `list[str]`, *optional*):
+                One row or several. Without text every image and video is a row.
+            videos (path, [`Video`], or (nested) list of them, *optional*):
+                Videos in the order of the text, as `images`. A [`Video`] may consist of frames.
+            fps (`float`, *optional*):
+                Frames a second sampled from videos given by path; 1 unless `num_frames` is given.
+            num_frames (`int`, *optional*):
+                Number of evenly spread frames sampled from each such video.
+            stream (`bool`, *optional*, defaults to `False`):
+                Whether to decode frames only while the model encodes them. A long video is then never in memory as a
+                whole.
+            answer_spans (`list[CharacterSpans]`, *optional*):
+                For each row the spans of characters that pre-fusion must not fuse.
+            kwargs:
+                Arguments of the tokenizer: `padding`, `return_tensors`, ...
 
         Returns:
-            `input_ids`, `attention_mask` and, with pictures, `pixel_values` (crops, channels, height, width) and
-            `visual_layout` (pictures, 3); with `answer_spans` also `answer_mask`.
+            [`BatchFeature`]: With text `input_ids` and `attention_mask`. With images or videos `pixel_values` of shape
+            `(crops, channels, height, width)` and `visual_layout` of shape `(visual_inputs, 3)`. With `answer_spans`
+            also `answer_mask`.
 
         Raises:
-            FileNotFoundError, ValueError: If a picture cannot be read, or the text has another number of slots.
+            FileNotFoundError: If the file of an image or a video does not exist.
+            ValueError: If an image or a video cannot be read, or the text has another number of `<image>` or `<video>`
+                tokens.
         """
         rows = [text] if isinstance(text, str) else list(text or [])
-        pictures = self._pictures(rows, _flat(images), [_video(v, fps, num_frames) for v in _flat(videos)])
-        stretched = [self._stretch(row, [p for p in pictures if p.row == i]) for i, row in enumerate(rows)]
+        visual_inputs = self._assign_rows(
+            rows, _flatten(images), [_as_video(video, fps, num_frames) for video in _flatten(videos)]
+        )
+        expanded = [
+            self._expand_placeholders(row, [visual for visual in visual_inputs if visual.row == i])
+            for i, row in enumerate(rows)
+        ]
         data: dict[str, Any] = {}
         if text is not None:
-            spans = answer_spans and [_moved(x, moves) for x, (_, moves) in zip(answer_spans, stretched, strict=True)]
-            data |= self._encode([row for row, _ in stretched], spans, kwargs)
-        if pictures:
-            frames = FrameStream(self, pictures)
+            spans = answer_spans and [
+                shift_spans(row_spans, insertions)
+                for row_spans, (_, insertions) in zip(answer_spans, expanded, strict=True)
+            ]
+            data |= self._tokenize([row for row, _ in expanded], spans, kwargs)
+        if visual_inputs:
+            frames = FrameStream(self, visual_inputs)
             data["pixel_values"] = frames if stream else torch.cat(list(frames))
-            data["visual_layout"] = torch.tensor([[p.row, p.num_frames, self.tiles] for p in pictures])
+            data["visual_layout"] = torch.tensor([[v.row, v.num_frames, self.tiles] for v in visual_inputs])
         return BatchFeature(data)
 
     def apply_chat_template(
@@ -142,111 +196,169 @@ class LlavaMiniProcessor(LlavaProcessor):
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As in transformers, for one conversation or a list of them; pictures are taken from the messages (`image`,
-        `video`, `url` or `path`). Keyword arguments of `__call__` may stand among the others or in `processor_kwargs`.
+        """Render one conversation or a list of them, and tokenize it, as in transformers.
+
+        Images and videos come from the messages, where they are given as `image`, `video`, `url`, `path` or `base64`.
+        Unless `fuse_answers` is set, `answer_mask` marks the assistant's earlier turns.
+
+        Args:
+            conversation (`list[dict]` or `list[list[dict]]`):
+                Messages of one chat or of several.
+            chat_template (`str`, *optional*):
+                Template to use instead of the processor's.
+            tokenize (`bool`, *optional*, defaults to `False`):
+                Whether to return token ids instead of text.
+            return_dict (`bool`, *optional*, defaults to `False`):
+                Whether to return all model inputs instead of the token ids alone.
+            return_tensors (`str`, *optional*):
+                `"pt"` for tensors.
+            processor_kwargs (`dict`, *optional*):
+                Arguments of `__call__`.
+            kwargs:
+                Arguments of the template, and of `__call__` if not in `processor_kwargs`.
+
+        Raises:
+            ValueError: As `__call__`; or if a message part has no image or video, or the template does not render the
+                chat turn by turn.
+
+        Example:
+            >>> content = [{"type": "image", "image": image}, {"type": "text", "text": "what is this"}]
+            >>> chat = [{"role": "user", "content": content}]
+            >>> template = "{{ messages[0].role }} : <image> {{ messages[0].content[1].text }}"
+            >>> mini_processor = LlavaMiniProcessor.from_llava(processor, mini.config)
+            >>> mini_processor.apply_chat_template(chat, template)
+            'user : <image> what is this'
         """
         options = dict(processor_kwargs or {})
         for name in ("fps", "num_frames", "stream", "padding", "truncation", "max_length", "padding_side"):
             if name in kwargs:
                 options[name] = kwargs.pop(name)
 
-        def render(chat: list[dict[str, Any]], **more: Any) -> str:
+        def render(chat: list[dict[str, Any]], **template_kwargs: Any) -> str:
             return super(LlavaMiniProcessor, self).apply_chat_template(
-                chat, chat_template=chat_template, tokenize=False, **more
+                chat, chat_template=chat_template, tokenize=False, **template_kwargs
             )
 
-        single = isinstance(conversation[0], dict)
-        chats = [conversation] if single else conversation
+        is_single = isinstance(conversation[0], dict)
+        chats = [conversation] if is_single else conversation
         texts = [render(chat, **kwargs) for chat in chats]
         if not tokenize:
-            return texts[0] if single else texts
+            return texts[0] if is_single else texts
         spans = None
-        if not self.fuse_answers and any(m["role"] == "assistant" for chat in chats for m in chat):
-            spans = [_answers(chat, text, render) for chat, text in zip(chats, texts, strict=True)]
+        if not self.fuse_answers and any(message["role"] == "assistant" for chat in chats for message in chat):
+            spans = [find_answer_spans(chat, text, render) for chat, text in zip(chats, texts, strict=True)]
         bos = self.tokenizer.bos_token
         data = self(
-            text=texts[0] if single else texts,
-            images=[_image(part) for part in _parts(chats, "image")],
-            videos=[_source(part) for part in _parts(chats, "video")],
+            text=texts[0] if is_single else texts,
+            images=[load_part_image(part) for part in message_parts(chats, "image")],
+            videos=[part_source(part) for part in message_parts(chats, "video")],
             answer_spans=spans,
-            # a template that writes the start token itself must not get a second one
+            # If the template writes the start token itself, the tokenizer must not add a second one.
             add_special_tokens=not (bos and texts[0].startswith(bos)),
             return_tensors=return_tensors,
             **options,
         )
         return data if return_dict else data["input_ids"]
 
-    def _pictures(self, rows: list[str], images: list[Any], videos: list[Video]) -> list[_Picture]:
-        slots = [(row, match[0]) for row, text in enumerate(rows) for match in self._slots.finditer(text)]
-        kinds = [kind for _, kind in slots]
-        for name, slot, given in (("images", self.image_token, images), ("videos", VIDEO_SLOT, videos)):
-            if rows and kinds.count(slot) != len(given):
-                raise ValueError(f"the text has {kinds.count(slot)} {slot} slots, but {len(given)} {name} are given")
-        if not rows:  # pictures alone: a row each
-            return [_Picture(i, source) for i, source in enumerate([*images, *videos])]
-        sources = {self.image_token: iter(images), VIDEO_SLOT: iter(videos)}
-        return [_Picture(row, next(sources[kind])) for row, kind in slots]
-
-    @property
-    def _slots(self) -> re.Pattern[str]:
-        return re.compile(f"{re.escape(self.image_token)}|{re.escape(VIDEO_SLOT)}")
-
-    def _stretch(self, text: str, pictures: list[_Picture]) -> tuple[str, list[tuple[int, int]]]:
-        """Slots -> placeholders; and, for each slot, where it ended and how many characters longer the text is since."""
-        each = self._tokens_of_a_frame() if pictures else 0
-        counts = iter([picture.num_frames * each for picture in pictures])
-        moves: list[tuple[int, int]] = []
-
-        def placeholders(match: re.Match[str]) -> str:
-            new = self.image_token * next(counts)
-            moves.append((match.end(), len(new) - len(match[0])))
-            return new
-
-        return self._slots.sub(placeholders, text), moves
-
-    def _tokens_of_a_frame(self) -> int:
-        compressed = self.num_visual_tokens
-        if compressed is not None and not self.keep_patches:
-            return compressed
-        pixels = self.image_processor(Image.new("RGB", (8, 8)), return_tensors="pt")["pixel_values"]
-        patches = (pixels.shape[-2] // self.patch_size) * (pixels.shape[-1] // self.patch_size)
-        extra = self.num_additional_image_tokens - (self.vision_feature_select_strategy == "default")
-        return (patches + extra) * self.tiles**2 + (compressed or 0)
-
-    def _encode(self, rows: list[str], spans: list[Spans] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        if spans is None:
-            return dict(self.tokenizer(rows, **kwargs))
-        data = dict(self.tokenizer(rows, return_offsets_mapping=True, **kwargs))
-        masks = [
-            [any(a <= start < end <= b for a, b in row_spans) for start, end in map(tuple, row)]
-            for row, row_spans in zip(data.pop("offset_mapping"), spans, strict=True)
-        ]
-        data["answer_mask"] = torch.tensor(masks) if kwargs.get("return_tensors") == "pt" else masks
-        return data
-
     def crops(self, picture: Any, squash: bool) -> Float[Tensor, "crops channels height width"]:
-        """The pixels of an image's or a frame's crops: tiles in row-major order and the whole, or the whole alone."""
+        """Prepare the pixels of an image's or a frame's crops.
+
+        Args:
+            picture (`PIL.Image.Image` or path):
+                The image or frame.
+            squash (`bool`):
+                Whether to squash each crop to a square instead of cropping it at the centre. It has no effect with
+                `pad_to_square`.
+
+        Returns:
+            `torch.FloatTensor` of shape `(crops, channels, height, width)`: the tiles in row-major order and then the
+            whole image, or the whole image alone without tiles.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: As [`llava_mini.images.to_rgb`].
+
+        Example:
+            >>> mini_processor = LlavaMiniProcessor.from_llava(processor, mini.config, tiles=2)
+            >>> mini_processor.crops(image, squash=False).shape
+            torch.Size([5, 3, 48, 48])
+        """
         picture = to_rgb(picture)
         if self.pad_to_square:
             red, green, blue = (int(255 * x) for x in self.image_processor.image_mean)
             picture = pad_to_square(picture, (red, green, blue))
-        crops = cut(picture, self.tiles)
+        crops = cut_into_tiles(picture, self.tiles)
         if squash and not self.pad_to_square:
             side = self.image_processor.size.get("shortest_edge") or self.image_processor.size["height"]
             crops = [crop.resize((side, side), Image.Resampling.NEAREST) for crop in crops]
         return self.image_processor(crops, return_tensors="pt")["pixel_values"]
 
+    def _assign_rows(self, rows: list[str], images: list[Any], videos: list[Video]) -> list[_VisualInput]:
+        """Assign images and videos to the rows with their `<image>` and `<video>` tokens, in the order of the text."""
+        matches = [(row, match[0]) for row, text in enumerate(rows) for match in self._visual_tokens.finditer(text)]
+        tokens = [token for _, token in matches]
+        for name, token, given in (("images", self.image_token, images), ("videos", VIDEO_TOKEN, videos)):
+            if rows and tokens.count(token) != len(given):
+                raise ValueError(
+                    f"the text has {tokens.count(token)} {token} tokens, but {len(given)} {name} are given"
+                )
+        if not rows:  # without text every image and video is a row
+            return [_VisualInput(i, source) for i, source in enumerate([*images, *videos])]
+        sources = {self.image_token: iter(images), VIDEO_TOKEN: iter(videos)}
+        return [_VisualInput(row, next(sources[token])) for row, token in matches]
+
+    @property
+    def _visual_tokens(self) -> re.Pattern[str]:
+        return re.compile(f"{re.escape(self.image_token)}|{re.escape(VIDEO_TOKEN)}")
+
+    def _expand_placeholders(self, text: str, visual_inputs: list[_VisualInput]) -> tuple[str, list[tuple[int, int]]]:
+        """Replace each `<image>` and `<video>` by one placeholder for each visual token.
+
+        Returns:
+            The new text, and for each replacement its end in the old text and the number of characters it adds.
+        """
+        tokens_per_frame = self._num_tokens_per_frame() if visual_inputs else 0
+        counts = iter([visual.num_frames * tokens_per_frame for visual in visual_inputs])
+        insertions: list[tuple[int, int]] = []
+
+        def placeholders(match: re.Match[str]) -> str:
+            replacement = self.image_token * next(counts)
+            insertions.append((match.end(), len(replacement) - len(match[0])))
+            return replacement
+
+        return self._visual_tokens.sub(placeholders, text), insertions
+
+    def _num_tokens_per_frame(self) -> int:
+        num_compressed = self.num_visual_tokens
+        if num_compressed is not None and not self.keep_patches:
+            return num_compressed
+        pixels = self.image_processor(Image.new("RGB", (8, 8)), return_tensors="pt")["pixel_values"]
+        patches = (pixels.shape[-2] // self.patch_size) * (pixels.shape[-1] // self.patch_size)
+        extra = self.num_additional_image_tokens - (self.vision_feature_select_strategy == "default")
+        return (patches + extra) * self.tiles**2 + (num_compressed or 0)
+
+    def _tokenize(self, rows: list[str], spans: list[CharacterSpans] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Tokenize rows, with an `answer_mask` of the tokens within `spans` if given."""
+        if spans is None:
+            return dict(self.tokenizer(rows, **kwargs))
+        data = dict(self.tokenizer(rows, return_offsets_mapping=True, **kwargs))
+        masks = [
+            [any(first <= start < end <= last for first, last in row_spans) for start, end in map(tuple, row)]
+            for row, row_spans in zip(data.pop("offset_mapping"), spans, strict=True)
+        ]
+        data["answer_mask"] = torch.tensor(masks) if kwargs.get("return_tensors") == "pt" else masks
+        return data
+
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs: Any) -> MultiModalData:
         if image_sizes is None:
             return MultiModalData()
-        each = [self._tokens_of_a_frame()] * len(image_sizes)
-        return MultiModalData(num_image_tokens=each, num_image_patches=[1] * len(image_sizes))
+        num_tokens = [self._num_tokens_per_frame()] * len(image_sizes)
+        return MultiModalData(num_image_tokens=num_tokens, num_image_patches=[1] * len(image_sizes))
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _VisualInput:
     row: int
-    source: Any  # an image, or a Video
+    source: Any  # an image, a path, or a Video
 
     @property
     def num_frames(self) -> int:
@@ -254,22 +366,25 @@ class _Picture:
 
 
 class FrameStream:
-    """The crops of one frame after another, through all pictures of a batch, read anew each time it is gone through."""
+    """Iterate over the crops of one frame at a time, through all images and videos of a batch.
 
-    def __init__(self, processor: LlavaMiniProcessor, pictures: list[_Picture]) -> None:
-        self.processor, self.pictures = processor, pictures
+    Every iteration reads the files again.
+    """
+
+    def __init__(self, processor: LlavaMiniProcessor, visual_inputs: list[_VisualInput]) -> None:
+        self.processor, self.visual_inputs = processor, visual_inputs
 
     def __iter__(self) -> Iterator[Float[Tensor, "crops channels height width"]]:
-        for picture in self.pictures:
-            if isinstance(picture.source, Video):
-                for frame in picture.source:
+        for visual in self.visual_inputs:
+            if isinstance(visual.source, Video):
+                for frame in visual.source:
                     yield self.processor.crops(frame, squash=True)
             else:
-                yield self.processor.crops(picture.source, squash=False)
+                yield self.processor.crops(visual.source, squash=False)
 
 
-def _flat(given: Any) -> list[Any]:
-    """One picture, a list of them, or a list of lists -> a list."""
+def _flatten(given: Any) -> list[Any]:
+    """Flatten one image or video, a list of them, or a list of lists."""
     if given is None:
         return []
     if not isinstance(given, (list, tuple)):
@@ -277,54 +392,8 @@ def _flat(given: Any) -> list[Any]:
     return [x for item in given for x in (item if isinstance(item, (list, tuple)) else [item])]
 
 
-def _image(part: dict[str, Any]) -> Any:
-    """The picture of a message; addresses and base64 are read by transformers, files by `crops`."""
-    source = _source(part)
-    remote = isinstance(source, str) and source.startswith(("http://", "https://", "data:image/"))
-    return load_image(source) if remote or "base64" in part else source
-
-
-def _video(source: Any, fps: float | None, num_frames: int | None) -> Video:
+def _as_video(source: Any, fps: float | None, num_frames: int | None) -> Video:
     return source if isinstance(source, Video) else Video(source, fps=fps, frames=num_frames)
-
-
-def _parts(chats: list[list[dict[str, Any]]], kind: str) -> Iterator[dict[str, Any]]:
-    for chat in chats:
-        for message in chat:
-            if not isinstance(message["content"], str):
-                yield from (part for part in message["content"] if part["type"] == kind)
-
-
-def _source(part: dict[str, Any]) -> Any:
-    for name in (part["type"], "url", "path", "base64"):
-        if part.get(name) is not None:
-            return part[name]
-    raise ValueError(f"a message has a part of type {part['type']!r} without a picture: give it as {part['type']!r}")
-
-
-def _answers(chat: list[dict[str, Any]], text: str, render: Any) -> Spans:
-    """Where in a rendered chat the assistant's turns are, from after the header that asks for them to their end.
-
-    Raises:
-        ValueError: If the template does not write the chat turn by turn.
-    """
-    spans = []
-    for i, message in enumerate(chat):
-        if message["role"] == "assistant":
-            head, whole = render(chat[:i], add_generation_prompt=True), render(chat[: i + 1])
-            if not (whole.startswith(head) and text.startswith(whole.rstrip())):
-                raise ValueError("the chat template does not write the chat turn by turn: set fuse_answers=True")
-            spans.append((len(head), len(whole.rstrip())))
-    return spans
-
-
-def _moved(spans: Spans, moves: list[tuple[int, int]]) -> Spans:
-    """Spans of characters after slots have been stretched to placeholders."""
-
-    def move(at: int) -> int:
-        return at + sum(longer for end, longer in moves if end <= at)
-
-    return [(move(a), move(b)) for a, b in spans]
 
 
 __all__ = ["FrameStream", "LlavaMiniProcessor"]

@@ -1,11 +1,11 @@
-"""LLaVA-Mini in TransformerLens. Importing this module registers the adapter; it needs transformer-lens 4.
+"""Adapter of LLaVA-Mini for TransformerLens 4. Importing this module registers it.
 
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     bridge = build_bridge_from_module(model, "LlavaMiniForConditionalGeneration", hf_config=model.config)
     bridge.run_with_cache(input_ids, pixel_values=pixel_values, visual_layout=visual_layout)
 
-The bridge rebuilds `model` in place: its state dict has other keys from then on, and its attention is eager.
+The bridge rebuilds `model` in place: its state dict then has other keys, and its attention is eager.
 """
 
 from __future__ import annotations
@@ -21,14 +21,23 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.supported_architectures.llava import LlavaArchitectureAdapter
 
-from .compressors.query import BareAttention
+from .compressors.attention import BareAttention
 from .modeling import LlavaMiniForConditionalGeneration
 
 
 class CompressorAttentionBridge(GeneralizedComponent):
-    """The attention of the compressor "query": `hook_q` (batch, tokens, heads, width), `hook_k` and `hook_v` (batch,
-    patches, heads, width), `hook_attn_scores` and `hook_pattern` (batch, heads, tokens, patches), `hook_z` (batch,
-    tokens, heads, width)."""
+    """Hook the attention of the compressor "query".
+
+    Hooks and the shapes of their tensors:
+
+    - `hook_q`: (batch, tokens, heads, width)
+    - `hook_k`, `hook_v`: (batch, patches, heads, width)
+    - `hook_attn_scores`, `hook_pattern`: (batch, heads, tokens, patches)
+    - `hook_z`: (batch, tokens, heads, width)
+
+    Args:
+        name: Name of the attention module in the compressor.
+    """
 
     def __init__(self, name: str):
         super().__init__(name, optional=True)
@@ -41,6 +50,7 @@ class CompressorAttentionBridge(GeneralizedComponent):
         key: Float[Tensor, "batch patches width"],
         value: Float[Tensor, "batch patches width"],
     ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens patches"]]:
+        """Compute the attention, with every step visible to a hook; see [`BareAttention.forward`]."""
         attention = self.original_component
         assert isinstance(attention, BareAttention)
         heads = zip(
@@ -49,30 +59,30 @@ class CompressorAttentionBridge(GeneralizedComponent):
         q, k, v = (hook(x.transpose(1, 2)).transpose(1, 2) for hook, x in heads)
         scores = self.hook_attn_scores(q @ k.transpose(2, 3) * attention.scale)
         weights = self.hook_pattern(scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype))
-        mixed = self.hook_z((weights @ v).transpose(1, 2)).transpose(1, 2)
-        return self.hook_out(attention.merge(mixed)), weights.mean(dim=1)
+        head_outputs = self.hook_z((weights @ v).transpose(1, 2)).transpose(1, 2)
+        return self.hook_out(attention.merge(head_outputs)), weights.mean(dim=1)
 
 
 class LlavaMiniArchitectureAdapter(LlavaArchitectureAdapter):
-    """LLaVA's adapter with two components more, by the same rules of naming.
+    """Extend LLaVA's adapter by two components, `compressor` and `prefusion`, under the same naming rules.
 
-    `compressor.hook_in` is what the compressor gets, (frames, patches, width), and `compressor.hook_out` the visual
-    tokens it makes of it, (frames, tokens, width); `compressor.attn` is there where it attends. `prefusion.{j}` has
-    what `blocks.{i}` has, for frames in place of rows: each frame's patches, its visual tokens, and its row's text.
-    A model without compressor or without pre-fusion has no such hooks, and TransformerLens refuses their names.
+    `compressor.hook_in` is the compressor's input, (frames, patches, width), and `compressor.hook_out` its visual tokens,
+    (frames, tokens, width). `compressor.attn` exists if the compressor attends. `prefusion.{j}` has the hooks of
+    `blocks.{i}`, with frames instead of rows: each frame's patches, its visual tokens, and its row's text. A model
+    without compressor or pre-fusion lacks these hooks, and TransformerLens rejects their names.
 
-    All frames go through at once (`frames_per_chunk`), so each hook fires once a call and a cache holds them all. Only
-    frames cut into unlike tiles, and streams, still come in several parts; of those a cache keeps the last. `rotary_emb`
-    serves both stacks: its hooks fire for each, and a cache keeps the language model's.
+    All frames pass at once (`frames_per_chunk`), so each hook fires once a call and a cache holds all of them. Only
+    frames with different numbers of tiles, and streams, pass in several parts; a cache then holds the last part.
+    `rotary_emb` serves both stacks. Its hooks fire for each, and a cache holds the language model's.
 
     Raises:
-        ValueError: The vision tower or the language model is of a kind that the LLaVA adapter misreads.
+        ValueError: If the LLaVA adapter does not support the vision tower or the language model.
     """
 
     def __init__(self, cfg: Any):
-        tower = cfg.vision_config.model_type
-        if tower not in ("clip_vision_model", "siglip_vision_model"):
-            raise ValueError(f"TransformerLens knows LLaVA with a CLIP or SigLIP tower, not with {tower}")
+        vision_tower = cfg.vision_config.model_type
+        if vision_tower not in ("clip_vision_model", "siglip_vision_model"):
+            raise ValueError(f"TransformerLens supports CLIP and SigLIP vision towers of LLaVA, not {vision_tower}")
         super().__init__(cfg)
         assert self.component_mapping is not None
         prefusion = copy.deepcopy(self.component_mapping["blocks"])
@@ -82,10 +92,15 @@ class LlavaMiniArchitectureAdapter(LlavaArchitectureAdapter):
         self.component_mapping |= {"compressor": compressor, "prefusion": prefusion}
 
     def prepare_model(self, hf_model: LlavaMiniForConditionalGeneration) -> None:
+        """Prepare a model for its bridge: one chunk for all frames, and only the components that it has.
+
+        Raises:
+            ValueError: If the language model's layers have four norms.
+        """
         if hasattr(hf_model.get_decoder().layers[0], "pre_feedforward_layernorm"):
             name = hf_model.config.get_text_config().model_type
             raise ValueError(
-                f"TransformerLens knows LLaVA with two norms a layer; {name} has four, and hooks would get their names wrong"
+                f"{name} has four norms a layer; TransformerLens supports LLaVA with two, and would misname the others"
             )
         super().prepare_model(hf_model)
         hf_model.config.frames_per_chunk = 2**31

@@ -1,4 +1,4 @@
-"""Videos as streams of frames: which frames will be seen is known at once, their pixels pass one frame at a time."""
+"""Videos as streams of sampled frames. Their indices are known at once; pixels are decoded one frame at a time."""
 
 from __future__ import annotations
 
@@ -25,32 +25,43 @@ logger = logging.getLogger(__name__)
 
 
 class Video:
-    """The sampled frames of a video: `len(video)` of them, and `iter(video)` gives each as a PIL image in RGB.
+    """Sample the frames of a video: `len(video)` counts them, and `iter(video)` yields each as a PIL image in RGB.
 
-    A file is read once to count its frames, without decoding them, and decoded anew, from its start to the last frame
-    sampled, by each iteration. No more than the frame at hand is kept. Frames are sampled at the midpoints of equal
-    segments; see [`midpoints`]. Rotation noted in the file is not applied.
+    A file is read once to count its frames, without decoding them. Each iteration decodes it again, from its start to
+    the last sampled frame, and holds only the current frame. Frames are sampled at the midpoints of equal segments; see
+    [`segment_midpoints`]. Rotation noted in the file is ignored.
 
-    If frames turn out to be damaged, later ones move up, and the last one that could be decoded stands in for those
-    that are missing at the end; a warning says so.
+    If frames are damaged, later ones move up. The last decoded frame then replaces those that are missing at the end,
+    and a warning is logged.
 
     Args:
-        source: A file that PyAV can read; or the frames themselves, as a sequence of PIL images (or of their paths), or
-            as a uint8 array of shape (frames, height, width, 3).
-        fps: Samples a second, 1 by default as in the official inference: floor(frames / frame rate * fps) of them, but
-            at least one. Files only: frames that are given themselves are all sampled.
-        frames: Samples in all, in place of `fps` (8 in the official training). A video of fewer frames gives each of
-            them once.
-        max_frames: Samples at most, spread over the whole video.
+        source (path, sequence of images or paths, or `np.ndarray`):
+            A file that PyAV can read. Or the frames themselves: a sequence of PIL images or of their paths, or a uint8
+            array of shape (frames, height, width, 3).
+        fps (`float`, *optional*):
+            Samples a second, for files; 1 by default, as in the official inference. This gives floor(frames / frame
+            rate * fps) samples, but at least one. Frames that are given themselves are all sampled.
+        frames (`int`, *optional*):
+            Number of samples, instead of `fps`; 8 in the official training. A video of fewer frames gives each once.
+        max_frames (`int`, *optional*):
+            Largest number of samples, spread over the whole video.
 
     Attributes:
-        indices: The sampled frames, counted from 0 and ascending.
+        indices (`list[int]`): Indices of the sampled frames, counted from 0 and ascending.
 
     Raises:
-        ImportError: If a file is to be read and PyAV is not installed.
-        FileNotFoundError: If no file is at the path.
-        ValueError: If the file is no video, there are no frames, or an argument is out of range.
-        TypeError: If the source is of another kind.
+        ImportError: If `source` is a file and PyAV is not installed.
+        FileNotFoundError: If no file exists at the path.
+        ValueError: If the file is not a video, there are no frames, or an argument is out of range.
+        TypeError: If `source` has another type.
+
+    Example:
+        >>> from llava_mini.video import Video
+        >>> video = Video([image] * 10, frames=3)
+        >>> video.indices
+        [1, 4, 7]
+        >>> [frame.size for frame in video]
+        [(48, 48), (48, 48), (48, 48)]
     """
 
     def __init__(
@@ -83,17 +94,17 @@ class Video:
         elif isinstance(source, Sequence):
             total = len(source)
         else:
-            raise TypeError(f"a video is a path, a sequence of images or an array; got {type(source).__name__}")
+            raise TypeError(f"a video must be a path, a sequence of images or an array; got {type(source).__name__}")
         if total == 0:
             raise ValueError(f"{name} has no frames")
 
         if frames is None and (fps is not None or isinstance(source, Path)):
             if not rate:
-                raise ValueError(f"the frame rate of {name} is not known: give frames instead of fps")
+                raise ValueError(f"the frame rate of {name} is unknown: give frames instead of fps")
             frames = max(int(total * Fraction(str(fps or 1)) / rate), 1)
         counts = [count for count in (frames, max_frames) if count is not None]
         self._source = source
-        self.indices = midpoints(total, min(counts, default=total))
+        self.indices = segment_midpoints(total, min(counts, default=total))
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -107,25 +118,34 @@ class Video:
                 yield to_rgb(Image.fromarray(frame) if isinstance(frame, np.ndarray) else frame)
 
     def _from_file(self, path: Path) -> Iterator[Image.Image]:
-        frame, decoded, done = None, 0, 0
-        for decoded, frame in enumerate(decode(path), start=1):
-            if decoded - 1 == self.indices[done]:
+        frame, num_decoded, num_yielded = None, 0, 0
+        for num_decoded, frame in enumerate(decode_frames(path), start=1):
+            if num_decoded - 1 == self.indices[num_yielded]:
                 yield frame.to_image()
-                done += 1
-                if done == len(self):
+                num_yielded += 1
+                if num_yielded == len(self):
                     return
         if frame is None:
             raise ValueError(f"{path}: no frame could be decoded")
-        logger.warning("%s: only %d frames could be decoded; the last one stands in for the rest", path, decoded)
-        for _ in range(done, len(self)):
+        logger.warning("%s: only %d frames could be decoded; the last one replaces the rest", path, num_decoded)
+        for _ in range(num_yielded, len(self)):
             yield frame.to_image()
 
 
-def midpoints(total: int, count: int) -> list[int]:
-    """Which `count` of `total` frames to sample: the midpoints of equal segments, or all frames if there are no more.
+def segment_midpoints(total: int, count: int) -> list[int]:
+    """Return the indices of frames to sample: the midpoints of equal segments.
 
-    Segments are bounded by round(i * (total - 1) / count), as in the official `get_seq_frames`, which for
-    `count` = `total` samples some frames twice and leaves out others.
+    Segments end at round(i * (total - 1) / count), as in the official `get_seq_frames`. For `count` = `total` that
+    function samples some frames twice and leaves out others; this one returns all frames.
+
+    Args:
+        total: Number of frames of the video.
+        count: Number of frames to sample. If it is at least `total`, all frames are sampled.
+
+    Example:
+        >>> from llava_mini.video import segment_midpoints
+        >>> segment_midpoints(48, 2)
+        [12, 35]
     """
     if count >= total:
         return list(range(total))
@@ -134,17 +154,20 @@ def midpoints(total: int, count: int) -> list[int]:
 
 
 def count_frames(path: Path) -> tuple[int, Fraction | None]:
-    """Frames in the file and frames a second. Headers count wrongly where a file was cut short: packets are counted."""
-    with open_stream(path) as (container, stream):
-        total = sum(not packet.is_discard for packet in packets(container, stream))
+    """Return the number of frames in a file, and the frames a second (None if unknown).
+
+    The packets are counted, because the header of a truncated file gives a wrong number.
+    """
+    with open_video_stream(path) as (container, stream):
+        total = sum(not packet.is_discard for packet in demux_packets(container, stream))
         return total, stream.average_rate or stream.guessed_rate
 
 
-def decode(path: Path) -> Iterator[av.VideoFrame]:
-    """The frames of the file in order of presentation; what is damaged is left out."""
-    with open_stream(path) as (container, stream):
+def decode_frames(path: Path) -> Iterator[av.VideoFrame]:
+    """Decode the frames of a file in order of presentation. Damaged frames are left out."""
+    with open_video_stream(path) as (container, stream):
         stream.thread_type = "AUTO"
-        for packet in chain(packets(container, stream), [None]):  # None asks for what the decoder still holds
+        for packet in chain(demux_packets(container, stream), [None]):  # None flushes the decoder
             try:
                 frames = stream.decode(packet)
             except av.FFmpegError:
@@ -152,8 +175,8 @@ def decode(path: Path) -> Iterator[av.VideoFrame]:
             yield from frames
 
 
-def packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
-    """The stream's packets up to the end of the file or to where it is damaged."""
+def demux_packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
+    """Iterate over the stream's packets up to the end of the file, or up to the first damaged one."""
     try:
         yield from (packet for packet in container.demux(stream) if packet.size)
     except av.FFmpegError as error:
@@ -161,24 +184,31 @@ def packets(container: av.container.InputContainer, stream: av.VideoStream) -> I
 
 
 @contextmanager
-def open_stream(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """The opened file and its first video stream that is not a cover picture."""
+def open_video_stream(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """Open a file and yield it with its first video stream that is not a cover image.
+
+    Raises:
+        ImportError: If PyAV is not installed.
+        FileNotFoundError: If no file exists at the path.
+        ValueError: If the path is a folder, or the file cannot be read or has no video stream.
+    """
     if not is_av_available():
         raise ImportError(f"reading {path} needs PyAV: pip install av")
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; of a folder of frames, give the sorted paths")
+        raise ValueError(f"{path} is a folder, not a video file; for a folder of frames give their sorted paths")
     if not path.is_file():
         raise FileNotFoundError(f"there is no video file at {path}")
     try:
-        # An absolute path, lest a colon in the name be read as a protocol; metadata is not always valid UTF-8.
+        # Use the absolute path, because FFmpeg would read a colon in a relative one as a protocol. Metadata may be
+        # invalid UTF-8.
         container = av.open(str(path.absolute()), metadata_errors="replace")
     except av.FFmpegError as error:
         raise ValueError(f"{path} cannot be read as a video: {error.strerror}") from error
     with container:
         streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
-        if not streams or container.format.name == "tty":  # FFmpeg shows any text as the film of a terminal
+        if not streams or container.format.name == "tty":  # FFmpeg decodes any text file as a terminal recording
             raise ValueError(f"{path} has no video stream")
         yield container, streams[0]
 
 
-__all__ = ["Video", "midpoints"]
+__all__ = ["Video", "segment_midpoints"]

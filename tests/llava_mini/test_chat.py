@@ -71,7 +71,7 @@ def test_a_picture_is_encoded_once_for_all_turns(saved, picture, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("what is\nis this\nwhat\n"))
     assert chat.main([str(saved[0]), "--image", picture, "--max-new-tokens", "2", "--device", "cpu"]) == 0
     assert len(towers) == 1
-    monkeypatch.setattr(chat, "ROOM", 0)
+    monkeypatch.setattr(chat, "ENCODED_IMAGES_BYTES", 0)
     monkeypatch.setattr("sys.stdin", io.StringIO("what is\nis this\n"))
     assert chat.main([str(saved[0]), "--image", picture, "--max-new-tokens", "2", "--device", "cpu"]) == 0
     assert len(towers) == 1 + 1 + 2  # found too large, and then once a turn

@@ -106,7 +106,7 @@ def test_shards_are_bounded_and_only_one_is_held(official_checkpoint, official_m
         held.append(sum(tensor.nbytes for tensor in tensors.values()))
         save(tensors, *args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", limit)
+    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", limit)
     monkeypatch.setattr(checkpoint, "save_file", watched)
     convert_official(official_checkpoint("bin", 2), tmp_path / "ours")
     largest = max(weight.nbytes for weight in official_model.state_dict().values())

@@ -141,7 +141,7 @@ def test_nothing_more_is_held_than_is_counted(tiny_mini, fields, chunk):
     assert pictures.pixel_values is None
     pictures = encoded(model, inputs, max_bytes=0)
     rows = torch.tensor([0, 0, 0, 0, 1])
-    asked = list(model.model._ask(pictures, torch.randn(2, 6, 24), torch.ones(2, 6, dtype=torch.bool), rows))
+    asked = list(model.model._fuse_frames(pictures, torch.randn(2, 6, 24), torch.ones(2, 6, dtype=torch.bool), rows))
     assert storage([tokens for _, tokens, _ in asked]) == 4 * 24 * 4 * 5
 
 
@@ -364,7 +364,7 @@ def test_probing_what_was_encoded_ahead_is_refused(tiny_mini):
     pixels = torch.randn(1, 3, 24, 24)
     tokens = TokenMap.from_inputs(model, {"input_ids": ids, "pixel_values": pixels}, stack="prefusion")
     pictures = model.encode_pictures(pixels)
-    refused = pytest.raises(ValueError, match="pictures encoded ahead skip pre-fusion's visual tokens")
+    refused = pytest.raises(ValueError, match="encoded in advance skip pre-fusion's visual tokens")
     with refused, torch.no_grad(), record_attention(model, tokens):
         model(input_ids=ids, pictures=pictures)
     with torch.no_grad(), record_attention(model, tokens) as attention:

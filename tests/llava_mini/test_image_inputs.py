@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llava_mini.visual_layout import VisualLayout, crops_of
+from llava_mini.visual_layout import VisualLayout, crops_per_frame
 
 IMAGE_TOKEN = 99  # as in conftest.py
 TOKENS = 4  # C = 2
@@ -42,7 +42,7 @@ def row_of(name: str, words: int = len(TEXT)) -> dict[str, torch.Tensor]:
             if place == at:
                 ids += [IMAGE_TOKEN] * (TOKENS * frames)
                 layout.append([0, frames, tiles])
-                pixels.append(torch.randn(frames * crops_of(tiles), 3, 24, 24, generator=generator))
+                pixels.append(torch.randn(frames * crops_per_frame(tiles), 3, 24, 24, generator=generator))
         ids += TEXT[at : at + 1] if at < words else []
     batch = {"input_ids": torch.tensor([ids])}
     return batch if not layout else batch | {"visual_layout": torch.tensor(layout), "pixel_values": torch.cat(pixels)}
@@ -111,7 +111,7 @@ def test_text_follows_the_visual_tokens(tiny_mini, name, tiles):
     )
     row = row_of(name)
     model(**row)
-    start = 16 * crops_of(tiles) + TOKENS
+    start = 16 * crops_per_frame(tiles) + TOKENS
     raw = model.get_input_embeddings()(torch.tensor([TEXT]))
     assert torch.equal(seen["states"][:, start:], raw)
     assert seen["position_ids"].tolist() == [list(range(start + len(TEXT)))]

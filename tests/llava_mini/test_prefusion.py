@@ -105,7 +105,7 @@ def test_layers_from_a_file(decoder, tmp_path):
     weights = {name: torch.randn_like(p) for name, p in source.layers.named_parameters()}
     save_file(weights, tmp_path / "layers.safetensors")
     prefusion = Prefusion(decoder, 2)
-    prefusion.copy_file(tmp_path / "layers.safetensors")
+    prefusion.load_file(tmp_path / "layers.safetensors")
     for name, parameter in prefusion.layers.named_parameters():
         assert torch.equal(parameter, weights[name])
 
@@ -123,13 +123,13 @@ def test_a_wrong_file_is_refused(decoder, tmp_path, damage, message):
     damage(weights)
     save_file(weights, tmp_path / "layers.safetensors")
     with pytest.raises(ValueError, match=message):
-        prefusion.copy_file(tmp_path / "layers.safetensors")
+        prefusion.load_file(tmp_path / "layers.safetensors")
 
 
 def test_no_file_and_no_safetensors(decoder, tmp_path):
     prefusion = Prefusion(decoder, 1)
     with pytest.raises(FileNotFoundError, match="no file"):
-        prefusion.copy_file(tmp_path / "none.safetensors")
+        prefusion.load_file(tmp_path / "none.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")
     with pytest.raises(ValueError, match="no whole safetensors file"):
-        prefusion.copy_file(tmp_path / "text.safetensors")
+        prefusion.load_file(tmp_path / "text.safetensors")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava_mini import PRESETS, LlavaMiniConfig
-from llava_mini.compressors.query import sincos_table
+from llava_mini.compressors.position_tables import sincos_table
 
 
 def test_the_code_is_the_default():

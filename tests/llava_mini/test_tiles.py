@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llava_mini.images import pad_to_square, to_rgb
-from llava_mini.tiles import cut, stitch
+from llava_mini.tiles import cut_into_tiles, stitch_tiles
 
 MEAN = (122, 116, 104)
 MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "I", "F", "I;16", "I;16B"]
@@ -40,7 +40,7 @@ def saved(image: Image.Image, kind: str = "PNG", **options) -> Image.Image:
 def test_crops_are_slices_in_row_major_order(size, tiles):
     image = coordinates(*size)
     pixels, (width, height) = np.asarray(image), (max(size[0] // tiles, 1), max(size[1] // tiles, 1))
-    *crops, whole = cut(image, tiles)
+    *crops, whole = cut_into_tiles(image, tiles)
     assert whole is image
     assert len(crops) == tiles**2
     for index, crop in enumerate(crops):
@@ -51,27 +51,27 @@ def test_crops_are_slices_in_row_major_order(size, tiles):
 
 
 def test_left_over_pixels_are_in_the_whole_image_only():
-    crops = cut(coordinates(5, 7), 2)
+    crops = cut_into_tiles(coordinates(5, 7), 2)
     assert [crop.size for crop in crops] == [(2, 3)] * 4 + [(5, 7)]
     assert [crop.getpixel((0, 0))[:2] for crop in crops] == [(0, 0), (2, 0), (0, 3), (2, 3), (0, 0)]
 
 
 def test_a_side_shorter_than_the_tiles_gives_single_pixels():
-    *crops, _ = cut(coordinates(2, 9), 3)
+    *crops, _ = cut_into_tiles(coordinates(2, 9), 3)
     assert [crop.size for crop in crops] == [(1, 3)] * 9
     assert [crop.getpixel((0, 0))[0] for crop in crops[:3]] == [0, 1, 1]
 
 
 def test_one_tile_is_the_image_once():
     image = coordinates(4, 3)
-    (only,) = cut(image, 1)
+    (only,) = cut_into_tiles(image, 1)
     assert only is image
 
 
 @pytest.mark.parametrize("tiles", [0, -1, 2.0, None])
 def test_tiles_is_a_positive_integer(tiles):
     with pytest.raises(ValueError, match=f"at least 1; got {tiles}"):
-        cut(coordinates(4, 4), tiles)
+        cut_into_tiles(coordinates(4, 4), tiles)
 
 
 @given(size=st.tuples(st.integers(1, 40), st.integers(1, 40)) | st.sampled_from([(600, 2), (2, 600)]))
@@ -88,7 +88,7 @@ def test_padding_centres_on_the_longer_side(size):
 
 
 def test_padding_before_cutting_shares_the_border_among_tiles():
-    *crops, whole = cut(pad_to_square(coordinates(4, 2), MEAN), 2)
+    *crops, whole = cut_into_tiles(pad_to_square(coordinates(4, 2), MEAN), 2)
     assert whole.size == (4, 4)
     for crop, (left, row_of_image) in zip(crops, [(0, 1), (2, 1), (0, 0), (2, 0)], strict=True):
         assert crop.size == (2, 2)
@@ -106,19 +106,19 @@ def test_stitch_puts_every_patch_at_its_place(frames, tiles, side, width):
         column = part % tiles * side + patch % side
         features[frame, part, patch, channel] = ((frame * total + row) * total + column) * width + channel
     expected = torch.arange(frames * total**2 * width).reshape(frames, total**2, width)
-    assert torch.equal(stitch(features, tiles), expected)
+    assert torch.equal(stitch_tiles(features, tiles), expected)
 
 
 def test_stitching_undoes_cutting():
     image = coordinates(12, 12)
-    crops = np.stack([np.asarray(crop).reshape(16, 3) for crop in cut(image, 3)[:-1]])
-    np.testing.assert_array_equal(stitch(torch.from_numpy(crops)[None], 3)[0].reshape(12, 12, 3), np.asarray(image))
+    crops = np.stack([np.asarray(crop).reshape(16, 3) for crop in cut_into_tiles(image, 3)[:-1]])
+    np.testing.assert_array_equal(stitch_tiles(torch.from_numpy(crops)[None], 3)[0].reshape(12, 12, 3), np.asarray(image))
 
 
 @pytest.mark.parametrize(("parts", "patches"), [(5, 4), (4, 6)])
 def test_stitch_names_what_does_not_fit(parts, patches):
     with pytest.raises(ValueError, match=f"got {parts} tiles of {patches} patches"):
-        stitch(torch.zeros(1, parts, patches, 2), 2)
+        stitch_tiles(torch.zeros(1, parts, patches, 2), 2)
 
 
 @pytest.mark.parametrize(

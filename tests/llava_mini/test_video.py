@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from llava_mini.video import Video, midpoints
+from llava_mini.video import Video, segment_midpoints
 
 STEP = 5  # grey levels between frames: lossy codecs stay well within half of it
 
@@ -69,7 +69,7 @@ def film(tmp_path):
 @given(total=st.integers(2, 3000), data=st.data())
 def test_midpoints_of_equal_segments(total, data):
     count = data.draw(st.integers(1, total - 1))
-    indices = midpoints(total, count)
+    indices = segment_midpoints(total, count)
     centres = (np.arange(count) + 0.5) * (total - 1) / count
     assert len(indices) == len(set(indices)) == count
     assert indices == sorted(indices)
@@ -89,7 +89,7 @@ def test_midpoints_of_equal_segments(total, data):
     ],
 )
 def test_indices_by_hand(total, count, indices):
-    assert midpoints(total, count) == indices
+    assert segment_midpoints(total, count) == indices
 
 
 @pytest.mark.parametrize("suffix", CODECS)
@@ -97,7 +97,7 @@ def test_files_give_the_frames_sampled(film, suffix):
     path = film(name=f"film.{suffix}")
     assert sampled(Video(path, frames=48)) == list(range(48))
     video = Video(path, frames=7)
-    assert sampled(video) == video.indices == midpoints(48, 7)
+    assert sampled(video) == video.indices == segment_midpoints(48, 7)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_files_give_the_frames_sampled(film, suffix):
 def test_samples_a_second(film, frames, rate, fps, expected):
     video = Video(film(frames, rate, "film.avi"), fps=fps)
     assert len(video) == expected
-    assert sampled(video) == midpoints(frames, expected)
+    assert sampled(video) == segment_midpoints(frames, expected)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_samples_a_second(film, frames, rate, fps, expected):
     [({"max_frames": 1}, 1), ({"max_frames": 5}, 2), ({"frames": 9, "max_frames": 4}, 4), ({"frames": 100}, 48)],
 )
 def test_max_frames_is_a_cap(film, arguments, expected):
-    assert sampled(Video(film(), **arguments)) == midpoints(48, expected)
+    assert sampled(Video(film(), **arguments)) == segment_midpoints(48, expected)
 
 
 def test_each_iteration_decodes_anew(film):
@@ -181,8 +181,8 @@ def test_frames_given_themselves(tmp_path):
         image.save(path)
     for source in (array, images, paths):
         assert sampled(Video(source)) == list(range(12))
-        assert sampled(Video(source, frames=3)) == midpoints(12, 3)
-        assert sampled(Video(source, max_frames=4)) == midpoints(12, 4)
+        assert sampled(Video(source, frames=3)) == segment_midpoints(12, 3)
+        assert sampled(Video(source, max_frames=4)) == segment_midpoints(12, 4)
 
 
 def test_a_file_cut_short_gives_what_is_there(film):

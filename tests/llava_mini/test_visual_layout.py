@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_mini.visual_layout import VisualLayout, crops_of
+from llava_mini.visual_layout import VisualLayout, crops_per_frame
 
 
 @given(st.data())
@@ -33,7 +33,7 @@ def test_chunks_from_a_frame_on(data):
     first, size = data.draw(st.integers(0, len(tiles))), data.draw(st.integers(1, 4))
     row = torch.zeros(len(tiles), dtype=torch.long)
     layout = VisualLayout(row, torch.ones_like(row), torch.tensor(tiles))
-    frames = [torch.full((crops_of(n), 1, 1, 1), float(i)) for i, n in enumerate(tiles)]
+    frames = [torch.full((crops_per_frame(n), 1, 1, 1), float(i)) for i, n in enumerate(tiles)]
     for pixels in (torch.cat(frames), frames, iter(frames)):
         expected = list(range(first, len(tiles)))
         for part, chunk in layout.chunks(pixels, size, first):

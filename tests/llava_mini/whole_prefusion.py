@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from llava_mini.visual_layout import crops_of
+from llava_mini.visual_layout import crops_per_frame
 
 
 def causal(length, window, dtype):
@@ -18,7 +18,7 @@ def through_layers(model, hidden_states):
     """One sequence through all pre-fusion layers, (1, length, width)."""
     inner = model.model
     positions = torch.arange(hidden_states.shape[1])[None]
-    for layer, kind in zip(inner.prefusion.layers, inner.prefusion.kinds, strict=True):
+    for layer, kind in zip(inner.prefusion.layers, inner.prefusion.layer_types, strict=True):
         window = model.config.text_config.sliding_window if kind == "sliding_attention" else None
         by_kind = {"layer_type": kind} if model.config.text_config.model_type == "gemma3_text" else {}
         hidden_states = layer(
@@ -44,8 +44,8 @@ def embeddings(model, input_ids, pixel_values, attention_mask, visual_layout, an
         for _, frames, tiles in visual_layout[visual_layout[:, 0] == row].tolist():
             fused = []
             for _ in range(frames):
-                pixels = pixel_values[crop : crop + crops_of(tiles)][None]
-                crop += crops_of(tiles)
+                pixels = pixel_values[crop : crop + crops_per_frame(tiles)][None]
+                crop += crops_per_frame(tiles)
                 patches, tokens = inner.encode(pixels)
                 if inner.prefusion is not None:
                     through = config.prefuse_visual_tokens and inner.compressor is not None
