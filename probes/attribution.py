@@ -1,4 +1,4 @@
-"""Gradient-weighted relevancy: which positions, such as patches, the logit of an answer came from."""
+"""Gradient-weighted attention relevancy: how much each position, such as an image patch, contributed to an answer's logit."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from probes.hooks.decoder import FAMILIES, decoder_layers, find_decoder
-from probes.hooks.layer_io import hidden_of, hidden_states
+from probes.hooks.decoder import MASK_FORMATS, decoder_layers, find_decoder
+from probes.hooks.layer_io import input_states, output_states
 from probes.hooks.token_window import TokenWindow
 from probes.hooks.unembedding import Unembedding
 from probes.tokens.token_map import TokenMap
 
-# Matrices of one layer that are alive at once (measured: 4.6): scores, weights, their gradients and the product.
-MATRICES = 5
+# Attention matrices of one layer that are in memory at once: scores, weights, their gradients and the product.
+# Measured: 4.6.
+MATRICES_PER_LAYER = 5
 
 
 @dataclass(frozen=True, eq=False)
 class Relevancy:
-    """Of one answer token a sample, as float32 on the CPU.
+    """Relevancy of each position for one answer token a sample, as float32 on the CPU.
 
     Attributes:
-        rollout: Relevancy of each position for the answer through all layers together; what the answer's own position
-            starts with is 1, and nothing else does.
+        rollout: Relevancy of each position for the answer through all layers together. The position that predicts the
+            answer starts at 1, all others at 0.
         layers: Gradient times attention of each layer alone: mean over heads of the positive part, at the query that
             predicts the answer.
         at: Position that predicts the answer.
         answers: Token ids of the answers.
-        logits: Their logits, whose gradient was taken.
+        logits: Logits of the answers, whose gradient was taken.
     """
 
     rollout: Float[Tensor, "batch positions"]
@@ -51,87 +52,103 @@ def relevancy(
     at: Int[Tensor, " batch"] | None = None,
     limit_gib: float = 8.0,
 ) -> Relevancy:
-    """Runs the model on a prompt and asks which positions the logits of the answers came from.
+    """Compute how much each position contributed to the logits of the answers.
 
-    With A the attention weights of a layer's heads and dA the gradient of the answer's logit with respect to them, a
+    Let A be the attention weights of a layer's heads and dA the gradient of the answer's logit with respect to them. A
     layer moves relevancy by M = mean over heads of relu(dA * A), and R <- R + M R from the first layer to the last,
-    starting at the identity (Chefer et al. 2021, "Generic Attention-model Explainability", Eq. 5 and 6, for a decoder
-    alone; LVLM-Interpret uses it for LLaVA). `rollout` is the answer's row of R. Only that row is carried, from the
-    last layer back to the first, while each layer is run a second time on its kept input: so one layer's matrices are
-    held at a time, about 20 bytes x batch x heads x positions^2 in all, and one hidden state for each layer. The model
-    runs eager attention meanwhile, as the fused kernels have no weights; its own implementation is restored after.
+    starting at the identity. This is Chefer et al. 2021, "Generic Attention-model Explainability", Eq. 5 and 6, for a
+    decoder alone; LVLM-Interpret uses it for LLaVA. `rollout` is the answer's row of R.
 
-    Relevancy is a heuristic: it follows attention and the gradient's first order, and is blind to what values carry.
-    Check what it finds by an intervention.
+    Only that row is computed, from the last layer back to the first; each layer runs a second time on its stored input.
+    So memory holds the matrices of one layer, about 20 bytes x batch x heads x positions^2, and one hidden state for
+    each layer. The model runs eager attention meanwhile, because the fused kernels return no weights. Its own
+    implementation is restored afterwards.
+
+    Relevancy is a heuristic: it follows attention and the first order of the gradient, and ignores the content of the
+    values. Check its findings with an intervention.
 
     Args:
         model: A transformers model in eval mode, with a head.
         tokens: Map of `inputs`.
-        inputs: What the model is called with: a prompt, or a prompt and (the start of) its answer.
-        answers: Token ids to explain; the model's own most likely ones by default.
-        at: Positions that predict them. By default the last before the first `response` position, or the last
-            unpadded one in rows without a response.
-        limit_gib: What one layer's matrices may take.
+        inputs: Arguments of the model's forward call: a prompt, or a prompt and (the start of) its answer.
+        answers: Token ids to explain, `[batch]`; by default the model's own most likely ones.
+        at: Positions that predict them, `[batch]`. By default the position before the first `response` position, or
+            the last unpadded one in rows without a response.
+        limit_gib: Memory limit in GiB for the matrices of one layer.
+
+    Returns:
+        The relevancy of all positions.
 
     Raises:
-        ValueError: The model is in training mode, gives no attention weights, or its logits are not its norm and head;
-            `answers` or `at` do not fit the map, or the map the inputs.
-        RuntimeError: The matrices would be over the limit, or another probe is open on the model.
+        ValueError: The model is in training mode, returns no attention weights, or computes its logits by more than its
+            norm and head; `answers` or `at` do not fit the map, or the map does not fit the inputs.
+        RuntimeError: The matrices would exceed the limit, or another probe is open on the model.
+
+    Example:
+        >>> answer = relevancy(model, tokens, inputs)
+        >>> answer.rollout[tokens.mask("vision")].shape
+        torch.Size([36])
     """
-    unembed, decoder = Unembedding(model, tokens), find_decoder(model, families=FAMILIES.values())
+    unembed, decoder = Unembedding(model, tokens), find_decoder(model, mask_formats=MASK_FORMATS.values())
     layers = decoder_layers(decoder)
     if model.training:
         raise ValueError("the model is in training mode, where dropout hides attention: call model.eval() first")
-    if _probed(decoder):
-        raise RuntimeError("another probe is open on this model: leave its block first, relevancy runs layers twice")
+    if _has_open_probe(decoder):
+        raise RuntimeError("another probe is open on this model: leave its block first, as relevancy runs layers twice")
     batch, length = tokens.labels.shape
     heads = decoder.config.num_attention_heads
-    gib = 4 * MATRICES * batch * heads * length**2 / 2**30
+    gib = 4 * MATRICES_PER_LAYER * batch * heads * length**2 / 2**30
     if gib > limit_gib:
         raise RuntimeError(
             f"one layer's attention of {batch} x {heads} heads x {length}^2 positions takes {gib:.1f} GiB, over the limit"
             f" of {limit_gib:g}: use fewer samples at a time, or raise limit_gib"
         )
-    # Tensors made in inference mode cannot enter the backward pass, hence the copies too.
+    # Tensors made in inference mode cannot enter the backward pass, so leave that mode and copy what was given.
     with torch.inference_mode(False):
-        at = _answer_positions(tokens) if at is None else at.cpu().clone()
+        at = _default_answer_positions(tokens) if at is None else at.cpu().clone()
         if at.shape != (batch,) or not ((at >= 0) & (at < length)).all():
-            raise ValueError(f"at must give one position from 0 to {length - 1} for each of {batch} samples")
+            raise ValueError(
+                f"at is {at.tolist()}: it must hold one position from 0 to {length - 1} for each of {batch} samples"
+            )
         if answers is not None and answers.shape != (batch,):
             raise ValueError(f"answers have shape {list(answers.shape)}: one token id for each of {batch} is needed")
-        rows = torch.arange(batch)
-        with _eager(decoder):
-            calls, last, logits = _run(model, decoder, unembed, tokens, inputs, at)
-            unembed.check(last[rows, at], logits)
+        samples = torch.arange(batch)
+        with _eager_attention(decoder):
+            calls, last_hidden, logits = _record_layer_calls(model, decoder, unembed, tokens, inputs, at)
+            unembed.check(last_hidden[samples, at], logits)
             answers = logits.argmax(-1).cpu() if answers is None else answers.cpu().clone()
-            last = last.detach().requires_grad_()
+            last_hidden = last_hidden.detach().requires_grad_()
             with torch.enable_grad():
-                score = unembed(last[rows, at])[rows, answers]
-            (gradient,) = torch.autograd.grad(score.sum(), last)
+                answer_logits = unembed(last_hidden[samples, at])[samples, answers]
+            (gradient,) = torch.autograd.grad(answer_logits.sum(), last_hidden)
 
-            row = nn.functional.one_hot(at, length).float()
-            alone: list[Tensor] = []
+            rollout = nn.functional.one_hot(at, length).float()
+            layer_relevancy: list[Tensor] = []
             for layer, (args, kwargs) in zip(reversed(layers), reversed(calls), strict=True):
-                moved, gradient = _step(layer, args, kwargs, gradient)
-                alone.append(moved[rows, at].cpu())
-                row = row + torch.einsum("bq,bqk->bk", row.to(moved.device), moved).cpu()
-    return Relevancy(row, torch.stack(alone[::-1]), at, answers, score.detach().cpu())
+                weighted, gradient = _backpropagate_layer(layer, args, kwargs, gradient)
+                layer_relevancy.append(weighted[samples, at].cpu())
+                rollout = rollout + torch.einsum("bq,bqk->bk", rollout.to(weighted.device), weighted).cpu()
+    return Relevancy(rollout, torch.stack(layer_relevancy[::-1]), at, answers, answer_logits.detach().cpu())
 
 
-def _answer_positions(tokens: TokenMap) -> Int[Tensor, " batch"]:
+def _default_answer_positions(tokens: TokenMap) -> Int[Tensor, " batch"]:
+    """Return the position before each row's first response position, or its last unpadded one."""
     labels = tokens.labels.cpu()
-    places = torch.arange(labels.shape[1]).expand_as(labels)
+    positions = torch.arange(labels.shape[1]).expand_as(labels)
     pad = labels == tokens.index("pad") if "pad" in tokens.groups else torch.zeros_like(labels, dtype=torch.bool)
-    last = places.masked_fill(pad, -1).amax(1)
+    last = positions.masked_fill(pad, -1).amax(1)
     if "response" not in tokens.groups:
         return last
     response = labels == tokens.index("response")
-    first = places.masked_fill(~response, labels.shape[1]).amin(1)
-    return torch.where(response.any(1), first - 1, last)
+    first_response = positions.masked_fill(~response, labels.shape[1]).amin(1)
+    return torch.where(response.any(1), first_response - 1, last)
 
 
-def _probed(decoder: PreTrainedModel) -> bool:
-    """Whether another probe listens in. Other hooks may stay, such as those that transformers leaves for its own use."""
+def _has_open_probe(decoder: PreTrainedModel) -> bool:
+    """Return whether a hook of this package is on the decoder.
+
+    Other hooks may stay, such as those that transformers leaves for its own use.
+    """
     hooks = (
         hook
         for module in decoder.modules()
@@ -141,7 +158,8 @@ def _probed(decoder: PreTrainedModel) -> bool:
 
 
 @contextmanager
-def _eager(decoder: PreTrainedModel) -> Iterator[None]:
+def _eager_attention(decoder: PreTrainedModel) -> Iterator[None]:
+    """Run eager attention inside the block."""
     implementation = decoder.config._attn_implementation
     decoder.set_attn_implementation("eager")
     try:
@@ -151,7 +169,7 @@ def _eager(decoder: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _run(
+def _record_layer_calls(
     model: PreTrainedModel,
     decoder: PreTrainedModel,
     unembed: Unembedding,
@@ -159,37 +177,38 @@ def _run(
     inputs: Mapping[str, Any],
     at: Int[Tensor, " batch"],
 ) -> tuple[list[tuple[Any, Any]], Tensor, Tensor]:
-    """One plain forward pass: what each layer and the final norm were called with, and the logits at `at`."""
+    """Run one forward pass, and return the arguments of each layer, the final norm's input, and the logits at `at`."""
     calls: list[tuple[Any, Any]] = []
 
-    def keep(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def record_call(module: nn.Module, args: Any, kwargs: Any) -> None:
         calls.append((args, kwargs))
 
     with ExitStack() as stack:
         stack.enter_context(TokenWindow(decoder, tokens))
         for module in (*decoder_layers(decoder), unembed.norm):
-            stack.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
+            stack.callback(module.register_forward_pre_hook(record_call, with_kwargs=True).remove)
         logits = model(**{**inputs, "use_cache": False}).logits[torch.arange(len(at)), at]
     args, kwargs = calls.pop()
-    return calls, hidden_states(args, kwargs), logits
+    return calls, input_states(args, kwargs), logits
 
 
-def _step(
+def _backpropagate_layer(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gradient: Float[Tensor, "batch positions width"]
 ) -> tuple[Float[Tensor, "batch queries keys"], Float[Tensor, "batch positions width"]]:
-    """Runs one layer again: how it moves relevancy, and the gradient with respect to its input."""
-    kept: list[Tensor] = []
+    """Run one layer again, and return M of `relevancy` and the gradient with respect to the layer's input."""
+    attention_weights: list[Tensor] = []
     attention = layer.get_submodule("self_attn")
-    handle = attention.register_forward_hook(lambda module, args, output: kept.append(output[1]))
-    hidden = hidden_states(args, kwargs).detach().requires_grad_()
+    handle = attention.register_forward_hook(lambda module, args, output: attention_weights.append(output[1]))
+    hidden = input_states(args, kwargs).detach().requires_grad_()
     try:
         with torch.enable_grad():
-            output = hidden_of(
+            output = output_states(
                 layer(hidden, *args[1:], **{name: value for name, value in kwargs.items() if name != "hidden_states"})
             )
     finally:
         handle.remove()
-    if kept[0] is None:
-        raise ValueError(f"{type(attention).__name__} gives no attention weights under eager attention")
-    slope, before = torch.autograd.grad(output, [kept[0], hidden], gradient.to(output.device))
-    return (slope * kept[0].detach()).relu_().mean(1).float(), before
+    weights = attention_weights[0]
+    if weights is None:
+        raise ValueError(f"{type(attention).__name__} returns no attention weights under eager attention")
+    weights_gradient, input_gradient = torch.autograd.grad(output, [weights, hidden], gradient.to(output.device))
+    return (weights_gradient * weights.detach()).relu_().mean(1).float(), input_gradient

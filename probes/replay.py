@@ -1,4 +1,4 @@
-"""Runs that differ from a certain layer on share the layers ahead of it."""
+"""Repeat a forward call from a chosen layer, without running the layers before it."""
 
 from __future__ import annotations
 
@@ -12,88 +12,93 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from probes.hooks.decoder import decoder_layers, find_decoder, select_layers
-from probes.hooks.layer_io import hidden_of, hidden_states
-from probes.hooks.subset_rerun import Rows, check_same_call, put_forward
+from probes.hooks.layer_io import input_states, output_states
+from probes.hooks.subset_rerun import SubsetRerun, check_same_shape, override_forward
 
-Since = Callable[[int], AbstractContextManager[None]]
+# Makes calls inside its block start at the given layer.
+ResumeFrom = Callable[[int], AbstractContextManager[None]]
 
 
 @contextmanager
 def replay(
     model: PreTrainedModel, starts: Iterable[int], rows: Bool[Tensor, "batch positions"] | None = None
-) -> Iterator[Since]:
-    """Repeats one forward call from some layer on.
+) -> Iterator[ResumeFrom]:
+    """Repeat one forward call from chosen layers, to save the layers before an intervention.
 
-    The first call inside runs whole, and what the layers ahead of each of `starts` gave is kept. From then on, inside
-    `since(start)`, the same call takes up at that layer: those ahead of it do not run, whatever hooks they have. So
-    interventions in layers of which the first is `start` cost the rest of the model alone:
+    The first call inside the block runs completely, and the output of the layer before each of `starts` is stored.
+    After it, the same call inside `resume_from(start)` begins at that layer. The layers before it do not run, whatever
+    hooks they have. An intervention whose first layer is `start` then costs only the layers from `start` on.
 
-    ```python
-    with replay(model, range(layers)) as since:
-        for start in reversed(range(layers)):  # the last first: it is intact ahead of all others
-            with since(start), intervene(model, tokens, RemoveTokens("vision", range(start, layers))):
-                model(**inputs)
-    ```
+    The first call must be intact before every start that later calls resume from. The cache of a repeated call cannot
+    be used. Memory: one layer output of the whole batch for each start but 0, on the model's device.
 
-    The first call must be intact ahead of every start that is gone back to. The cache that a repeated call leaves is of
-    no use. It holds what a layer gives for the whole batch, for each start but 0, where the model is.
+    With `rows`, the layers from `start` on run only these positions and the positions that these can change. They
+    attend to the keys and values that the other positions had in the first call. So calls inside `resume_from` may
+    intervene only at `rows`. Other positions, and padding, leave each layer as in the first call.
 
-    With `rows`, the layers from `start` on run on these positions alone, and on those that they can change, beside the
-    keys and values that the others had in the first call; whatever the calls inside `since` do, they do it at `rows`.
-    The others leave the layers as in the first call, as does padding. Hooks see whole sequences around a layer, the
-    rows inside it; `record_attention` records the queries that run, and attention or MLP of others cannot be patched.
-    The first call must be intact throughout for these others, and is called without a cache of earlier tokens. States,
-    keys and values of all positions and layers from the first start on are held, where the model is.
+    - Hooks around a layer receive whole sequences; hooks inside it receive only the positions that run.
+      `record_attention` records the queries that run. Attention or MLP of other positions cannot be patched.
+    - The first call must be intact in all layers at the other positions, and must run without a cache of earlier tokens.
+    - Memory: states, keys and values of all positions for every layer from the first start on, on the model's device.
 
     Args:
         model: A transformers model with a decoder.
-        starts: Layers that repeated calls will take up at.
-        rows: Positions of the language model's call that repeated calls change directly: for text cut off from the
-            picture, the text behind it. All by default.
+        starts: Layers that repeated calls resume from. The number of layers is allowed and resumes nothing, as all
+            layers have run by then.
+        rows: Positions of the language model's call that repeated calls change directly, `[batch, positions]`. To block
+            attention from text to the image, these are the text positions after the image. By default all.
 
     Yields:
-        `since`. Inside it, a call of another shape than the first raises ValueError; with `rows`, so do an intervention
-        that changes other positions, and one that drops tokens.
+        `resume_from`, a function from a layer to a context manager. Inside it, a call of another shape than the first
+        raises ValueError. With `rows`, an intervention that changes other positions or drops tokens does so too.
 
     Raises:
-        ValueError: a start outside the model, or `rows` for a model whose layers cannot run on some alone. As many as
-            it has layers is none: then all of them have run.
+        ValueError: A start is outside the model, or `rows` are given for a model whose layers cannot run on a subset
+            of positions.
+
+    Example:
+        >>> from probes import RemoveTokens, intervene
+        >>> layers = range(6)
+        >>> with torch.no_grad(), replay(model, layers) as resume_from:
+        ...     for start in reversed(layers):  # latest first: the first call is intact before every other start
+        ...         with resume_from(start), intervene(model, tokens, RemoveTokens("vision", layers[start:])):
+        ...             logits = model(**inputs).logits
     """
     layers = decoder_layers(decoder := find_decoder(model))
-    wanted = select_layers(decoder, {start for start in starts if start != len(layers)})
-    cut = None if rows is None or not wanted else Rows(decoder, wanted[0], rows)
-    given: dict[int, Any] = {}
-    done = False
+    start_layers = select_layers(decoder, {start for start in starts if start != len(layers)})
+    subset = None if rows is None or not start_layers else SubsetRerun(decoder, start_layers[0], rows)
+    stored: dict[int, Any] = {}
+    first_call_done = False
 
-    def finish(*call: Any) -> None:
-        nonlocal done
-        done = True
+    def mark_first_call_done(*call: Any) -> None:
+        nonlocal first_call_done
+        first_call_done = True
 
     @contextmanager
-    def since(start: int) -> Iterator[None]:
+    def resume_from(start: int) -> Iterator[None]:
         with ExitStack() as stack:
-            for layer in layers[:start] if done and start in given else ():
-                put_forward(layer, partial(_instead, given[start]), stack)
-            if cut is not None and start in wanted:
-                stack.enter_context(cut.alone())
+            for layer in layers[:start] if first_call_done and start in stored else ():
+                override_forward(layer, partial(_return_stored, stored[start]), stack)
+            if subset is not None and start in start_layers:
+                stack.enter_context(subset.rerun())
             yield
 
     with ExitStack() as stack:
-        if cut is not None:
-            cut.install(stack)
-        for start in wanted:
+        if subset is not None:
+            subset.install(stack)
+        for start in start_layers:
             if start:
 
-                def keep(layer: nn.Module, args: Any, output: Any, start: int = start) -> None:
-                    if not done:
-                        given[start] = output
+                def store(layer: nn.Module, args: Any, output: Any, start: int = start) -> None:
+                    if not first_call_done:
+                        stored[start] = output
 
-                stack.callback(layers[start - 1].register_forward_hook(keep).remove)
-        stack.callback(layers[-1].register_forward_hook(finish).remove)
-        yield since
+                stack.callback(layers[start - 1].register_forward_hook(store).remove)
+        stack.callback(layers[-1].register_forward_hook(mark_first_call_done).remove)
+        yield resume_from
 
 
-def _instead(output: Any, *args: Any, **kwargs: Any) -> Any:
-    """What a layer that does not run gives."""
-    check_same_call(hidden_states(args, kwargs), hidden_of(output))
+def _return_stored(output: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return the stored output in place of a layer's forward pass, after a check of the input's shape."""
+    check_same_shape(input_states(args, kwargs), output_states(output))
     return output

@@ -1,7 +1,7 @@
-"""Four views on where text takes in the picture, measured on a batch: what `probes.fusion.depth.fusion_depth` reads.
+"""The four curves of one batch that `probes.fusion_depth` reads: attention, removal, knock-out and text states.
 
-Each function takes one batch and gives an array `[points, samples]`; concatenate batches over the samples. A sample
-without a picture tells nothing here: its attention is NaN, its scores are the same at every point.
+Each function measures one batch and returns an array `[points, samples]`; concatenate batches over the samples. A sample
+without an image carries no information here: its attention is NaN, and its scores are equal at every point.
 """
 
 from __future__ import annotations
@@ -17,24 +17,41 @@ from transformers import PreTrainedModel
 
 from probes.attention.recording import record_attention
 from probes.hooks.decoder import decoder_layers, find_decoder
-from probes.hooks.layer_io import hidden_states
-from probes.hooks.partial_call import can_cut
+from probes.hooks.layer_io import input_states
+from probes.hooks.partial_call import can_run_subset
 from probes.interventions import BlockAttention, RemoveTokens, intervene
 from probes.readouts.hidden_states import record_states
 from probes.replay import replay
 from probes.tokens.token_map import TokenMap
 
-# Scores each sample of the batch by the logits of a forward pass: right or wrong, or a log-probability.
-Score = Callable[[Float[Tensor, "batch positions vocabulary"]], Float[Tensor, " batch"]]
+# Returns one score for each sample, such as right or wrong, or a log-probability, from the logits of a forward pass.
+ScoreFunction = Callable[[Float[Tensor, "batch positions vocabulary"]], Float[Tensor, " batch"]]
 
 
 @torch.no_grad()
 def attention_curve(
     model: PreTrainedModel, tokens: TokenMap, inputs: Mapping[str, Any], target: str = "instruction"
 ) -> Float[np.ndarray, "layers samples"]:
-    """Attention mass from `target` to vision in each layer, mean over heads and over the queries that see vision.
+    """Return the attention mass from `target` to vision in each layer.
 
-    One forward pass. Descriptive: says where text looks, not whether the answer needs it.
+    The mass is a mean over heads and over the queries that can attend to vision (LLaVA-Mini, Figure 2). One forward
+    pass. The curve is descriptive: it shows where text attends, not whether the answer needs it.
+
+    Args:
+        model: A transformers model with a decoder.
+        tokens: Map of `inputs`.
+        inputs: Arguments of the model's forward call.
+        target: Group of the token map whose queries are measured.
+
+    Returns:
+        Mass in 0 to 1, `[layers, samples]`; NaN for a sample whose `target` cannot attend to any visual token.
+
+    Raises:
+        ValueError: `target` is not a group of the map, or the map does not fit the inputs.
+
+    Example:
+        >>> attention_curve(model, tokens, inputs).shape
+        (6, 1)
     """
     with record_attention(model, tokens, targets=[target]) as record:
         model(**inputs)
@@ -46,114 +63,193 @@ def removal_curve(
     model: PreTrainedModel,
     tokens: TokenMap,
     inputs: Mapping[str, Any],
-    score: Score,
+    score: ScoreFunction,
     starts: Sequence[int] | None = None,
 ) -> Float[np.ndarray, "starts samples"]:
-    """Score with vision removed from layer k onward, for each k of `starts`: by default 0, 1, ..., all layers.
+    """Score the model with vision removed from layer k onward, for each k of `starts`.
 
-    The last k, all layers, removes nothing.
+    Args:
+        model: A transformers model with a decoder.
+        tokens: Map of `inputs`.
+        inputs: Arguments of the model's forward call.
+        score: Returns one score for each sample from the logits.
+        starts: First layers without vision, from 0. The number of layers removes nothing. By default 0, 1, ..., all
+            layers.
 
-    Raises ValueError for a start outside the model.
+    Returns:
+        Scores `[starts, samples]`.
+
+    Raises:
+        ValueError: A start is outside the model.
+
+    Example:
+        >>> score = lambda logits: logits[:, -1].log_softmax(-1)[:, 5]
+        >>> removal_curve(model, tokens, inputs, score, starts=[0, 3, 6]).shape
+        (3, 1)
     """
     layers = len(decoder_layers(find_decoder(model)))
     starts = range(layers + 1) if starts is None else starts
     outside = [start for start in starts if not 0 <= start <= layers]
     if outside:
-        raise ValueError(f"starts {outside} are outside the model: it has {layers} layers, so 0 to {layers}")
+        raise ValueError(
+            f"starts {outside} are outside the model: it has {layers} layers, so starts go from 0 to {layers}"
+        )
     return removal_scores(model, tokens, inputs, score, [range(start, layers) for start in starts])
 
 
 @torch.no_grad()
 def removal_scores(
-    model: PreTrainedModel, tokens: TokenMap, inputs: Mapping[str, Any], score: Score, spans: Sequence[range]
+    model: PreTrainedModel, tokens: TokenMap, inputs: Mapping[str, Any], score: ScoreFunction, spans: Sequence[range]
 ) -> Float[np.ndarray, "spans samples"]:
-    """Score with vision removed from the layers of each span; an empty one removes nothing.
+    """Score the model with vision removed from the layers of each span.
 
-    Layers ahead of a span run once for all, and those inside it on the text alone, where the model lets them.
+    Layers before a span run once for all spans. Layers inside a span run on the text alone if the model supports it.
 
-    Raises ValueError for layers outside the model.
+    Args:
+        model: A transformers model with a decoder.
+        tokens: Map of `inputs`.
+        inputs: Arguments of the model's forward call.
+        score: Returns one score for each sample from the logits.
+        spans: Ranges of layers, from 0. An empty range removes nothing.
+
+    Returns:
+        Scores `[spans, samples]`.
+
+    Raises:
+        ValueError: A layer is outside the model.
+
+    Example:
+        >>> score = lambda logits: logits[:, -1].log_softmax(-1)[:, 5]
+        >>> removal_scores(model, tokens, inputs, score, [range(2, 4), range(0)]).shape
+        (2, 1)
     """
     decoder = find_decoder(model)
-    how: Literal["drop", "mask"] = "drop" if can_cut(decoder) else "mask"
-    # Padding counts for nothing, but a row of much of it, without a picture, would have all rows filled up to its length.
-    gone = tokens.mask("vision") | tokens.mask("pad")
-    found: dict[range, Float[Tensor, " samples"]] = {}
-    with replay(model, [span.start for span in spans]) as since:
-        # The first run is intact ahead of all others.
+    how: Literal["drop", "mask"] = "drop" if can_run_subset(decoder) else "mask"
+    # Padding has no effect on the scores. If it stayed, one heavily padded row without an image would set the length
+    # of all rows after the drop.
+    removed = tokens.mask("vision") | tokens.mask("pad")
+    scores: dict[range, Float[Tensor, " samples"]] = {}
+    with replay(model, [span.start for span in spans]) as resume_from:
+        # Latest start first: the first run is then intact before the start of every other span, as `replay` requires.
         for span in sorted(set(spans), key=lambda span: span.start, reverse=True):
-            with since(span.start), intervene(model, tokens, RemoveTokens(gone, span, how=how)):
-                found[span] = score(_logits(model, inputs))
-    return _points([found[span] for span in spans])
+            with resume_from(span.start), intervene(model, tokens, RemoveTokens(removed, span, how=how)):
+                scores[span] = score(_logits_without_cache(model, inputs))
+    return _stack_points([scores[span] for span in spans])
 
 
 @torch.no_grad()
 def knockout_curve(
-    model: PreTrainedModel, tokens: TokenMap, inputs: Mapping[str, Any], score: Score, width: int = 1
+    model: PreTrainedModel, tokens: TokenMap, inputs: Mapping[str, Any], score: ScoreFunction, width: int = 1
 ) -> Float[np.ndarray, "layers+width samples"]:
-    """Score of the intact model, then with text cut off from vision in each window of `width` layers.
+    """Score the intact model, then block attention from text to vision in each window of `width` layers.
 
-    Window i ends at layer i and is clipped to the model, so every layer lies in `width` of the layers + width - 1
-    windows. Blocked are the queries of all groups but `pad` and `vision`: the instruction, the response (supervised or
-    generated) and text between pictures. Visual tokens go on seeing each other. Layers ahead of a window run once for
-    all, and where the model lets them, so do all layers at positions that no window changes: most of all the picture's.
+    Window i ends at layer i and is clipped to the model. There are layers + width - 1 windows, and every layer lies in
+    `width` of them (after Geva et al. 2023, arXiv 2304.14767).
 
-    Raises ValueError for a width below 1.
+    The blocked queries are those of all groups but `pad` and `vision`: the instruction, the response (supervised or
+    generated) and text between images. Visual tokens still attend to each other. Layers before a window run once for
+    all windows. If the model supports it, positions that no window changes also run only once; most of them are the
+    image's.
+
+    Args:
+        model: A transformers model with a decoder.
+        tokens: Map of `inputs`.
+        inputs: Arguments of the model's forward call.
+        score: Returns one score for each sample from the logits.
+        width: Layers in a window.
+
+    Returns:
+        Scores `[layers + width, samples]`, those of the intact model first.
+
+    Raises:
+        ValueError: `width` is below 1.
+
+    Example:
+        >>> score = lambda logits: logits[:, -1].log_softmax(-1)[:, 5]
+        >>> knockout_curve(model, tokens, inputs, score, width=2).shape
+        (8, 1)
     """
     if width < 1:
         raise ValueError(f"width is {width}: windows hold at least 1 layer")
     layers = len(decoder_layers(find_decoder(model)))
-    text = tokens.merge({"text": [group for group in tokens.groups if group not in ("pad", "vision")]})
-    # Nothing else changes: a picture does not see the text behind it, or is found to.
-    behind = text.mask("text") & (text.mask("vision").cumsum(1) > 0)
-    with replay(model, range(layers), behind if can_cut(find_decoder(model)) else None) as since:
-        scores = [score(_logits(model, inputs))]
+    text_map = tokens.merge({"text": [group for group in tokens.groups if group not in ("pad", "vision")]})
+    # Blocking changes no other position: visual tokens do not attend to the text after them. `replay` raises if they do.
+    text_after_image = text_map.mask("text") & (text_map.mask("vision").cumsum(1) > 0)
+    rows = text_after_image if can_run_subset(find_decoder(model)) else None
+    with replay(model, range(layers), rows) as resume_from:
+        scores = [score(_logits_without_cache(model, inputs))]
         for last in range(layers + width - 1):
             window = range(max(last - width + 1, 0), min(last + 1, layers))
-            cut = BlockAttention(source="vision", target="text", layers=window)
-            with since(window.start), intervene(model, text, cut):
-                scores.append(score(_logits(model, inputs)))
-    return _points(scores)
+            block = BlockAttention(source="vision", target="text", layers=window)
+            with resume_from(window.start), intervene(model, text_map, block):
+                scores.append(score(_logits_without_cache(model, inputs)))
+    return _stack_points(scores)
 
 
 @torch.no_grad()
 def text_states(
     model: PreTrainedModel, tokens: TokenMap, inputs: Mapping[str, Any], target: str = "instruction"
 ) -> Float[Tensor, "layers+1 samples width"]:
-    """Residual stream of each sample's text after 0, 1, ..., all layers: what `probes.readouts.linear_probe.linear_readout` reads.
+    """Record each sample's mean text state after 0, 1, ..., all layers, as input for `probes.linear_readout`.
 
-    Mean over the positions of `target` that can see vision, so content counts wherever in the text it is; NaN for a
-    sample that has none. After 0 layers: the embeddings. Float32 on the CPU. One forward pass.
+    The state is the residual stream, averaged over the positions of `target` that can attend to vision. The average
+    counts content wherever it is in the text. State 0 is the embeddings. One forward pass.
+
+    Args:
+        model: A transformers model with a decoder.
+        tokens: Map of `inputs`.
+        inputs: Arguments of the model's forward call.
+        target: Group of the token map whose positions are averaged.
+
+    Returns:
+        States `[layers + 1, samples, width]` in float32 on the CPU; NaN for a sample without such a position.
+
+    Raises:
+        ValueError: `target` is not a group of the map, or the map does not fit the inputs.
+
+    Example:
+        >>> text_states(model, tokens, inputs).shape[:2]
+        torch.Size([7, 1])
     """
-    seen = tokens.mask("vision").cumsum(1) > 0
-    positions = tokens.mask(target) & seen
-    embedded: list[Tensor] = []
+    after_vision = tokens.mask("vision").cumsum(1) > 0
+    positions = tokens.mask(target) & after_vision
+    embeddings: list[Tensor] = []
 
-    def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = hidden_states(args, kwargs)
-        embedded.append(hidden[positions.to(hidden.device)])
+    def record_embeddings(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = input_states(args, kwargs)
+        embeddings.append(hidden[positions.to(hidden.device)])
 
-    first = decoder_layers(find_decoder(model))[0]
-    handle = first.register_forward_pre_hook(keep, with_kwargs=True)
+    first_layer = decoder_layers(find_decoder(model))[0]
+    handle = first_layer.register_forward_pre_hook(record_embeddings, with_kwargs=True)
     try:
         with record_states(model, tokens, positions) as states:
             model(**inputs)
     finally:
         handle.remove()
-    return torch.stack([_sample_means(kept, positions) for kept in (*embedded, *(states[i] for i in states.layers))])
+    return torch.stack(
+        [_mean_per_sample(state, positions) for state in (*embeddings, *(states[i] for i in states.layers))]
+    )
 
 
-def _logits(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Float[Tensor, "batch positions vocabulary"]:
-    """Without a cache: nothing is generated, and one of sliding windows cannot lack tokens."""
+def _logits_without_cache(
+    model: PreTrainedModel, inputs: Mapping[str, Any]
+) -> Float[Tensor, "batch positions vocabulary"]:
+    """Return the logits of one forward pass without a cache.
+
+    Nothing is generated, so no cache is needed; and a cache for sliding windows fails when tokens are missing.
+    """
     return model(**{**inputs, "use_cache": False}).logits  # type: ignore[no-any-return]
 
 
-def _sample_means(
-    kept: Float[Tensor, "kept width"], positions: Bool[Tensor, "batch positions"]
+def _mean_per_sample(
+    states: Float[Tensor, "positions width"], positions: Bool[Tensor, "batch positions"]
 ) -> Float[Tensor, "batch width"]:
-    sample = positions.nonzero()[:, 0].to(kept.device)
-    sums = torch.zeros(len(positions), kept.shape[1], device=kept.device).index_add(0, sample, kept.float())
-    return (sums / positions.sum(1, keepdim=True).to(kept.device)).cpu()
+    """Average the states of the marked positions within each sample."""
+    sample = positions.nonzero()[:, 0].to(states.device)
+    sums = torch.zeros(len(positions), states.shape[1], device=states.device).index_add(0, sample, states.float())
+    return (sums / positions.sum(1, keepdim=True).to(states.device)).cpu()
 
 
-def _points(scores: Sequence[Float[Tensor, " samples"]]) -> Float[np.ndarray, "points samples"]:
+def _stack_points(scores: Sequence[Float[Tensor, " samples"]]) -> Float[np.ndarray, "points samples"]:
+    """Stack one score tensor for each point into a float32 array."""
     return torch.stack([score.float() for score in scores]).cpu().numpy()

@@ -1,4 +1,4 @@
-"""Whether the estimators of the fusion depth find what was planted: `python -m probes.fusion.validation` prints the table."""
+"""Check of the four fusion depth estimates on planted models: `python -m probes.fusion.validation` prints the table."""
 
 from __future__ import annotations
 
@@ -6,57 +6,75 @@ from collections.abc import Iterable, Iterator
 
 from probes.fusion.curves import attention_curve, knockout_curve, removal_curve, text_states
 from probes.fusion.depth import FusionDepth, fusion_depth
-from probes.fusion.planted_models import Planted, planted
+from probes.fusion.planted_models import PlantedModel, planted
 from probes.readouts.linear_probe import linear_readout
 from probes.tokens.token_map import TokenMap
 
-LAYERS = range(4, 13)
+LAYER_COUNTS = range(4, 13)
 
 
-def estimates(model: Planted, count: int = 32, seed: int = 0, width: int = 1) -> tuple[FusionDepth, ...]:
-    """Fusion depth from attention, removal, knock-out in windows of `width` layers, and read-out of the colour.
+def estimate_depths(model: PlantedModel, count: int = 32, seed: int = 0, width: int = 1) -> tuple[FusionDepth, ...]:
+    """Estimate the fusion depth from attention, removal, knock-out and read-out of the colour.
 
-    On `count` samples in one batch, through the probes that any model goes through.
+    The estimates run the same probes as for any other model.
+
+    Args:
+        model: A planted model.
+        count: Samples, measured in one batch.
+        seed: Seed of the samples and of the bootstrap.
+        width: Layers in a knock-out window.
+
+    Returns:
+        The depths from attention, removal, knock-out and read-out.
+
+    Example:
+        >>> [estimate.depth for estimate in estimate_depths(planted(layer=2, layers=4))]
+        [2, 2, 2, 2]
     """
     samples = model.samples(count, seed)
-    called = model.model, TokenMap.from_inputs(model.model, samples.inputs), samples.inputs
+    arguments = model.model, TokenMap.from_inputs(model.model, samples.inputs), samples.inputs
+    readout = linear_readout(text_states(*arguments), samples.colours, seed=seed)
     return (
-        fusion_depth(attention_curve(*called), "attention", seed=seed),
-        fusion_depth(removal_curve(*called, samples.score), "removal", seed=seed),
-        fusion_depth(knockout_curve(*called, samples.score, width), "knockout", width=width, seed=seed),
-        fusion_depth(linear_readout(text_states(*called), samples.colours, seed=seed).correct, "readout", seed=seed),
+        fusion_depth(attention_curve(*arguments), "attention", seed=seed),
+        fusion_depth(removal_curve(*arguments, samples.score), "removal", seed=seed),
+        fusion_depth(knockout_curve(*arguments, samples.score, width), "knockout", width=width, seed=seed),
+        fusion_depth(readout.correct, "readout", seed=seed),
     )
 
 
-def grid(layers: Iterable[int] = LAYERS) -> Iterator[tuple[int, int | tuple[int, int] | None]]:
-    """Layers and what is planted: every single layer, the first and the last together, and the text-only control."""
-    for count in layers:
-        yield from ((count, layer) for layer in range(1, count + 1))
-        yield count, (1, count)
-        yield count, None
+def planted_cases(layer_counts: Iterable[int] = LAYER_COUNTS) -> Iterator[tuple[int, int | tuple[int, int] | None]]:
+    """Yield the number of layers and the planted layer of each model to check.
+
+    For each number of layers: every single layer, the first and the last layer together, and the text-only control.
+    """
+    for layers in layer_counts:
+        yield from ((layers, layer) for layer in range(1, layers + 1))
+        yield layers, (1, layers)
+        yield layers, None
 
 
-def table() -> Iterator[str]:
-    """The lines of a Markdown table of all that `grid` plants."""
+def validation_table() -> Iterator[str]:
+    """Yield the lines of a Markdown table with the estimates for all `planted_cases`."""
     yield "| Layers | Read at | Attention | Removal | Knock-out | Read-out |"
     yield "|---|---|---|---|---|---|"
-    for layers, layer in grid():
+    for layers, layer in planted_cases():
         model = planted(layer, layers)
-        cells = [str(layers), _listed(model.reads), *map(_found, estimates(model))]
-        yield f"| {' | '.join(cells)} |"
+        columns = [str(layers), _join_layers(model.reads), *map(_format_depth, estimate_depths(model))]
+        yield f"| {' | '.join(columns)} |"
 
 
-def _listed(layers: Iterable[int]) -> str:
+def _join_layers(layers: Iterable[int]) -> str:
     return ", ".join(map(str, layers)) or "none"
 
 
-def _found(depth: FusionDepth) -> str:
+def _format_depth(depth: FusionDepth) -> str:
+    """Return one table entry, such as "3, read at 3" or "none"."""
     if depth.depth is None:
         return "none"
     interval = "" if depth.low == depth.high else f" ({depth.low} to {depth.high})"
-    return f"{depth.depth}{interval}, read at {_listed(depth.reads)}"
+    return f"{depth.depth}{interval}, read at {_join_layers(depth.reads)}"
 
 
 if __name__ == "__main__":
-    for line in table():
+    for line in validation_table():
         print(line, flush=True)

@@ -1,4 +1,4 @@
-"""Relevancy against autograd over all layers at once, and on a model in which one patch alone matters."""
+"""Relevancy against autograd over all layers at once, and on a model in which one patch alone determines the answer."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from probes.readouts.logit_lens import logit_lens
 from .conftest import IMAGE_TOKEN, LAYERS, text_config
 
 
-def reference(model, inputs, at, answers):
-    """Chefer's rule on full matrices of every layer, with the gradients of one backward pass through the model."""
+def reference_relevancy(model, inputs, at, answers):
+    """Apply the rule of Chefer et al. to full matrices, with gradients from one backward pass through the model."""
     model.set_attn_implementation("eager")
     output = model(**inputs, output_attentions=True)
     rows = torch.arange(len(at))
     logits = output.logits[rows, at]
     answers = logits.argmax(-1) if answers is None else answers
-    slopes = torch.autograd.grad(logits[rows, answers].sum(), output.attentions)
-    moved = [
-        (slope * weights).clamp(min=0).mean(1).detach()
-        for slope, weights in zip(slopes, output.attentions, strict=True)
+    gradients = torch.autograd.grad(logits[rows, answers].sum(), output.attentions)
+    weighted = [
+        (gradient * weights).clamp(min=0).mean(1).detach()
+        for gradient, weights in zip(gradients, output.attentions, strict=True)
     ]
-    rollout = torch.eye(moved[0].shape[-1]).expand_as(moved[0])
-    for step in moved:
+    rollout = torch.eye(weighted[0].shape[-1]).expand_as(weighted[0])
+    for step in weighted:
         rollout = rollout + step @ rollout
-    return rollout[rows, at], torch.stack([step[rows, at] for step in moved]), logits[rows, answers].detach()
+    return rollout[rows, at], torch.stack([step[rows, at] for step in weighted]), logits[rows, answers].detach()
 
 
 def _hooks(decoder):
@@ -37,67 +37,67 @@ def _hooks(decoder):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_equals_the_rule_on_full_matrices(make_llava, make_inputs, side, implementation):
+def test_relevancy_equals_rule_on_full_matrices(make_llava, make_inputs, side, implementation):
     model, inputs = make_llava(implementation), make_inputs(side)
     tokens = TokenMap.from_inputs(model, inputs)
     answers = torch.tensor([5, 17, 9])
-    with torch.no_grad():  # the caller's mode does not matter
-        found = relevancy(model, tokens, inputs, answers)
+    with torch.no_grad():  # relevancy turns gradients on itself
+        result = relevancy(model, tokens, inputs, answers)
     assert model.config.text_config._attn_implementation == implementation
     assert model.model.vision_tower.config._attn_implementation == implementation
     at = torch.tensor([12, 12, 12]) if side == "left" else torch.tensor([12, 7, 6])
-    assert found.at.tolist() == at.tolist(), "the last position that is no padding"
-    rollout, layers, logits = reference(make_llava("eager"), inputs, at, answers)
-    torch.testing.assert_close(found.rollout, rollout, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found.layers, layers, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found.logits, logits, rtol=1e-5, atol=1e-5)
-    assert found.rollout[tokens.mask("pad")].count_nonzero() == 0
-    assert not _hooks(model.model.language_model), "nothing is left behind"
+    assert result.at.tolist() == at.tolist(), "the last unpadded position"
+    rollout, layers, logits = reference_relevancy(make_llava("eager"), inputs, at, answers)
+    torch.testing.assert_close(result.rollout, rollout, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result.layers, layers, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result.logits, logits, rtol=1e-5, atol=1e-5)
+    assert result.rollout[tokens.mask("pad")].count_nonzero() == 0
+    assert not _hooks(model.model.language_model), "all hooks are removed"
     assert all(weight.grad is None for weight in model.parameters())
 
 
-def test_own_answers_and_the_answer_of_supervised_rows(make_llava, make_inputs):
+def test_relevancy_without_answers_explains_own_answers_before_response(make_llava, make_inputs):
     model, inputs = make_llava(), make_inputs("left")
     labels = torch.full_like(inputs["input_ids"], -100)
     labels[0, -3:], labels[1, -1] = 4, 4
     tokens = TokenMap.from_inputs(model, inputs | {"labels": labels})
-    found = relevancy(model, tokens, inputs)
-    assert found.at.tolist() == [9, 11, 12], "before the first response, or the end"
+    result = relevancy(model, tokens, inputs)
+    assert result.at.tolist() == [9, 11, 12], "before the first response position, or the last position"
     with torch.no_grad():
-        own = model(**inputs).logits[[0, 1, 2], found.at].argmax(-1)
-    assert torch.equal(found.answers, own)
-    rollout, layers, _ = reference(make_llava("eager"), inputs, found.at, None)
-    torch.testing.assert_close(found.rollout, rollout, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found.layers, layers, rtol=1e-4, atol=1e-6)
-    elsewhere = relevancy(model, tokens, inputs, at=torch.tensor([12, 12, 12]))
-    assert elsewhere.at.tolist() == [12, 12, 12]
+        own_answers = model(**inputs).logits[[0, 1, 2], result.at].argmax(-1)
+    assert torch.equal(result.answers, own_answers)
+    rollout, layers, _ = reference_relevancy(make_llava("eager"), inputs, result.at, None)
+    torch.testing.assert_close(result.rollout, rollout, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result.layers, layers, rtol=1e-4, atol=1e-6)
+    at_end = relevancy(model, tokens, inputs, at=torch.tensor([12, 12, 12]))
+    assert at_end.at.tolist() == [12, 12, 12]
 
 
-def test_hooks_that_transformers_leaves_do_not_matter(make_llava, make_inputs):
+def test_relevancy_with_hooks_of_transformers_is_unchanged(make_llava, make_inputs):
     model, inputs = make_llava("eager"), make_inputs("left")
     tokens = TokenMap.from_inputs(model, inputs)
-    wanted = relevancy(model, tokens, inputs)
+    expected = relevancy(model, tokens, inputs)
     with torch.no_grad():
         model(**inputs, output_attentions=True)
     assert _hooks(model.model.language_model)
-    torch.testing.assert_close(relevancy(model, tokens, inputs).rollout, wanted.rollout)
+    torch.testing.assert_close(relevancy(model, tokens, inputs).rollout, expected.rollout)
 
 
-def test_inference_mode_and_frozen_weights(make_llava, make_inputs):
+def test_relevancy_in_inference_mode_with_frozen_weights_is_unchanged(make_llava, make_inputs):
     model, inputs = make_llava(), make_inputs("left")
     tokens = TokenMap.from_inputs(model, inputs)
-    wanted = relevancy(model, tokens, inputs)
+    expected = relevancy(model, tokens, inputs)
     model.requires_grad_(False)
     with torch.inference_mode():
-        found = relevancy(model, tokens, inputs)
-    torch.testing.assert_close(found.rollout, wanted.rollout)
+        result = relevancy(model, tokens, inputs)
+    torch.testing.assert_close(result.rollout, expected.rollout)
 
 
-@pytest.mark.parametrize("matters", [1, 2, 3])
-def test_finds_the_one_patch_that_matters(make_rows, matters):
-    """A layer by hand: every position is attended to evenly, and the values of one token alone hold the answer.
+@pytest.mark.parametrize("patch", [1, 2, 3])
+def test_relevancy_of_hand_set_layer_finds_relevant_patch(make_rows, patch):
+    """Every position receives equal attention, and the value of one patch alone holds the answer.
 
-    Width 4: channel 0 marks the token, channel 1 is what attention writes, channel 2 the answer reads; 3 keeps the norm.
+    Of the four channels, 0 marks the patch, 1 is written by attention and read by the head, and 3 keeps the norm.
     """
     config = text_config(
         vocab_size=64,
@@ -124,29 +124,29 @@ def test_finds_the_one_patch_that_matters(make_rows, matters):
     del inputs["pixel_values"]
     tokens = TokenMap.from_inputs(model, inputs)
     embedded = model.get_input_embeddings()(inputs["input_ids"]).detach()
-    embedded[0, 2 + matters, 0] = 3
-    found = relevancy(model, tokens, {"inputs_embeds": embedded}, torch.tensor([7]))
-    patches = found.rollout[0, tokens.mask("vision")[0]]
-    assert patches.argmax() == matters
-    assert patches[matters] > 0
-    assert patches.count_nonzero() == 1
-    assert found.layers[0].count_nonzero() == 0
-    assert found.layers[1, 0].argmax() == 2 + matters
+    embedded[0, 2 + patch, 0] = 3
+    result = relevancy(model, tokens, {"inputs_embeds": embedded}, torch.tensor([7]))
+    patch_relevancy = result.rollout[0, tokens.mask("vision")[0]]
+    assert patch_relevancy.argmax() == patch
+    assert patch_relevancy[patch] > 0
+    assert patch_relevancy.count_nonzero() == 1
+    assert result.layers[0].count_nonzero() == 0
+    assert result.layers[1, 0].argmax() == 2 + patch
 
 
-def test_wrong_use_is_one_clear_line(make_llava, make_inputs):
+def test_relevancy_with_invalid_arguments_raises(make_llava, make_inputs):
     model, inputs = make_llava(), make_inputs("left")
     tokens = TokenMap.from_inputs(model, inputs)
     for arguments, message in (
-        ({"answers": torch.tensor([1])}, r"answers have shape \[1\]: one token id for each of 3"),
-        ({"at": torch.tensor([0, 0])}, "one position from 0 to 12 for each of 3"),
-        ({"at": torch.tensor([0, 0, 13])}, "one position from 0 to 12 for each of 3"),
+        ({"answers": torch.tensor([1])}, r"answers have shape \[1\].*3"),
+        ({"at": torch.tensor([0, 0])}, r"at is \[0, 0\].*0 to 12.*3 samples"),
+        ({"at": torch.tensor([0, 0, 13])}, r"at is \[0, 0, 13\].*0 to 12"),
     ):
         with pytest.raises(ValueError, match=message):
             relevancy(model, tokens, inputs, **arguments)
-    with pytest.raises(RuntimeError, match=r"3 x 4 heads x 13\^2 positions takes 0.0 GiB, over the limit"):
+    with pytest.raises(RuntimeError, match=r"3 x 4 heads x 13\^2 positions.*limit"):
         relevancy(model, tokens, inputs, limit_gib=1e-6)
-    with pytest.raises(ValueError, match="the token map has 2 x 13"):
+    with pytest.raises(ValueError, match=r"token map.*2 x 13"):
         relevancy(model, TokenMap(tokens.labels[:2]), inputs, at=torch.tensor([12, 12]))
     assert model.config.text_config._attn_implementation == "sdpa", "restored after an exception"
     for block in (
@@ -162,12 +162,12 @@ def test_wrong_use_is_one_clear_line(make_llava, make_inputs):
         relevancy(model.train(), tokens, inputs)
 
 
-def test_holds_one_layers_matrices_at_a_time(make_llama, make_rows, monkeypatch):
-    """What autograd saves stays below the matrices of two layers, however deep the model."""
+def test_relevancy_stores_matrices_of_one_layer_at_a_time(make_llama, make_rows, monkeypatch):
+    """Autograd saves less than the matrices of two layers, whatever the model's depth."""
     inputs = make_rows([(3, 4, 93)], "left")
     alive, most = 0, 0
 
-    class Held:
+    class SavedTensor:
         def __init__(self, tensor):
             nonlocal alive, most
             self.tensor = tensor
@@ -182,7 +182,7 @@ def test_holds_one_layers_matrices_at_a_time(make_llama, make_rows, monkeypatch)
 
     model = make_llama()
     tokens = TokenMap.from_inputs(model, inputs)
-    with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+    with torch.autograd.graph.saved_tensors_hooks(SavedTensor, lambda saved: saved.tensor):
         relevancy(model, tokens, {"input_ids": inputs["input_ids"]})
     assert 0 < most < 2 * 3, f"{most} matrices of {LAYERS} layers"
     assert alive == 0

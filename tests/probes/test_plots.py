@@ -1,4 +1,4 @@
-"""Figures hold what the probes measured, at the right place, and leave matplotlib as it was."""
+"""Figures show the measured values at the right positions, and leave matplotlib unchanged."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from matplotlib.colors import Normalize, to_hex
 from probes import RemoveTokens, TokenMap, intervene, record_attention
 from probes.plots import GROUP_LINES, plot_attention, plot_lens, plot_patches, plot_words
 from probes.readouts.logit_lens import logit_lens
-from probes.tokens.grid import Grid, Places
+from probes.tokens.grid import Grid
+from probes.tokens.places import Places
 
 from .conftest import LAYERS
 
-PICTURE = np.zeros((20, 40, 3), dtype=np.uint8)
+PIXELS = np.zeros((20, 40, 3), dtype=np.uint8)
 
 
-class Words:
+class FakeTokenizer:
     def decode(self, ids):
         return f"w${ids[0]}"
 
 
-def by_hand(grids, before=2, after=1):
-    """One row: text, the tokens of the grids, text."""
+def token_map_of_grids(grids, before=2, after=1):
+    """Build a map of one row: text, the tokens of the grids, text."""
     count = sum(map(len, grids))
     labels = torch.full((1, before + count + after), 3)
     labels[0, before : before + count] = 2
-    return TokenMap(labels, places=Places.lay_out(labels == 2, grids))
+    return TokenMap(labels, places=Places.from_grids(labels == 2, grids))
 
 
-def cells(axis):
-    """Boxes and colours of the cells drawn on an axis."""
+def drawn_cells(axis):
+    """Return boxes and colours of the cells drawn on an axis."""
     (collection,) = [part for part in axis.collections if isinstance(part, PolyCollection)]
     corners = np.stack([path.vertices[:4] for path in collection.get_paths()])
     boxes = np.concatenate([corners.min(1), corners.max(1)], -1)
@@ -43,8 +44,8 @@ def cells(axis):
 
 
 @pytest.fixture(autouse=True)
-def untouched():
-    """No figure left with pyplot, no setting changed."""
+def matplotlib_unchanged():
+    """Check that pyplot holds no figure and that no setting has changed."""
     import matplotlib.pyplot as plt
 
     before = dict(matplotlib.rcParams)
@@ -53,7 +54,7 @@ def untouched():
     assert dict(matplotlib.rcParams) == before
 
 
-def test_attention_lines_are_means_of_the_record(make_llava, make_inputs):
+def test_plot_attention_lines_are_means_of_record(make_llava, make_inputs):
     model, inputs = make_llava(), make_inputs("left")
     tokens = TokenMap.from_inputs(model, inputs)
     with torch.no_grad(), record_attention(model, tokens, layers=[0, 2]) as record:
@@ -70,7 +71,7 @@ def test_attention_lines_are_means_of_the_record(make_llava, make_inputs):
             line = lines[GROUP_LINES[name]["color"]]
             cell = values[:, :, :, record.targets.index("instruction"), record.sources.index(name)].double().numpy()
             assert list(line.get_xdata()) == [0, 2]
-            # Of means over samples, the mean over heads: undefined samples are left out.
+            # The mean over heads of means over samples; undefined samples are left out.
             np.testing.assert_allclose(line.get_ydata(), scale * np.nanmean(cell, axis=(1, 2)), rtol=1e-5)
             heads = scale * np.nanmean(cell, axis=1)
             band = next(
@@ -88,7 +89,7 @@ def test_attention_lines_are_means_of_the_record(make_llava, make_inputs):
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_layer_that_cannot_see_the_source_is_a_gap(make_llava, make_inputs):
+def test_plot_attention_with_removed_source_has_gap(make_llava, make_inputs):
     model, inputs = make_llava(), make_inputs("left")
     tokens = TokenMap.from_inputs(model, inputs)
     with (
@@ -101,7 +102,7 @@ def test_a_layer_that_cannot_see_the_source_is_a_gap(make_llava, make_inputs):
     assert np.isnan(line.get_ydata()).tolist() == [False, True, False]
 
 
-def test_attention_with_no_query_is_refused(make_llava, make_inputs):
+def test_plot_attention_without_query_raises_value_error(make_llava, make_inputs):
     model, inputs = make_llava(), make_inputs("left")
     tokens = TokenMap.from_inputs(model, inputs)
     with torch.no_grad(), record_attention(model, tokens, targets=["response"]) as record:
@@ -110,137 +111,137 @@ def test_attention_with_no_query_is_refused(make_llava, make_inputs):
         plot_attention(record)
 
 
-def test_patches_lie_where_they_belong_on_one_scale():
-    tokens = by_hand([Grid(0, 2, 4, (0, 0, 40, 20))])
+def test_plot_patches_draws_cells_in_their_boxes_on_one_scale():
+    tokens = token_map_of_grids([Grid(0, 2, 4, (0, 0, 40, 20))])
     values = torch.tensor([9.0, 9.0, *range(8), 9.0])
-    figure = plot_patches(PICTURE, tokens, {"one": values, "half": values / 2}, label="Attention (%)")
-    picture, one, half, bar = (axis for axis in figure.axes if axis.axison or axis.get_title(loc="left"))
-    assert [axis.get_title(loc="left") for axis in (picture, one, half)] == ["sample 0", "one", "half"]
+    figure = plot_patches(PIXELS, tokens, {"one": values, "half": values / 2}, label="Attention (%)")
+    background, one, half, bar = (axis for axis in figure.axes if axis.axison or axis.get_title(loc="left"))
+    assert [axis.get_title(loc="left") for axis in (background, one, half)] == ["sample 0", "one", "half"]
     assert bar.get_ylabel() == "Attention (%)"
-    assert bar.get_ylim() == (0, 7), "text positions do not count"
+    assert bar.get_ylim() == (0, 7), "text positions do not affect the scale"
     colors = matplotlib.colormaps["YlOrRd"]
     for axis, part in ((one, values), (half, values / 2)):
-        boxes, drawn = cells(axis)
-        wanted = [(10 * (i % 4), 10 * (i // 4), 10 * (i % 4) + 10, 10 * (i // 4) + 10) for i in range(8)]
-        np.testing.assert_allclose(boxes, wanted)
+        boxes, drawn = drawn_cells(axis)
+        expected = [(10 * (i % 4), 10 * (i // 4), 10 * (i % 4) + 10, 10 * (i // 4) + 10) for i in range(8)]
+        np.testing.assert_allclose(boxes, expected)
         assert drawn == [to_hex(colors(Normalize(0, 7)(float(value)))) for value in part[2:10]]
         assert axis.get_xlim() == (0, 40)
-        assert axis.get_ylim() == (20, 0), "downwards"
+        assert axis.get_ylim() == (20, 0), "y grows downwards"
 
 
-def test_signed_maps_are_symmetric_and_undefined_cells_grey():
-    tokens = by_hand([Grid(0, 1, 3, (0, 0, 40, 20))])
-    figure = plot_patches(PICTURE, tokens, {"change": torch.tensor([0, 0, -4.0, 2.0, torch.nan, 0])})
+def test_plot_patches_of_signed_map_is_symmetric_with_undefined_grey():
+    tokens = token_map_of_grids([Grid(0, 1, 3, (0, 0, 40, 20))])
+    figure = plot_patches(PIXELS, tokens, {"change": torch.tensor([0, 0, -4.0, 2.0, torch.nan, 0])})
     assert figure.axes[-1].get_ylim() == (-4, 4)
-    _, drawn = cells(figure.axes[1])
+    _, drawn = drawn_cells(figure.axes[1])
     colors = matplotlib.colormaps["PuOr_r"]
     assert drawn == [to_hex(colors(0.0)), to_hex(colors(0.75)), "#a6a6a6"]
 
 
-def test_overview_and_details_get_a_panel_each():
-    """Any-res: an overview that reaches beyond the picture, and a finer grid with row ends that are no patch."""
-    tokens = by_hand([Grid(0, 2, 2, (0, -10, 40, 30)), Grid(0, 2, 4, (0, 0, 40, 20), tile=1, newline=True)])
+def test_plot_patches_of_overlapping_tiles_draws_panel_each():
+    """Any-res: an overview that extends beyond the image, and a finer grid with newline tokens that are no patch."""
+    tokens = token_map_of_grids([Grid(0, 2, 2, (0, -10, 40, 30)), Grid(0, 2, 4, (0, 0, 40, 20), tile=1, newline=True)])
     values = torch.arange(tokens.labels.shape[1])
-    figure = plot_patches(PICTURE, tokens, {"a": values, "b": 2 * values})
+    figure = plot_patches(PIXELS, tokens, {"a": values, "b": 2 * values})
     titles = {axis.get_title(loc="left"): axis for axis in figure.axes}
     assert {"a, tile 0", "a, tile 1", "b, tile 0", "b, tile 1"} < set(titles)
-    assert len(cells(titles["a, tile 0"])[0]) == 4
-    assert len(cells(titles["b, tile 1"])[0]) == 8
-    assert titles["a, tile 0"].get_ylim() == (30, -10), "what reaches beyond the picture is shown"
+    assert len(drawn_cells(titles["a, tile 0"])[0]) == 4
+    assert len(drawn_cells(titles["b, tile 1"])[0]) == 8
+    assert titles["a, tile 0"].get_ylim() == (30, -10), "the part beyond the image is shown"
     assert titles["a, tile 1"].get_ylim() == (20, 0)
 
 
-def test_tiles_side_by_side_share_a_panel():
-    """SmolVLM: four quarters, then the whole."""
+def test_plot_patches_of_adjacent_tiles_shares_panel():
+    """SmolVLM: four quarters, then the whole image."""
     quarters = [
         Grid(0, 2, 2, (20 * c, 10 * r, 20 * c + 20, 10 * r + 10), tile=2 * r + c) for r in (0, 1) for c in (0, 1)
     ]
-    tokens = by_hand([*quarters, Grid(0, 2, 2, (0, 0, 40, 20), tile=4)])
-    figure = plot_patches(PICTURE, tokens, {"a": torch.ones(tokens.labels.shape[1])})
+    tokens = token_map_of_grids([*quarters, Grid(0, 2, 2, (0, 0, 40, 20), tile=4)])
+    figure = plot_patches(PIXELS, tokens, {"a": torch.ones(tokens.labels.shape[1])})
     titles = {axis.get_title(loc="left"): axis for axis in figure.axes}
-    boxes, _ = cells(titles["a, tiles 0 to 3"])
+    boxes, _ = drawn_cells(titles["a, tiles 0 to 3"])
     assert len({tuple(box) for box in boxes.tolist()}) == 16
-    assert len(cells(titles["a, tile 4"])[0]) == 4
+    assert len(drawn_cells(titles["a, tile 4"])[0]) == 4
 
 
-def test_without_boxes_the_grid_stands_beside_the_picture():
-    tokens = by_hand([Grid(0, 2, 3), Grid(0, 1, 2, tile=1)])
-    figure = plot_patches(PICTURE, tokens, {"a": torch.arange(11)})
+def test_plot_patches_without_boxes_draws_grid_beside_image():
+    tokens = token_map_of_grids([Grid(0, 2, 3), Grid(0, 1, 2, tile=1)])
+    figure = plot_patches(PIXELS, tokens, {"a": torch.arange(11)})
     titles = {axis.get_title(loc="left"): axis for axis in figure.axes}
-    boxes, _ = cells(titles["a, tile 0"])
+    boxes, _ = drawn_cells(titles["a, tile 0"])
     assert boxes.tolist() == [[c, r, c + 1, r + 1] for r in (0, 1) for c in (0, 1, 2)]
-    assert not titles["a, tile 0"].images, "nothing says where in the picture they lie"
+    assert not titles["a, tile 0"].images, "the positions in the image are not known"
 
 
-def test_tokens_that_share_a_box_stand_beside_the_picture():
-    """LLaVA-Mini's queries each attend to all patches."""
-    tokens = by_hand([Grid(0, 2, 2, (0, 0, 40, 20), shared=True)])
-    figure = plot_patches(PICTURE, tokens, {"a": torch.arange(7)})
-    boxes, _ = cells(figure.axes[1])
+def test_plot_patches_of_tokens_with_shared_box_draws_grid_beside_image():
+    """Each of LLaVA-Mini's queries attends to all patches."""
+    tokens = token_map_of_grids([Grid(0, 2, 2, (0, 0, 40, 20), shared=True)])
+    figure = plot_patches(PIXELS, tokens, {"a": torch.arange(7)})
+    boxes, _ = drawn_cells(figure.axes[1])
     assert boxes.tolist() == [[0, 0, 1, 1], [1, 0, 2, 1], [0, 1, 1, 2], [1, 1, 2, 2]]
 
 
-def test_one_of_several_pictures_and_frames():
+def test_plot_patches_with_image_and_frame_draws_that_frame():
     grids = [
         Grid(0, 1, 2, (0, 0, 40, 20), frame=0),
         Grid(0, 1, 2, (0, 0, 40, 20), frame=1),
         Grid(1, 1, 1, (0, 0, 9, 9)),
     ]
-    tokens = by_hand(grids)
+    tokens = token_map_of_grids(grids)
     colors = matplotlib.colormaps["YlOrRd"]
     values = torch.tensor([0, 0, 1.0, 2, 3, 4, 5, 0])
-    for image, frame, wanted in ((0, 0, [1, 2]), (0, 1, [3, 4]), (1, 0, [5])):
-        figure = plot_patches(PICTURE, tokens, {"a": values}, image=image, frame=frame)
-        _, drawn = cells(figure.axes[1])
-        assert drawn == [to_hex(colors(value / max(wanted))) for value in wanted]
-    with pytest.raises(ValueError, match="no frame 0 of image 2: it has 2 images"):
-        plot_patches(PICTURE, tokens, {"a": values}, image=2)
+    for image, frame, expected in ((0, 0, [1, 2]), (0, 1, [3, 4]), (1, 0, [5])):
+        figure = plot_patches(PIXELS, tokens, {"a": values}, image=image, frame=frame)
+        _, drawn = drawn_cells(figure.axes[1])
+        assert drawn == [to_hex(colors(value / max(expected))) for value in expected]
+    with pytest.raises(ValueError, match=r"frame 0 of image 2.*2 images"):
+        plot_patches(PIXELS, tokens, {"a": values}, image=2)
 
 
 @pytest.fixture
-def read(make_llava, make_rows):
-    """A lens over two rows of different length, and what the model was given."""
+def lens_and_ids(make_llava, make_rows):
+    """A lens over two rows of different length, and the input ids."""
     model, inputs = make_llava(), make_rows([(2, 4, 3), (1, 4, 2)], "left")
     tokens = TokenMap.from_inputs(model, inputs)
     grids = [Grid(0, 2, 2, (0, 0, 40, 20)), Grid(1, 2, 2, (0, 0, 40, 20))]
-    tokens = replace(tokens, places=Places.lay_out(tokens.mask("vision"), grids))
+    tokens = replace(tokens, places=Places.from_grids(tokens.mask("vision"), grids))
     with torch.no_grad(), logit_lens(model, tokens, top=1) as lens:
         model(**inputs)
     return lens, inputs["input_ids"]
 
 
-def test_words_stand_on_their_patches(read):
-    lens, _ = read
-    figure = plot_words(PICTURE, lens, Words(), depth=2, sample=1)
+def test_plot_words_writes_words_on_their_patches(lens_and_ids):
+    lens, _ = lens_and_ids
+    figure = plot_words(PIXELS, lens, FakeTokenizer(), depth=2, sample=1)
     axis = figure.axes[0]
     vision = lens.tokens.mask("vision")[1].nonzero().flatten().tolist()
-    frame = lens.frame(Words()).query("depth == 2 and sample == 1").set_index("position")
+    frame = lens.frame(FakeTokenizer()).query("depth == 2 and sample == 1").set_index("position")
     assert len(axis.texts) == 4
     for text, position in zip(axis.texts, vision, strict=True):
         row, column, token = frame.loc[position, ["row", "column", "token"]]
         assert text.get_text() == token
         assert text.get_position() == (20 * column + 10, 10 * row + 5)
-    _, drawn = cells(axis)
+    _, drawn = drawn_cells(axis)
     colors = matplotlib.colormaps["Blues"]
     assert drawn == [to_hex(colors(float(np.exp(frame.loc[position, "logprob"])))) for position in vision]
-    with pytest.raises(ValueError, match="did not read depth 7: it has 0, 1, 2, 3"):
-        plot_words(PICTURE, lens, Words(), depth=7)
+    with pytest.raises(ValueError, match=r"depth 7.*0, 1, 2, 3"):
+        plot_words(PIXELS, lens, FakeTokenizer(), depth=7)
 
 
-def test_words_need_the_visual_positions(make_llava, make_rows, read):
-    lens, _ = read
+def test_plot_words_without_visual_positions_raises_value_error(make_llava, make_rows, lens_and_ids):
+    lens, _ = lens_and_ids
     model, inputs = make_llava(), make_rows([(2, 4, 3), (1, 4, 2)], "left")
     with torch.no_grad(), logit_lens(model, lens.tokens, at="instruction") as other:
         model(**inputs)
-    with pytest.raises(ValueError, match="did not read 4 of the picture's positions"):
-        plot_words(PICTURE, other, Words(), depth=1)
+    with pytest.raises(ValueError, match="did not read 4"):
+        plot_words(PIXELS, other, FakeTokenizer(), depth=1)
 
 
-def test_lens_table_has_depths_up_and_positions_across(read):
-    lens, input_ids = read
-    figure = plot_lens(lens, Words(), input_ids, sample=1)
+def test_plot_lens_has_depths_up_and_positions_across(lens_and_ids):
+    lens, input_ids = lens_and_ids
+    figure = plot_lens(lens, FakeTokenizer(), input_ids, sample=1)
     axis = figure.axes[0]
-    table = lens.table(Words(), 1)
+    table = lens.table(FakeTokenizer(), 1)
     drawn = {text.get_position(): text.get_text() for text in axis.texts}
     for row, depth in enumerate(table.index):
         for column, position in enumerate(table.columns):
@@ -254,11 +255,11 @@ def test_lens_table_has_depths_up_and_positions_across(read):
     assert axis.get_ylim()[0] < axis.get_ylim()[1], "depth grows upwards"
 
 
-def test_tables_too_wide_to_read_are_refused(read, monkeypatch):
-    lens, input_ids = read
-    monkeypatch.setattr("probes.plots.WIDEST", 8)
-    with pytest.raises(ValueError, match="would have 9 columns, more than 8: read fewer positions"):
-        plot_lens(lens, Words(), input_ids)
+def test_plot_lens_with_too_many_columns_raises_value_error(lens_and_ids, monkeypatch):
+    lens, input_ids = lens_and_ids
+    monkeypatch.setattr("probes.plots.lens_words.MAX_TABLE_COLUMNS", 8)
+    with pytest.raises(ValueError, match="9 columns, more than 8"):
+        plot_lens(lens, FakeTokenizer(), input_ids)
 
 
 @pytest.mark.parametrize(
@@ -272,26 +273,26 @@ def test_tables_too_wide_to_read_are_refused(read, monkeypatch):
         ("$x$", "$x$"),
     ],
 )
-def test_every_word_can_be_drawn(read, word, shown):
-    lens, _ = read
+def test_plot_words_of_unusual_word_draws_printable_text(lens_and_ids, word, shown):
+    lens, _ = lens_and_ids
 
-    class One:
+    class OneWordTokenizer:
         def decode(self, ids):
             return word
 
-    figure = plot_words(PICTURE, lens, One(), depth=0)
+    figure = plot_words(PIXELS, lens, OneWordTokenizer(), depth=0)
     assert {text.get_text() for text in figure.axes[0].texts} == {shown}
     figure.draw_without_rendering()
 
 
-def test_a_notebook_shows_the_figure_without_pyplot(read):
-    lens, input_ids = read
-    figure = plot_lens(lens, Words(), input_ids)
+def test_figure_in_notebook_shows_as_png_without_pyplot(lens_and_ids):
+    lens, input_ids = lens_and_ids
+    figure = plot_lens(lens, FakeTokenizer(), input_ids)
     assert figure._repr_png_().startswith(b"\x89PNG")
 
 
-def test_drawn_later_it_keeps_its_style(make_llava, make_inputs):
-    """Ticks are made when a figure is drawn, long after the function has returned."""
+def test_plot_attention_drawn_under_other_style_keeps_own_style(make_llava, make_inputs):
+    """Matplotlib creates ticks when it draws a figure, after the function has returned."""
     model, inputs = make_llava(), make_inputs("left")
     with torch.no_grad(), record_attention(model, TokenMap.from_inputs(model, inputs)) as record:
         model(**inputs)
@@ -301,12 +302,12 @@ def test_drawn_later_it_keeps_its_style(make_llava, make_inputs):
     assert {label.get_fontsize() for label in figure.axes[-1].get_xticklabels()} == {7.5}
 
 
-def test_wrong_use_is_one_clear_line():
-    tokens = by_hand([Grid(0, 2, 2)])
+def test_plot_patches_with_invalid_arguments_raises_value_error():
+    tokens = token_map_of_grids([Grid(0, 2, 2)])
     for arguments, message in (
-        ((replace(tokens, places=None), {"a": torch.ones(7)}), "no places of visual tokens for a map made by hand"),
-        ((tokens, {"a": torch.ones(4)}), r"map 'a' has shape \[4\]: one value for each of 7 positions"),
+        ((replace(tokens, places=None), {"a": torch.ones(7)}), "no places of visual tokens"),
+        ((tokens, {"a": torch.ones(4)}), r"map 'a'.*\[4\].*7 positions"),
         ((tokens, {}), "no map to draw"),
     ):
         with pytest.raises(ValueError, match=message):
-            plot_patches(PICTURE, *arguments)
+            plot_patches(PIXELS, *arguments)

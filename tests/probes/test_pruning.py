@@ -9,40 +9,45 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from probes.attention.recording import record_attention
-from probes.pruning import fastv, kept_tokens, pyramid_drop, vtw
+from probes.pruning import count_kept_tokens, fastv, pyramid_drop, vtw
 from probes.tokens.token_map import TokenMap
-from tests.probes import by_hand
+from tests.probes import reference_llama
 
 Model = LlavaForConditionalGeneration
 Inputs = dict[str, Tensor]
 
 
-def close(actual: Tensor, expected: Tensor) -> None:
+def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
 
 
-def prune_by_hand(
+def prune_reference(
     model: Model, inputs: Inputs, row: int, vision: Tensor, counts: dict[int, int], queries: str
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Logits of a row whose layers from each key of `counts` on have that many visual tokens left; and what is gone."""
-    vision = vision[row, by_hand.live(inputs, row)]
-    cut: dict[int, Tensor] = {}
-    gone = torch.zeros_like(vision)
-    gone_from: dict[int, Tensor] = {}
+    """Run one row by plain tensor operations, and keep `counts[layer]` visual tokens from each such layer on.
 
-    def look(layer: int, weights: Tensor) -> None:
-        nonlocal gone
+    Returns the logits, and for each of the layers which positions are removed.
+    """
+    vision = vision[row, reference_llama.unpadded(inputs, row)]
+    hidden_edges: dict[int, Tensor] = {}
+    removed = torch.zeros_like(vision)
+    removed_from: dict[int, Tensor] = {}
+
+    def remove_least_attended(layer: int, weights: Tensor) -> None:
+        nonlocal removed
         if layer + 1 in counts:
             mean = weights[0].mean(0)
-            scores = mean[-1] if queries == "last" else mean[~gone].sum(0)
-            best = sorted((vision & ~gone).nonzero()[:, 0].tolist(), key=lambda place: -float(scores[place]))
-            gone = vision.clone()
-            gone[best[: counts[layer + 1]]] = False
-            gone_from[layer + 1] = gone
-        cut[layer + 1] = gone[None].expand(len(gone), -1)
+            scores = mean[-1] if queries == "last" else mean[~removed].sum(0)
+            remaining = (vision & ~removed).nonzero()[:, 0].tolist()
+            best = sorted(remaining, key=lambda position: -float(scores[position]))
+            removed = vision.clone()
+            removed[best[: counts[layer + 1]]] = False
+            removed_from[layer + 1] = removed
+        hidden_edges[layer + 1] = removed[None].expand(len(removed), -1)
 
-    logits, _ = by_hand.run(model, by_hand.embed(model, inputs, row), cut, look)
-    return logits, gone_from
+    embeddings = reference_llama.embed_row(model, inputs, row)
+    logits, _ = reference_llama.run_decoder(model, embeddings, hidden_edges, remove_least_attended)
+    return logits, removed_from
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -52,7 +57,7 @@ def prune_by_hand(
     ("counts", "queries"),
     [({1: 3}, "last"), ({2: 3}, "all"), ({1: 2, 2: 1}, "last"), ({1: 2, 2: 1}, "all"), ({1: 0}, "last")],
 )
-def test_the_most_attended_stay(
+def test_pruning_keeps_most_attended_tokens(
     make_llava: Callable[..., Model],
     make_inputs: Callable[..., Inputs],
     side: str,
@@ -61,7 +66,7 @@ def test_the_most_attended_stay(
     counts: dict[int, int],
     queries: Any,
 ) -> None:
-    """FastV and PyramidDrop, with a row that has no picture."""
+    """FastV and PyramidDrop equal the reference; one row has no image."""
     inputs, model = make_inputs(side), make_llava(implementation)
     tokens = TokenMap.from_inputs(model, inputs)
     share = counts[min(counts)] / 4
@@ -72,36 +77,36 @@ def test_the_most_attended_stay(
     with torch.no_grad(), pruning as receipt:
         logits = model(**inputs).logits
     for row in range(3):
-        live = by_hand.live(inputs, row)
-        expected, gone = prune_by_hand(model, inputs, row, tokens.mask("vision"), counts, queries)
-        stays = ~gone[max(gone)]
-        close(logits[row, live][stays], expected[stays])
+        unpadded = reference_llama.unpadded(inputs, row)
+        expected, removed = prune_reference(model, inputs, row, tokens.mask("vision"), counts, queries)
+        remaining = ~removed[max(removed)]
+        assert_close(logits[row, unpadded][remaining], expected[remaining])
         for effect, layer in zip(receipt, counts, strict=True):
-            assert torch.equal(effect.chosen[row, live], gone[layer])
+            assert torch.equal(effect.chosen[row, unpadded], removed[layer])
     assert [effect.tokens[layer] for effect, layer in zip(receipt, counts, strict=True)] == [
         2 * (4 - count) for count in counts.values()
     ]
 
 
 @pytest.mark.parametrize("queries", ["last", "all"])
-def test_without_padding_sdpa_gets_no_mask(
+def test_fastv_without_padding_ranks_as_reference(
     make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], queries: Any
 ) -> None:
-    """What later keys would have got from earlier queries must not count."""
+    """Without padding sdpa gets no mask, and weights from earlier queries to later keys must not count."""
     for seed in range(4):
         model = make_llava(seed=seed)
         inputs = {name: values[:1] for name, values in make_inputs().items()}
         tokens = TokenMap.from_inputs(model, inputs)
         with torch.no_grad(), fastv(model, tokens, 1, 0.5, queries) as receipt:
             model(**inputs)
-        _, gone = prune_by_hand(model, inputs, 0, tokens.mask("vision"), {1: 2}, queries)
-        assert torch.equal(receipt[0].chosen[0], gone[1])
+        _, removed = prune_reference(model, inputs, 0, tokens.mask("vision"), {1: 2}, queries)
+        assert torch.equal(receipt[0].chosen[0], removed[1])
 
 
-def test_selection_depends_on_the_attention(
+def test_fastv_with_other_ranking_keeps_other_tokens(
     make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
 ) -> None:
-    """The comparison by hand could not see that both always keep the first: here they keep different ones."""
+    """The comparison with the reference would pass if both always kept the first tokens, so rankings must differ."""
     inputs, model = make_inputs(), make_llava()
     tokens = TokenMap.from_inputs(model, inputs)
     kept = set()
@@ -114,10 +119,10 @@ def test_selection_depends_on_the_attention(
 
 @pytest.mark.parametrize("method", ["fastv", "pyramid_drop", "vtw"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
-def test_dropping_is_hiding_in_generation(
+def test_pruning_in_generation_gives_same_logits_by_mask_and_drop(
     make_llama: Callable[..., Any], make_rows: Callable[..., Inputs], method: str, options: dict[str, int]
 ) -> None:
-    """Eight left-padded rows with different numbers of visual tokens; the logits of every step."""
+    """Eight left-padded rows have different numbers of visual tokens; the logits of every step are compared."""
     inputs, model = make_rows([(i % 4, 2 + i, 9 - i) for i in range(8)], "left"), make_llama()
     del inputs["pixel_values"]
     tokens = TokenMap.from_inputs(model, inputs)
@@ -133,17 +138,19 @@ def test_dropping_is_hiding_in_generation(
                 **inputs, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True, **options
             )
         logits[how] = torch.stack(out.logits)
-        assert all(set(effect.calls.values()) == {4} for effect in receipt), "the prompt and three steps"
-    close(logits["mask"], logits["drop"])
+        assert all(set(effect.calls.values()) == {4} for effect in receipt), "the prompt and three decoding steps"
+    assert_close(logits["mask"], logits["drop"])
 
 
 @pytest.mark.parametrize("count", [1, 9, 36, 100, 576, 2880])
-def test_as_many_stay_as_the_share_says(count: int) -> None:
-    """Every share that is a whole number of tokens, whatever its rounding error: 0.53 of 100 are 53."""
-    assert [int(kept_tokens(torch.tensor(count), kept / count)) for kept in range(count)] == list(range(count))
+def test_count_kept_tokens_of_whole_number_share_returns_number(count: int) -> None:
+    """The rounding error of a share does not matter: 0.53 of 100 is 53."""
+    assert [int(count_kept_tokens(torch.tensor(count), kept / count)) for kept in range(count)] == list(range(count))
 
 
-def test_the_share_of_a_hundred(make_llama: Callable[..., Any], make_rows: Callable[..., Inputs]) -> None:
+def test_fastv_with_share_of_hundred_removes_exact_number(
+    make_llama: Callable[..., Any], make_rows: Callable[..., Inputs]
+) -> None:
     inputs, model = make_rows([(1, 100, 3), (2, 50, 3)], "left"), make_llama()
     del inputs["pixel_values"]
     with torch.no_grad(), fastv(model, TokenMap.from_inputs(model, inputs), 1, 0.53) as receipt:
@@ -151,8 +158,10 @@ def test_the_share_of_a_hundred(make_llama: Callable[..., Any], make_rows: Calla
     assert receipt[0].chosen.sum(dim=1).tolist() == [47, 24]
 
 
-def test_layers_do_less_work(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
-    """13 positions, in rows of 4, 4 and 0 visual tokens that are halved twice."""
+def test_pyramid_drop_runs_layers_on_fewer_tokens(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
+    """Of 13 positions, 4 are visual tokens, which are halved twice."""
     inputs, model = make_inputs(), make_llava()
     tokens = TokenMap.from_inputs(model, inputs)
     inputs, tokens = {name: values[:1] for name, values in inputs.items()}, TokenMap(tokens.labels[:1])
@@ -166,8 +175,10 @@ def test_layers_do_less_work(make_llava: Callable[..., Model], make_inputs: Call
     assert past.get_seq_length(1) == 13
 
 
-def test_recording_beside_a_pruning(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
-    """One's own record does not get in the way of the ranking, nor the other way round."""
+def test_fastv_beside_recording_is_unchanged(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
+    """Neither the recording nor the ranking changes the other."""
     inputs, model = make_inputs(), make_llava()
     tokens = TokenMap.from_inputs(model, inputs)
     with torch.no_grad():
@@ -185,15 +196,15 @@ def test_recording_beside_a_pruning(make_llava: Callable[..., Model], make_input
 @pytest.mark.parametrize(
     ("layers", "keep", "message"),
     [
-        ([0, 2], 0.5, r"layers \[0, 2\] cannot drop by the attention before them"),
+        ([0, 2], 0.5, r"layers \[0, 2\] cannot drop"),
         ([2, 1], 0.5, r"layers \[2, 1\] cannot drop"),
         ([], 0.5, r"layers \[\] cannot drop"),
-        ([3], 0.5, r"layers \[3\] are outside the model"),
-        ([1], 1.0, r"keep=1.0 is no share that drops anything"),
-        ([1], -0.1, r"keep=-0.1 is no share"),
+        ([3], 0.5, r"layers \[3\] are outside"),
+        ([1], 1.0, r"keep=1\.0"),
+        ([1], -0.1, r"keep=-0\.1"),
     ],
 )
-def test_bad_input(
+def test_pyramid_drop_with_invalid_arguments_raises_value_error(
     make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], layers: list[int], keep: float, message: str
 ) -> None:
     model = make_llava()
@@ -201,10 +212,12 @@ def test_bad_input(
         pyramid_drop(model, TokenMap.from_inputs(model, make_inputs()), layers, keep).__enter__()
 
 
-def test_a_chunked_prompt_cannot_choose(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+def test_fastv_with_chunked_prompt_raises_value_error(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
     model = make_llava()
     inputs = {name: values[:1] for name, values in make_inputs().items()}
     tokens = TokenMap.from_inputs(model, inputs)
-    told = pytest.raises(ValueError, match="only if the whole prompt runs in one call")
-    with told, torch.no_grad(), fastv(model, tokens, 1, 0.5):
+    raises = pytest.raises(ValueError, match=r"whole prompt.*one call")
+    with raises, torch.no_grad(), fastv(model, tokens, 1, 0.5):
         model.get_decoder()(input_ids=inputs["input_ids"][:, :9], use_cache=True)

@@ -23,8 +23,8 @@ def inputs(make_inputs: Make) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("start", range(LAYERS))
-def test_the_same_to_the_bit(make_llava: Make, inputs: Any, attention: str, start: int) -> None:
-    """Whichever of the starts the run goes back to, and whatever is done from there on."""
+def test_replay_from_start_gives_identical_logits(make_llava: Make, inputs: Any, attention: str, start: int) -> None:
+    """The logits equal those of a full run under the same intervention, for any start and any intervention after it."""
     model = make_llava(attention)
     tokens = TokenMap.from_inputs(model, inputs)
     later = range(start, LAYERS)
@@ -34,61 +34,61 @@ def test_the_same_to_the_bit(make_llava: Make, inputs: Any, attention: str, star
         RemoveTokens("vision", [start]),
         BlockAttention("vision", "instruction", [LAYERS - 1]),
     ]
-    with torch.no_grad(), replay(model, range(LAYERS)) as since:
+    with torch.no_grad(), replay(model, range(LAYERS)) as resume_from:
         intact = model(**inputs).logits
         for change in changes:
             with intervene(model, tokens, change):
                 expected = model(**inputs).logits
-            with since(start), intervene(model, tokens, change):
-                found = model(**inputs).logits
-            assert torch.equal(found, expected)
-            assert not torch.equal(found, intact)
+            with resume_from(start), intervene(model, tokens, change):
+                logits = model(**inputs).logits
+            assert torch.equal(logits, expected)
+            assert not torch.equal(logits, intact)
 
 
-def test_layers_ahead_do_not_run(make_llava: Make, inputs: Any) -> None:
+def test_replay_from_start_skips_layers_before_it(make_llava: Make, inputs: Any) -> None:
     model = make_llava("sdpa")
     layers = decoder_layers(find_decoder(model))
-    ran: list[int] = []
+    runs: list[int] = []
     with ExitStack() as stack, torch.no_grad():
         for number, layer in enumerate(layers):
-            stack.callback(layer.mlp.register_forward_hook(lambda *_, number=number: ran.append(number)).remove)
-        with replay(model, [0, 1, 2, LAYERS]) as since:
-            for start in (2, 1, 2, 0):  # nothing is kept before the first run: it is whole
-                with since(start):
+            stack.callback(layer.mlp.register_forward_hook(lambda *_, number=number: runs.append(number)).remove)
+        with replay(model, [0, 1, 2, LAYERS]) as resume_from:
+            for start in (2, 1, 2, 0):  # the first run is complete, as nothing is stored before it
+                with resume_from(start):
                     model(**inputs)
-    assert ran == [0, 1, 2, 1, 2, 2, 0, 1, 2]
+    assert runs == [0, 1, 2, 1, 2, 2, 0, 1, 2]
 
 
-def test_the_first_run_is_what_is_repeated(make_llava: Make, inputs: Any) -> None:
+def test_replay_after_changed_run_repeats_first_run(make_llava: Make, inputs: Any) -> None:
     model = make_llava("sdpa")
     tokens = TokenMap.from_inputs(model, inputs)
-    with torch.no_grad(), replay(model, [1]) as since:
+    with torch.no_grad(), replay(model, [1]) as resume_from:
         intact = model(**inputs).logits
         with intervene(model, tokens, RemoveTokens("vision", [0])):
             model(**inputs)
-        with since(1):
+        with resume_from(1):
             assert torch.equal(model(**inputs).logits, intact)
 
 
-def test_nothing_stays_behind(make_llava: Make, inputs: Any) -> None:
+def test_replay_after_exception_leaves_layers_unchanged(make_llava: Make, inputs: Any) -> None:
     model = make_llava("sdpa")
     layers = decoder_layers(find_decoder(model))
-    layers[0].forward = own = layers[0].forward  # as accelerate has it, where weights are offloaded
-    with torch.no_grad(), replay(model, [2]) as since:
+    layers[0].forward = own_forward = layers[0].forward  # accelerate sets it on the module to offload weights
+    with torch.no_grad(), replay(model, [2]) as resume_from:
         model(**inputs)
-        with pytest.raises(RuntimeError, match="stop"), since(2):
+        with pytest.raises(RuntimeError, match="stop"), resume_from(2):
             raise RuntimeError("stop")
-    assert layers[0].forward is own
+    assert layers[0].forward is own_forward
     assert all("forward" not in vars(layer) for layer in layers[1:])
     assert not any(layer._forward_hooks for layer in layers)
 
 
-def test_another_call_and_starts_outside_are_refused(make_llava: Make, inputs: Any) -> None:
+def test_replay_with_other_call_or_start_outside_raises_value_error(make_llava: Make, inputs: Any) -> None:
     model = make_llava("sdpa")
     alone = {"input_ids": torch.tensor([[1, 2, 3]])}
-    with torch.no_grad(), replay(model, [1]) as since:
+    with torch.no_grad(), replay(model, [1]) as resume_from:
         model(**inputs)
-        with pytest.raises(ValueError, match=r"\[1, 3, 32\] \(batch, length, width\) cannot take up"), since(1):
+        with pytest.raises(ValueError, match=r"\[1, 3, 32\]"), resume_from(1):
             model(**alone)
         model(**alone)
     with pytest.raises(ValueError, match=r"layers .4. are outside the model"), replay(model, [4]):
