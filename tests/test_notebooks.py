@@ -1,4 +1,4 @@
-"""Every code cell of every notebook runs, in order, in one namespace, and what it shows can be drawn."""
+"""The code cells of every notebook run in order, and the figures that they show can be drawn."""
 
 import ast
 import json
@@ -12,26 +12,27 @@ NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.i
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_cells_run(path):
+def test_notebook_cells_run_and_draw_their_figures(path):
+    """All cells share one namespace."""
     matplotlib.use("Agg")
     namespace: dict = {}
     for cell in json.loads(path.read_text())["cells"]:
         if cell["cell_type"] != "code":
             continue
-        assert not cell["outputs"], "committed without outputs"
+        assert not cell["outputs"], "notebooks are committed without outputs"
         tree = ast.parse("".join(cell["source"]), path.name)
-        # A notebook shows the value of a cell's last expression.
+        # Evaluate the last expression separately: a notebook shows its value.
         last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else ast.parse("None").body[0]
         exec(compile(tree, path.name, "exec"), namespace)
         value = eval(compile(ast.Expression(last.value), path.name, "eval"), namespace)
         if hasattr(value, "_repr_png_"):
-            assert value._repr_png_(), "a picture or a figure that shows itself"
+            assert value._repr_png_(), "an image or figure that draws itself"
     plt.close("all")
 
 
-def test_the_lines_to_change_for_a_model_of_ones_own_are_marked():
-    marked = {"attention_analysis": ("# 7B:", 2), "ablation_tables": ("# yours:", 1), "smol_study": ("# yours:", 1)}
+def test_notebook_marks_lines_to_change_for_own_model():
+    marks = {"attention_analysis": ("# 7B:", 2), "ablation_tables": ("# yours:", 1), "smol_study": ("# yours:", 1)}
     for path in NOTEBOOKS:
-        mark, count = marked[path.stem]
+        mark, count = marks[path.stem]
         code = [cell["source"] for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
         assert sum(mark in line for lines in code for line in lines) == count

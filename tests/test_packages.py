@@ -1,4 +1,4 @@
-"""What may import what, and what an import costs."""
+"""Import rules between the packages, and the cost of importing them."""
 
 import ast
 import subprocess
@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = {"llava_mini", "probes", "experiments", "conf"}
+OWN_PACKAGES = {"llava_mini", "probes", "experiments", "conf"}
 
 
-def imported(source: Path) -> set[str]:
+def imported_packages(source: Path) -> set[str]:
+    """Return the top-level packages that a source file imports."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.Import):
@@ -22,14 +23,14 @@ def imported(source: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("package", ["llava_mini", "probes"])
-def test_the_packages_below_know_nothing_of_the_others(package):
+def test_library_package_imports_no_other_own_package(package):
     for source in (ROOT / package).rglob("*.py"):
-        assert not imported(source) & (OURS - {package}), source
+        assert not imported_packages(source) & (OWN_PACKAGES - {package}), source
 
 
 @pytest.mark.parametrize("package", ["llava_mini", "probes"])
-def test_import_needs_neither_hydra_nor_what_only_some_use(package):
-    """lmms-eval cannot live beside Hydra, and the other libraries take seconds to import."""
+def test_library_import_without_hydra_works_and_loads_no_optional_library(package):
+    """lmms-eval cannot be installed beside Hydra, and the optional libraries take seconds to import."""
     code = f"""
 import sys
 for name in ("hydra", "omegaconf"):
@@ -42,7 +43,8 @@ assert not heavy, heavy
     assert done.returncode == 0, done.stderr
 
 
-def test_a_misspelt_key_costs_no_wait_for_torch():
+def test_command_line_import_does_not_load_torch():
+    """An error in a configuration key is reported before the seconds that torch takes to import."""
     code = "import sys; import experiments.run, experiments.config.schema; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
