@@ -1,4 +1,4 @@
-"""`python -m experiments.report`: every record found becomes tables, figures and one page."""
+"""Write the report of a results folder: tables, figures and one HTML page."""
 
 from __future__ import annotations
 
@@ -8,34 +8,52 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.records.files import load
-from experiments.report import request
-from experiments.report.build import write
+from experiments.records.files import Records, load_records
+from experiments.report.build import write_report
+from experiments.report.request import parse_request
+from experiments.report.results import Report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the report. Returns the exit status: 1 if what was asked for is not there or the folder cannot be written."""
+    """Run `python -m experiments.report`.
+
+    Args:
+        argv: Command-line arguments, those of the process by default.
+
+    Returns:
+        The exit status: 1 if the request selects nothing or the folder cannot be written.
+    """
     parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__)
     parser.add_argument(
-        "--results", type=Path, default=Path("results"), help="folder that holds records/ (%(default)s)"
+        "--results", type=Path, default=Path("results"), help="folder that holds records/ (default: %(default)s)"
     )
-    parser.add_argument("--out", type=Path, default=None, help="where the report goes (RESULTS/report)")
+    parser.add_argument("--out", type=Path, default=None, help="folder to write to (default: RESULTS/report)")
     parser.add_argument(
-        "asked",
+        "request",
         nargs="*",
         metavar="KEY=VALUE",
-        help="experiment=NAME,... reports on these tables alone; other settings choose among their cells: train.steps=60",
+        help="experiment=NAME,... limits the report to these tables; other settings, such as train.steps=60, select "
+        "among their records",
     )
     arguments = parser.parse_args(argv)
     out = arguments.out or arguments.results / "report"
     try:
-        write(load(arguments.results / "records"), out, request.parse(arguments.asked))
+        records = load_records(arguments.results / "records")
+        request = parse_request(arguments.request)
+        _warn_unreadable(records)
+        write_report(Report(records, request), out)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
+def _warn_unreadable(records: Records) -> None:
+    if records.unreadable:
+        files = "; ".join(f"{entry.name}: {entry.reason}" for entry in records.unreadable)
+        print(f"warning: {len(records.unreadable)} record(s) left out: {files}", file=sys.stderr)
+
+
 if __name__ == "__main__":
-    gc.disable()  # the program ends before what it would collect is worth the search
+    gc.disable()  # the process ends soon, so collecting garbage costs more time than it saves memory
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Studies: an experiment's rows filled with the cells that belong to them, and how the rows compare."""
+"""Results of an experiment: the rows of its table filled with runs, and how the rows compare."""
 
 from __future__ import annotations
 
@@ -12,101 +12,117 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
-from experiments.records.views import Record, outcomes, seed, started
-from experiments.report.experiment_specs import Definition, Setting
-from experiments.report.run_groups import Cell
-from experiments.report.statistics import LEVEL, Interval, difference_interval, holm, paired_test
+from experiments.records.views import Record, parse_outcomes, record_seed, start_time
+from experiments.report.experiment_specs import ExperimentSpec, RowSettings
+from experiments.report.run_groups import RunGroup
+from experiments.report.statistics import CONFIDENCE_LEVEL, Interval, difference_interval, holm, paired_test
 
-ALPHA = 1 - LEVEL
-RULE = (
+ALPHA = 1 - CONFIDENCE_LEVEL
+DIFFERENCE_RULE = (
     "p below 0.05 in an exact paired test over examples, and a 95% bootstrap interval over examples and seeds that "
-    "leaves zero out"
+    "excludes zero"
 )
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row of a study: its place, its settings and its cell, None where none of its seeds was run.
+class ResultRow:
+    """One row of an experiment's table with its runs.
 
-    `absent` are seeds that other rows have and this one does not.
+    Args:
+        number: Position of the row in the table, from 0.
+        settings: Label, settings and printed values of the row.
+        runs: Records of the row over its seeds; None if no seed was run.
+        missing_seeds: Seeds that other rows have and this one does not.
     """
 
     number: int
-    setting: Setting
-    cell: Cell | None
-    absent: tuple[Any, ...]
+    settings: RowSettings
+    runs: RunGroup | None
+    missing_seeds: tuple[Any, ...]
 
     @property
     def label(self) -> str:
-        return self.setting.label
+        """Label of the row in tables and figures."""
+        return self.settings.label
 
     @property
     def finished(self) -> bool:
-        return self.cell is not None and bool(self.cell.finished)
+        """Whether at least one seed is finished."""
+        return self.runs is not None and bool(self.runs.finished)
 
     @property
-    def state(self) -> str:
-        """ "finished" where a seed is, else "failed" or "not run"."""
-        return "not run" if self.cell is None else "finished" if self.finished else "failed"
+    def status(self) -> str:
+        """ "finished" if at least one seed is, else "failed" or "not run"."""
+        return "not run" if self.runs is None else "finished" if self.finished else "failed"
 
     @property
-    def identity(self) -> str:
-        """Of its first record, "" where there is none."""
-        return self.cell.records[0]["id"] if self.cell is not None else ""
+    def first_record_id(self) -> str:
+        """Identity of the first record, "" if there is none."""
+        return self.runs.records[0]["id"] if self.runs is not None else ""
 
     @functools.cached_property
     def outcomes(self) -> Integer[np.ndarray, "seeds examples"]:
-        """0/1 outcomes [seeds, examples]. Raises ValueError if no seed is finished."""
-        found = self.cell.outcomes() if self.cell is not None else None
-        if found is None:
-            raise ValueError(f"row '{self.label}' is {self.state}")
-        return found
+        """0/1 outcomes [seeds, examples].
+
+        Raises:
+            ValueError: if no seed is finished.
+        """
+        matrix = self.runs.outcomes() if self.runs is not None else None
+        if matrix is None:
+            raise ValueError(f"row '{self.label}' has no outcomes: it is {self.status}")
+        return matrix
 
 
 @dataclass(frozen=True)
-class Study:
-    """An experiment's table over one family of cells: those that differ in nothing but what the rows name.
+class ExperimentResults:
+    """An experiment's table over one family of runs: those that differ only in what the rows name.
 
-    `left_out` says of each other family that this experiment was run with what sets it apart.
+    Args:
+        spec: The experiment's rows, as conf/experiment/ defines them.
+        rows: One entry for each row, in the table's order.
+        excluded_families: For each other family of this experiment, the settings that set it apart.
     """
 
-    definition: Definition
-    rows: tuple[Row, ...]
-    left_out: tuple[str, ...] = ()
+    spec: ExperimentSpec
+    rows: tuple[ResultRow, ...]
+    excluded_families: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        return self.definition.name
+        """Name of the experiment."""
+        return self.spec.name
 
     @property
-    def finished(self) -> tuple[Row, ...]:
+    def finished_rows(self) -> tuple[ResultRow, ...]:
+        """The rows with at least one finished seed."""
         return tuple(row for row in self.rows if row.finished)
 
     @property
     def records(self) -> tuple[Record, ...]:
-        return tuple(record for row in self.rows if row.cell is not None for record in row.cell.records)
+        """The records of all rows."""
+        return tuple(record for row in self.rows if row.runs is not None for record in row.runs.records)
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The configuration of some cell, by dotted keys: what the rows do not name is that of all."""
-        return next(row.cell for row in self.rows if row.cell is not None).config
+        """Configuration of the first run by dotted keys; settings that the rows do not name are the same in all runs."""
+        return next(row.runs for row in self.rows if row.runs is not None).config
 
     @functools.cached_property
     def seeds(self) -> tuple[Any, ...]:
-        """The seeds that any row has."""
-        return tuple(sorted({seed(record) for record in self.records}, key=str))
+        """The seeds that at least one row has."""
+        return tuple(sorted({record_seed(record) for record in self.records}, key=str))
 
-    def comparable(self, first: Row, second: Row) -> bool:
-        """Whether both are finished, on as many examples: the nth of either is then taken together."""
+    def comparable(self, first: ResultRow, second: ResultRow) -> bool:
+        """Return whether both rows are finished with equally many examples, so that examples can be paired by index."""
         return first.finished and second.finished and first.outcomes.shape[1] == second.outcomes.shape[1]
 
-    def difference(self, first: Row, second: Row) -> Interval:
-        """Accuracy of the first less that of the second, with a 95% interval over examples and seeds.
+    def difference(self, first: ResultRow, second: ResultRow) -> Interval:
+        """Return the accuracy of the first row minus that of the second, with a 95% interval over examples and seeds.
 
-        It depends on the two cells alone, so that it is the same in every table and with its sign turned the other way
-        round.
+        The result depends only on the runs of the two rows. It is therefore the same in every table, and swapping the
+        rows only flips its sign.
         """
-        if first.identity > second.identity:
+        if first.first_record_id > second.first_record_id:
             mean, low, high = self.difference(second, first)
             return Interval(-mean, -high, -low)
         pair = first.number, second.number
@@ -114,127 +130,148 @@ class Study:
             self._differences[pair] = difference_interval(first.outcomes, second.outcomes)
         return self._differences[pair]
 
-    def p_value(self, first: Row, second: Row) -> float:
-        """Of the exact paired test of the two accuracies, two-sided and not corrected."""
+    def p_value(self, first: ResultRow, second: ResultRow) -> float:
+        """Return the p-value of the exact paired test of the two accuracies, two-sided and uncorrected."""
         return paired_test(first.outcomes, second.outcomes)
 
-    def differ(self, first: Row, second: Row, p_value: float) -> bool:
-        """The rule of all tables: p below 0.05, and an interval over examples and seeds that leaves zero out."""
-        found = self.difference(first, second)
-        return p_value < ALPHA and not found.low <= 0 <= found.high
+    def is_significant(self, first: ResultRow, second: ResultRow, p_value: float) -> bool:
+        """Return whether two rows differ by `DIFFERENCE_RULE`: p < 0.05 and an interval that excludes zero."""
+        interval = self.difference(first, second)
+        return p_value < ALPHA and not interval.low <= 0 <= interval.high
 
-    def p_corrected(self, pairs: Sequence[tuple[Row, Row]]) -> list[float | None]:
-        """P-values of comparable pairs corrected (Holm) for their number; None where a pair is not comparable."""
+    def holm_p_values(self, pairs: Sequence[tuple[ResultRow, ResultRow]]) -> list[float | None]:
+        """Return the p-value of each pair, Holm-corrected for the number of comparable pairs; None if not comparable."""
         compared = [pair for pair in pairs if self.comparable(*pair)]
-        found = iter(holm([self.p_value(*pair) for pair in compared]))
-        return [next(found) if self.comparable(*pair) else None for pair in pairs]
+        corrected = iter(holm([self.p_value(*pair) for pair in compared]))
+        return [next(corrected) if self.comparable(*pair) else None for pair in pairs]
 
     @functools.cached_property
-    def ranked(self) -> tuple[Row, ...]:
-        """The finished rows, the highest accuracy first."""
-        return tuple(sorted(self.finished, key=lambda row: -row.outcomes.mean()))
+    def ranked_rows(self) -> tuple[ResultRow, ...]:
+        """The finished rows by accuracy, highest first."""
+        return tuple(sorted(self.finished_rows, key=lambda row: -row.outcomes.mean()))
 
     @functools.cached_property
-    def best(self) -> Row | None:
+    def best_row(self) -> ResultRow | None:
         """The row with the highest accuracy if it differs from every other finished row by the rule, else None.
 
         All tests must agree, so their p-values need no correction.
         """
-        if len(self.finished) < 2:
+        if len(self.finished_rows) < 2:
             return None
-        first, *others = self.ranked
-        ahead = (self.comparable(first, o) and self.differ(first, o, self.p_value(first, o)) for o in others)
-        return first if all(ahead) else None
+        first, *others = self.ranked_rows
+        beats_others = (
+            self.comparable(first, other) and self.is_significant(first, other, self.p_value(first, other))
+            for other in others
+        )
+        return first if all(beats_others) else None
 
     @functools.cached_property
     def _differences(self) -> dict[tuple[int, int], Interval]:
         return {}
 
 
-def study_of(definition: Definition, cells: Iterable[Cell], asked: bool = False) -> Study | None:
-    """The study of an experiment over the family that has most of its cells finished (of equals the newest).
+def match_results(
+    spec: ExperimentSpec, groups: Iterable[RunGroup], requested: bool = False
+) -> ExperimentResults | None:
+    """Fill the rows of an experiment with the runs that have their settings.
 
-    A family counts if one of its records was made for this experiment, if it has all rows finished, or, where the
-    experiment is `asked` for by name, in any case. None if there is no such family.
+    Runs form families that differ only in what the rows name. The family with most finished runs is shown; among equals
+    the newest. A family counts if one of its records was made for this experiment or if all its rows are finished.
+
+    Args:
+        spec: The experiment's rows.
+        groups: All run groups of a results folder.
+        requested: Whether the user named the experiment; then every family counts.
+
+    Returns:
+        The results, or None if no family counts.
     """
-    families: dict[frozenset[tuple[str, str]], list[Cell]] = defaultdict(list)
-    for cell in cells:
-        if all(key in cell.config for key in definition.keys):
-            rest = {(key, repr(value)) for key, value in cell.config.items() if not definition.leaves_open(key)}
-            families[frozenset(rest)].append(cell)
-    found = []
+    families: dict[frozenset[tuple[str, str]], list[RunGroup]] = defaultdict(list)
+    for group in groups:
+        if all(key in group.config for key in spec.setting_keys):
+            rest = {(key, repr(value)) for key, value in group.config.items() if not spec.may_vary(key)}
+            families[frozenset(rest)].append(group)
+    candidates = []
     for family in families.values():
         try:
-            settings = definition.settings(family[0].config)
-        except ValueError:  # a size that scales with a grid this configuration does not say: no row ran with it
+            settings = spec.resolve_rows(family[0].config)
+        except ValueError:  # a size scales with a grid that this configuration lacks: it belongs to no row
             continue
-        for alike in _same_data(family, definition):
-            placed = [_newest(cell for cell in alike if _has(cell, setting.values)) for setting in settings]
-            if any(placed):
-                found.append((settings, placed))
-    counted = [(settings, placed) for settings, placed in found if asked or _meant(definition, placed)]
+        for same_data in _split_by_data(family, spec):
+            runs = [_newest_group(group for group in same_data if _has_settings(group, s.values)) for s in settings]
+            if any(runs):
+                candidates.append((settings, runs))
+    counted = [(settings, runs) for settings, runs in candidates if requested or _belongs_to_experiment(spec, runs)]
     if not counted:
         return None
-    counted.sort(key=lambda entry: _weight(entry[1]), reverse=True)
-    settings, placed = counted[0]
-    seeds = sorted({seed(record) for cell in placed if cell for record in cell.records}, key=str)
+    counted.sort(key=lambda entry: _completeness(entry[1]), reverse=True)
+    settings, runs = counted[0]
+    seeds = sorted({record_seed(record) for group in runs if group for record in group.records}, key=str)
     rows = tuple(
-        Row(number, setting, cell, tuple(s for s in seeds if cell is None or s not in map(seed, cell.records)))
-        for number, (setting, cell) in enumerate(zip(settings, placed, strict=True))
+        ResultRow(
+            number, row, group, tuple(s for s in seeds if group is None or s not in map(record_seed, group.records))
+        )
+        for number, (row, group) in enumerate(zip(settings, runs, strict=True))
     )
-    left_out = [_apart(definition, placed, other) for _, other in counted[1:]]
-    return Study(definition, rows, tuple(left_out))
+    excluded = [_describe_difference(spec, runs, other) for _, other in counted[1:]]
+    return ExperimentResults(spec, rows, tuple(excluded))
 
 
-def _same_data(family: Sequence[Cell], definition: Definition) -> list[list[Cell]]:
-    """Cells of one configuration on other data are families of their own, unless the rows are about the data."""
-    prints = sorted({cell.fingerprint for cell in family if cell.finished})
-    if len(prints) < 2 or any(key.startswith("data.") for key in definition.keys):
+def blind_accuracies(results: ExperimentResults) -> dict[str, float]:
+    """Return the mean outcomes (0 to 1) of the blind controls by label, as far as they were recorded.
+
+    The controls are the text-only guess, and a blank image with the first row that measured it.
+    """
+    accuracies: dict[str, float] = {}
+    for row in results.finished_rows:
+        assert row.runs is not None
+        guess, blank = row.runs.finished[0]["data"].get("guess"), row.runs.outcomes("blank")
+        if guess is not None:
+            accuracies.setdefault("text-only guess", float(parse_outcomes(guess).mean()))
+        if blank is not None and not any("blank" in name for name in accuracies):
+            accuracies[f"{row.label}, blank image"] = float(blank.mean())
+    return accuracies
+
+
+def _split_by_data(family: Sequence[RunGroup], spec: ExperimentSpec) -> list[list[RunGroup]]:
+    """Split a family by the data of its runs, unless the experiment's rows vary the data."""
+    fingerprints = sorted({group.fingerprint for group in family if group.finished})
+    if len(fingerprints) < 2 or any(key.startswith("data.") for key in spec.setting_keys):
         return [list(family)]
-    return [[cell for cell in family if cell.fingerprint in (name, "")] for name in prints]
+    return [[group for group in family if group.fingerprint in (name, "")] for name in fingerprints]
 
 
-def _has(cell: Cell, values: Mapping[str, Any]) -> bool:
-    return all(cell.config[key] == value for key, value in values.items())
+def _has_settings(group: RunGroup, values: Mapping[str, Any]) -> bool:
+    return all(group.config[key] == value for key, value in values.items())
 
 
-def _newest(cells: Iterable[Cell]) -> Cell | None:
-    return max(cells, key=_age, default=None)
+def _newest_group(groups: Iterable[RunGroup]) -> RunGroup | None:
+    return max(groups, key=_recency, default=None)
 
 
-def _age(cell: Cell) -> tuple[bool, str, str]:
-    return bool(cell.finished), max(map(started, cell.records)), cell.records[0]["id"]
+def _recency(group: RunGroup) -> tuple[bool, str, str]:
+    """Return a sort key: unfinished groups first, then by start time, then by identity."""
+    return bool(group.finished), max(map(start_time, group.records)), group.records[0]["id"]
 
 
-def _meant(definition: Definition, placed: Sequence[Cell | None]) -> bool:
-    whole = all(cell is not None and cell.finished for cell in placed)
-    return whole or any(r["experiment"] == definition.name for cell in placed if cell for r in cell.records)
+def _belongs_to_experiment(spec: ExperimentSpec, runs: Sequence[RunGroup | None]) -> bool:
+    complete = all(group is not None and group.finished for group in runs)
+    return complete or any(r["experiment"] == spec.name for group in runs if group for r in group.records)
 
 
-def _weight(placed: Sequence[Cell | None]) -> tuple[int, tuple[bool, str, str]]:
-    cells = [cell for cell in placed if cell is not None]
-    return sum(len(cell.finished) for cell in cells), max(map(_age, cells))
+def _completeness(runs: Sequence[RunGroup | None]) -> tuple[int, tuple[bool, str, str]]:
+    """Return a sort key: number of finished records, then recency."""
+    groups = [group for group in runs if group is not None]
+    return sum(len(group.finished) for group in groups), max(map(_recency, groups))
 
 
-def _apart(definition: Definition, placed: Sequence[Cell | None], others: Sequence[Cell | None]) -> str:
-    """What sets the cells of another family apart, as settings."""
-    here, there = (next(cell for cell in cells if cell is not None) for cells in (placed, others))
-    keys = sorted(key for key in here.config.keys() | there.config.keys() if not definition.leaves_open(key))
+def _describe_difference(
+    spec: ExperimentSpec, runs: Sequence[RunGroup | None], others: Sequence[RunGroup | None]
+) -> str:
+    """Return the settings that set another family apart, as "key=value, ..."."""
+    here, there = (next(group for group in groups if group is not None) for groups in (runs, others))
+    keys = sorted(key for key in here.config.keys() | there.config.keys() if not spec.may_vary(key))
     different = [key for key in keys if here.config.get(key, math.nan) != there.config.get(key, math.nan)]
     return (
         ", ".join(f"{key}={there.config.get(key, 'unset')}" for key in different) or "the same settings on other data"
     )
-
-
-def references(study: Study) -> dict[str, float]:
-    """Mean outcomes (0 to 1) without sight: a guess from the text alone, and the first row that measured it with a blank
-    picture, where they were recorded."""
-    found: dict[str, float] = {}
-    for row in study.finished:
-        assert row.cell is not None
-        guess, blank = row.cell.finished[0]["data"].get("guess"), row.cell.outcomes("blank")
-        if guess is not None:
-            found.setdefault("text-only guess", float(outcomes(guess).mean()))
-        if blank is not None and not any("blank" in name for name in found):
-            found[f"{row.label}, blank picture"] = float(blank.mean())
-    return found

@@ -1,4 +1,4 @@
-"""The tables that conf/experiment/ defines by their rows, read as plain YAML: no configuration is composed."""
+"""Experiment specs: the rows of each table, read from conf/experiment/ as plain YAML without composing configurations."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.config import rows
+from experiments.config import rows as table_rows
 
-FOLDER = Path(str(resources.files("conf"))) / "experiment"
+SPEC_FOLDER = Path(str(resources.files("conf"))) / "experiment"
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
-_SCALED = re.compile(r"^\$\{scaled:\$\{model\.grid\}, *(\d+)(?:, *(\d+))?\}$")
+_SCALED_SIZE = re.compile(r"^\$\{scaled:\$\{model\.grid\}, *(\d+)(?:, *(\d+))?\}$")
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One or more rows of a definition that are the same settings on a model: their labels joined."""
+class RowSettings:
+    """Settings of one table row on a given model.
+
+    Args:
+        label: The row's label. If several rows have the same settings on this model, their labels are joined.
+        values: Dotted keys of the configuration with their values.
+        paper: For each joined row, the values that the paper prints, by benchmark.
+    """
 
     label: str
     values: Mapping[str, Any]
@@ -30,122 +36,144 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Definition:
-    """A table before it has records: the rows of `conf/experiment/<name>.yaml`, its title from the comment on top."""
+class ExperimentSpec:
+    """The table that an experiment defines, before it has records.
+
+    Args:
+        name: Name of the experiment: its file is conf/experiment/<name>.yaml.
+        title: First sentence of the comment at the top of that file.
+        rows: The rows of the table.
+    """
 
     name: str
     title: str
-    rows: tuple[rows.Row, ...]
+    rows: tuple[table_rows.TableRow, ...]
 
     @property
-    def keys(self) -> tuple[str, ...]:
-        """What the rows name, as dotted keys of a configuration."""
+    def setting_keys(self) -> tuple[str, ...]:
+        """Dotted keys of the settings that the rows name."""
         return tuple(self.rows[0].settings)
 
-    def leaves_open(self, key: str) -> bool:
-        """Whether cells of this table may differ in this key: its rows name it, or a budget that they name chose it."""
-        budgeted = any(named.startswith("budget.") for named in self.keys)
-        return key in self.keys or (budgeted and key.startswith(("compressor.", "reduction.")))
+    def may_vary(self, key: str) -> bool:
+        """Return whether runs of this table may differ in a dotted key.
 
-    def settings(self, config: Mapping[str, Any]) -> tuple[Setting, ...]:
-        """The rows on the model of a configuration (dotted keys), in order; those that coincide there are one.
+        They may if the rows name the key, or if a budget that the rows name chose its value.
+        """
+        names_budget = any(named.startswith("budget.") for named in self.setting_keys)
+        return key in self.setting_keys or (names_budget and key.startswith(("compressor.", "reduction.")))
+
+    def resolve_rows(self, config: Mapping[str, Any]) -> tuple[RowSettings, ...]:
+        """Return the rows on the model of a configuration, in order; rows with equal settings are merged.
+
+        Args:
+            config: A configuration by dotted keys.
 
         Raises:
-            ValueError: if a row needs something of the configuration that it does not have.
+            ValueError: if a row refers to a key that the configuration lacks.
         """
-        referred = {key: config[key] for key in self._references if key in config}
-        kept = repr(sorted(referred.items()))
-        if kept not in self._settings:
-            self._settings[kept] = self._resolve(referred)
-        return self._settings[kept]
+        referenced = {key: config[key] for key in self._referenced_keys if key in config}
+        cache_key = repr(sorted(referenced.items()))
+        if cache_key not in self._resolved:
+            self._resolved[cache_key] = self._resolve(referenced)
+        return self._resolved[cache_key]
 
     @functools.cached_property
-    def _references(self) -> frozenset[str]:
+    def _referenced_keys(self) -> frozenset[str]:
         """The keys of a configuration that the rows' values refer to."""
-        return frozenset(_REFERENCE.findall(repr([row.settings for row in self.rows]))) - set(self.keys)
+        return frozenset(_REFERENCE.findall(repr([row.settings for row in self.rows]))) - set(self.setting_keys)
 
     @functools.cached_property
-    def _settings(self) -> dict[str, tuple[Setting, ...]]:
-        return {}  # by what is referred to: few models, many configurations
+    def _resolved(self) -> dict[str, tuple[RowSettings, ...]]:
+        """Resolved rows by referenced values: many configurations share few models."""
+        return {}
 
-    def _resolve(self, referred: Mapping[str, Any]) -> tuple[Setting, ...]:
-        rows.register()
+    def _resolve(self, referenced: Mapping[str, Any]) -> tuple[RowSettings, ...]:
+        table_rows.register_resolvers()
         context = OmegaConf.create({"_rows": [row.settings for row in self.rows]})
-        for key, value in referred.items():
+        for key, value in referenced.items():
             OmegaConf.update(context, key, value)
         try:
             resolved = OmegaConf.to_container(context["_rows"], resolve=True)
         except OmegaConfBaseException as error:
             raise ValueError(f"experiment {self.name}: {str(error).splitlines()[0]}") from None
         assert isinstance(resolved, list)
-        alike: list[tuple[dict[str, Any], list[rows.Row]]] = []
+        merged: list[tuple[dict[str, Any], list[table_rows.TableRow]]] = []
         for row, values in zip(self.rows, resolved, strict=True):
-            found = next((some for settings, some in alike if settings == values), None)
-            if found is None:
-                alike.append((values, [row]))
+            same_settings = next((members for settings, members in merged if settings == values), None)
+            if same_settings is None:
+                merged.append((values, [row]))
             else:
-                found.append(row)
+                same_settings.append(row)
         return tuple(
-            Setting(joined([row.label for row in some]), values, tuple(row.paper for row in some))
-            for values, some in alike
+            RowSettings(join_labels([row.label for row in members]), values, tuple(row.paper for row in members))
+            for values, members in merged
         )
 
-    def scaled_sizes(self, config: Mapping[str, Any]) -> str:
-        """How the paper's sizes became those of the model of a configuration, in a sentence; "" where none did."""
+    def scaling_note(self, config: Mapping[str, Any]) -> str:
+        """Return a sentence on how the paper's sizes were scaled to the model's grid, "" if none was.
+
+        Args:
+            config: A configuration by dotted keys.
+        """
         grid = config.get("model.grid")
-        found = [_SCALED.match(str(value)) for row in self.rows for value in row.settings.values()]
-        sizes = sorted({(int(match[2] or 1), int(match[1])) for match in found if match})
-        if not sizes or grid in (None, rows.PAPER_GRID):
+        matches = [_SCALED_SIZE.match(str(value)) for row in self.rows for value in row.settings.values()]
+        sizes = sorted({(int(match[2] or 1), int(match[1])) for match in matches if match})
+        if not sizes or grid in (None, table_rows.PAPER_GRID):
             return ""
         steps = {
-            tiles: ", ".join(f"{size} to {rows.scaled(grid, size, tiles)}" for n, size in sizes if n == tiles)
+            tiles: ", ".join(
+                f"{size} to {table_rows.scaled_size(grid, size, tiles)}" for n, size in sizes if n == tiles
+            )
             for tiles, _ in sizes
         }
-        once = f": {steps.pop(1)}" if 1 in steps else ""
+        untiled = f": {steps.pop(1)}" if 1 in steps else ""
         tiled = "".join(
-            f"; with {n} tiles a side both grids are {n} times as wide: {some}" for n, some in steps.items()
+            f"; with {n} tiles a side both grids are {n} times as wide: {sizes_text}" for n, sizes_text in steps.items()
         )
-        paper = rows.PAPER_GRID
+        paper = table_rows.PAPER_GRID
         return (
-            f"Row labels name the paper's sizes: its C of a {paper} x {paper} grid is brought to this model's "
-            f"{grid} x {grid} by {grid}^(ln C / ln {paper}), rounded{once}{tiled}."
+            f"Row labels name the paper's sizes. A size C of the paper's {paper} x {paper} grid is scaled to this model's "
+            f"{grid} x {grid} grid by {grid}^(ln C / ln {paper}), rounded{untiled}{tiled}."
         )
 
 
-def definitions(folder: Path = FOLDER) -> tuple[Definition, ...]:
-    """Every experiment of a folder that has rows, by name: table6 before table10.
+def load_specs(folder: Path = SPEC_FOLDER) -> tuple[ExperimentSpec, ...]:
+    """Read every experiment of a folder that defines rows, in natural order (table6 before table10).
+
+    Args:
+        folder: Folder of YAML files; the project's conf/experiment by default.
 
     Raises:
-        ValueError: if the rows of one are no table.
+        ValueError: if the rows of an experiment are malformed.
     """
-    found = []
-    for path in sorted(folder.glob("*.yaml"), key=_natural):
+    specs = []
+    for path in sorted(folder.glob("*.yaml"), key=_natural_sort_key):
         text = path.read_text(encoding="utf-8")
         if "\nrows:" in text:
             plain = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
             assert isinstance(plain, dict)
-            read = rows.read(path.stem, plain["rows"])
-            found.append(Definition(path.stem, _title(text) or path.stem, tuple(read)))
-    return tuple(found)
+            rows = table_rows.read_rows(path.stem, plain["rows"])
+            specs.append(ExperimentSpec(path.stem, _first_comment_sentence(text) or path.stem, tuple(rows)))
+    return tuple(specs)
 
 
-def _natural(path: Path) -> list[str | int]:
+def join_labels(labels: Sequence[str]) -> str:
+    """Join labels and write a common ending once: "16 tokens" and "64 tokens" become "16 / 64 tokens"."""
+    words = [label.split() for label in labels]
+    ending: list[str] = []
+    while len(labels) > 1 and all(len(w) > 1 for w in words) and len({w[-1] for w in words}) == 1:
+        ending.insert(0, words[0][-1])
+        words = [w[:-1] for w in words]
+    return " ".join([" / ".join(" ".join(w) for w in words), *ending])
+
+
+def _natural_sort_key(path: Path) -> list[str | int]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)]
 
 
-def joined(labels: Sequence[str]) -> str:
-    """Labels as one, what they end in alike said once: "16 / 64 tokens"."""
-    words = [label.split() for label in labels]
-    last: list[str] = []
-    while len(labels) > 1 and all(len(some) > 1 for some in words) and len({some[-1] for some in words}) == 1:
-        last.insert(0, words[0][-1])
-        words = [some[:-1] for some in words]
-    return " ".join([" / ".join(" ".join(some) for some in words), *last])
-
-
-def _title(text: str) -> str:
-    """The first sentence of the comment that an experiment's file opens with."""
+def _first_comment_sentence(text: str) -> str:
+    """Return the first sentence of the comment at the top of an experiment's file."""
     lines = text.removeprefix("# @package _global_\n").splitlines()
-    ends = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
-    comment = " ".join(line.lstrip("# ") for line in lines[:ends])
+    end = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    comment = " ".join(line.lstrip("# ") for line in lines[:end])
     return re.split(r"(?<=[.?!]) ", comment)[0]

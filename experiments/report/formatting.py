@@ -1,4 +1,4 @@
-"""Numbers as people read them in tables and figures."""
+"""Numbers as readers see them in tables and figures."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from experiments.report.statistics import Interval
 
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 NONE = "\u2013"
-"""What a cell shows where nothing applies: an en dash. A hole says "failed" instead."""
+"""Text of a table cell where nothing applies: an en dash. A missing entry reads "failed" or "not run" instead."""
 
 
 def unit(value: float, units: Sequence[tuple[float, str]] = UNITS) -> tuple[float, str]:
-    """The largest unit in which `value` is at least 1: (1e9, "G") for 2.5e9."""
+    """Return the largest unit in which `value` is at least 1: (1e9, "G") for 2.5e9."""
     return next((pair for pair in units if value >= pair[0]), units[-1])
 
 
-def percent(interval: Interval, sign: bool = False) -> str:
-    """Three fractions as "83.1 [81.0, 85.2]" in percent."""
-    mean, low, high = (signed(100 * value, sign) for value in interval)
+def format_interval(interval: Interval, sign: bool = False) -> str:
+    """Format a mean and its bounds (fractions) as percent: "83.1 [81.0, 85.2]"."""
+    mean, low, high = (format_signed(100 * value, sign) for value in interval)
     return f"{mean} [{low}, {high}]"
 
 
-def p_text(p_value: float) -> str:
-    """A p-value to two significant places, "< 0.001" below that."""
+def format_p_value(p_value: float) -> str:
+    """Format a p-value with three decimals, or as "< 0.001"."""
     return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
-def quantity(value: float) -> str:
-    """A count with three significant digits and a unit prefix: "1.79 M"."""
+def format_quantity(value: float) -> str:
+    """Format a count with three significant digits and a unit prefix: "1.79 M". NaN reads "not counted"."""
     if math.isnan(value):
         return "not counted"
     scale, prefix = unit(value)
     return f"{value / scale:#.3g}".rstrip(".") + (f" {prefix}" if prefix else "")
 
 
-def signed(value: float, sign: bool = True) -> str:
-    """One decimal, with a true minus sign and no "-0.0"."""
+def format_signed(value: float, sign: bool = True) -> str:
+    """Format a number with one decimal, a true minus sign and never "-0.0"; `sign` adds a plus sign."""
     rounded = round(value, 1) + 0.0
     return f"{rounded:+.1f}".replace("-", "\u2212") if sign else f"{rounded:.1f}"
 
 
-def milliseconds(seconds: float) -> str:
-    """A time to a tenth of a millisecond, "not timed" for NaN."""
+def format_milliseconds(seconds: float) -> str:
+    """Format a time in seconds as milliseconds with one decimal. NaN reads "not timed"."""
     return "not timed" if math.isnan(seconds) else f"{1000 * seconds:,.1f}"

@@ -1,33 +1,28 @@
-"""The HTML page: one file that needs no network and no script."""
+"""The report's HTML page: one file without scripts that needs no network."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import jinja2
 
-from experiments.records.files import Records
-from experiments.records.views import describe
-from experiments.report.captions import COST, Drawing
-from experiments.report.experiment_results import Study
-from experiments.report.tables.table import Table
-from experiments.report.verdict import CLAIM, RULE, Headline, Verdict
+from experiments.records.views import record_label
+from experiments.report.figure_entries import COST_SUFFIX
+from experiments.report.results import Report
+from experiments.report.verdict import CLAIM, CLAIM_RULE
 
 
-def render(
-    records: Records,
-    headline: Headline,
-    verdicts: Sequence[Verdict],
-    studies: Sequence[Study],
-    tables: Sequence[Table],
-    drawings: Sequence[Drawing],
-    pictures: Mapping[str, Path],
-) -> str:
-    """The page as HTML text: each study with its figures and tables, then the other figures and tables.
+def render_page(report: Report, images: Mapping[str, Path]) -> str:
+    """Render the page: each experiment with its figures and tables, then the other figures and tables.
 
-    `pictures` maps the stem of every figure drawn to its PNG, which is embedded.
+    Args:
+        report: The report.
+        images: PNG of every drawn figure by stem; the page embeds them.
+
+    Returns:
+        The page as HTML text.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -36,19 +31,19 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    uris = {stem: base64.b64encode(path.read_bytes()).decode() for stem, path in pictures.items()}
-    drawn = {drawing.stem: (drawing, uris.get(drawing.stem)) for drawing in drawings}
-    of_studies = {study.name + end for study in studies for end in ("", COST)}
+    encoded = {stem: base64.b64encode(path.read_bytes()).decode() for stem, path in images.items()}
+    figures = {entry.stem: (entry, encoded.get(entry.stem)) for entry in report.figures}
+    experiment_stems = {name + ending for name in report.experiments for ending in ("", COST_SUFFIX)}
     return environment.get_template("page.html.j2").render(
         claim=CLAIM,
-        rule=RULE,
-        headline=headline,
-        verdicts=verdicts,
-        studies=[study.name for study in studies],
-        tables={table.name: table for table in tables},
-        figures=drawn,
-        others=[shown for stem, shown in drawn.items() if stem not in of_studies],
-        cost=COST,
-        records=records,
-        describe=describe,
+        rule=CLAIM_RULE,
+        headline=report.headline,
+        verdicts=report.verdicts,
+        experiments=list(report.experiments),
+        tables=report.tables,
+        figures=figures,
+        other_figures=[figure for stem, figure in figures.items() if stem not in experiment_stems],
+        cost_suffix=COST_SUFFIX,
+        records=report.records,
+        record_label=record_label,
     )

@@ -1,4 +1,4 @@
-"""What a report was asked for on the command line: experiments by name, and settings that narrow their cells down."""
+"""Report requests: the experiments and settings that select what a report covers."""
 
 from __future__ import annotations
 
@@ -10,52 +10,68 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.records.files import Records, chosen
-from experiments.records.views import flatten
-from experiments.report.experiment_specs import Definition
+from experiments.records.files import Records, select_records
+from experiments.records.views import flatten_config
+from experiments.report.experiment_specs import ExperimentSpec
 
 
 @dataclass(frozen=True)
-class Asked:
-    """`experiments` by name, () for all; `settings` by dotted key as they were written."""
+class ReportRequest:
+    """What a report covers.
+
+    Args:
+        experiments: Names of experiments, () for all.
+        settings: Required settings by dotted key, as the user wrote them.
+    """
 
     experiments: tuple[str, ...]
     settings: Mapping[str, Any]
 
-    def definitions(self, known: Sequence[Definition]) -> tuple[Definition, ...]:
-        """The definitions asked for, in the order asked.
+    def select_specs(self, specs: Sequence[ExperimentSpec]) -> tuple[ExperimentSpec, ...]:
+        """Return the requested specs, in the requested order.
+
+        Args:
+            specs: All specs of the project.
 
         Raises:
-            ValueError: if one is not known.
+            ValueError: if a requested experiment has no spec.
         """
-        by_name = {definition.name: definition for definition in known}
+        by_name = {spec.name: spec for spec in specs}
         for name in self.experiments:
             if name not in by_name:
-                raise ValueError(f"experiment: no table '{name}'; there are {', '.join(by_name)}")
-        return tuple(by_name[name] for name in self.experiments) if self.experiments else tuple(known)
+                raise ValueError(f"experiment: there is no table '{name}'; choose from {', '.join(by_name)}")
+        return tuple(by_name[name] for name in self.experiments) if self.experiments else tuple(specs)
 
-    def records(self, records: Records) -> Records:
-        """The records whose configurations have all settings asked for. A group is asked for by its name: model=tiny.
+    def select_records(self, records: Records) -> Records:
+        """Return the records whose configurations have all requested settings.
+
+        The name of a config group selects by that name: model=tiny means model.name=tiny.
+
+        Args:
+            records: The records of a results folder.
 
         Raises:
-            ValueError: if none has one.
+            ValueError: if no record has a requested setting.
         """
-        kept = [(record, dict(flatten(record["config"]))) for record in (*records.finished, *records.failed)]
+        selected = [(record, dict(flatten_config(record["config"]))) for record in (*records.finished, *records.failed)]
         for key, value in self.settings.items():
-            full = key if any(key in config for _, config in kept) else f"{key}.name"
-            found = sorted({str(config[full]) for _, config in kept if full in config})
-            kept = [(record, config) for record, config in kept if config.get(full) == value]
-            if not kept:
-                there = f"; found {', '.join(found)}" if found else ""
-                raise ValueError(f"{key}={value}: no record has it{there}")
-        return chosen(records, (record for record, _ in kept)) if self.settings else records
+            full_key = key if any(key in config for _, config in selected) else f"{key}.name"
+            values = sorted({str(config[full_key]) for _, config in selected if full_key in config})
+            selected = [(record, config) for record, config in selected if config.get(full_key) == value]
+            if not selected:
+                recorded = f"; recorded values: {', '.join(values)}" if values else ""
+                raise ValueError(f"{key}={value}: no record has this setting{recorded}")
+        return select_records(records, (record for record, _ in selected)) if self.settings else records
 
 
-def parse(words: Sequence[str]) -> Asked:
-    """What `experiment=table6_prefusion,table8_compression train.steps=60` asks for.
+def parse_request(words: Sequence[str]) -> ReportRequest:
+    """Parse words such as "experiment=table6_prefusion,table8_compression" and "train.steps=60".
+
+    Args:
+        words: One KEY=VALUE each; `experiment` may list several names, separated by commas.
 
     Raises:
-        ValueError: if a word is no setting.
+        ValueError: if a word is not KEY=VALUE.
     """
     experiments: list[str] = []
     settings: dict[str, Any] = {}
@@ -63,7 +79,7 @@ def parse(words: Sequence[str]) -> Asked:
         key, equals, text = word.partition("=")
         if not (key and equals and text):
             raise ValueError(
-                f"'{word}' is no setting; write KEY=VALUE, as experiment=table6_prefusion or train.steps=60"
+                f"'{word}' is not a setting; write KEY=VALUE, such as experiment=table6_prefusion or train.steps=60"
             )
         if key == "experiment":
             experiments += text.split(",")
@@ -71,5 +87,5 @@ def parse(words: Sequence[str]) -> Asked:
         try:
             settings[key] = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))["value"]  # type: ignore
         except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise ValueError(f"'{word}' is no setting: {str(error).splitlines()[0]}") from None
-    return Asked(tuple(dict.fromkeys(experiments)), settings)
+            raise ValueError(f"'{word}' is not a setting: {str(error).splitlines()[0]}") from None
+    return ReportRequest(tuple(dict.fromkeys(experiments)), settings)

@@ -1,4 +1,4 @@
-"""Cells: the records of one configuration, its seeds taken together; and how an ablation's compare with its baseline."""
+"""Run groups: the records of one configuration over its seeds, and their comparison with a baseline."""
 
 from __future__ import annotations
 
@@ -11,19 +11,36 @@ from typing import Any
 
 import numpy as np
 
-from experiments.config.identity import INCIDENTAL
+from experiments.config.identity import IGNORED_SETTINGS
 from experiments.records.files import Records
-from experiments.records.views import Record, configuration, failure, flatten, of_attention, outcomes, seed
+from experiments.records.views import (
+    Record,
+    configuration_key,
+    failure_reason,
+    flatten_config,
+    is_attention_experiment,
+    parse_outcomes,
+    record_seed,
+)
 from experiments.report.statistics import Interval, accuracy_interval, difference_interval, holm, paired_test
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One configuration over its seeds.
+class RunGroup:
+    """The records of one configuration, one for each seed.
 
-    `settings` names the settings in which the cells of a report differ besides those shown; `family` is equal for cells
-    trained alike on the same data. `difference` (from 0 to 1) and `p_value` compare with the baseline on the same
-    examples, and `comparison` says in words why there is none.
+    Args:
+        label: "LLaVA" or "LLaVA-Mini".
+        visual_tokens: Visual tokens that the language model reads; None if no record reports them.
+        prefusion_layers: Number of pre-fusion layers.
+        compressor: Name of the compressor, "none" without one.
+        settings: Settings in which the groups of a report differ and which have no column of their own.
+        family: Key that is equal for groups trained alike on the same data.
+        finished: Records of finished runs, sorted by seed.
+        failed: Records of failed runs, sorted by seed.
+        difference: Accuracy minus the baseline's on the same examples, from -1 to 1.
+        p_value: P-value of that difference, corrected for the number of groups compared.
+        comparison: Reason why there is no difference, "" if there is one.
     """
 
     label: str
@@ -40,115 +57,141 @@ class Cell:
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """Finished ones first."""
+        """All records, finished ones first."""
         return (*self.finished, *self.failed)
 
     @functools.cached_property
     def config(self) -> Mapping[str, Any]:
-        """The configuration by dotted keys, less the seed and what is incidental."""
+        """The configuration by dotted keys, without the seed and incidental settings."""
         config = self.records[0]["config"]
-        return dict(flatten({key: value for key, value in config.items() if key not in ("seed", *INCIDENTAL)}))
+        return dict(
+            flatten_config({key: value for key, value in config.items() if key not in ("seed", *IGNORED_SETTINGS)})
+        )
 
     @property
     def accuracy(self) -> Interval | None:
-        """Mean over examples and seeds with its interval, None where no seed is finished."""
-        return _accuracy(tuple(record["accuracy"]["image"] for record in self.finished)) if self.finished else None
+        """Mean accuracy over examples and seeds with its interval, None if no seed is finished."""
+        if not self.finished:
+            return None
+        return _cached_accuracy_interval(tuple(record["accuracy"]["image"] for record in self.finished))
 
     @property
     def fingerprint(self) -> str:
-        """Of the data, "" where no finished record says it."""
+        """Fingerprint of the data, "" if no record is finished."""
         return self.finished[0]["data"]["fingerprint"] if self.finished else ""
 
     @property
     def is_baseline(self) -> bool:
-        """Plain LLaVA: no compression, no pre-fusion."""
+        """Whether the model is plain LLaVA: no compression and no pre-fusion."""
         return self.compressor == "none" and self.prefusion_layers == 0
 
     @property
-    def is_attention(self) -> bool:
-        """Of an attention experiment alone, which is about one model and is no part of an ablation."""
-        return all(map(of_attention, self.records))
+    def is_attention_experiment(self) -> bool:
+        """Whether all records belong to an attention experiment, which probes one model and is no ablation."""
+        return all(map(is_attention_experiment, self.records))
 
     @property
-    def failures(self) -> str:
-        """Why cells are missing, "" when none is."""
-        reasons = "; ".join(sorted({failure(record) for record in self.failed}))
+    def failure_reasons(self) -> str:
+        """Why seeds failed, in one line; "" if none did."""
+        reasons = "; ".join(sorted({failure_reason(record) for record in self.failed}))
         if not self.failed or not self.finished:
             return reasons
         return f"{len(self.failed)} of {len(self.failed) + len(self.finished)} seeds {reasons}"
 
     @property
     def examples(self) -> int:
-        """Test examples of one seed."""
+        """Number of test examples of one seed."""
         return self.finished[0]["data"]["examples"]
 
     @property
     def flops(self) -> float:
-        """FLOPs of one prompt, NaN where no record counts them."""
-        return self._cost("flops")
+        """FLOPs of one prompt, NaN if no record counts them."""
+        return self._mean_cost("flops")
 
     @property
     def cache_bytes(self) -> float:
-        """Bytes of the keys and values of one prompt, NaN where no record counts them."""
-        return self._cost("cache_bytes")
+        """Bytes of the keys and values of one prompt, NaN if no record counts them."""
+        return self._mean_cost("cache_bytes")
 
     @property
     def latency(self) -> float:
-        """Seconds of the prefill of one prompt, NaN where none was measured."""
-        return self._cost("latency")
+        """Seconds of the prefill of one prompt, NaN if it was not measured."""
+        return self._mean_cost("latency")
 
-    def _cost(self, name: str) -> float:
+    def _mean_cost(self, name: str) -> float:
         costs = (record.get("cost") or {} for record in self.finished)
         counts = [cost[name] for cost in costs if name in cost]
         return float(np.mean(counts)) if counts else math.nan
 
     def outcomes(self, view: str = "image") -> np.ndarray | None:
-        """0/1 outcomes [seeds, examples] of one view ("image", "blank", "shuffled"), None unless every seed has it."""
+        """Return the 0/1 outcomes [seeds, examples] of one view.
+
+        Args:
+            view: "image" (the model's own image), "blank" or "shuffled".
+
+        Returns:
+            The outcomes, or None if a finished seed did not record this view.
+        """
         texts = [record["accuracy"].get(view) for record in self.finished]
         if not texts or None in texts:
             return None
-        return np.stack([outcomes(text) for text in texts])
+        return np.stack([parse_outcomes(text) for text in texts])
 
 
-def group_cells(records: Records) -> tuple[Cell, ...]:
-    """The cells of all records: baselines first, then by compressor and size.
+def group_runs(records: Records) -> tuple[RunGroup, ...]:
+    """Group all records by configuration: baselines first, then by compressor and size.
 
-    Records belong to one cell if their configurations differ in nothing but the seed and their data are the same.
+    Records belong to one group if their configurations differ only in the seed and their data are the same.
+
+    Args:
+        records: The records of a results folder.
+
+    Returns:
+        The groups, with the settings in which they differ.
     """
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records.finished:
-        groups[configuration(record["config"], "seed"), record["data"]["fingerprint"]].append(record)
+        groups[configuration_key(record["config"], "seed"), record["data"]["fingerprint"]].append(record)
     failed: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records.failed:
-        config, family = configuration(record["config"], "seed"), _family(record["config"])
-        # A failed record does not know its data: it joins its own cell, or the table, of those trained alike.
-        own = (key for key in groups if key[0] == config)
-        alike = ((config, key[1]) for key, found in groups.items() if _family(found[0]["config"]) == family)
-        failed[next(iter((*own, *alike)), (config, ""))].append(record)
-    cells = [_cell(groups[key], failed[key], key[1]) for key in dict.fromkeys((*groups, *failed))]
-    cells.sort(key=lambda c: (c.family, not c.is_baseline, c.compressor, c.visual_tokens or 0, c.prefusion_layers))
-    return told_apart(cells)
+        config, family = configuration_key(record["config"], "seed"), _family_configuration(record["config"])
+        # A failed record has no data fingerprint. It joins the group of its own configuration, or else gets the
+        # fingerprint of models trained alike, so that it appears in their table.
+        same_config = (key for key in groups if key[0] == config)
+        same_family = (
+            (config, key[1]) for key, group in groups.items() if _family_configuration(group[0]["config"]) == family
+        )
+        failed[next(iter((*same_config, *same_family)), (config, ""))].append(record)
+    run_groups = [_make_group(groups[key], failed[key], key[1]) for key in dict.fromkeys((*groups, *failed))]
+    run_groups.sort(key=lambda g: (g.family, not g.is_baseline, g.compressor, g.visual_tokens or 0, g.prefusion_layers))
+    return name_differing_settings(run_groups)
 
 
-def told_apart(cells: Sequence[Cell]) -> tuple[Cell, ...]:
-    """The cells with `settings`: those in which they differ from each other."""
-    settings = _differing_settings(cells)
-    return tuple(replace(cell, settings=text) for cell, text in zip(cells, settings, strict=True))
+def name_differing_settings(groups: Sequence[RunGroup]) -> tuple[RunGroup, ...]:
+    """Return the groups with `settings` set to those in which they differ from each other."""
+    settings = _differing_settings(groups)
+    return tuple(replace(group, settings=text) for group, text in zip(groups, settings, strict=True))
 
 
-def ablation_cells(cells: Iterable[Cell]) -> tuple[Cell, ...]:
-    """Those of the cells that are not of the attention experiment alone, each compared with its baseline.
+def compare_with_baselines(groups: Iterable[RunGroup]) -> tuple[RunGroup, ...]:
+    """Compare each ablation group with its baseline and drop groups of attention experiments.
 
-    That is the LLaVA whose configuration differs in nothing but the compressor and pre-fusion. P-values are corrected
-    (Holm) for the number of cells compared.
+    The baseline is the LLaVA whose configuration differs only in the compressor and pre-fusion. P-values are corrected
+    (Holm) for the number of groups compared.
+
+    Args:
+        groups: Groups of the same results folder.
+
+    Returns:
+        The ablation groups with `difference`, `p_value` and `comparison`.
     """
-    return tuple(_compare(told_apart([cell for cell in cells if not cell.is_attention])))
+    return tuple(_with_comparisons(name_differing_settings([g for g in groups if not g.is_attention_experiment])))
 
 
-def _cell(finished: list[Record], failed: list[Record], fingerprint: str) -> Cell:
-    finished, failed = (sorted(some, key=lambda record: str(seed(record))) for some in (finished, failed))
+def _make_group(finished: list[Record], failed: list[Record], fingerprint: str) -> RunGroup:
+    finished, failed = (sorted(part, key=lambda record: str(record_seed(record))) for part in (finished, failed))
     config = (*finished, *failed)[0]["config"]
-    family = f"{_family(config)} {fingerprint}"
+    family = f"{_family_configuration(config)} {fingerprint}"
     if finished:
         model = finished[0]["model"]
         label, tokens, layers = model["label"], model["visual_tokens"], model["prefusion_layers"]
@@ -159,55 +202,55 @@ def _cell(finished: list[Record], failed: list[Record], fingerprint: str) -> Cel
         size = config.get("compressor", {}).get("size")
         tokens = None if compressor == "none" or size is None else size**2
         label = "LLaVA" if compressor == "none" and layers == 0 else "LLaVA-Mini"
-    return Cell(label, tokens, layers, compressor, "", family, tuple(finished), tuple(failed))
+    return RunGroup(label, tokens, layers, compressor, "", family, tuple(finished), tuple(failed))
 
 
 @functools.cache
-def _accuracy(texts: tuple[str, ...]) -> Interval:
-    """Kept, since a cell is shown in several tables and figures."""
-    return accuracy_interval(np.stack([outcomes(text) for text in texts]))
+def _cached_accuracy_interval(texts: tuple[str, ...]) -> Interval:
+    """Return the accuracy interval of outcome strings, cached because several tables and figures show a group."""
+    return accuracy_interval(np.stack([parse_outcomes(text) for text in texts]))
 
 
-def _compare(cells: Sequence[Cell]) -> Iterable[Cell]:
-    baselines = {cell.family: cell for cell in cells if cell.is_baseline and cell.finished}
-    compared = [cell for cell in cells if cell.finished and not cell.is_baseline and cell.family in baselines]
-    pairs = [(_image(cell), _image(baselines[cell.family])) for cell in compared]
+def _with_comparisons(groups: Sequence[RunGroup]) -> Iterable[RunGroup]:
+    baselines = {group.family: group for group in groups if group.is_baseline and group.finished}
+    compared = [group for group in groups if group.finished and not group.is_baseline and group.family in baselines]
+    pairs = [(_image_outcomes(group), _image_outcomes(baselines[group.family])) for group in compared]
     p_values = holm([paired_test(*pair) for pair in pairs])
     results = {
-        id(cell): (difference_interval(*pair), p) for cell, pair, p in zip(compared, pairs, p_values, strict=True)
+        id(group): (difference_interval(*pair), p) for group, pair, p in zip(compared, pairs, p_values, strict=True)
     }
-    for cell in cells:
-        difference, p_value = results.get(id(cell), (None, None))
+    for group in groups:
+        difference, p_value = results.get(id(group), (None, None))
         if difference is not None:
             comparison = ""
-        elif not cell.finished:
+        elif not group.finished:
             comparison = "failed"
         else:
-            comparison = "baseline" if cell.is_baseline else "no baseline"
-        yield replace(cell, difference=difference, p_value=p_value, comparison=comparison)
+            comparison = "baseline" if group.is_baseline else "no baseline"
+        yield replace(group, difference=difference, p_value=p_value, comparison=comparison)
 
 
-def _image(cell: Cell) -> np.ndarray:
-    return np.stack([outcomes(record["accuracy"]["image"]) for record in cell.finished])
+def _image_outcomes(group: RunGroup) -> np.ndarray:
+    return np.stack([parse_outcomes(record["accuracy"]["image"]) for record in group.finished])
 
 
-def _family(config: Mapping[str, Any]) -> str:
-    return configuration(config, "seed", "compressor", "prefusion")
+def _family_configuration(config: Mapping[str, Any]) -> str:
+    return configuration_key(config, "seed", "compressor", "prefusion")
 
 
-def _differing_settings(cells: Sequence[Cell]) -> list[str]:
-    """For each cell, its settings that are not equal in all of them and have no column of their own."""
-    shown = {"compressor.name", "compressor.size", "prefusion.layers"}
-    flat = [{key: value for key, value in cell.config.items() if key not in shown} for cell in cells]
-    for settings, cell in zip(flat, cells, strict=True):
-        # A cell without compressor or pre-fusion has no use for their other settings.
+def _differing_settings(groups: Sequence[RunGroup]) -> list[str]:
+    """Return, for each group, its settings that differ between groups and have no column of their own."""
+    own_column = {"compressor.name", "compressor.size", "prefusion.layers"}
+    flat = [{key: value for key, value in group.config.items() if key not in own_column} for group in groups]
+    for settings, group in zip(flat, groups, strict=True):
+        # Without a compressor or pre-fusion, the other settings of that part have no effect.
         for part, name, unused in (("compressor.", "name", "none"), ("prefusion.", "layers", 0)):
-            if cell.config.get(part + name) == unused:
+            if group.config.get(part + name) == unused:
                 for key in [key for key in settings if key.startswith(part)]:
                     del settings[key]
     values: dict[str, set[str]] = defaultdict(set)
     for settings in flat:
         for key, value in settings.items():
             values[key].add(str(value))
-    differing = {key for key, found in values.items() if len(found) > 1}
+    differing = {key for key, texts in values.items() if len(texts) > 1}
     return [", ".join(f"{key}={settings[key]}" for key in sorted(differing & settings.keys())) for settings in flat]

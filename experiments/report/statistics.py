@@ -1,9 +1,9 @@
-"""Intervals and tests over examples and seeds.
+"""Bootstrap intervals and paired tests over examples and seeds.
 
-Intervals are percentile bootstraps (Efron 1979) with 2,000 seeded draws. Which examples a draw takes depends on their
-number alone, so that all intervals over as many examples share their draws. Where they are too many to keep these,
-examples with equal outcomes are drawn together: the bootstrap of a mean depends on the distinct values and their counts
-alone, so this is exact, and its cost does not grow with the number of examples.
+Intervals are percentile bootstraps (Efron 1979) with 2,000 seeded draws. The examples of a draw depend only on the number
+of examples, so all intervals over equally many examples share their draws. Above `MAX_SHARED_SAMPLES` the draws would
+take too much memory. Examples with equal outcomes are then drawn together. This is exact, because the bootstrap of a
+mean depends only on the distinct values and their counts. Its cost does not grow with the number of examples.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Integer
 
-DRAWS = 2000
-LEVEL = 0.95
-SHARED = 5000
-"""Most examples whose draws are kept (40 MB)."""
-_TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
+BOOTSTRAP_DRAWS = 2000
+CONFIDENCE_LEVEL = 0.95
+MAX_SHARED_SAMPLES = 5000
+"""Largest number of samples whose draws are cached (40 MB)."""
+_TAILS = ((1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2)
 
 
 class Interval(NamedTuple):
@@ -32,10 +32,16 @@ class Interval(NamedTuple):
 def mean_interval(
     values: Float[np.ndarray, "rows samples"],
 ) -> tuple[Float[np.ndarray, " rows"], Float[np.ndarray, " rows"], Float[np.ndarray, " rows"]]:
-    """Mean of each row over its defined samples with a 95% bootstrap interval over samples.
+    """Return the mean of each row over its defined samples, with a 95% bootstrap interval over samples.
 
-    All rows are resampled together. NaN marks an undefined value; a row without any defined value gives NaN, and a row
-    with so few that a draw may hold none gets NaN bounds.
+    All rows are resampled together.
+
+    Args:
+        values: One row for each quantity; NaN marks an undefined value.
+
+    Returns:
+        Mean, lower bound and upper bound of each row, each of shape [rows]. A row without a defined value gives NaN. The
+        bounds are NaN too if a row has so few defined values that a draw may contain none of them.
     """
     defined = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
@@ -45,10 +51,16 @@ def mean_interval(
 
 
 def accuracy_interval(outcomes: Integer[np.ndarray, "seeds examples"]) -> Interval:
-    """Mean of 0/1 outcomes with a 95% interval over examples and seeds, both resampled (crossed bootstrap).
+    """Return the mean of 0/1 outcomes with a 95% interval over examples and seeds (crossed bootstrap).
 
-    Resampling a handful of seeds understates how much seeds differ (by a factor sqrt((s - 1) / s) in the standard
-    error); with one seed the interval covers the choice of examples only.
+    Examples and seeds are both resampled. Resampling a handful of seeds understates how much seeds differ, by a factor
+    sqrt((s - 1) / s) in the standard error. With one seed the interval covers only the choice of examples.
+
+    Args:
+        outcomes: 0/1 outcomes, one row for each seed.
+
+    Returns:
+        Mean accuracy with its bounds, from 0 to 1.
     """
     draws = _resample_seeds(_resampled_means(outcomes), np.random.default_rng(0))
     return Interval(float(outcomes.mean()), *map(float, np.quantile(draws, _TAILS)))
@@ -57,9 +69,17 @@ def accuracy_interval(outcomes: Integer[np.ndarray, "seeds examples"]) -> Interv
 def difference_interval(
     outcomes: Integer[np.ndarray, "seeds examples"], baseline: Integer[np.ndarray, "others examples"]
 ) -> Interval:
-    """Difference of two mean outcomes on the same examples with a 95% interval (paired over examples).
+    """Return the difference of two mean outcomes on the same examples, with a 95% interval.
 
-    A draw takes the same examples for both, and seeds of either independently.
+    The interval is paired over examples: a draw takes the same examples for both models. It draws the seeds of the two
+    models independently.
+
+    Args:
+        outcomes: 0/1 outcomes of the first model, one row for each seed.
+        baseline: 0/1 outcomes of the second model on the same examples.
+
+    Returns:
+        Mean difference (first minus second) with its bounds, from -1 to 1.
     """
     rng = np.random.default_rng(0)
     means = _resampled_means(np.concatenate([outcomes, baseline]))
@@ -72,15 +92,23 @@ def paired_test(
     baseline: Integer[np.ndarray, "others examples"],
     alternative: str = "two-sided",
 ) -> float:
-    """Exact p-value of a paired randomisation test: could the sign of every example's difference be a coin toss?
+    """Return the exact p-value of a paired randomisation test.
 
-    Outcomes are averaged over seeds first, so the test speaks of these trained models on other examples, not of other
-    seeds. With one seed on either side it is McNemar's exact test (1947). `alternative` is "two-sided" or "greater"
-    (the first has the higher accuracy).
+    The null hypothesis is that the sign of every example's difference is a coin toss. Outcomes are averaged over seeds
+    first. The test is therefore about these trained models on other examples, not about other seeds. With one seed on
+    either side it is McNemar's exact test (1947).
 
-    With seeds s and t, an example's difference times s t is a whole number d. Under the null hypothesis the sum of the
-    positive parts is the sum over the values v of |d| of v Binomial(#{|d| = v}, 1/2), whose distribution is the
-    convolution of these: no draws are needed.
+    With s and t seeds, an example's difference times s t is a whole number d. Under the null hypothesis, the sum of the
+    positive parts is the sum over the values v of |d| of v Binomial(#{|d| = v}, 1/2). Its distribution is the
+    convolution of these terms, so no random draws are needed.
+
+    Args:
+        outcomes: 0/1 outcomes of the first model, one row for each seed.
+        baseline: 0/1 outcomes of the second model on the same examples.
+        alternative: "two-sided", or "greater" (the first model has the higher accuracy).
+
+    Returns:
+        The p-value, from 0 to 1.
     """
     differences = outcomes.sum(0, dtype=np.int64) * len(baseline) - baseline.sum(0, dtype=np.int64) * len(outcomes)
     differences = differences[differences != 0]
@@ -98,7 +126,7 @@ def paired_test(
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """Holm's (1979) step-down correction: adjusted p-values in the order given."""
+    """Return p-values adjusted by Holm's (1979) step-down correction, in the given order."""
     order = np.argsort(p_values, kind="stable")
     factors = np.arange(len(p_values), 0, -1)
     stepped = np.minimum(1.0, np.maximum.accumulate(np.asarray(p_values, dtype=float)[order] * factors))
@@ -108,12 +136,13 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def _resampled_means(values: np.ndarray) -> Float[np.ndarray, "draws rows"]:
+    """Return the mean of each row in every bootstrap draw."""
     samples = values.shape[1]
-    if samples <= SHARED:
+    if samples <= MAX_SHARED_SAMPLES:
         weights = _shared_weights(samples)
     else:
         values, counts = np.unique(values, axis=1, return_counts=True)
-        weights = _generator(samples).multinomial(samples, counts / samples, size=DRAWS)
+        weights = _sample_generator(samples).multinomial(samples, counts / samples, size=BOOTSTRAP_DRAWS)
     defined = ~np.isnan(values)
     weights = weights.astype(np.float32, copy=False)
     totals = weights @ np.where(defined, values, 0).T.astype(np.float32)
@@ -125,22 +154,27 @@ def _resampled_means(values: np.ndarray) -> Float[np.ndarray, "draws rows"]:
 
 @functools.lru_cache(maxsize=32)
 def _shared_weights(samples: int) -> Float[np.ndarray, "draws samples"]:
-    """How often each draw takes each sample."""
-    taken = _generator(samples).integers(samples, size=(DRAWS, samples), dtype=np.int32)
-    taken += samples * np.arange(DRAWS, dtype=np.int32)[:, None]
+    """Return how often each draw takes each sample."""
+    taken = _sample_generator(samples).integers(samples, size=(BOOTSTRAP_DRAWS, samples), dtype=np.int32)
+    taken += samples * np.arange(BOOTSTRAP_DRAWS, dtype=np.int32)[:, None]
     return np.bincount(taken.ravel(), minlength=taken.size).reshape(taken.shape).astype(np.float32)
 
 
-def _generator(samples: int) -> np.random.Generator:
-    """Not that which draws seeds: its numbers would repeat these."""
+def _sample_generator(samples: int) -> np.random.Generator:
+    """Return the generator that draws samples.
+
+    It differs from the one that draws seeds, whose numbers would otherwise repeat these.
+    """
     return np.random.default_rng((1, samples))
 
 
 def _resample_seeds(means: Float[np.ndarray, "draws seeds"], rng: np.random.Generator) -> Float[np.ndarray, " draws"]:
+    """Return each draw's mean over as many randomly drawn seeds as there are."""
     chosen = rng.integers(means.shape[1], size=means.shape)
     return np.take_along_axis(means, chosen, axis=1).mean(axis=1)
 
 
 def _fair_binomial(count: int) -> Float[np.ndarray, " outcomes"]:
+    """Return the probabilities of 0, 1, ... `count` heads in `count` tosses of a fair coin."""
     factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, count + 1)))])
     return np.exp(factorials[count] - factorials - factorials[::-1] - count * np.log(2))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.report.experiment_specs import Definition, definitions
+from experiments.report.experiment_specs import ExperimentSpec, load_specs
 
 KINDS = ("place", "count", "colour & shape")
 LAYERS = 6
@@ -63,7 +63,7 @@ def finished(
         "model": {"name": "tiny"},
         "compressor": {"name": compressor, "size": size},
         "prefusion": {"layers": layers, "init": "language_model"},
-        "train": {"steps": 200},
+        "train": {"max_steps": 200},
         "data": {"name": "shapes"},
         "probe": {"removal": experiment == "attention"},
     }
@@ -279,7 +279,7 @@ def table_records() -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def definition(tmp_path: Path) -> Definition:
+def spec(tmp_path: Path) -> ExperimentSpec:
     (tmp_path / "table60_mixed.yaml").write_text(TABLE)
-    (found,) = definitions(tmp_path)
+    (found,) = load_specs(tmp_path)
     return found

@@ -1,4 +1,4 @@
-"""Attention between groups of tokens by layer: its mass and its entropy (paper, Figs. 2 and 3), with controls."""
+"""Attention figures: mass and entropy between token groups by layer (paper, Figs. 2 and 3), with controls."""
 
 from __future__ import annotations
 
@@ -7,29 +7,41 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments.records.views import Record
-from experiments.report.figures.style import BLACK, BLUE, CONTROL, MEASURED, legend, panels, styled
+from experiments.report.figures.style import BLACK, BLUE, CONTROL, MEASURED, legend, make_panels, styled
 from experiments.report.statistics import mean_interval
 
 
 def attention_figure(record: Record) -> Figure:
-    """Share of a query's attention that falls on a group of tokens, by layer; one panel for each pair of groups.
+    """Draw the share of a query's attention that falls on a token group, by layer; one panel for each pair of groups.
 
-    Line: mean over heads and samples, with a 95% bootstrap band over samples. Controls: the same model with random
-    weights, and attention spread evenly over all visible tokens. Raises ValueError if the record holds no attention.
+    The line is the mean over heads and samples, the band a 95% bootstrap interval over samples. The controls are the same
+    model with random weights, and uniform attention over all visible tokens.
+
+    Args:
+        record: A finished record of an attention experiment.
+
+    Raises:
+        ValueError: if the record holds no attention.
     """
-    return _by_layer(record, "mass", "Attention mass (%)", 100.0, "even attention")
+    return _draw_by_layer(record, "mass", "Attention mass (%)", 100.0, "uniform attention")
 
 
 def entropy_figure(record: Record) -> Figure:
-    """Entropy (nats) of the attention within a group of tokens, by layer, drawn as `attention_figure` is.
+    """Draw the entropy (nats) of the attention within a token group by layer, in the style of `attention_figure`.
 
-    The dotted line is the entropy of even attention over the group: the upper bound.
+    The dotted line is the entropy of uniform attention over the group: the upper bound.
+
+    Args:
+        record: A finished record of an attention experiment.
+
+    Raises:
+        ValueError: if the record holds no attention.
     """
-    return _by_layer(record, "entropy", "Entropy (nats)", 1.0, "even attention (upper bound)")
+    return _draw_by_layer(record, "entropy", "Entropy (nats)", 1.0, "uniform attention (upper bound)")
 
 
 @styled
-def _by_layer(record: Record, key: str, label: str, scale: float, uniform_label: str) -> Figure:
+def _draw_by_layer(record: Record, key: str, label: str, scale: float, uniform_label: str) -> Figure:
     attention = record.get("attention")
     if attention is None:
         raise ValueError(f"record {record['id']} holds no attention to draw")
@@ -41,7 +53,7 @@ def _by_layer(record: Record, key: str, label: str, scale: float, uniform_label:
     x = np.arange(1, layers + 1)
     every = max(1, layers // 16)
 
-    figure, axes = panels(pairs, columns=2 if pairs == 4 else 3, height=2.5, label=label)
+    figure, axes = make_panels(pairs, columns=2 if pairs == 4 else 3, height=2.5, label=label)
     for index, (axis, (target, source)) in enumerate(zip(axes, attention["pairs"], strict=True)):
         axis.fill_between(x, low[index], high[index], color=BLUE, alpha=0.22, linewidth=0)
         axis.plot(x, mean[index], **MEASURED, markevery=every, label="measured, 95% band")

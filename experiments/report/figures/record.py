@@ -1,10 +1,10 @@
-"""The figures of one record, drawn beside it as soon as it is there."""
+"""Figures of a single record, drawn into the results folder when its run ends."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.records.files import read
+from experiments.records.files import read_record
 from experiments.report.figures import (
     attention_figure,
     entropy_figure,
@@ -16,8 +16,15 @@ from experiments.report.figures import (
 
 
 def draw_record(path: Path) -> list[Path]:
-    """Draw what a record holds into `figures/<identity>-*.png` (and PDF) of its results folder."""
-    record = read(path)
+    """Draw every probe of a record into `figures/<identity>-*.png` (and PDF) of its results folder.
+
+    Args:
+        path: The record file, RESULTS/records/<identity>.json.
+
+    Returns:
+        Paths of the PNG files.
+    """
+    record = read_record(path)
     folder = path.parent.parent / "figures"
     folder.mkdir(exist_ok=True)
     drawn = []

@@ -1,15 +1,16 @@
-"""The tables of a report, one module for each."""
+"""Tables of a report, one module for each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from experiments.report.experiment_results import Study
-from experiments.report.tables.experiment_rows import row_table
+from experiments.report.experiment_results import ExperimentResults
+from experiments.report.tables.experiment_rows import experiment_table
 from experiments.report.tables.orderings import orderings_table
 from experiments.report.tables.table import Table
 
 
-def study_tables(studies: Sequence[Study]) -> list[Table]:
-    """All tables of some studies, in their order."""
-    return [table for study in studies for table in (row_table(study), orderings_table(study)) if table is not None]
+def experiment_tables(experiments: Sequence[ExperimentResults]) -> list[Table]:
+    """Return the tables of experiments, in order: the rows, then the paper's orderings if the paper prints values."""
+    tables = [table for results in experiments for table in (experiment_table(results), orderings_table(results))]
+    return [table for table in tables if table is not None]

@@ -1,4 +1,4 @@
-"""Tables of a report: numbers for CSV, and the same cells as text for people."""
+"""Ablation table: accuracy and cost of every configuration that belongs to no experiment's table."""
 
 from __future__ import annotations
 
@@ -8,129 +8,144 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.records.views import outcomes
-from experiments.report.formatting import NONE, milliseconds, p_text, percent, quantity
-from experiments.report.run_groups import Cell
+from experiments.records.views import parse_outcomes
+from experiments.report.formatting import (
+    NONE,
+    format_interval,
+    format_milliseconds,
+    format_p_value,
+    format_quantity,
+)
+from experiments.report.run_groups import RunGroup
 from experiments.report.statistics import accuracy_interval
-from experiments.report.tables.table import LATENCY, Table, bounds, cell_name, shorten
+from experiments.report.tables.table import LATENCY_COLUMN, Table, group_name, interval_columns, shorten_reason
+
+_AFTER_ACCURACY = ("n", "Seeds", "Difference", "p", "FLOPs", LATENCY_COLUMN, "Parameters")
 
 
-def ablation_table(cells: Sequence[Cell]) -> Table:
-    """One row for each ablation cell over its seeds, then the controls of each baseline."""
+def ablation_table(groups: Sequence[RunGroup]) -> Table:
+    """Build the ablation table: one row for each run group, then the blind controls of each baseline.
+
+    Args:
+        groups: Run groups compared with their baselines.
+    """
     data, text = [], []
-    for cell in cells:
+    for group in groups:
         row: dict[str, Any] = {
-            "model": cell.label,
-            "visual_tokens": cell.visual_tokens,
-            "prefusion_layers": cell.prefusion_layers,
-            "compressor": cell.compressor,
-            "settings": cell.settings,
+            "model": group.label,
+            "visual_tokens": group.visual_tokens,
+            "prefusion_layers": group.prefusion_layers,
+            "compressor": group.compressor,
+            "settings": group.settings,
         }
-        shown = {
-            "Model": cell.label,
-            "Tokens": "unknown" if cell.visual_tokens is None else str(cell.visual_tokens),
-            "Pre-fusion": str(cell.prefusion_layers),
-            "Compressor": cell.compressor,
-            "Settings": cell.settings or NONE,
+        cells = {
+            "Model": group.label,
+            "Tokens": "unknown" if group.visual_tokens is None else str(group.visual_tokens),
+            "Pre-fusion": str(group.prefusion_layers),
+            "Compressor": group.compressor,
+            "Settings": group.settings or NONE,
         }
-        if cell.accuracy is None:
-            data.append({**row, "status": cell.failures})
-            text.append({**shown, "Accuracy (%)": shorten(cell.failures), **dict.fromkeys(_REST, "failed")})
+        if group.accuracy is None:
+            reason = group.failure_reasons
+            data.append({**row, "status": reason})
+            text.append({**cells, "Accuracy (%)": shorten_reason(reason), **dict.fromkeys(_AFTER_ACCURACY, "failed")})
             continue
-        parameters = float(np.mean([record["model"]["parameters"] for record in cell.finished]))
+        parameters = float(np.mean([record["model"]["parameters"] for record in group.finished]))
         data.append(
             {
                 **row,
-                **bounds("accuracy", cell.accuracy),
-                "examples": cell.examples,
-                "seeds": len(cell.finished),
-                **bounds("difference", cell.difference),
-                "p_holm": cell.p_value,
-                "flops": cell.flops,
-                "cache_bytes": cell.cache_bytes,
-                "latency_seconds": cell.latency,
+                **interval_columns("accuracy", group.accuracy),
+                "examples": group.examples,
+                "seeds": len(group.finished),
+                **interval_columns("difference", group.difference),
+                "p_holm": group.p_value,
+                "flops": group.flops,
+                "cache_bytes": group.cache_bytes,
+                "latency_seconds": group.latency,
                 "parameters": parameters,
-                "status": cell.failures or "finished",
+                "status": group.failure_reasons or "finished",
             }
         )
         text.append(
             {
-                **shown,
-                "Accuracy (%)": percent(cell.accuracy),
-                "n": str(cell.examples),
-                "Seeds": _seeds(cell),
-                "Difference": percent(cell.difference, sign=True) if cell.difference else cell.comparison,
-                "p": p_text(cell.p_value) if cell.p_value is not None else cell.comparison,
-                "FLOPs": quantity(cell.flops),
-                LATENCY: milliseconds(cell.latency),
-                "Parameters": quantity(parameters),
+                **cells,
+                "Accuracy (%)": format_interval(group.accuracy),
+                "n": str(group.examples),
+                "Seeds": _seed_count(group),
+                "Difference": format_interval(group.difference, sign=True) if group.difference else group.comparison,
+                "p": format_p_value(group.p_value) if group.p_value is not None else group.comparison,
+                "FLOPs": format_quantity(group.flops),
+                LATENCY_COLUMN: format_milliseconds(group.latency),
+                "Parameters": format_quantity(parameters),
             }
         )
-    for control in _controls(cells):
-        data.append({**control[0], "status": "control"})
-        text.append(control[1])
-    columns = pd.DataFrame(text)
-    if len(columns) and (columns["Settings"] == NONE).all():
-        columns = columns.drop(columns="Settings")
-    numbers, timed = pd.DataFrame(data), [cell for cell in cells if cell.latency > 0]
+    for numbers, cells in _control_rows(groups):
+        data.append({**numbers, "status": "control"})
+        text.append(cells)
+    data_frame, text_frame = pd.DataFrame(data), pd.DataFrame(text)
+    if len(text_frame) and (text_frame["Settings"] == NONE).all():
+        text_frame = text_frame.drop(columns="Settings")
+    timed = [group for group in groups if group.latency > 0]
     if not timed:
-        numbers, columns = (
-            frame.drop(columns=[LATENCY, "latency_seconds"], errors="ignore") for frame in (numbers, columns)
+        data_frame, text_frame = (
+            frame.drop(columns=[LATENCY_COLUMN, "latency_seconds"], errors="ignore")
+            for frame in (data_frame, text_frame)
         )
     conventions = sorted(
-        {r["cost"].get("convention") or "unstated" for c in cells for r in c.finished if r.get("cost")}
+        {r["cost"].get("convention") or "unstated" for g in groups for r in g.finished if r.get("cost")}
     )
     notes = (
-        "Accuracy: mean over n examples and the seeds, with its 95% bootstrap interval over both; with few seeds it "
-        "understates how much seeds differ.",
+        "Accuracy: mean over n examples and the seeds, with its 95% bootstrap interval over both. With few seeds the "
+        "interval understates how much seeds differ.",
         "Difference: percentage points from the LLaVA trained alike (no compressor, no pre-fusion) on the same "
         "examples, with its 95% interval. p: exact paired randomisation test over examples, Holm-corrected over the "
-        "rows compared; it speaks of these trained models, not of other seeds.",
-        "Tokens: visual tokens the language model reads. Pre-fusion: layers before the language model.",
+        "rows compared. The test is about these trained models, not about other seeds.",
+        "Tokens: visual tokens that the language model reads. Pre-fusion: layers before the language model.",
         *(f"FLOPs of one prompt: {convention}." for convention in conventions),
-        *(f"Latency: {note}." for note in sorted({cell.finished[0]["cost"]["latency_note"] for cell in timed})),
-        *_guess_notes(cells),
-        *(f"{cell_name(cell)}: {cell.failures}." for cell in cells if cell.failed),
+        *(f"Latency: {note}." for note in sorted({group.finished[0]["cost"]["latency_note"] for group in timed})),
+        *_guess_notes(groups),
+        *(f"{group_name(group)}: {group.failure_reasons}." for group in groups if group.failed),
     )
-    numeric = ("Tokens", "Pre-fusion", "Accuracy (%)", *_REST)
-    return Table("ablation", "Ablation: accuracy and cost of every configuration.", numbers, columns, numeric, notes)
+    numeric = ("Tokens", "Pre-fusion", "Accuracy (%)", *_AFTER_ACCURACY)
+    caption = "Ablation: accuracy and cost of every configuration."
+    return Table("ablation", caption, data_frame, text_frame, numeric, notes)
 
 
-_REST = ("n", "Seeds", "Difference", "p", "FLOPs", LATENCY, "Parameters")
+def _seed_count(group: RunGroup) -> str:
+    finished = len(group.finished)
+    return f"{finished} of {finished + len(group.failed)}" if group.failed else str(finished)
 
 
-def _seeds(cell: Cell) -> str:
-    finished = len(cell.finished)
-    return f"{finished} of {finished + len(cell.failed)}" if cell.failed else str(finished)
+def _control_rows(groups: Sequence[RunGroup]) -> list[tuple[dict[str, Any], dict[str, str]]]:
+    """Return the rows for the text-only guess and the blank image of every baseline.
 
-
-def _controls(cells: Sequence[Cell]) -> list[tuple[dict[str, Any], dict[str, str]]]:
-    """Rows for the text-only guess and the blank image of every baseline (of the first cell, where there is none)."""
-    finished = [cell for cell in cells if cell.finished]
-    chosen = [cell for cell in finished if cell.is_baseline] or finished[:1]
+    Without a baseline, the controls of the first finished group are shown.
+    """
+    finished = [group for group in groups if group.finished]
+    shown = [group for group in finished if group.is_baseline] or finished[:1]
     rows = []
-    for cell in chosen:
-        guess, blank = cell.finished[0]["data"].get("guess"), cell.outcomes("blank")
-        found = {
-            "Text-only guess": None if guess is None else outcomes(guess)[None],
-            f"{cell.label}, blank image": blank,
+    for group in shown:
+        guess, blank = group.finished[0]["data"].get("guess"), group.outcomes("blank")
+        controls = {
+            "Text-only guess": None if guess is None else parse_outcomes(guess)[None],
+            f"{group.label}, blank image": blank,
         }
-        for name, matrix in found.items():
-            row: dict[str, Any] = {"model": name, "settings": cell.settings}
-            shown = {"Model": name, "Settings": cell.settings or NONE}
-            shown |= dict.fromkeys(("Tokens", "Pre-fusion", "Compressor"), NONE)
+        for name, matrix in controls.items():
+            row: dict[str, Any] = {"model": name, "settings": group.settings}
+            cells = {"Model": name, "Settings": group.settings or NONE}
+            cells |= dict.fromkeys(("Tokens", "Pre-fusion", "Compressor"), NONE)
             if matrix is None:
-                shown |= {"Accuracy (%)": "not recorded", **dict.fromkeys(_REST, NONE)}
+                cells |= {"Accuracy (%)": "not recorded", **dict.fromkeys(_AFTER_ACCURACY, NONE)}
             else:
                 seeds, examples = matrix.shape
                 interval = accuracy_interval(matrix)
-                row |= {**bounds("accuracy", interval), "examples": examples, "seeds": seeds}
-                shown |= {"Accuracy (%)": percent(interval), **dict.fromkeys(_REST, NONE)}
-                shown |= {"n": str(examples), "Seeds": str(seeds) if "blank" in name else NONE}
-            rows.append((row, shown))
+                row |= {**interval_columns("accuracy", interval), "examples": examples, "seeds": seeds}
+                cells |= {"Accuracy (%)": format_interval(interval), **dict.fromkeys(_AFTER_ACCURACY, NONE)}
+                cells |= {"n": str(examples), "Seeds": str(seeds) if "blank" in name else NONE}
+            rows.append((row, cells))
     return rows
 
 
-def _guess_notes(cells: Sequence[Cell]) -> list[str]:
-    notes = {record["data"].get("guess_note") for cell in cells for record in cell.finished} - {None}
+def _guess_notes(groups: Sequence[RunGroup]) -> list[str]:
+    notes = {record["data"].get("guess_note") for group in groups for record in group.finished} - {None}
     return [f"Text-only guess: {note}." for note in sorted(notes)]

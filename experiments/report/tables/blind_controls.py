@@ -1,4 +1,4 @@
-"""Does a model use the picture? Its answers against those to the same questions without it."""
+"""Blind-controls table: a model's accuracy with the image against its accuracy without it."""
 
 from __future__ import annotations
 
@@ -6,48 +6,55 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from experiments.records.views import Record, describe, outcomes
-from experiments.report.formatting import p_text, percent
+from experiments.records.views import Record, parse_outcomes, record_label
+from experiments.report.formatting import format_interval, format_p_value
 from experiments.report.statistics import accuracy_interval, difference_interval, holm, paired_test
-from experiments.report.tables.table import Table, bounds
+from experiments.report.tables.table import Table, interval_columns
 
-_WITHOUT = {"blank": "grey picture", "shuffled": "another\u2019s picture", "guess": "text-only guess"}
+_CONTROLS = {"blank": "grey image", "shuffled": "another question\u2019s image", "guess": "text-only guess"}
 
 
-def sight_table(probed: Sequence[Record]) -> Table:
-    """Every probed record against each control that it has, on the same questions."""
+def blind_controls_table(probed: Sequence[Record]) -> Table:
+    """Build the table that compares every probed record with each of its blind controls on the same questions.
+
+    Args:
+        probed: Finished records with a probe.
+    """
     data, text = [], []
     for record in probed:
         answers = {**record["accuracy"], "guess": record["data"].get("guess")}
-        image = outcomes(answers["image"])[None]
-        controls = {name: outcomes(answers[name])[None] for name in _WITHOUT if answers.get(name) is not None}
+        image = parse_outcomes(answers["image"])[None]
+        controls = {name: parse_outcomes(answers[name])[None] for name in _CONTROLS if answers.get(name) is not None}
         p_values = holm([paired_test(image, control) for control in controls.values()])
         for (name, control), p_value in zip(controls.items(), p_values, strict=True):
-            right = {"picture": accuracy_interval(image), "without": accuracy_interval(control)}
+            with_image, without_image = accuracy_interval(image), accuracy_interval(control)
             difference = difference_interval(image, control)
             row = {"model": record["name"], "control": name, "examples": image.shape[1]}
-            for view, interval in (*right.items(), ("difference", difference)):
-                row |= bounds(view, interval)
+            # These column names of the CSV are part of the file format.
+            row |= interval_columns("picture", with_image)
+            row |= interval_columns("without", without_image)
+            row |= interval_columns("difference", difference)
             data.append({**row, "p_holm": p_value})
             text.append(
                 {
-                    "Model": describe(record),
+                    "Model": record_label(record),
                     "n": str(image.shape[1]),
-                    "Picture (%)": percent(right["picture"]),
-                    "Control": _WITHOUT[name],
-                    "Control (%)": percent(right["without"]),
-                    "Difference": percent(difference, sign=True),
-                    "p": p_text(p_value),
+                    "Image (%)": format_interval(with_image),
+                    "Control": _CONTROLS[name],
+                    "Control (%)": format_interval(without_image),
+                    "Difference": format_interval(difference, sign=True),
+                    "p": format_p_value(p_value),
                 }
             )
-    columns = ["Model", "n", "Picture (%)", "Control", "Control (%)", "Difference", "p"]
+    columns = ["Model", "n", "Image (%)", "Control", "Control (%)", "Difference", "p"]
     guesses = sorted({record["data"].get("guess_note") for record in probed} - {None})
     notes = (
-        "Accuracy with its picture against the same questions without it: about a grey picture, about the picture of "
-        "another question, and answered from the question's text alone. 95% bootstrap intervals over examples, paired for "
+        "Accuracy with the question's own image, against three controls on the same questions: a grey image, the image of "
+        "another question, and a guess from the question's text alone. 95% bootstrap intervals over examples, paired for "
         "the difference (percentage points). p: exact paired randomisation test, Holm-corrected over a model's controls.",
         *(f"Text-only guess: {note}." for note in guesses),
     )
-    shown = pd.DataFrame(text, columns=columns)
+    text_frame = pd.DataFrame(text, columns=columns)
     numeric = tuple(column for column in columns if column not in ("Model", "Control"))
-    return Table("sight", "Does the model use the picture?", pd.DataFrame(data), shown, numeric, notes)
+    caption = "Blind controls: does the model use the image?"
+    return Table("sight", caption, pd.DataFrame(data), text_frame, numeric, notes)

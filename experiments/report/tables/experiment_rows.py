@@ -1,4 +1,4 @@
-"""Two tables of a study: its rows, and which of the paper's orderings hold in it."""
+"""Experiment table: the rows of one experiment with accuracy, differences, cost and the paper's values."""
 
 from __future__ import annotations
 
@@ -8,196 +8,222 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.records.views import Record, failure, seed
-from experiments.report.experiment_results import RULE, Row, Study, references
-from experiments.report.formatting import NONE, milliseconds, p_text, percent, quantity
-from experiments.report.run_groups import Cell
-from experiments.report.tables.table import LATENCY, Table, bounds
+from experiments.records.views import Record, failure_reason, record_seed
+from experiments.report.experiment_results import DIFFERENCE_RULE, ExperimentResults, ResultRow, blind_accuracies
+from experiments.report.formatting import (
+    NONE,
+    format_interval,
+    format_milliseconds,
+    format_p_value,
+    format_quantity,
+)
+from experiments.report.run_groups import RunGroup
+from experiments.report.tables.table import LATENCY_COLUMN, Table, interval_columns
 
 BENCHMARKS = {"vqav2": "VQAv2", "gqa": "GQA", "mmb": "MMB"}
-"""The paper's ablations print these three, by the names that an experiment's rows give them."""
+"""Benchmarks that the paper's ablations print, by the names that an experiment's rows use."""
+_MEASURED_COLUMNS = ("Tokens", "FLOPs", LATENCY_COLUMN, "Accuracy (%)", "Difference", "p", "n")
 
 
-def row_table(study: Study) -> Table:
-    """The rows of a study with accuracy, its difference to the first row, cost, and the paper's value where the data
-    are one of the paper's tasks."""
-    baseline, task = study.rows[0], _task(study)
-    p_values = [None, *study.p_corrected([(row, baseline) for row in study.rows[1:]])]
-    varied = _varied(study)
-    timed = any(row.cell.latency > 0 for row in study.finished if row.cell)
+def experiment_table(results: ExperimentResults) -> Table:
+    """Build the table of an experiment's rows: accuracy, difference from the first row, and cost.
+
+    If the data are one of the paper's benchmarks, the table also has the values that the paper prints.
+
+    Args:
+        results: The experiment's rows with their runs.
+    """
+    baseline, benchmark = results.rows[0], _paper_benchmark(results)
+    p_values = [None, *results.holm_p_values([(row, baseline) for row in results.rows[1:]])]
+    varied = _varied_keys(results)
+    timed = any(row.runs.latency > 0 for row in results.finished_rows if row.runs)
     data, text = [], []
-    for row, p_value in zip(study.rows, p_values, strict=True):
-        difference = study.difference(row, baseline) if p_value is not None else None
+    for row, p_value in zip(results.rows, p_values, strict=True):
+        difference = results.difference(row, baseline) if p_value is not None else None
         data.append(
             {
                 "row": row.label,
-                **{key: _plain(row.setting.values[key]) for key in study.definition.keys},
-                "visual_tokens": _tokens(row.cell) if row.finished and row.cell else None,
-                **bounds("accuracy", row.cell.accuracy if row.cell else None),
-                "best": row is study.best,
-                "examples": row.cell.examples if row.finished and row.cell else None,
-                "seeds": len(row.cell.finished) if row.cell else 0,
-                "seeds_wanted": len(study.seeds),
-                **bounds("difference", difference),
+                **{key: _csv_value(row.settings.values[key]) for key in results.spec.setting_keys},
+                "visual_tokens": _mean_tokens(row.runs) if row.finished and row.runs else None,
+                **interval_columns("accuracy", row.runs.accuracy if row.runs else None),
+                "best": row is results.best_row,
+                "examples": row.runs.examples if row.finished and row.runs else None,
+                "seeds": len(row.runs.finished) if row.runs else 0,
+                "seeds_wanted": len(results.seeds),
+                **interval_columns("difference", difference),
                 "p_holm": p_value,
-                "flops": row.cell.flops if row.cell else None,
-                **({"latency_seconds": row.cell.latency if row.cell else None} if timed else {}),
-                **({f"paper_{task}": _shared(row, task)} if task else {}),
-                "status": row.state,
+                "flops": row.runs.flops if row.runs else None,
+                **({"latency_seconds": row.runs.latency if row.runs else None} if timed else {}),
+                **({f"paper_{benchmark}": _paper_value(row, benchmark)} if benchmark else {}),
+                "status": row.status,
             }
         )
-        shown = {"Row": row.label} | {heading(key): _value(row.setting.values[key]) for key in varied}
-        if row.cell is None or row.cell.accuracy is None:
-            columns = [column for column in _COLUMNS if timed or column != LATENCY]
-            text.append({**shown, **dict.fromkeys(columns, row.state), "Seeds": f"0 of {len(study.seeds)}"})
+        cells = {"Row": row.label} | {column_heading(key): _cell_text(row.settings.values[key]) for key in varied}
+        if row.runs is None or row.runs.accuracy is None:
+            columns = [column for column in _MEASURED_COLUMNS if timed or column != LATENCY_COLUMN]
+            text.append({**cells, **dict.fromkeys(columns, row.status), "Seeds": f"0 of {len(results.seeds)}"})
         else:
-            why = "baseline" if row is baseline else "other questions" if baseline.finished else "no baseline"
+            reason = "baseline" if row is baseline else "other questions" if baseline.finished else "no baseline"
             text.append(
                 {
-                    **shown,
-                    "Tokens": f"{_tokens(row.cell):.3g}",
-                    "FLOPs": quantity(row.cell.flops),
-                    **({LATENCY: milliseconds(row.cell.latency)} if timed else {}),
-                    "Accuracy (%)": percent(row.cell.accuracy),
-                    "Difference": percent(difference, sign=True) if difference else why,
-                    "p": p_text(p_value) if p_value is not None else why,
-                    "n": str(row.cell.examples),
-                    "Seeds": _seeds(row, study),
+                    **cells,
+                    "Tokens": f"{_mean_tokens(row.runs):.3g}",
+                    "FLOPs": format_quantity(row.runs.flops),
+                    **({LATENCY_COLUMN: format_milliseconds(row.runs.latency)} if timed else {}),
+                    "Accuracy (%)": format_interval(row.runs.accuracy),
+                    "Difference": format_interval(difference, sign=True) if difference else reason,
+                    "p": format_p_value(p_value) if p_value is not None else reason,
+                    "n": str(row.runs.examples),
+                    "Seeds": _seed_count(row, results),
                 }
             )
-        if task:
-            value = _shared(row, task)
-            text[-1][f"Paper, {BENCHMARKS.get(task, task)}"] = NONE if value is None else f"{value:.1f}"
-    bold = frozenset({(study.best.number, "Accuracy (%)")} if study.best else ())
-    words = {heading(key) for key in varied if not all(_is_number(row.setting.values[key]) for row in study.rows)}
-    numeric = tuple(column for column in text[0] if column not in {"Row", *words})
-    return Table(
-        study.name, _caption(study), pd.DataFrame(data), pd.DataFrame(text), numeric, tuple(_notes(study)), bold
-    )
+        if benchmark:
+            value = _paper_value(row, benchmark)
+            text[-1][f"Paper, {BENCHMARKS.get(benchmark, benchmark)}"] = NONE if value is None else f"{value:.1f}"
+    best = results.best_row
+    bold = frozenset({(best.number, "Accuracy (%)")} if best else ())
+    text_columns = {
+        column_heading(key) for key in varied if not all(_is_number(r.settings.values[key]) for r in results.rows)
+    }
+    numeric = tuple(column for column in text[0] if column not in {"Row", *text_columns})
+    notes = tuple(_notes(results))
+    return Table(results.name, _caption(results), pd.DataFrame(data), pd.DataFrame(text), numeric, notes, bold)
 
 
-_COLUMNS = ("Tokens", "FLOPs", LATENCY, "Accuracy (%)", "Difference", "p", "n")
-
-
-def heading(key: str) -> str:
-    """A dotted key of a configuration as the heading of a column: "Pre-fusion layers" for prefusion.layers."""
+def column_heading(key: str) -> str:
+    """Turn a dotted configuration key into a column heading: prefusion.layers becomes "Pre-fusion layers"."""
     words = key.removesuffix(".name").replace("prefusion", "pre-fusion").replace(".", " ").replace("_", " ")
     return words[0].upper() + words[1:]
 
 
-def _caption(study: Study) -> str:
-    parts = [study.definition.title]
-    parts.append(f"Accuracy (%): {_where(study)}." if study.finished else "No row is finished.")
-    if scaled := study.definition.scaled_sizes(study.config):
-        parts.append(scaled)
-    if one := [row.label for row in study.rows if len(row.setting.paper) > 1]:
-        parts.append(f"Rows that are the same settings on this model are one: {'; '.join(one)}.")
-    return " ".join(parts)
-
-
-def _where(study: Study) -> str:
-    records = [record for row in study.finished if row.cell for record in row.cell.finished]
+def describe_measurement(results: ExperimentResults) -> str:
+    """Describe data, number of questions, seeds, model and device of an experiment's finished runs."""
+    records = _finished_records(results)
     if not records:
         return "nothing finished"
     tasks = sorted({f"{record['data']['name']}, {record['data'].get('split', 'test')} split" for record in records})
     examples = sorted({record["data"]["examples"] for record in records})
     devices = sorted({record["provenance"].get("device") or "device unknown" for record in records})
-    model, seeds = study.config.get("model.name", "model unknown"), len(study.seeds)
+    model, seeds = results.config.get("model.name", "model unknown"), len(results.seeds)
     return (
         f"{'; '.join(tasks)}, n = {' and '.join(map(str, examples))} questions, {seeds} seed{'s' * (seeds > 1)}, model "
         f"{model}, {', '.join(devices)}"
     )
 
 
-def _notes(study: Study) -> list[str]:
-    records = [record for row in study.finished if row.cell for record in row.cell.finished]
-    blind = "; ".join(f"{name} {100 * value:.1f}" for name, value in references(study).items())
+def _finished_records(results: ExperimentResults) -> list[Record]:
+    return [record for row in results.finished_rows if row.runs for record in row.runs.finished]
+
+
+def _caption(results: ExperimentResults) -> str:
+    parts = [results.spec.title]
+    parts.append(f"Accuracy (%): {describe_measurement(results)}." if results.finished_rows else "No row is finished.")
+    if scaling := results.spec.scaling_note(results.config):
+        parts.append(scaling)
+    if merged := [row.label for row in results.rows if len(row.settings.paper) > 1]:
+        parts.append(f"Rows with the same settings on this model are merged: {'; '.join(merged)}.")
+    return " ".join(parts)
+
+
+def _notes(results: ExperimentResults) -> list[str]:
+    records = _finished_records(results)
+    blind = "; ".join(f"{name} {100 * value:.1f}" for name, value in blind_accuracies(results).items())
     conventions = sorted({r["cost"].get("convention") or "unstated" for r in records if r.get("cost")})
-    versions = {record["provenance"].get("code") for record in records}
-    prints = {record["data"]["fingerprint"] for record in records}
-    left_out = study.left_out
-    return [
-        "Accuracy: mean over n questions and the seeds, with its 95% bootstrap interval over both; with few seeds it "
-        "understates how much seeds differ." + (f" Without sight: {blind}." if blind else ""),
-        f"Bold: the highest accuracy, if the row differs from each other row by {RULE}.{_no_bold(study)}",
-        "Difference: percentage points from the first row, with its 95% interval (same questions, seeds drawn for "
-        "each). p: exact paired test over examples, Holm-corrected for the rows compared; it speaks of these trained "
-        "models, not of other seeds.",
-        "Tokens: visual tokens that the language model reads, the mean over its layers where some leave on the way.",
+    code_versions = {record["provenance"].get("code") for record in records}
+    fingerprints = {record["data"]["fingerprint"] for record in records}
+    latency_notes = sorted({r["cost"]["latency_note"] for r in records if "latency_note" in (r.get("cost") or {})})
+    excluded = results.excluded_families
+    notes = [
+        "Accuracy: mean over n questions and the seeds, with its 95% bootstrap interval over both. With few seeds the "
+        "interval understates how much seeds differ." + (f" Blind controls: {blind}." if blind else ""),
+        f"Bold: the highest accuracy, if the row differs from every other row by {DIFFERENCE_RULE}.{_why_no_bold(results)}",
+        "Difference: percentage points from the first row, with its 95% interval (same questions; the seeds of each row "
+        "are resampled separately). p: exact paired test over examples, Holm-corrected for the rows compared. The test is "
+        "about these trained models, not about other seeds.",
+        "Tokens: visual tokens that the language model reads; the mean over its layers if some tokens are removed on the "
+        "way.",
         *(f"FLOPs of one prompt: {convention}." for convention in conventions),
-        *(
-            f"Latency: {note}."
-            for note in sorted({r["cost"]["latency_note"] for r in records if "latency_note" in (r.get("cost") or {})})
-        ),
-        *(line for row in study.rows for line in _hole_notes(row)),
-        *(["Rows were asked about other data, question by question in the same order."] if len(prints) > 1 else []),
-        *([f"The records come from {len(versions)} versions of the code."] if len(versions) > 1 else []),
-        *(
-            [
-                f"{len(left_out)} other famil{'y' if len(left_out) == 1 else 'ies'} of records of this experiment left "
-                f"out, set apart by {'; '.join(left_out)}. A setting after experiment={study.name} chooses."
-            ]
-            if left_out
-            else []
-        ),
+        *(f"Latency: {note}." for note in latency_notes),
+        *(note for row in results.rows for note in _missing_run_notes(row)),
+    ]
+    if len(fingerprints) > 1:
+        notes.append(
+            "The rows were evaluated on different data; question n of one row corresponds to question n of another."
+        )
+    if len(code_versions) > 1:
+        notes.append(f"The records come from {len(code_versions)} versions of the code.")
+    if excluded:
+        notes.append(
+            f"{len(excluded)} other famil{'y' if len(excluded) == 1 else 'ies'} of records of this experiment left "
+            f"out, set apart by {'; '.join(excluded)}. To select one, add its setting after experiment={results.name}."
+        )
+    return notes
+
+
+def _why_no_bold(results: ExperimentResults) -> str:
+    if results.best_row is not None or len(results.finished_rows) < 2:
+        return ""
+    first, second = results.ranked_rows[:2]
+    if not results.comparable(first, second):
+        return " No row is bold here."
+    difference = format_interval(results.difference(first, second), sign=True)
+    p_value = format_p_value(results.p_value(first, second))
+    return (
+        f" No row is bold here: the highest, {first.label}, differs by {difference} from the next, {second.label} "
+        f"(p = {p_value})."
+    )
+
+
+def _missing_run_notes(row: ResultRow) -> list[str]:
+    if row.runs is None:
+        return [f"{row.label}: not run."]
+    seeds: dict[str, list[Any]] = {}
+    for record in row.runs.failed:
+        seeds.setdefault(failure_reason(record), []).append(record_seed(record))
+    if row.missing_seeds:
+        seeds["not run"] = list(row.missing_seeds)
+    return [
+        f"{row.label}, seed{'s' * (len(numbers) > 1)} {_comma_list(numbers)}: {reason}."
+        for reason, numbers in seeds.items()
     ]
 
 
-def _no_bold(study: Study) -> str:
-    if study.best is not None or len(study.finished) < 2:
-        return ""
-    first, second = study.ranked[:2]
-    if not study.comparable(first, second):
-        return " No row is."
-    difference = percent(study.difference(first, second), sign=True)
-    p_value = p_text(study.p_value(first, second))
-    return f" No row is: the highest, {first.label}, is {difference} from the next, {second.label} (p = {p_value})."
-
-
-def _hole_notes(row: Row) -> list[str]:
-    if row.cell is None:
-        return [f"{row.label}: not run."]
-    seeds: dict[str, list[Any]] = {}
-    for record in row.cell.failed:
-        seeds.setdefault(failure(record), []).append(seed(record))
-    if row.absent:
-        seeds["not run"] = list(row.absent)
-    return [f"{row.label}, seed{'s' * (len(some) > 1)} {_listed(some)}: {why}." for why, some in seeds.items()]
-
-
-def _listed(values: Iterable[Any]) -> str:
+def _comma_list(values: Iterable[Any]) -> str:
     return ", ".join(map(str, values))
 
 
-def _seeds(row: Row, study: Study) -> str:
-    finished, wanted = len(row.cell.finished) if row.cell else 0, len(study.seeds)
-    return str(finished) if finished == wanted else f"{finished} of {wanted}"
+def _seed_count(row: ResultRow, results: ExperimentResults) -> str:
+    finished, total = len(row.runs.finished) if row.runs else 0, len(results.seeds)
+    return str(finished) if finished == total else f"{finished} of {total}"
 
 
-def _tokens(cell: Cell) -> float:
-    return float(np.mean([_record_tokens(record) for record in cell.finished]))
+def _mean_tokens(runs: RunGroup) -> float:
+    return float(np.mean([_record_tokens(record) for record in runs.finished]))
 
 
 def _record_tokens(record: Record) -> float:
     return record["model"].get("visual_tokens_mean", record["model"]["visual_tokens"])
 
 
-def _varied(study: Study) -> list[str]:
-    """The keys that get a column: single values that differ between rows. Of a group whose name differs only that, and
-    the size is seen in the tokens; the CSV has all."""
-    values = [row.setting.values for row in study.rows]
-    differing = [key for key in study.definition.keys if any(some[key] != values[0][key] for some in values)]
-    named = {key.removesuffix("name") for key in differing if key.endswith(".name")}
+def _varied_keys(results: ExperimentResults) -> list[str]:
+    """Return the keys that get a column in the text: single values that differ between rows.
+
+    If a group's name differs, only the name gets a column. The size has none, because the token count shows it. The CSV
+    has all keys.
+    """
+    values = [row.settings.values for row in results.rows]
+    differing = [key for key in results.spec.setting_keys if any(v[key] != values[0][key] for v in values)]
+    named_groups = {key.removesuffix("name") for key in differing if key.endswith(".name")}
     return [
         key
         for key in differing
         if key != "compressor.size"
-        and (key.endswith(".name") or not key.startswith(tuple(named)))
-        and not any(isinstance(some[key], (list, Mapping)) for some in values)
+        and (key.endswith(".name") or not key.startswith(tuple(named_groups)))
+        and not any(isinstance(v[key], (list, Mapping)) for v in values)
     ]
 
 
-def _value(value: Any) -> str:
+def _cell_text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return NONE if value is None else str(value)
@@ -207,17 +233,17 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _plain(value: Any) -> Any:
+def _csv_value(value: Any) -> Any:
     return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
-def _task(study: Study) -> str | None:
-    """What the rows' printed values are by for these data, None where the paper has none."""
-    name = str(study.config.get("data.name", "")).lower()
-    return name if any(name in paper for row in study.rows for paper in row.setting.paper) else None
+def _paper_benchmark(results: ExperimentResults) -> str | None:
+    """Return the name under which the rows hold the paper's values for these data, None if the paper has none."""
+    name = str(results.config.get("data.name", "")).lower()
+    return name if any(name in paper for row in results.rows for paper in row.settings.paper) else None
 
 
-def _shared(row: Row, task: str) -> float | None:
-    """The value that the paper prints in a row; None where it prints none, or several since rows coincide."""
-    values = {paper.get(task) for paper in row.setting.paper}
+def _paper_value(row: ResultRow, benchmark: str) -> float | None:
+    """Return the value that the paper prints in a row; None if it prints none, or several because rows were merged."""
+    values = {paper.get(benchmark) for paper in row.settings.paper}
     return values.pop() if len(values) == 1 else None

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Fusion-depth table: the depth of every probed model from each curve, with the verdict."""
 
 from __future__ import annotations
 
@@ -6,57 +6,67 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from experiments.records.views import Record, describe, failure, seed
+from experiments.records.views import Record, failure_reason, record_label, record_seed
 from experiments.report.formatting import NONE
-from experiments.report.tables.table import Table, _shown, shorten
-from experiments.report.verdict import Verdict, curves_of, depth_text
+from experiments.report.tables.table import Table, format_optional, shorten_reason
+from experiments.report.verdict import Verdict, depth_text, reported_curves
 
 
-def fusion_table(verdicts: Sequence[Verdict], failed: Sequence[Record]) -> Table:
-    """Fusion depth of every probed record, from each curve, with the rule's answer."""
+def fusion_depth_table(verdicts: Sequence[Verdict], failed: Sequence[Record]) -> Table:
+    """Build the table of fusion depths.
+
+    Args:
+        verdicts: The rule's answer for every probed record.
+        failed: Failed records of attention experiments.
+    """
     data, text, reasons = [], [], []
     for verdict in verdicts:
         record = verdict.record
-        for kind in curves_of(record):
-            depth = (record.get("fusion") or {}).get(kind)
+        for curve in reported_curves(record):
+            depth = (record.get("fusion") or {}).get(curve)
             has_depth = depth is not None and depth["depth"] is not None
             if not has_depth:
-                reasons.append(f"{describe(record)}, {kind}: {depth_text(record, kind)}.")
+                reasons.append(f"{record_label(record)}, {curve}: {depth_text(record, curve)}.")
             depth = depth or {}
-            row = {"model": record["name"], "seed": seed(record), "kind": kind, "verdict": verdict.answer}
+            row = {"model": record["name"], "seed": record_seed(record), "kind": curve, "verdict": verdict.answer}
             keys = ("depth", "low", "high", "layers", "threshold", "samples")
             data.append({**row, **{key: depth.get(key) for key in keys}})
             text.append(
                 {
                     "Model": record["name"],
-                    "Seed": _shown(seed(record)),
-                    "Measured by": kind,
+                    "Seed": format_optional(record_seed(record)),
+                    "Measured by": curve,
                     "Fusion depth": f"{depth['depth']} of {depth['layers']}"
                     if has_depth
-                    else shorten(depth_text(record, kind)),
+                    else shorten_reason(depth_text(record, curve)),
                     "95% CI": f"{depth['low']:g} to {depth['high']:g}" if has_depth else NONE,
-                    "Threshold": _shown(depth.get("threshold")),
-                    "n": _shown(depth.get("samples")),
+                    "Threshold": format_optional(depth.get("threshold")),
+                    "n": format_optional(depth.get("samples")),
                     "Verdict": verdict.answer,
                 }
             )
     for record in failed:
-        data.append({"model": record["name"], "seed": seed(record), "verdict": failure(record)})
-        rest = dict.fromkeys(("Measured by", "95% CI", "Threshold", "n", "Verdict"), "failed")
+        data.append({"model": record["name"], "seed": record_seed(record), "verdict": failure_reason(record)})
         text.append(
-            {"Model": record["name"], "Seed": _shown(seed(record)), "Fusion depth": shorten(failure(record)), **rest}
+            {
+                "Model": record["name"],
+                "Seed": format_optional(record_seed(record)),
+                "Fusion depth": shorten_reason(failure_reason(record)),
+                **dict.fromkeys(("Measured by", "95% CI", "Threshold", "n", "Verdict"), "failed"),
+            }
         )
     notes = (
-        "Depth is counted in layers of the language model. Removal: the number of first layers that must see the "
-        "visual tokens for the model to keep the threshold's share of its gain over never seeing them. Attention: the "
-        "number of first layers that hold the threshold's share of all attention on visual tokens. Knock-out: the number "
-        "of first layers that hold its share of what is lost when text is cut off from vision, window by window. "
-        "Read-out: the number of layers after which a linear classifier reads the answer off the question's states, by "
-        "its share of the most that it ever gains over the question's words.",
+        "Depth is counted in layers of the language model. Removal: the number of first layers that must attend to the "
+        "visual tokens for the model to keep the threshold's share of its gain over never attending to them. Attention: "
+        "the number of first layers that hold the threshold's share of all attention on visual tokens. Knock-out: the "
+        "number of first layers that hold the threshold's share of the accuracy lost when text is cut off from vision, "
+        "window by window. Read-out: the number of layers after which a linear classifier reads the answer off the "
+        "question's states, by the threshold's share of its largest gain over the question's words.",
         "Intervals: 95% bootstrap over examples.",
         *reasons,
-        *(f"{describe(record)}: {failure(record)}." for record in failed),
+        *(f"{record_label(record)}: {failure_reason(record)}." for record in failed),
     )
     columns = ["Model", "Seed", "Measured by", "Fusion depth", "95% CI", "Threshold", "n", "Verdict"]
-    shown = pd.DataFrame(text, columns=columns)
-    return Table("fusion_depth", "Fusion depth of every probed model.", pd.DataFrame(data), shown, ("Seed", "n"), notes)
+    text_frame = pd.DataFrame(text, columns=columns)
+    caption = "Fusion depth of every probed model."
+    return Table("fusion_depth", caption, pd.DataFrame(data), text_frame, ("Seed", "n"), notes)

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Orderings table: which of the paper's orderings of rows hold in an experiment's results."""
 
 from __future__ import annotations
 
@@ -8,38 +8,44 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from experiments.report.experiment_results import RULE, Row, Study
-from experiments.report.formatting import p_text, percent, signed
-from experiments.report.tables.experiment_rows import BENCHMARKS, _where
-from experiments.report.tables.table import Table, bounds
+from experiments.report.experiment_results import DIFFERENCE_RULE, ExperimentResults, ResultRow
+from experiments.report.formatting import format_interval, format_p_value, format_signed
+from experiments.report.tables.experiment_rows import BENCHMARKS, describe_measurement
+from experiments.report.tables.table import Table, interval_columns
+from experiments.report.verdict import UNDECIDED
 
-HOLDS, REVERSED, UNTOLD = "holds", "does not hold", "cannot be told"
+HOLDS, REVERSED = "holds", "does not hold"
 
 
-def orderings_table(study: Study) -> Table | None:
-    """For every two rows that the paper orders alike on all of `BENCHMARKS`: whether they are so ordered here.
+def orderings_table(results: ExperimentResults) -> Table | None:
+    """Build the table of all pairs of rows that the paper orders the same way on every one of `BENCHMARKS`.
 
-    An ordering holds if the rows differ by `RULE` with its p-value corrected (Holm) for the number of pairs, and in
-    the paper's direction; it does not hold if they so differ in the other; else it cannot be told. None where the paper
-    orders no two rows.
+    An ordering holds if the two rows differ by `DIFFERENCE_RULE`, with p-values Holm-corrected for the number of pairs,
+    in the paper's direction. It does not hold if they differ in the opposite direction. Otherwise it cannot be told.
+
+    Args:
+        results: The experiment's rows with their runs.
+
+    Returns:
+        The table, or None if the paper orders no two rows.
     """
-    pairs = [pair for two in combinations(study.rows, 2) if (pair := _paper_order(*two)) is not None]
+    pairs = [pair for two in combinations(results.rows, 2) if (pair := _paper_order(*two)) is not None]
     if not pairs:
         return None
     data, text = [], []
-    for (higher, lower), p_value in zip(pairs, study.p_corrected(pairs), strict=True):
-        difference = None if p_value is None else study.difference(higher, lower)
-        answer = UNTOLD
-        if p_value is not None and difference is not None and study.differ(higher, lower, p_value):
+    for (higher, lower), p_value in zip(pairs, results.holm_p_values(pairs), strict=True):
+        difference = None if p_value is None else results.difference(higher, lower)
+        answer = UNDECIDED
+        if p_value is not None and difference is not None and results.is_significant(higher, lower, p_value):
             answer = HOLDS if difference.mean > 0 else REVERSED
-        why = next((row.state for row in (higher, lower) if not row.finished), "other questions")
-        margins = {name: _margin(higher, lower, name) for name in BENCHMARKS}
+        reason = next((row.status for row in (higher, lower) if not row.finished), "other questions")
+        margins = {name: _smallest_margin(higher, lower, name) for name in BENCHMARKS}
         data.append(
             {
                 "higher": higher.label,
                 "lower": lower.label,
                 **{f"paper_{name}": margin for name, margin in margins.items()},
-                **bounds("difference", difference),
+                **interval_columns("difference", difference),
                 "p_holm": p_value,
                 "answer": answer,
             }
@@ -48,39 +54,43 @@ def orderings_table(study: Study) -> Table | None:
             {
                 "Higher in the paper": higher.label,
                 "Lower": lower.label,
-                **{f"Paper, {BENCHMARKS[name]}": signed(margin) for name, margin in margins.items()},
-                "Here": percent(difference, sign=True) if difference else why,
-                "p": p_text(p_value) if p_value is not None else why,
+                **{f"Paper, {BENCHMARKS[name]}": format_signed(margin) for name, margin in margins.items()},
+                "Here": format_interval(difference, sign=True) if difference else reason,
+                "p": format_p_value(p_value) if p_value is not None else reason,
                 "Ordering": answer,
             }
         )
     frame = pd.DataFrame(data)
-    counts = {answer: int((frame["answer"] == answer).sum()) for answer in (HOLDS, REVERSED, UNTOLD)}
-    one = [row.label for row in study.rows if len(row.setting.paper) > 1]
+    counts = {answer: int((frame["answer"] == answer).sum()) for answer in (HOLDS, REVERSED, UNDECIDED)}
+    merged = [row.label for row in results.rows if len(row.settings.paper) > 1]
     notes = (
-        f"Percentage points. An ordering holds, or does not, where the two rows differ here by the rule: {RULE}; p is "
-        "Holm-corrected for the number of pairs. The paper gives no intervals: its order is taken as printed.",
-        *([f"Not among the pairs, since they are one row on this model: {'; '.join(one)}."] if one else []),
+        f"Percentage points. An ordering holds, or does not hold, if the two rows differ here by the rule: "
+        f"{DIFFERENCE_RULE}; p is Holm-corrected for the number of pairs. The paper gives no intervals, so its order is "
+        "taken as printed.",
+        *([f"Not among the pairs, because they are one row on this model: {'; '.join(merged)}."] if merged else []),
     )
     caption = (
-        f"{study.definition.title} Of the {len(pairs)} pairs of rows that the paper orders alike on "
-        f"{', '.join(BENCHMARKS.values())}, here ({_where(study)}): "
+        f"{results.spec.title} Of the {len(pairs)} pairs of rows that the paper orders the same way on "
+        f"{', '.join(BENCHMARKS.values())}, here ({describe_measurement(results)}): "
         + "; ".join(f"{answer}: {count}" for answer, count in counts.items())
         + "."
     )
     numeric = tuple(column for column in text[0] if column not in ("Higher in the paper", "Lower", "Ordering"))
-    return Table(f"{study.name}_orderings", caption, frame, pd.DataFrame(text), numeric, notes)
+    return Table(f"{results.name}_orderings", caption, frame, pd.DataFrame(text), numeric, notes)
 
 
-def _paper_order(first: Row, second: Row) -> tuple[Row, Row] | None:
-    """The two rows, the higher first, if the paper has the same one higher on every benchmark."""
+def _paper_order(first: ResultRow, second: ResultRow) -> tuple[ResultRow, ResultRow] | None:
+    """Return the two rows, higher first, if the paper puts the same one higher on every benchmark; else None."""
     for higher, lower in ((first, second), (second, first)):
-        if all(_margin(higher, lower, name) > 0 for name in BENCHMARKS):
+        if all(_smallest_margin(higher, lower, name) > 0 for name in BENCHMARKS):
             return higher, lower
     return None
 
 
-def _margin(higher: Row, lower: Row, name: str) -> float:
-    """By how much the paper has one row above another at least, where several coincide; NaN where it does not print it."""
-    above, below = ([paper.get(name, math.nan) for paper in row.setting.paper] for row in (higher, lower))
+def _smallest_margin(higher: ResultRow, lower: ResultRow, benchmark: str) -> float:
+    """Return the smallest margin between the printed values of two rows; NaN if a value is not printed.
+
+    A row holds several printed values if rows of the paper were merged.
+    """
+    above, below = ([paper.get(benchmark, math.nan) for paper in row.settings.paper] for row in (higher, lower))
     return float(np.min(above) - np.max(below))

@@ -1,28 +1,28 @@
-"""TODO"""
+"""Provenance table: code, library versions, device and time of every record."""
 
 from __future__ import annotations
 
 import pandas as pd
 
 from experiments.records.files import Records
-from experiments.records.views import seed
+from experiments.records.views import record_seed
 from experiments.report.formatting import NONE
 from experiments.report.tables.table import Table
 
 
 def provenance_table(records: Records) -> Table:
-    """Where every record comes from."""
+    """Build the table that lists where every finished or failed record comes from."""
     keys = ("commit", "code", "torch", "transformers", "python", "device", "started", "seconds", "train_seconds")
     data = []
     for record in (*records.finished, *records.failed):
         provenance = record.get("provenance") or {}
-        row = {"record": record["id"], "name": record["name"], "seed": seed(record), "status": record["status"]}
+        row = {"record": record["id"], "name": record["name"], "seed": record_seed(record), "status": record["status"]}
         fingerprint = (record.get("data") or {}).get("fingerprint")
         data.append({**row, "data": fingerprint, **{key: provenance.get(key) for key in keys}})
     frame = pd.DataFrame(data)
-    shown = frame.astype(object).where(frame.notna(), NONE).astype(str)
+    text = frame.astype(object).where(frame.notna(), NONE).astype(str)
     for key in ("commit", "code", "data"):
-        shown[key] = shown[key].str[:8] if len(shown) else shown[key]
-    shown.columns = [column.replace("_", " ").capitalize() for column in shown.columns]
+        text[key] = text[key].str[:8] if len(text) else text[key]
+    text.columns = [column.replace("_", " ").capitalize() for column in text.columns]
     caption = "Provenance of every record (commit, code and data shortened to 8 characters)."
-    return Table("provenance", caption, frame, shown, ("Seed", "Seconds", "Train seconds"))
+    return Table("provenance", caption, frame, text, ("Seed", "Seconds", "Train seconds"))

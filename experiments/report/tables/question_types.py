@@ -1,4 +1,4 @@
-"""Tables by kind of question: what is right, and where the picture is needed for it."""
+"""Tables by question type: accuracy, and accuracy with visual tokens removed."""
 
 from __future__ import annotations
 
@@ -8,88 +8,104 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.records.views import Record, describe, outcomes
-from experiments.report.formatting import NONE, percent
-from experiments.report.run_groups import Cell
+from experiments.records.views import Record, parse_outcomes, record_label
+from experiments.report.formatting import NONE, format_interval
+from experiments.report.run_groups import RunGroup
 from experiments.report.statistics import accuracy_interval
-from experiments.report.tables.table import Table, bounds, cell_name
+from experiments.report.tables.table import Table, group_name, interval_columns
+
+_REMOVAL_COLUMNS = {
+    "whole": "Vision in all layers",
+    "first": "Vision hidden in the first block",
+    "never": "Vision hidden in all layers",
+}
+"""Column of the text by the CSV's column: accuracy with visual tokens removed from some layers."""
 
 
-def kinds_table(cells: Sequence[Cell], probed: Sequence[Record]) -> Table:
-    """Accuracy by kind of question: every ablation cell, then each probed model with its controls."""
+def question_type_table(groups: Sequence[RunGroup], probed: Sequence[Record]) -> Table:
+    """Build the table of accuracy by question type: every run group, then each probed model with its blind controls.
+
+    Args:
+        groups: All run groups of the report.
+        probed: Finished records with a probe.
+    """
     rows: list[tuple[str, str, int, Sequence[str], np.ndarray]] = []
-    for cell in cells:
-        found = cell.outcomes()
-        if found is not None:
-            kinds = cell.finished[0]["data"]["kinds"]
-            rows.append((cell_name(cell), "image", len(found), kinds, found))
+    for group in groups:
+        matrix = group.outcomes()
+        if matrix is not None:
+            rows.append((group_name(group), "image", len(matrix), group.finished[0]["data"]["kinds"], matrix))
     for record in probed:
-        kinds = record["data"]["kinds"]
+        types = record["data"]["kinds"]
         views = {**record["accuracy"], "text-only guess": record["data"].get("guess")}
         for view, text in views.items():
             if text is not None:
-                rows.append((describe(record), view, 1, kinds, outcomes(text)[None]))
-    names = sorted({kind for *_, kinds, _ in rows for kind in kinds})
-    data, text = [], []
-    for model, view, seeds, kinds, found in rows:
+                rows.append((record_label(record), view, 1, types, parse_outcomes(text)[None]))
+    names = sorted({name for *_, types, _ in rows for name in types})
+    data, texts = [], []
+    for model, view, seeds, types, matrix in rows:
         row: dict[str, Any] = {"model": model, "input": view, "seeds": seeds}
-        shown = {"Model": model, "Input": view, "Seeds": str(seeds)}
-        of = np.array(kinds)
-        for title, chosen in (("all", np.ones(len(of), bool)), *((name, of == name) for name in names)):
-            interval = accuracy_interval(found[:, chosen]) if chosen.any() else None
-            row |= {**bounds(title, interval), f"{title}_n": int(chosen.sum())}
-            shown[title.capitalize()] = percent(interval) if interval else NONE
+        cells = {"Model": model, "Input": view, "Seeds": str(seeds)}
+        type_of_example = np.array(types)
+        columns = (
+            ("all", np.ones(len(type_of_example), bool)),
+            *((name, type_of_example == name) for name in names),
+        )
+        for title, in_column in columns:
+            interval = accuracy_interval(matrix[:, in_column]) if in_column.any() else None
+            row |= {**interval_columns(title, interval), f"{title}_n": int(in_column.sum())}
+            cells[title.capitalize()] = format_interval(interval) if interval else NONE
         data.append(row)
-        text.append(shown)
+        texts.append(cells)
     numeric = ("Seeds", "All", *(name.capitalize() for name in names))
-    counts = {tuple((name, list(kinds).count(name)) for name in names) for *_, kinds, _ in rows}
+    counts = {tuple((name, list(types).count(name)) for name in names) for *_, types, _ in rows}
     notes = tuple("Examples: " + ", ".join(f"{name} {n}" for name, n in count) + "." for count in sorted(counts))
-    caption = "Accuracy (%) by kind of question, with 95% bootstrap intervals over examples and seeds."
-    return Table("accuracy_by_kind", caption, pd.DataFrame(data), pd.DataFrame(text), numeric, notes)
+    caption = "Accuracy (%) by question type, with 95% bootstrap intervals over examples and seeds."
+    return Table("accuracy_by_kind", caption, pd.DataFrame(data), pd.DataFrame(texts), numeric, notes)
 
 
-def removal_kinds_table(probed: Sequence[Record]) -> Table:
-    """What removal of visual tokens costs each kind of question, of every probed record that has it by kind."""
+def removal_by_question_type_table(probed: Sequence[Record]) -> Table:
+    """Build the table of accuracy by question type with visual tokens removed.
+
+    Args:
+        probed: Finished records with a probe; those without removal by question type are skipped.
+    """
     data, text = [], []
     for record in probed:
         removal = record.get("removal")
         if removal is None or not removal.get("by_kind"):
             continue
-        kinds = np.array(record["data"]["kinds"])
+        types = np.array(record["data"]["kinds"])
         runs = {
             "whole": removal["onward"][-1],
             "never": removal["onward"][0],
             "first": removal["inside"][0],
         }
-        found = {name: outcomes(run["correct"]) for name, run in runs.items()}
-        for kind, depth in sorted(removal["by_kind"].items()):
-            some = {name: accuracy_interval(right[None, kinds == kind]) for name, right in found.items()}
-            located = depth["depth"] is not None
-            row: dict[str, Any] = {"model": record["name"], "kind": kind, "examples": int((kinds == kind).sum())}
-            for name, interval in some.items():
-                row |= bounds(name, interval)
+        correct = {name: parse_outcomes(run["correct"]) for name, run in runs.items()}
+        for type_name, depth in sorted(removal["by_kind"].items()):
+            in_type = types == type_name
+            intervals = {name: accuracy_interval(outcomes[None, in_type]) for name, outcomes in correct.items()}
+            has_depth = depth["depth"] is not None
+            row: dict[str, Any] = {"model": record["name"], "kind": type_name, "examples": int(in_type.sum())}
+            for name, interval in intervals.items():
+                row |= interval_columns(name, interval)
             data.append({**row, **{key: depth[key] for key in ("depth", "low", "high", "layers")}})
             text.append(
                 {
-                    "Model": describe(record),
-                    "Kind": kind,
+                    "Model": record_label(record),
+                    "Question type": type_name,
                     "n": str(row["examples"]),
-                    "All layers see": percent(some["whole"]),
-                    "First block does not": percent(some["first"]),
-                    "No layer sees": percent(some["never"]),
-                    "Fusion depth": f"{depth['depth']} of {depth['layers']}" if located else "none",
-                    "95% CI": f"{depth['low']:g} to {depth['high']:g}" if located else NONE,
+                    **{column: format_interval(intervals[name]) for name, column in _REMOVAL_COLUMNS.items()},
+                    "Fusion depth": f"{depth['depth']} of {depth['layers']}" if has_depth else "none",
+                    "95% CI": f"{depth['low']:g} to {depth['high']:g}" if has_depth else NONE,
                 }
             )
-    columns = ["Model", "Kind", "n", *_VIEWS, "Fusion depth", "95% CI"]
+    columns = ["Model", "Question type", "n", *_REMOVAL_COLUMNS.values(), "Fusion depth", "95% CI"]
     notes = (
-        "Accuracy (%) with 95% bootstrap intervals over examples; the visual tokens are seen in all layers of the language "
-        "model, in all but the first block, or in none. Fusion depth: by removal, as in the table of fusion depths; none "
-        "where these answers do not depend on the picture beyond chance.",
+        "Accuracy (%) with 95% bootstrap intervals over examples. The visual tokens are visible in all layers of the "
+        "language model, hidden in the first block of layers, or hidden in all layers. Fusion depth: by removal, as in "
+        "the table of fusion depths; none if the answers do not depend on the image beyond chance.",
     )
-    shown = pd.DataFrame(text, columns=columns)
-    caption = "What removal of visual tokens costs each kind of question."
-    return Table("removal_by_kind", caption, pd.DataFrame(data), shown, ("n", *_VIEWS, "Fusion depth"), notes)
-
-
-_VIEWS = ("All layers see", "First block does not", "No layer sees")
+    numeric = ("n", *_REMOVAL_COLUMNS.values(), "Fusion depth")
+    text_frame = pd.DataFrame(text, columns=columns)
+    caption = "Accuracy by question type with visual tokens removed."
+    return Table("removal_by_kind", caption, pd.DataFrame(data), text_frame, numeric, notes)

@@ -1,22 +1,31 @@
-"""TODO"""
+"""A table of a report, and helpers that every table uses."""
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass
 
 import pandas as pd
 
 from experiments.report.formatting import NONE
-from experiments.report.run_groups import Cell
+from experiments.report.run_groups import RunGroup
 from experiments.report.statistics import Interval
+
+LATENCY_COLUMN = "Latency (ms)"
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table twice over: `data` holds plain numbers (accuracies and differences from 0 to 1), `text` what is shown.
+    """A table in two forms: plain numbers for CSV and formatted text for readers. Jupyter shows it with its caption.
 
-    `numeric` are the columns of `text` that are set flush right; `notes` go below; `bold` are cells of `text`, each as
-    row and column.
+    Args:
+        name: Stem of the table's files.
+        caption: Sentence above the table.
+        data: Plain numbers; accuracies and differences are fractions.
+        text: Formatted cells, one string each.
+        numeric: Columns of `text` that are aligned right.
+        notes: Paragraphs below the table.
+        bold: Cells of `text` in bold, as (row number, column).
     """
 
     name: str
@@ -28,35 +37,54 @@ class Table:
     bold: frozenset[tuple[int, str]] = frozenset()
 
     @property
-    def holes(self) -> frozenset[int]:
-        """Rows of what failed or was not run."""
+    def incomplete_rows(self) -> frozenset[int]:
+        """Numbers of the rows that failed or were not run."""
         return frozenset(
             i for i, row in enumerate(self.text.itertuples(index=False)) if {"failed", "not run"} & set(row)
         )
 
+    def _repr_html_(self) -> str:
+        """Return the table as HTML with caption and notes, for Jupyter."""
+        header = "".join(self._html_cell("th", column, column) for column in self.text.columns)
+        rows = [
+            "".join(
+                self._html_cell("td", column, cell, bold=(number, column) in self.bold)
+                for column, cell in zip(self.text.columns, row, strict=True)
+            )
+            for number, row in enumerate(self.text.itertuples(index=False, name=None))
+        ]
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        notes = "".join(f"<p><small>{html.escape(note)}</small></p>" for note in self.notes)
+        caption = f"<p><b>{html.escape(self.caption)}</b></p>"
+        return f"{caption}<table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table>{notes}"
 
-LATENCY = "Latency (ms)"
+    def _html_cell(self, tag: str, column: str, text: str, bold: bool = False) -> str:
+        align = "right" if column in self.numeric else "left"
+        content = f"<b>{html.escape(text)}</b>" if bold else html.escape(text)
+        return f'<{tag} style="text-align: {align}">{content}</{tag}>'
 
 
-def shorten(reason: str) -> str:
-    """A reason short enough for a cell of a table; the notes below hold the whole of it."""
+def shorten_reason(reason: str) -> str:
+    """Shorten a reason to fit a table cell; the table's notes hold the full text."""
     return reason if len(reason) <= 36 else f"{reason[:33].rstrip()}..."
 
 
-def _shown(value: float | None) -> str:
+def format_optional(value: float | None) -> str:
+    """Format a number without trailing zeros, None as a dash."""
     return NONE if value is None else f"{value:g}"
 
 
-def cell_name(cell: Cell) -> str:
-    if cell.is_baseline:
-        name = f"{cell.label}, {cell.visual_tokens} tokens"
+def group_name(group: RunGroup) -> str:
+    """Return a run group's model, compressor, tokens, pre-fusion layers and differing settings as one line."""
+    if group.is_baseline:
+        name = f"{group.label}, {group.visual_tokens} tokens"
     else:
-        tokens = "token" if cell.visual_tokens == 1 else "tokens"
-        name = f"{cell.label}, {cell.compressor}, {cell.visual_tokens} {tokens}, {cell.prefusion_layers} pre-fusion"
-    return f"{name}, {cell.settings}" if cell.settings else name
+        tokens = "token" if group.visual_tokens == 1 else "tokens"
+        name = f"{group.label}, {group.compressor}, {group.visual_tokens} {tokens}, {group.prefusion_layers} pre-fusion"
+    return f"{name}, {group.settings}" if group.settings else name
 
 
-def bounds(name: str, interval: Interval | None) -> dict[str, float | None]:
-    """Three columns of a table's data: the mean under `name`, and its bounds."""
+def interval_columns(name: str, interval: Interval | None) -> dict[str, float | None]:
+    """Return three columns of a table's data: the mean under `name`, and its bounds."""
     values = (None, None, None) if interval is None else interval
     return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))

@@ -1,13 +1,13 @@
-"""A table as Markdown, LaTeX (booktabs) and CSV text."""
+"""Writers of a table: Markdown, LaTeX (booktabs) and CSV text."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from experiments.report.tables.table import Table
 
-_LATEX = {
+_LATEX_ESCAPES = {
     "\\": r"\textbackslash{}",
     "&": r"\&",
     "%": r"\%",
@@ -28,19 +28,31 @@ _LATEX = {
 
 
 def markdown(table: Table) -> str:
-    """GitHub-flavoured Markdown: caption, table, notes."""
-    columns = list(table.text.columns)
-    rule = ["---:" if column in table.numeric else "---" for column in columns]
-    rows = _cells(table, _markdown_cell, "**{}**")
-    lines = [f"| {' | '.join(row)} |" for row in (columns, rule, *rows)]
-    return "\n".join([f"**{table.caption}**", "", *lines, *(f"\n{note}" for note in table.notes)]) + "\n"
+    """Return a table as GitHub-flavoured Markdown: caption, table, notes."""
+    rows = _format_cells(table, _markdown_cell, "**{}**")
+    lines = markdown_table(list(table.text.columns), rows, table.numeric)
+    return "\n".join([f"**{table.caption}**", "", lines, *(f"\n{note}" for note in table.notes)]) + "\n"
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right_aligned: Collection[str]) -> str:
+    """Return a Markdown table, without a newline at its end.
+
+    Args:
+        columns: Column headers.
+        rows: A text for each column, row by row; special characters are not escaped.
+        right_aligned: The headers of the columns that are aligned to the right.
+    """
+    rule = ["---:" if column in right_aligned else "---" for column in columns]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, rule, *rows))
 
 
 def latex(table: Table) -> str:
-    r"""A `table` environment with booktabs rules, to be \input as it is. Needs the packages booktabs
-    and graphicx, which shrinks a table wider than the line."""
+    r"""Return a table as a LaTeX `table` environment with booktabs rules, ready for \input.
+
+    It needs the packages booktabs and graphicx; the latter shrinks a table that is wider than the line.
+    """
     columns = "".join("r" if column in table.numeric else "l" for column in table.text.columns)
-    rows = _cells(table, escape, r"\textbf{{{}}}")
+    rows = _format_cells(table, escape, r"\textbf{{{}}}")
     return "\n".join(
         [
             r"\begin{table}",
@@ -54,7 +66,7 @@ def latex(table: Table) -> str:
             r"\toprule",
             " & ".join(escape(column) for column in table.text.columns) + r" \\",
             r"\midrule",
-            # A row that opens with "[" would be read as the optional length of the \\ before it.
+            # LaTeX would read a "[" at the start of a row as the optional length of the preceding \\.
             *(("{}" if row[0].startswith("[") else "") + " & ".join(row) + r" \\" for row in rows),
             r"\bottomrule",
             r"\end{tabular}}",
@@ -66,16 +78,16 @@ def latex(table: Table) -> str:
 
 
 def csv(table: Table) -> str:
-    """The plain numbers, comma-separated; accuracies from 0 to 1, six significant digits; empty where undefined."""
+    """Return a table's plain numbers as CSV: fractions with six significant digits, empty if undefined."""
     return table.data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
 
 def escape(text: str) -> str:
-    """Text with every character that LaTeX treats specially written out."""
-    return re.sub("|".join(map(re.escape, _LATEX)), lambda match: _LATEX[match.group()], text)
+    """Escape every character that is special in LaTeX."""
+    return re.sub("|".join(map(re.escape, _LATEX_ESCAPES)), lambda match: _LATEX_ESCAPES[match.group()], text)
 
 
-def _cells(table: Table, write: Callable[[str], str], bold: str) -> list[list[str]]:
+def _format_cells(table: Table, write: Callable[[str], str], bold: str) -> list[list[str]]:
     columns = list(table.text.columns)
     rows = enumerate(table.text.itertuples(index=False, name=None))
     return [

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from experiments.report import captions, html
+from experiments.report import figure_entries, html
+from experiments.report import results as results_module
 from experiments.report.__main__ import main
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -21,7 +22,7 @@ VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
 class Page(HTMLParser):
-    """Checks that tags nest, and collects references and text."""
+    """Parser that checks the nesting of tags, and collects references and text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -52,7 +53,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, make_results: Callable[[Path], Path]) -> Path:
-    """The results folder of a whole report: drawing takes seconds, so it is made once."""
+    """Results folder with a complete report, made once because drawing takes seconds."""
     results = make_results(tmp_path_factory.mktemp("whole") / "results")
     assert main(["--results", str(results)]) == 0
     return results
@@ -60,18 +61,19 @@ def whole(tmp_path_factory: pytest.TempPathFactory, make_results: Callable[[Path
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the figures out where they are not the point."""
-    blank = "left out"
+    """Skip drawing in tests that do not look at figures."""
     monkeypatch.setattr(
-        captions, "draw", lambda studies, *_: [captions.Drawing(s.name, "", blank, None) for s in studies]
+        results_module,
+        "figure_entries",
+        lambda experiments, *_: [figure_entries.FigureEntry(e.name, "", "left out", None) for e in experiments],
     )
 
 
 def as_table6(records: Records) -> Records:
-    """Records as those of the table that comes with the project, trained otherwise than those of the ablation."""
+    """Turn records into those of the project's Table 6, with a data setting that the ablation does not have."""
     for record in records:
         record["experiment"] = record["config"]["name"] = "table6_prefusion"
-        record["config"]["data"]["test"] = 120
+        record["config"]["data"]["test_samples"] = 120
         if record["config"]["compressor"]["name"] == "none":
             record["config"]["compressor"]["size"] = 1
     return [record for record in records if record["config"]["compressor"]["name"] != "average"]
@@ -81,9 +83,9 @@ def read(results: Path) -> Page:
     return Page((results / "report" / "index.html").read_text(encoding="utf-8"))
 
 
-def test_a_whole_report(whole: Path) -> None:
+def test_write_report_whole_study_writes_all_files(whole: Path) -> None:
     names = ("ablation", "accuracy_by_kind", "fusion_depth", "provenance", "removal_by_kind", "sight")
-    drawn = captions.STEMS
+    drawn = figure_entries.FIXED_STEMS
     tables = {f"tables/{name}.{suffix}" for name in names for suffix in ("md", "tex", "csv")}
     wanted = {"index.html"} | tables | {f"figures/{stem}.{suffix}" for stem in drawn for suffix in ("png", "pdf")}
     report = whole / "report"
@@ -93,33 +95,35 @@ def test_a_whole_report(whole: Path) -> None:
     assert sorted(path.name for path in whole.iterdir()) == ["records", "report"]
 
 
-def test_the_page_is_self_contained_and_links_to_files_that_exist(whole: Path) -> None:
-    found = read(whole)
-    assert {"script", "link", "iframe"}.isdisjoint(found.tags)
-    embedded = [reference for reference in found.references if reference.startswith("data:")]
+def test_page_is_self_contained_and_its_links_exist(whole: Path) -> None:
+    page = read(whole)
+    assert {"script", "link", "iframe"}.isdisjoint(page.tags)
+    embedded = [reference for reference in page.references if reference.startswith("data:")]
     assert len(embedded) == 7
-    for reference in set(found.references) - set(embedded):
+    for reference in set(page.references) - set(embedded):
         assert (whole / "report" / reference).is_file()
     raw = (whole / "report" / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://|@import|url\(", raw)
-    assert "Shallow-layer fusion reproduces here" in found.text
-    assert "tiny | average 2x2, 2 pre-fusion layers, seed 1 : failed: RuntimeError: out of memory" in found.text
+    assert "Shallow-layer fusion reproduces here" in page.text
+    assert "tiny | average 2x2, 2 pre-fusion layers, seed 1 : failed: RuntimeError: out of memory" in page.text
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_summary(records: Records, write_records: Write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_summary_prints_depths_tables_and_page(
+    records: Records, write_records: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
     results = write_records(records)
     assert main(["--results", str(results)]) == 0
-    said = capsys.readouterr()
-    assert "fusion depth from removal: 2 of 6 layers (95% CI 2 to 3, n = 120)" in said.out
-    assert "fusion depth from attention: 5 of 6 layers (95% CI 5 to 5, n = 40)" in said.out
-    assert "64.2 [55.8, 72.5]" in said.out
-    assert str(results / "report" / "index.html") in said.out.replace("\n", "")
-    assert said.err == ""
+    output = capsys.readouterr()
+    assert "fusion depth from removal: 2 of 6 layers (95% CI 2 to 3, n = 120)" in output.out
+    assert "fusion depth from attention: 5 of 6 layers (95% CI 5 to 5, n = 40)" in output.out
+    assert "64.2 [55.8, 72.5]" in output.out
+    assert str(results / "report" / "index.html") in output.out.replace("\n", "")
+    assert output.err == ""
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_garbled_record_is_one_warning_and_a_hole(
+def test_unreadable_record_is_one_warning_and_a_missing_entry(
     records: Records, write_records: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = write_records(records)
@@ -132,16 +136,16 @@ def test_a_garbled_record_is_one_warning_and_a_hole(
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_text_from_records_is_escaped(records: Records, write_records: Write) -> None:
+def test_page_escapes_text_of_records(records: Records, write_records: Write) -> None:
     records[-1]["name"] = "<script>alert(1)</script> & co"
     results = write_records(records)
     main(["--results", str(results)])
-    found = read(results)
-    assert "script" not in found.tags
-    assert "<script>alert(1)</script> & co" in found.text
+    page = read(results)
+    assert "script" not in page.tags
+    assert "<script>alert(1)</script> & co" in page.text
 
 
-def test_failures_alone_make_a_page_of_holes(
+def test_failed_records_alone_make_a_page_of_missing_results(
     records: Records, write_records: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = write_records([record for record in records if record["status"] == "failed"])
@@ -153,7 +157,7 @@ def test_failures_alone_make_a_page_of_holes(
     assert "No finished record holds a probe" in capsys.readouterr().out
 
 
-def test_no_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_folder_without_records_is_one_error_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--results", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -163,20 +167,20 @@ def test_no_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_report_that_breaks_off_leaves_the_old_one(
+def test_write_report_failure_keeps_the_earlier_report(
     records: Records, write_records: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = write_records(records)
     main(["--results", str(results)])
     before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
-    monkeypatch.setattr(html, "render", lambda *_: 1 / 0)
+    monkeypatch.setattr(html, "render_page", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["--results", str(results)])
     assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_figure_that_is_no_longer_made_goes_away(records: Records, write_records: Write) -> None:
+def test_write_report_removes_stale_figures(records: Records, write_records: Write) -> None:
     results = write_records(records)
     figures = results / "report" / "figures"
     figures.mkdir(parents=True)
@@ -186,7 +190,7 @@ def test_a_figure_that_is_no_longer_made_goes_away(records: Records, write_recor
     assert [path.name for path in figures.iterdir()] == ["mine.png"]
 
 
-def test_a_lens_alone_is_drawn_and_not_judged(records: Records, write_records: Write) -> None:
+def test_lens_alone_is_drawn_but_not_judged(records: Records, write_records: Write) -> None:
     others = ("removal", "attention", "knockout", "readout", "fusion")
     results = write_records([records[-1] | dict.fromkeys(others)])
     assert main(["--results", str(results)]) == 0
@@ -197,13 +201,13 @@ def test_a_lens_alone_is_drawn_and_not_judged(records: Records, write_records: W
 
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("blocked", ["", "report", "report/tables"])
-def test_a_folder_that_cannot_be_written_is_one_line(
+def test_main_unwritable_folder_is_one_error_line(
     records: Records, write_records: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], blocked: str
 ) -> None:
     out = tmp_path / "there" / "report"
     path = tmp_path / "there" / blocked
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("")  # where a folder would have to be: it stops root too
+    path.write_text("")  # a file where a folder is needed: it stops even root
     assert main(["--results", str(write_records(records)), "--out", str(out)]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -213,7 +217,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_an_experiments_table_takes_its_cells_out_of_the_ablation(
+def test_experiment_table_removes_its_groups_from_the_ablation(
     records: Records, write_records: Write, table_records: Records, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = write_records([*records, *as_table6(table_records)])
@@ -223,16 +227,16 @@ def test_an_experiments_table_takes_its_cells_out_of_the_ablation(
     assert "| 16 tokens | query | 0 | 4 |" in (tables / "table6_prefusion.md").read_text()
     assert (tables / "table6_prefusion_orderings.tex").read_text().startswith(r"\begin{table}")
     assert not (tables / "table8_compression.md").exists()
-    found = read(results)
-    assert "Table 6: what pre-fusion layers are worth" in found.text
-    assert "The paper's orderings" in found.text
-    said = capsys.readouterr().out
-    assert "fusion depth from removal" in said
-    assert "16 tokens" in said
+    page = read(results)
+    assert "Table 6: " in page.text
+    assert "The paper's orderings" in page.text
+    output = capsys.readouterr().out
+    assert "fusion depth from removal" in output
+    assert "16 tokens" in output
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_report_on_one_experiment(
+def test_request_for_one_experiment_covers_only_its_records(
     records: Records, write_records: Write, table_records: Records, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = write_records([*records, *as_table6(table_records)])
@@ -246,39 +250,37 @@ def test_a_report_on_one_experiment(
     assert not stale.exists()
     assert not figure.exists()
     assert stale.with_name("mine.csv").exists()
-    found = read(results)
-    assert "Table 6" in found.text
-    assert "Shallow-layer fusion" not in found.text
-    assert "Not drawn" not in found.text
-    assert "10 finished and 1 failed records" in found.text
+    page = read(results)
+    assert "Table 6" in page.text
+    assert "Shallow-layer fusion" not in page.text
+    assert "Not drawn" not in page.text
+    assert "10 finished and 1 failed records" in page.text
     assert "average" not in (results / "report" / "tables" / "ablation.md").read_text()
-    assert "fusion depth" not in capsys.readouterr().out
+    assert "fusion depth from" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
-        (["experiment=table6"], "experiment: no table 'table6'; there are "),
-        (["experiment=table7_tokens"], "experiment table7_tokens: no record belongs to it; make some with `python -m"),
-        (["train.steps=61"], "train.steps=61: no record has it; found 200"),
-        (["table6_prefusion"], "'table6_prefusion' is no setting; write KEY=VALUE"),
+        (["experiment=table6"], "experiment: there is no table 'table6'; choose from "),
+        (["experiment=table7_tokens"], "experiment table7_tokens: no record belongs to it; run `python -m"),
+        (["train.max_steps=61"], "train.max_steps=61: no record has this setting; recorded values: 200"),
+        (["table6_prefusion"], "'table6_prefusion' is not a setting; write KEY=VALUE"),
     ],
 )
-def test_what_is_not_there_is_one_line(
-    write_records: Write, table_records: Records, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+def test_main_request_that_selects_nothing_is_one_error_line(
+    write_records: Write, table_records: Records, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     results = write_records(as_table6(table_records))
     assert main(["--results", str(results), *words]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert said in error
+    assert message in error
     assert not (results / "report").exists()
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_report_does_not_know_how_its_records_were_named(
-    records: Records, table_records: Records, tmp_path: Path
-) -> None:
+def test_report_is_independent_of_record_file_names(records: Records, table_records: Records, tmp_path: Path) -> None:
     made = [*records, *as_table6(table_records)]
     written: list[dict[str, bytes]] = []
     for number, order in enumerate((made, made[::-1])):
@@ -292,7 +294,7 @@ def test_a_report_does_not_know_how_its_records_were_named(
     assert written[0] == written[1]
 
 
-def test_no_model_is_imported(write_records: Write, table_records: Records) -> None:
+def test_report_imports_no_model(write_records: Write, table_records: Records) -> None:
     results = write_records(as_table6(table_records))
     script = (
         "import sys\n"
@@ -309,7 +311,7 @@ def test_no_model_is_imported(write_records: Write, table_records: Records) -> N
     drawn = results / "report" / "figures"
     stems = ("table6_prefusion", "table6_prefusion_cost")
     assert {path.name for path in drawn.iterdir()} == {f"{stem}.{end}" for stem in stems for end in ("png", "pdf")}
-    found = read(results)
-    assert {f"figures/{stem}.pdf" for stem in stems} <= set(found.references)
-    assert "Accuracy against cost: table6_prefusion" in found.text
-    assert found.tags.count("img") == 2
+    page = read(results)
+    assert {f"figures/{stem}.pdf" for stem in stems} <= set(page.references)
+    assert "Accuracy against cost: table6_prefusion" in page.text
+    assert page.tags.count("img") == 2

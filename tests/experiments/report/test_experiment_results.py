@@ -11,35 +11,35 @@ from hypothesis import strategies as st
 
 from experiments.config import rows
 from experiments.records.files import Records
-from experiments.report.experiment_results import Study, study_of
-from experiments.report.experiment_specs import Definition, definitions
-from experiments.report.run_groups import group_cells
+from experiments.report.experiment_results import ExperimentResults, match_results
+from experiments.report.experiment_specs import ExperimentSpec, load_specs
+from experiments.report.run_groups import group_runs
 from experiments.report.statistics import paired_test
 
-Made = list[dict[str, Any]]
-TABLE6 = next(found for found in definitions() if found.name == "table6_prefusion")
+RecordList = list[dict[str, Any]]
+TABLE6 = next(table for table in load_specs() if table.name == "table6_prefusion")
 
 
-def read(definition: Definition, records: Made, asked: bool = False) -> Study | None:
+def match(spec: ExperimentSpec, records: RecordList, requested: bool = False) -> ExperimentResults | None:
     parts = (tuple(r for r in records if r["status"] == status) for status in ("finished", "failed"))
-    return study_of(definition, group_cells(Records(*parts, (), ())), asked)
+    return match_results(spec, group_runs(Records(*parts, (), ())), requested)
 
 
-def whole(definition: Definition, records: Made) -> Study:
-    found = read(definition, records)
+def match_required(spec: ExperimentSpec, records: RecordList) -> ExperimentResults:
+    found = match(spec, records)
     assert found is not None
     return found
 
 
-def answer(record: dict[str, Any], right: str) -> dict[str, Any]:
+def with_outcomes(record: dict[str, Any], right: str) -> dict[str, Any]:
     changed = copy.deepcopy(record)
     changed["accuracy"] = {"image": right}
     changed["data"] |= {"examples": len(right), "kinds": ["place"] * len(right), "guess": None}
     return changed
 
 
-def test_records_meet_their_rows(definition: Definition, table_records: Made) -> None:
-    study = whole(definition, table_records)
+def test_match_results_records_fill_rows_with_their_settings(spec: ExperimentSpec, table_records: RecordList) -> None:
+    study = match_required(spec, table_records)
     assert [row.label for row in study.rows] == [
         "LLaVA",
         "1 token / 4 tokens",
@@ -48,13 +48,13 @@ def test_records_meet_their_rows(definition: Definition, table_records: Made) ->
         "2 layers",
         "2 layers, 50% | average",
     ]
-    assert [row.state for row in study.rows] == ["finished"] * 3 + ["not run", "finished", "failed"]
-    assert [row.absent for row in study.rows] == [(), (), (), (0, 1, 2), (2,), ()]
+    assert [row.status for row in study.rows] == ["finished"] * 3 + ["not run", "finished", "failed"]
+    assert [row.missing_seeds for row in study.rows] == [(), (), (), (0, 1, 2), (2,), ()]
     for row, (compressor, size, layers) in zip(
-        study.finished, (("none", 6, 0), ("query", 1, 0), ("query", 2, 0), ("query", 1, 2)), strict=True
+        study.finished_rows, (("none", 6, 0), ("query", 1, 0), ("query", 2, 0), ("query", 1, 2)), strict=True
     ):
-        assert row.cell is not None
-        for record in row.cell.records:
+        assert row.runs is not None
+        for record in row.runs.records:
             config = record["config"]
             found = config["compressor"]["name"], config["compressor"]["size"], config["prefusion"]["layers"]
             assert found == (compressor, size, layers)
@@ -64,47 +64,49 @@ def test_records_meet_their_rows(definition: Definition, table_records: Made) ->
 
 @settings(max_examples=30)
 @given(st.integers(2, 48))
-def test_every_cell_of_a_table_has_one_row_whatever_the_grid(grid: int) -> None:
+def test_resolve_rows_any_grid_gives_each_setting_one_row(grid: int) -> None:
     sizes = {1: 1} | {c: round(math.exp(math.log(grid) * math.log(c) / math.log(24))) for c in (4, 8, 12)}
     wanted = {
         ("none", 1, 0),
         *(("query", size, 0) for size in sizes.values()),
         *(("query", 1, n) for n in (1, 2, 3, 4)),
     }
-    found = TABLE6.settings({"model.grid": grid, "seed": 0})
+    found = TABLE6.resolve_rows({"model.grid": grid, "seed": 0})
     assert {tuple(row.values.values()) for row in found} == wanted
     assert len(found) == len(wanted)
     assert sum(len(row.paper) for row in found) == len(TABLE6.rows) == 9
 
 
-def test_other_settings_are_another_family(definition: Definition, table_records: Made) -> None:
+def test_match_results_other_settings_form_an_excluded_family(spec: ExperimentSpec, table_records: RecordList) -> None:
     longer = [copy.deepcopy(record) for record in table_records[:6]]
     for record in longer:
-        record["config"]["train"]["steps"] = 400
+        record["config"]["train"]["max_steps"] = 400
         record["id"] = "f" + record["id"][1:]
         record["provenance"]["started"] = "2026-12-01T10:00:00"
-    study = whole(definition, [*table_records, *longer])
-    assert study.left_out == ("train.steps=400",)
-    assert {record["config"]["train"]["steps"] for record in study.records} == {200}
-    # of as many finished cells the newest
-    study = whole(definition, [*table_records[:6], *longer])
-    assert {record["config"]["train"]["steps"] for record in study.records} == {400}
-    assert study.left_out == ("train.steps=200",)
+    study = match_required(spec, [*table_records, *longer])
+    assert study.excluded_families == ("train.max_steps=400",)
+    assert {record["config"]["train"]["max_steps"] for record in study.records} == {200}
+    # of families with equally many finished runs, the newest
+    study = match_required(spec, [*table_records[:6], *longer])
+    assert {record["config"]["train"]["max_steps"] for record in study.records} == {400}
+    assert study.excluded_families == ("train.max_steps=200",)
 
 
-def test_other_data_are_another_family(definition: Definition, table_records: Made) -> None:
+def test_match_results_other_data_form_an_excluded_family(spec: ExperimentSpec, table_records: RecordList) -> None:
     for record in table_records[6:9]:
         record["data"]["fingerprint"] = "other"
-    study = whole(definition, table_records)
-    assert [row.state for row in study.rows[:3]] == ["finished", "finished", "not run"]
-    assert study.left_out == ("the same settings on other data",)
+    study = match_required(spec, table_records)
+    assert [row.status for row in study.rows[:3]] == ["finished", "finished", "not run"]
+    assert study.excluded_families == ("the same settings on other data",)
 
 
-def test_rows_about_the_data_may_differ_in_them(definition: Definition, table_records: Made) -> None:
-    about = Definition(
+def test_match_results_rows_that_name_data_settings_share_a_family(
+    spec: ExperimentSpec, table_records: RecordList
+) -> None:
+    about = ExperimentSpec(
         "frames",
         "Frames?",
-        tuple(rows.Row(str(count), {"data.frames": count}) for count in (8, 0)),
+        tuple(rows.TableRow(str(count), {"data.frames": count}) for count in (8, 0)),
     )
     made = []
     for index, record in enumerate((table_records[0], table_records[1], copy.deepcopy(table_records[0]))):
@@ -112,32 +114,34 @@ def test_rows_about_the_data_may_differ_in_them(definition: Definition, table_re
         record["experiment"], record["data"]["fingerprint"] = "frames", f"frames {index // 2}"
         record["id"] = f"{index:016x}"
         made.append(record)
-    study = whole(about, made)
-    assert [row.state for row in study.rows] == ["finished", "finished"]
+    study = match_required(about, made)
+    assert [row.status for row in study.rows] == ["finished", "finished"]
     assert study.comparable(*study.rows)
 
 
-def test_a_table_is_made_where_it_was_run_or_is_whole(definition: Definition, table_records: Made) -> None:
+def test_match_results_requires_own_record_or_all_rows_finished(
+    spec: ExperimentSpec, table_records: RecordList
+) -> None:
     for record in table_records:
         record["experiment"] = record["config"]["name"] = "table61_other"
-    assert read(definition, table_records) is None
-    assert read(definition, table_records, asked=True) is not None
+    assert match(spec, table_records) is None
+    assert match(spec, table_records, requested=True) is not None
     table_records[0]["experiment"] = "table60_mixed"
-    assert read(definition, table_records) is not None
-    short = Definition(definition.name, definition.title, definition.rows[1:4])
-    assert read(short, table_records[3:]) is not None  # both of its rows are finished
-    assert read(short, []) is None
+    assert match(spec, table_records) is not None
+    short = ExperimentSpec(spec.name, spec.title, spec.rows[1:4])
+    assert match(short, table_records[3:]) is not None  # all its rows are finished
+    assert match(short, []) is None
 
 
-def test_a_configuration_without_a_grid_has_no_scaled_rows(definition: Definition, table_records: Made) -> None:
+def test_match_results_configuration_without_grid_gives_none(spec: ExperimentSpec, table_records: RecordList) -> None:
     for record in table_records:
         del record["config"]["model"]["grid"]
-    assert read(definition, table_records, asked=True) is None
+    assert match(spec, table_records, requested=True) is None
 
 
-def test_differences_are_the_same_in_every_table(definition: Definition, table_records: Made) -> None:
-    study = whole(definition, table_records)
-    turned = whole(Definition(definition.name, "", definition.rows[::-1]), table_records)
+def test_difference_swapped_or_reordered_rows_agree(spec: ExperimentSpec, table_records: RecordList) -> None:
+    study = match_required(spec, table_records)
+    turned = match_required(ExperimentSpec(spec.name, "", spec.rows[::-1]), table_records)
     first, second = study.rows[0], study.rows[2]
     mean, low, high = study.difference(first, second)
     assert mean == pytest.approx(first.outcomes.mean() - second.outcomes.mean())
@@ -147,69 +151,73 @@ def test_differences_are_the_same_in_every_table(definition: Definition, table_r
     assert turned.difference(again["LLaVA"], again["16 tokens"]) == (mean, low, high)
 
 
-def test_p_values_are_corrected_for_the_pairs_compared(definition: Definition, table_records: Made) -> None:
-    study = whole(definition, table_records)
+def test_holm_p_values_correct_for_comparable_pairs(spec: ExperimentSpec, table_records: RecordList) -> None:
+    study = match_required(spec, table_records)
     pairs = [(row, study.rows[0]) for row in study.rows[1:]]
-    found = study.p_corrected(pairs)
-    raw = sorted(paired_test(row.outcomes, study.rows[0].outcomes) for row in study.finished[1:])
+    found = study.holm_p_values(pairs)
+    raw = sorted(paired_test(row.outcomes, study.rows[0].outcomes) for row in study.finished_rows[1:])
     stepped = [min(1.0, max(p * (3 - i) for i, p in enumerate(raw[: n + 1]))) for n in range(3)]
     assert sorted(p for p in found if p is not None) == pytest.approx(stepped)
     assert [p is None for p in found] == [False, False, True, False, True]
 
 
-def planted(table_records: Made, *rates: tuple[int, ...]) -> Made:
-    """Rows of 100 questions with one seed for each count of right answers, which lie at the front."""
+def rows_with_counts(table_records: RecordList, *rates: tuple[int, ...]) -> RecordList:
+    """Make rows of 100 questions with given numbers of right answers, one for each seed; right answers come first."""
     made = []
     for number, counts in enumerate(rates):
         for seed, count in enumerate(counts):
-            record = answer(table_records[3 * number + seed], "1" * count + "0" * (100 - count))
+            record = with_outcomes(table_records[3 * number + seed], "1" * count + "0" * (100 - count))
             made.append(record)
     return made
 
 
-def test_best_needs_to_beat_every_other_row(definition: Definition, table_records: Made) -> None:
-    study = whole(definition, planted(table_records, (60,), (80,), (40,)))
-    assert study.best is study.rows[1]
-    assert whole(definition, planted(table_records, (60,), (80,), (77,))).best is None  # McNemar's p is 0.25
-    assert whole(definition, planted(table_records, (60,), (80,), (80,))).best is None
-    assert whole(definition, planted(table_records, (60,))).best is None
+def test_best_row_must_beat_every_other_row(spec: ExperimentSpec, table_records: RecordList) -> None:
+    study = match_required(spec, rows_with_counts(table_records, (60,), (80,), (40,)))
+    assert study.best_row is study.rows[1]
+    assert (
+        match_required(spec, rows_with_counts(table_records, (60,), (80,), (77,))).best_row is None
+    )  # McNemar's p is 0.25
+    assert match_required(spec, rows_with_counts(table_records, (60,), (80,), (80,))).best_row is None
+    assert match_required(spec, rows_with_counts(table_records, (60,))).best_row is None
 
 
-def test_seeds_that_disagree_take_the_best_away(definition: Definition, table_records: Made) -> None:
-    apart = whole(definition, planted(table_records, (50, 50, 50), (44, 57, 70)))
+def test_best_row_disagreeing_seeds_give_none(spec: ExperimentSpec, table_records: RecordList) -> None:
+    apart = match_required(spec, rows_with_counts(table_records, (50, 50, 50), (44, 57, 70)))
     first, second = apart.rows[1], apart.rows[0]
-    assert apart.p_value(first, second) < 0.01  # of these models on other questions
-    assert apart.difference(first, second).low < 0  # of other seeds it cannot be said
-    assert apart.best is None
+    assert apart.p_value(first, second) < 0.01  # significant for these models on other questions
+    assert apart.difference(first, second).low < 0  # but not for other seeds
+    assert apart.best_row is None
 
 
-def test_other_numbers_of_questions_are_not_compared(definition: Definition, table_records: Made) -> None:
-    made = planted(table_records, (60,), (80,))
-    made[1] = answer(made[1], "1" * 50)
+def test_comparable_unequal_numbers_of_questions_is_false(spec: ExperimentSpec, table_records: RecordList) -> None:
+    made = rows_with_counts(table_records, (60,), (80,))
+    made[1] = with_outcomes(made[1], "1" * 50)
     for record in made:
         record["data"]["fingerprint"] = "the same"
-    study = whole(definition, made)
+    study = match_required(spec, made)
     assert not study.comparable(*study.rows[:2])
-    assert study.p_corrected([(study.rows[1], study.rows[0])]) == [None]
-    assert study.best is None
+    assert study.holm_p_values([(study.rows[1], study.rows[0])]) == [None]
+    assert study.best_row is None
 
 
-def test_the_bootstrap_is_that_of_a_loop(definition: Definition, table_records: Made) -> None:
-    study = whole(definition, table_records)
+def test_difference_matches_bootstrap_written_as_a_loop(spec: ExperimentSpec, table_records: RecordList) -> None:
+    study = match_required(spec, table_records)
     first, second = (row.outcomes for row in study.rows[:2])
     rng = np.random.default_rng(3)
     draws = []
     for _ in range(4000):
-        some = rng.integers(120, size=120)  # the same questions for both
-        ours, theirs = (matrix[rng.integers(3, size=3)][:, some].mean() for matrix in (first, second))
+        drawn = rng.integers(120, size=120)  # the same questions for both
+        ours, theirs = (matrix[rng.integers(3, size=3)][:, drawn].mean() for matrix in (first, second))
         draws.append(ours - theirs)
     found = study.difference(*study.rows[:2])
     np.testing.assert_allclose(found[1:], np.quantile(draws, (0.025, 0.975)), atol=0.012)
 
 
-def test_what_a_budget_chose_sets_no_cells_apart(table_records: Made) -> None:
-    definition = Definition(
-        "equal", "Equal FLOPs.", tuple(rows.Row(name, {"budget.method": name}) for name in ("none", "query", "fastv"))
+def test_match_results_settings_chosen_by_a_budget_share_a_family(table_records: RecordList) -> None:
+    spec = ExperimentSpec(
+        "equal",
+        "Equal FLOPs.",
+        tuple(rows.TableRow(name, {"budget.method": name}) for name in ("none", "query", "fastv")),
     )
     chosen = {"none": ("none", 1, []), "query": ("query", 3, []), "fastv": ("none", 1, [2])}
     made = []
@@ -222,5 +230,5 @@ def test_what_a_budget_chose_sets_no_cells_apart(table_records: Made) -> None:
             "reduction": {"name": "none", "layers": layers},
         }
         made.append(record)
-    assert [row.state for row in whole(definition, made).rows] == ["finished"] * 3
-    assert not whole(definition, made).left_out
+    assert [row.status for row in match_required(spec, made).rows] == ["finished"] * 3
+    assert not match_required(spec, made).excluded_families

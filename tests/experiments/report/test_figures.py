@@ -16,13 +16,13 @@ from matplotlib.lines import Line2D
 
 from experiments.records.files import Records
 from experiments.report import figures
-from experiments.report.captions import draw
-from experiments.report.experiment_results import Study, study_of
-from experiments.report.experiment_specs import Definition
+from experiments.report.experiment_results import ExperimentResults, match_results
+from experiments.report.experiment_specs import ExperimentSpec
+from experiments.report.figure_entries import figure_entries
 from experiments.report.figures.cost import pareto_front
-from experiments.report.figures.point_labels import spread
+from experiments.report.figures.point_labels import place_labels
 from experiments.report.formatting import unit
-from experiments.report.run_groups import ablation_cells, group_cells
+from experiments.report.run_groups import compare_with_baselines, group_runs
 
 
 def loaded(records: list[dict[str, Any]]) -> Records:
@@ -40,7 +40,7 @@ def labels(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def test_save_writes_png_and_pdf(probed: dict[str, Any], tmp_path: Path) -> None:
+def test_save_writes_png_and_pdf_reproducibly(probed: dict[str, Any], tmp_path: Path) -> None:
     png, pdf = figures.save(figures.removal_figure(probed), tmp_path / "deep" / "fig.2")
     assert (png.name, pdf.name) == ("fig.2.png", "fig.2.pdf")
     header = png.read_bytes()[:24]
@@ -52,7 +52,7 @@ def test_save_writes_png_and_pdf(probed: dict[str, Any], tmp_path: Path) -> None
     assert (png.read_bytes(), pdf.read_bytes()) == before
 
 
-def test_attention_panels_show_mean_control_and_uniform(probed: dict[str, Any]) -> None:
+def test_attention_figure_shows_mean_control_and_uniform(probed: dict[str, Any]) -> None:
     figure = figures.attention_figure(probed)
     assert [axis.get_title("left") for axis in figure.axes] == [
         "Instruction \u2192 vision",
@@ -62,24 +62,24 @@ def test_attention_panels_show_mean_control_and_uniform(probed: dict[str, Any]) 
     mass = np.array(probed["attention"]["mass"], dtype=float)
     np.testing.assert_allclose(line(figure, 1, "measured, 95% band"), 100 * np.nanmean(mass[1], axis=-1))
     np.testing.assert_allclose(line(figure, 0, "control: same model, random weights"), 60.0)
-    np.testing.assert_allclose(line(figure, 2, "even attention"), 22.0)
+    np.testing.assert_allclose(line(figure, 2, "uniform attention"), 22.0)
     top = figure.axes[0].get_ylim()[1]
     assert top > 100 * np.nanmean(mass, axis=-1).max()
 
 
-def test_entropy_is_in_nats(probed: dict[str, Any]) -> None:
+def test_entropy_figure_is_in_nats(probed: dict[str, Any]) -> None:
     figure = figures.entropy_figure(probed)
     assert figure.axes[0].get_ylabel() == "Entropy (nats)"
-    np.testing.assert_allclose(line(figure, 0, "even attention (upper bound)"), 3.58)
+    np.testing.assert_allclose(line(figure, 0, "uniform attention (upper bound)"), 3.58)
 
 
-def test_attention_without_controls(probed: dict[str, Any]) -> None:
+def test_attention_figure_without_controls_shows_measurement_alone(probed: dict[str, Any]) -> None:
     for key in ("control", "uniform_mass"):
         del probed["attention"][key]
     assert labels(figures.attention_figure(probed)) == ["measured, 95% band"]
 
 
-def test_removal_shows_the_curves_the_controls_and_the_depth(probed: dict[str, Any]) -> None:
+def test_removal_figure_shows_curves_controls_and_depth(probed: dict[str, Any]) -> None:
     figure = figures.removal_figure(probed)
     rates = [100 * run["correct"].count("1") / 120 for run in probed["removal"]["inside"]]
     np.testing.assert_allclose(line(figure, 0, "hidden inside one block"), rates)
@@ -89,7 +89,7 @@ def test_removal_shows_the_curves_the_controls_and_the_depth(probed: dict[str, A
     assert wanted <= set(labels(figure))
 
 
-def test_a_depth_is_marked_where_it_is(probed: dict[str, Any]) -> None:
+def test_mark_depth_marks_depth_and_interval(probed: dict[str, Any]) -> None:
     probed["fusion"]["removal"] |= {"depth": 3, "low": 2, "high": 5}
     for figure, label in ((figures.removal_figure, "fusion depth 3 (95% CI 2 to 5)"), (figures.fusion_figure, None)):
         axis = figure(probed).axes[1]
@@ -99,7 +99,7 @@ def test_a_depth_is_marked_where_it_is(probed: dict[str, Any]) -> None:
         assert (shade.get_x(), shade.get_x() + shade.get_width()) == pytest.approx((1.96, 5.04))
 
 
-def test_removal_in_blocks_of_layers(probed: dict[str, Any]) -> None:
+def test_removal_figure_blocks_of_layers_are_named_by_range(probed: dict[str, Any]) -> None:
     removal = probed["removal"]
     removal["inside"] = [{**run, "layers": [2 * i, 2 * i + 1]} for i, run in enumerate(removal["inside"][:3])]
     removal["onward"] = removal["onward"][::2]
@@ -114,7 +114,7 @@ def test_removal_in_blocks_of_layers(probed: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("layers", "block"), [(6, 1), (30, 3), (32, 4), (32, 1), (80, 4)])
-def test_layers_that_are_named_do_not_touch(probed: dict[str, Any], layers: int, block: int) -> None:
+def test_removal_figure_tick_labels_do_not_overlap(probed: dict[str, Any], layers: int, block: int) -> None:
     right = probed["removal"]["inside"][0]["correct"]
     blocks = [{"layers": list(range(a, min(a + block, layers))), "correct": right} for a in range(0, layers, block)]
     onward = [{"layers": list(range(a, layers)), "correct": right} for a in (*range(0, layers, block), layers)]
@@ -126,19 +126,19 @@ def test_layers_that_are_named_do_not_touch(probed: dict[str, Any], layers: int,
     angle = np.radians(shown[0].get_rotation())
     places = [text.get_transform().transform(text.get_position())[0] for text in shown]
     em = shown[0].get_fontsize() * figure.dpi / 72
-    # Side by side with half an em between them; or slanted, where it is the lines of text that lie side by side.
+    # Side by side with half an em between them; slanted labels are measured across their lines of text.
     widths = [1.2 * em / np.sin(angle) if angle else text.get_window_extent(renderer).width + em / 2 for text in shown]
     assert all(there - here > width for here, there, width in zip(places, places[1:], widths, strict=False))
 
 
-def test_a_record_without_the_probe_cannot_be_drawn(records: list[dict[str, Any]]) -> None:
+def test_figures_record_without_the_probe_raises(records: list[dict[str, Any]]) -> None:
     with pytest.raises(ValueError, match="holds no attention to draw"):
         figures.attention_figure(records[0])
     with pytest.raises(ValueError, match="holds no removal of visual tokens to draw"):
         figures.removal_figure(records[0])
 
 
-def test_fusion_puts_the_curves_side_by_side(probed: dict[str, Any]) -> None:
+def test_fusion_figure_has_one_panel_for_each_curve(probed: dict[str, Any]) -> None:
     figure = figures.fusion_figure(probed)
     assert [axis.get_title("left").split(":")[0].split(",")[0] for axis in figure.axes] == [
         "Attention",
@@ -162,17 +162,17 @@ def test_fusion_puts_the_curves_side_by_side(probed: dict[str, Any]) -> None:
         figures.fusion_figure(probed)
 
 
-def test_ablation_marks_failed_cells_and_controls(records: list[dict[str, Any]]) -> None:
+def test_ablation_figure_marks_failed_groups_and_controls(records: list[dict[str, Any]]) -> None:
     records[-2]["status"] = records[-3]["status"] = "failed"
-    figure = figures.ablation_figure(ablation_cells(group_cells(loaded(records))))
+    figure = figures.ablation_figure(compare_with_baselines(group_runs(loaded(records))))
     assert [axis.get_title("left") for axis in figure.axes] == ["Average compressor", "Query compressor"]
     wanted = {"failed", "no pre-fusion", "2 pre-fusion layers", "LLaVA, 36 tokens", "text-only guess"}
     assert wanted | {"LLaVA, blank image"} == set(labels(figure))
 
 
-def test_series_differ_in_more_than_colour(records: list[dict[str, Any]]) -> None:
-    for draw_cells in (figures.ablation_figure, figures.cost_figure):
-        for axis in draw_cells(ablation_cells(group_cells(loaded(records)))).axes:
+def test_ablation_figures_series_differ_in_more_than_colour(records: list[dict[str, Any]]) -> None:
+    for draw_cells in (figures.ablation_figure, figures.ablation_cost_figure):
+        for axis in draw_cells(compare_with_baselines(group_runs(loaded(records)))).axes:
             handles, names = axis.get_legend_handles_labels()
             lines = [handle[0] if isinstance(handle, tuple) else handle for handle in handles]
             filled = [str(h.get_markerfacecolor()) == "white" for h in lines]
@@ -180,45 +180,50 @@ def test_series_differ_in_more_than_colour(records: list[dict[str, Any]]) -> Non
             assert len(set(looks)) == len(set(names))
 
 
-def test_the_legend_covers_no_data(probed: dict[str, Any]) -> None:
+def test_legend_covers_no_data(probed: dict[str, Any]) -> None:
     figure = figures.removal_figure(probed)
     FigureCanvasAgg(figure).draw()
     box = figure.legends[0].get_window_extent()
     assert not any(box.overlaps(axis.get_tightbbox()) for axis in figure.axes)
 
 
-def test_drawing_leaves_matplotlib_as_it_was(probed: dict[str, Any]) -> None:
+def test_styled_leaves_matplotlib_settings_unchanged(probed: dict[str, Any]) -> None:
     before = dict(matplotlib.rcParams)
     figures.attention_figure(probed)
     assert dict(matplotlib.rcParams) == before
 
 
-def test_what_cannot_be_drawn_is_said(records: list[dict[str, Any]]) -> None:
-    drawings = list(draw([], [], ablation_cells(group_cells(loaded(records[-1:])))))
-    assert [drawing.figure for drawing in drawings] == [None] * 7
-    assert all(drawing.caption.startswith("Not drawn: no finished ") for drawing in drawings)
+def test_figure_entries_without_measurements_give_the_reason(records: list[dict[str, Any]]) -> None:
+    entries = list(figure_entries([], [], compare_with_baselines(group_runs(loaded(records[-1:])))))
+    assert [entry.draw for entry in entries] == [None] * 7
+    assert all(entry.caption.startswith("Not drawn: no finished ") for entry in entries)
 
 
-def test_captions_state_n_seeds_and_device(records: list[dict[str, Any]]) -> None:
-    drawings = {d.stem: d.caption for d in draw([], [records[-1]], ablation_cells(group_cells(loaded(records))))}
-    assert "n = 40 samples" in drawings["attention_by_layer"]
-    assert "cpu (2 threads)" in drawings["attention_by_layer"]
-    assert "n = 120 test examples a seed, 1 to 2 seeds a cell" in drawings["ablation"]
+def test_captions_state_sample_size_seeds_and_device(records: list[dict[str, Any]]) -> None:
+    captions = {
+        e.stem: e.caption
+        for e in figure_entries([], [records[-1]], compare_with_baselines(group_runs(loaded(records))))
+    }
+    assert "n = 40 samples" in captions["attention_by_layer"]
+    assert "cpu (2 threads)" in captions["attention_by_layer"]
+    assert "n = 120 test examples per seed, 1 to 2 seeds per cell" in captions["ablation"]
 
 
-def test_cells_trained_otherwise_are_not_drawn_together(records: list[dict[str, Any]]) -> None:
+def test_figure_entries_draw_only_the_largest_family(records: list[dict[str, Any]]) -> None:
     longer = copy.deepcopy(records[4])
-    longer["config"]["train"]["steps"] = 400
-    drawings = {d.stem: d for d in draw([], [], ablation_cells(group_cells(loaded([*records, longer]))))}
-    assert "the largest of 2 groups" in drawings["ablation"].caption
-    figure = drawings["ablation"].figure
-    assert figure is not None
-    assert not any("train.steps=400" in label for label in labels(figure))
+    longer["config"]["train"]["max_steps"] = 400
+    entries = {
+        e.stem: e for e in figure_entries([], [], compare_with_baselines(group_runs(loaded([*records, longer]))))
+    }
+    assert "the largest of 2 groups" in entries["ablation"].caption
+    draw = entries["ablation"].draw
+    assert draw is not None
+    assert not any("train.max_steps=400" in label for label in labels(draw()))
 
 
-def test_cost_is_drawn_in_flops_and_cache_bytes(records: list[dict[str, Any]]) -> None:
-    cells = ablation_cells(group_cells(loaded(records)))
-    figure = figures.cost_figure(cells)
+def test_ablation_cost_figure_shows_flops_and_cache_bytes(records: list[dict[str, Any]]) -> None:
+    cells = compare_with_baselines(group_runs(loaded(records)))
+    figure = figures.ablation_cost_figure(cells)
     assert [axis.get_xlabel() for axis in figure.axes] == [
         "Cost of a prompt (MFLOPs, log scale)",
         "Cost of a prompt (kbytes of keys and values, log scale)",
@@ -230,28 +235,28 @@ def test_cost_is_drawn_in_flops_and_cache_bytes(records: list[dict[str, Any]]) -
         best = sorted(p for p in points if not any(q != p and q[0] <= p[0] and q[1] >= p[1] for q in points))
         np.testing.assert_allclose(front, best)
     for record in records:
-        (record.get("cost") or {}).pop("cache_bytes", None)  # as older records are
-    assert len(figures.cost_figure(ablation_cells(group_cells(loaded(records)))).axes) == 1
+        (record.get("cost") or {}).pop("cache_bytes", None)  # older records lack it
+    assert len(figures.ablation_cost_figure(compare_with_baselines(group_runs(loaded(records)))).axes) == 1
 
 
-def test_the_pareto_front_holds_what_nothing_beats() -> None:
+def test_pareto_front_keeps_unbeaten_points() -> None:
     points = [(3.0, 0.5), (1.0, 0.2), (1.0, 0.4), (2.0, 0.4), (4.0, 0.9), (5.0, 0.8)]
     assert pareto_front(points) == [(1.0, 0.4), (3.0, 0.5), (4.0, 0.9)]
 
 
-def test_unit() -> None:
+def test_unit_picks_largest_unit_below_value() -> None:
     assert unit(2.5e9) == (1e9, "G")
     assert unit(0.5) == (1.0, "")
 
 
-def rows_study(definition: Definition, records: list[dict[str, Any]]) -> Study:
-    study = study_of(definition, group_cells(loaded(records)))
+def match(spec: ExperimentSpec, records: list[dict[str, Any]]) -> ExperimentResults:
+    study = match_results(spec, group_runs(loaded(records)))
     assert study is not None
     return study
 
 
-def test_rows_are_drawn_in_the_order_of_the_table(definition: Definition, table_records: list[dict[str, Any]]) -> None:
-    figure = figures.rows_figure(rows_study(definition, table_records))
+def test_rows_figure_keeps_the_order_of_the_table(spec: ExperimentSpec, table_records: list[dict[str, Any]]) -> None:
+    figure = figures.rows_figure(match(spec, table_records))
     left, right = figure.axes
     ticks = dict(zip([text.get_text() for text in left.get_yticklabels()], left.get_yticks(), strict=True))
     assert sorted(ticks, key=lambda label: -ticks[label]) == [
@@ -275,25 +280,23 @@ def line_of(axis: Axes, label: str) -> Line2D:
     return next(line for line in axis.lines if line.get_label() == label)
 
 
-def test_rows_have_lines_for_the_first_row_and_for_what_is_right_without_sight(
-    definition: Definition, table_records: list[dict[str, Any]]
+def test_rows_figure_has_lines_for_first_row_and_blind_controls(
+    spec: ExperimentSpec, table_records: list[dict[str, Any]]
 ) -> None:
-    axis = figures.rows_figure(rows_study(definition, table_records)).axes[0]
+    axis = figures.rows_figure(match(spec, table_records)).axes[0]
     first = np.mean([record["accuracy"]["image"].count("1") / 1.2 for record in table_records[:3]])
     blank = np.mean([record["accuracy"]["blank"].count("1") / 1.2 for record in table_records[:3]])
     guess = table_records[0]["data"]["guess"].count("1") / 1.2
-    for label, value in (("LLaVA", first), ("LLaVA, blank picture", blank), ("text-only guess", guess)):
+    for label, value in (("LLaVA", first), ("LLaVA, blank image", blank), ("text-only guess", guess)):
         np.testing.assert_allclose(line_of(axis, label).get_xdata(), value)
-    styles = {
-        str(line_of(axis, label).get_linestyle()) for label in ("LLaVA", "LLaVA, blank picture", "text-only guess")
-    }
+    styles = {str(line_of(axis, label).get_linestyle()) for label in ("LLaVA", "LLaVA, blank image", "text-only guess")}
     assert len(styles) == 3
 
 
-def test_long_labels_stay_on_the_page(
-    definition: Definition, table_records: list[dict[str, Any]], tmp_path: Path
+def test_rows_figure_long_labels_stay_inside_the_figure(
+    spec: ExperimentSpec, table_records: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    figure = figures.rows_figure(rows_study(definition, table_records))
+    figure = figures.rows_figure(match(spec, table_records))
     figures.save(figure, tmp_path / "rows")
     FigureCanvasAgg(figure).draw()
     for axis in figure.axes:
@@ -303,22 +306,22 @@ def test_long_labels_stay_on_the_page(
             assert box.x1 <= figure.bbox.x1
 
 
-def test_rows_that_all_failed_are_not_drawn(definition: Definition, table_records: list[dict[str, Any]]) -> None:
-    study = rows_study(definition, table_records[10:])
+def test_rows_figure_without_finished_row_raises(spec: ExperimentSpec, table_records: list[dict[str, Any]]) -> None:
+    study = match(spec, table_records[10:])
     with pytest.raises(ValueError, match="no finished row of table60_mixed to draw"):
         figures.rows_figure(study)
-    (drawing,) = draw([study], [], [])
-    assert (drawing.stem, drawing.figure) == ("table60_mixed", None)
+    (entry,) = figure_entries([study], [], [])
+    assert (entry.stem, entry.draw) == ("table60_mixed", None)
 
 
-def test_the_rows_of_a_study_are_drawn_against_the_costs_in_which_they_differ(
-    definition: Definition, table_records: list[dict[str, Any]]
+def test_experiment_cost_figure_shows_costs_in_which_rows_differ(
+    spec: ExperimentSpec, table_records: list[dict[str, Any]]
 ) -> None:
     for record in table_records:
         if record["status"] == "finished":
-            record["cost"] |= {"latency": record["cost"]["flops"] / 1e9, "cache_bytes": 4096}  # the same for all
-    study = rows_study(definition, table_records)
-    figure = figures.study_cost_figure(study)
+            record["cost"] |= {"latency": record["cost"]["flops"] / 1e9, "cache_bytes": 4096}  # equal for all rows
+    study = match(spec, table_records)
+    figure = figures.experiment_cost_figure(study)
     assert [axis.get_xlabel() for axis in figure.axes] == [
         "Cost of a prompt (MFLOPs, log scale)",
         "Cost of a prompt (milliseconds, log scale)",
@@ -339,11 +342,11 @@ def test_the_rows_of_a_study_are_drawn_against_the_costs_in_which_they_differ(
     assert key == ["1  LLaVA", "2  1 token / 4 tokens", "3  16 tokens", "5  2 layers"]
 
 
-def test_each_number_is_beside_its_point_and_covers_no_other(
-    definition: Definition, table_records: list[dict[str, Any]], tmp_path: Path
+def test_number_points_numbers_are_near_their_points_and_do_not_overlap(
+    spec: ExperimentSpec, table_records: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    study = rows_study(definition, table_records)
-    figure = figures.study_cost_figure(study)
+    study = match(spec, table_records)
+    figure = figures.experiment_cost_figure(study)
     figures.save(figure, tmp_path / "cost")
     FigureCanvasAgg(figure).draw()
     for axis in figure.axes:
@@ -352,7 +355,7 @@ def test_each_number_is_beside_its_point_and_covers_no_other(
         data = np.asarray(axis.containers[0].lines[0].get_xydata())
         points = axis.transData.transform(data)
         assert not any(box.contains(*point) for box in boxes for point in points)
-        means = {str(row.number + 1): 100 * row.outcomes.mean() for row in study.finished}
+        means = {str(row.number + 1): 100 * row.outcomes.mean() for row in study.finished_rows}
         for text, box in zip(axis.texts, boxes, strict=True):
             centre = (box.min + box.max) / 2
             nearest = np.argmin(np.hypot(*(points - centre).T))
@@ -363,27 +366,27 @@ def test_each_number_is_beside_its_point_and_covers_no_other(
 
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.floats(1, 20), st.floats(1, 20)), min_size=1, max_size=18))
-def test_numbers_are_spread_clear_of_bars_and_of_each_other(places: list[tuple[float, float]]) -> None:
+def test_place_labels_avoids_bars_and_other_labels(places: list[tuple[float, float]]) -> None:
     points, box = np.array(places), np.array([21.0, 21.0])
     halves = np.tile([0.25, 0.9], (len(points), 1))
-    found = spread(points, points, halves, box)
+    found = place_labels(points, points, halves, box)
     assert ((found >= 0.5) & (found <= box - 0.5)).all()
     for i, text in enumerate(found):
         assert not any((np.abs(text - other) < 1 - 1e-9).all() for other in found[:i])
         assert not (np.abs(text - points) < halves + 0.5 - 1e-9).all(axis=1).any()
 
 
-def test_rows_that_cost_the_same_have_no_figure_of_cost(
-    definition: Definition, table_records: list[dict[str, Any]]
+def test_figure_entries_equal_costs_have_no_cost_figure(
+    spec: ExperimentSpec, table_records: list[dict[str, Any]]
 ) -> None:
-    assert [drawing.stem for drawing in draw([rows_study(definition, table_records)], [], [])] == [
+    assert [entry.stem for entry in figure_entries([match(spec, table_records)], [], [])] == [
         "table60_mixed",
         "table60_mixed_cost",
     ]
     for record in table_records:
         if record["status"] == "finished":
             record["cost"] |= {"flops": 2e9, "cache_bytes": 4096}
-    study = rows_study(definition, table_records)
-    assert [drawing.stem for drawing in draw([study], [], [])] == ["table60_mixed"]
-    with pytest.raises(ValueError, match="no two finished rows of table60_mixed differ in what they cost"):
-        figures.study_cost_figure(study)
+    study = match(spec, table_records)
+    assert [entry.stem for entry in figure_entries([study], [], [])] == ["table60_mixed"]
+    with pytest.raises(ValueError, match="no two finished rows of table60_mixed differ in cost"):
+        figures.experiment_cost_figure(study)

@@ -1,4 +1,4 @@
-"""The lens of a record drawn, in a report and beside the record."""
+"""Tests of the logit-lens figure in a report and beside a record."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.report.captions import draw
+from experiments.report.figure_entries import figure_entries
 from experiments.report.figures import lens_figure
 from experiments.report.figures.record import draw_record
 
 
-def test_the_lens_has_accuracy_above_and_log_probability_below(probed: dict[str, Any]) -> None:
+def test_lens_figure_shows_accuracy_above_and_log_probability_below(probed: dict[str, Any]) -> None:
     figure = lens_figure(probed)
     above, below = figure.axes
     curve, guess = above.lines
@@ -36,13 +36,13 @@ def test_the_lens_has_accuracy_above_and_log_probability_below(probed: dict[str,
         lens_figure(probed | {"lens": None})
 
 
-def test_a_lens_that_could_not_be_read_says_why(probed: dict[str, Any]) -> None:
+def test_figure_entries_missing_lens_gives_the_recorded_reason(probed: dict[str, Any]) -> None:
     probed |= {"lens": None, "lens_note": "this model has no head"}
-    (caption,) = (d.caption for d in draw([], [probed], []) if d.stem == "lens_by_layer")
+    (caption,) = (e.caption for e in figure_entries([], [probed], []) if e.stem == "lens_by_layer")
     assert caption == "Not drawn: no finished record holds lens measurements (this model has no head)."
 
 
-def test_a_run_draws_what_its_record_holds(
+def test_draw_record_draws_only_recorded_probes(
     probed: dict[str, Any], write_records: Callable[[list[dict[str, Any]]], Path]
 ) -> None:
     probed |= dict.fromkeys(("removal", "attention", "knockout", "readout", "fusion"))

@@ -1,50 +1,53 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 
 from experiments.records.files import Records
-from experiments.report.experiment_specs import Definition
-from experiments.report.request import parse
+from experiments.report.experiment_specs import ExperimentSpec
+from experiments.report.request import parse_request
 
-Made = list[dict[str, Any]]
-
-
-def test_words_become_experiments_and_settings() -> None:
-    asked = parse(["experiment=a,b", "train.steps=60", "train.learning_rate=1e-3", "model=tiny", "experiment=b,c"])
-    assert asked.experiments == ("a", "b", "c")
-    assert asked.settings == {"train.steps": 60, "train.learning_rate": 0.001, "model": "tiny"}
-    assert parse([]).experiments == ()
+RecordList = list[dict[str, Any]]
 
 
-@pytest.mark.parametrize("word", ["table6_prefusion", "=3", "train.steps=", "a=[1"])
-def test_a_word_that_is_no_setting(word: str) -> None:
-    with pytest.raises(ValueError, match="is no setting") as error:
-        parse([word])
+def test_parse_request_splits_experiments_and_settings() -> None:
+    request = parse_request(
+        ["experiment=a,b", "train.max_steps=60", "train.learning_rate=1e-3", "model=tiny", "experiment=b,c"]
+    )
+    assert request.experiments == ("a", "b", "c")
+    assert request.settings == {"train.max_steps": 60, "train.learning_rate": 0.001, "model": "tiny"}
+    assert parse_request([]).experiments == ()
+
+
+@pytest.mark.parametrize("word", ["table6_prefusion", "=3", "train.max_steps=", "a=[1"])
+def test_parse_request_malformed_word_raises(word: str) -> None:
+    with pytest.raises(ValueError, match=f"'{re.escape(word)}' is not a setting") as error:
+        parse_request([word])
     assert "\n" not in str(error.value)
 
 
-def test_experiments_come_in_the_order_asked(definition: Definition) -> None:
-    other = Definition("other", "", definition.rows)
-    assert parse(["experiment=other,table60_mixed"]).definitions([definition, other]) == (other, definition)
-    assert parse([]).definitions([definition, other]) == (definition, other)
-    with pytest.raises(ValueError, match="experiment: no table 'table6'; there are table60_mixed, other"):
-        parse(["experiment=table6"]).definitions([definition, other])
+def test_select_specs_keeps_the_requested_order(spec: ExperimentSpec) -> None:
+    other = ExperimentSpec("other", "", spec.rows)
+    assert parse_request(["experiment=other,table60_mixed"]).select_specs([spec, other]) == (other, spec)
+    assert parse_request([]).select_specs([spec, other]) == (spec, other)
+    with pytest.raises(ValueError, match=r"experiment: .*'table6'.* table60_mixed, other"):
+        parse_request(["experiment=table6"]).select_specs([spec, other])
 
 
-def test_settings_choose_records(table_records: Made) -> None:
-    table_records[0]["config"]["train"]["steps"] = 60
+def test_select_records_filters_by_settings(table_records: RecordList) -> None:
+    table_records[0]["config"]["train"]["max_steps"] = 60
     records = Records(tuple(table_records[:9]), tuple(table_records[10:]), (), ())
 
     def ids(*words: str) -> list[str]:
-        found = parse(words).records(records)
+        found = parse_request(words).select_records(records)
         return [record["id"] for record in (*found.finished, *found.failed)]
 
-    assert ids("train.steps=60") == [table_records[0]["id"]]
+    assert ids("train.max_steps=60") == [table_records[0]["id"]]
     assert len(ids("model=tiny")) == len(ids("model.name=tiny")) == len(ids()) == 13
     assert ids("seed=2", "compressor=query") == [table_records[5]["id"], table_records[8]["id"]]
-    with pytest.raises(ValueError, match=r"train\.steps=61: no record has it; found 200, 60"):
-        ids("train.steps=61")
-    with pytest.raises(ValueError, match=r"train\.stepz=60: no record has it$"):
+    with pytest.raises(ValueError, match=r"train\.max_steps=61: no record has this setting.* 200, 60"):
+        ids("train.max_steps=61")
+    with pytest.raises(ValueError, match=r"train\.stepz=60: no record has this setting$"):
         ids("train.stepz=60")

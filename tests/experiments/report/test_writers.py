@@ -1,4 +1,7 @@
-"""Tables against golden files. To renew one, delete it and run this test twice: the first run writes it and fails."""
+"""Tests of tables and their writers against golden files.
+
+To regenerate a golden file, delete it and run its test twice: the first run writes the file and fails.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ import pandas as pd
 import pytest
 
 from experiments.records.files import Records
-from experiments.report.formatting import quantity
-from experiments.report.run_groups import ablation_cells, group_cells
+from experiments.report.formatting import format_quantity
+from experiments.report.run_groups import compare_with_baselines, group_runs
 from experiments.report.tables import ablation, blind_controls, fusion_depth, provenance, question_types, writers
 from experiments.report.tables import table as table_module
-from experiments.report.verdict import judge, probed
+from experiments.report.verdict import judge_record, probed_records
 
 GOLDEN = Path(__file__).parent / "golden"
 WRITERS = {"md": writers.markdown, "tex": writers.latex, "csv": writers.csv}
@@ -25,13 +28,13 @@ NAMES = ("ablation", "accuracy_by_kind", "fusion_depth", "provenance", "removal_
 def made(records: list[dict[str, Any]]) -> dict[str, table_module.Table]:
     finished = tuple(record for record in records if record["status"] == "finished")
     loaded = Records(finished, tuple(record for record in records if record["status"] == "failed"), (), ())
-    cells, found = ablation_cells(group_cells(loaded)), probed(loaded)
+    groups, with_probe = compare_with_baselines(group_runs(loaded)), probed_records(loaded)
     all_tables = (
-        ablation.ablation_table(cells),
-        question_types.kinds_table(cells, found),
-        question_types.removal_kinds_table(found),
-        blind_controls.sight_table(found),
-        fusion_depth.fusion_table([judge(record) for record in found], []),
+        ablation.ablation_table(groups),
+        question_types.question_type_table(groups, with_probe),
+        question_types.removal_by_question_type_table(with_probe),
+        blind_controls.blind_controls_table(with_probe),
+        fusion_depth.fusion_depth_table([judge_record(record) for record in with_probe], []),
         provenance.provenance_table(loaded),
     )
     return {table.name: table for table in all_tables}
@@ -39,28 +42,28 @@ def made(records: list[dict[str, Any]]) -> dict[str, table_module.Table]:
 
 @pytest.mark.parametrize("suffix", WRITERS)
 @pytest.mark.parametrize("name", NAMES)
-def test_golden(made: dict[str, table_module.Table], name: str, suffix: str) -> None:
+def test_tables_match_golden_files(made: dict[str, table_module.Table], name: str, suffix: str) -> None:
     path, text = GOLDEN / f"{name}.{suffix}", WRITERS[suffix](made[name])
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
-        pytest.fail(f"{path.name} was missing and has been written: read it, then run again")
+        pytest.fail(f"{path.name} was missing and has been written; review it and run the test again")
     assert text == path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_cell_is_blank(made: dict[str, table_module.Table], name: str) -> None:
+def test_tables_have_no_blank_cell(made: dict[str, table_module.Table], name: str) -> None:
     cells = made[name].text.to_numpy().ravel()
     assert all(isinstance(cell, str) and cell.strip() and cell != "nan" for cell in cells)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_csv_reads_back(made: dict[str, table_module.Table], name: str) -> None:
+def test_csv_reads_back_with_same_shape(made: dict[str, table_module.Table], name: str) -> None:
     back = pd.read_csv(io.StringIO(writers.csv(made[name])))
     assert back.shape == made[name].data.shape
 
 
-def test_accuracy_by_kind_is_a_weighted_mean(made: dict[str, table_module.Table]) -> None:
+def test_question_type_table_total_is_weighted_mean(made: dict[str, table_module.Table]) -> None:
     data = made["accuracy_by_kind"].data
     kinds = ("place", "count", "colour & shape")
     weighted = sum(data[kind] * data[f"{kind}_n"] for kind in kinds) / data["all_n"]
@@ -76,17 +79,17 @@ def test_accuracy_by_kind_is_a_weighted_mean(made: dict[str, table_module.Table]
         ("\u22125.0 \u2192 2\u00d72", r"$-$5.0 $\to$ 2$\times$2"),
     ],
 )
-def test_latex_escaping(text: str, escaped: str) -> None:
+def test_escape_special_characters(text: str, escaped: str) -> None:
     assert writers.escape(text) == escaped
 
 
-def hostile() -> table_module.Table:
+def table_with_special_characters() -> table_module.Table:
     frame = pd.DataFrame({"a_b": ["[1] & 2", "x | y"], "n%": ["1", "2"]})
     return table_module.Table("a_b", "100% of #1", frame, frame, ("n%",), ("50% {of}",))
 
 
-def test_latex_has_as_many_columns_in_every_row() -> None:
-    lines = writers.latex(hostile()).splitlines()
+def test_latex_every_row_has_all_columns() -> None:
+    lines = writers.latex(table_with_special_characters()).splitlines()
     rows = [line for line in lines if line.endswith(r"\\")]
     assert [row.replace(r"\&", "").count("&") for row in rows] == [1, 1, 1]
     assert rows[1].startswith("{}[1]")
@@ -95,17 +98,17 @@ def test_latex_has_as_many_columns_in_every_row() -> None:
     assert [line for line in lines if line.endswith("rule")] == [r"\toprule", r"\midrule", r"\bottomrule"]
 
 
-def test_markdown_bars_stay_in_their_cell() -> None:
-    row = next(line for line in writers.markdown(hostile()).splitlines() if "x" in line)
+def test_markdown_escapes_bars() -> None:
+    row = next(line for line in writers.markdown(table_with_special_characters()).splitlines() if "x" in line)
     assert row == r"| x \| y | 2 |"
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(1.79e6, "1.79 M"), (999, "999"), (1000, "1.00 k"), (8.55e12, "8.55 T"), (0.0, "0.00")]
 )
-def test_quantities(value: float, text: str) -> None:
-    assert quantity(value) == text
+def test_format_quantity_has_three_digits_and_prefix(value: float, text: str) -> None:
+    assert format_quantity(value) == text
 
 
-def test_quantity_not_counted() -> None:
-    assert quantity(float("nan")) == "not counted"
+def test_format_quantity_nan_is_not_counted() -> None:
+    assert format_quantity(float("nan")) == "not counted"

@@ -1,0 +1,144 @@
+"""The list of a report's figures: title, caption and drawing function of each, or the reason why it is missing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from matplotlib.figure import Figure
+
+from experiments.records.views import Record
+from experiments.report import captions, figures
+from experiments.report.experiment_results import ExperimentResults
+from experiments.report.figures.cost import COST_MEASURES
+from experiments.report.run_groups import RunGroup, name_differing_settings
+
+COST_SUFFIX = "_cost"
+"""Ending of the stem of an experiment's cost figure."""
+
+
+@dataclass(frozen=True)
+class FigureEntry:
+    """One figure of a report.
+
+    Args:
+        stem: Name of the figure's files without suffix.
+        title: Heading of the figure.
+        caption: Text below the figure; if it cannot be drawn, the reason.
+        draw: Function that draws the figure, None if it cannot be drawn.
+    """
+
+    stem: str
+    title: str
+    caption: str
+    draw: Callable[[], Figure] | None
+
+
+def figure_entries(
+    experiments: Sequence[ExperimentResults], probed: Sequence[Record], ablation: Sequence[RunGroup]
+) -> Iterator[FigureEntry]:
+    """List every figure of a report, in order.
+
+    Each experiment has a figure of its rows, and one of their cost if they differ in it. Each probe is drawn for the
+    first record that holds it. The ablation figures show the largest family of run groups.
+
+    Args:
+        experiments: Experiments with their runs. If there are any, other figures that were not run are left out.
+        probed: Records with a probe, in order of preference.
+        ablation: Run groups that belong to no experiment, compared with their baselines.
+    """
+    for results in experiments:
+        yield from _experiment_entries(results)
+    for stem, title, part, draw, caption in _PROBE_FIGURES:
+        record = next((record for record in probed if record.get(part) is not None), None)
+        if record is not None:
+            yield FigureEntry(stem, title, f"{caption(record)} {captions.probe_source(record)}", partial(draw, record))
+        elif probed or not experiments:
+            note = next((f" ({note})" for record in probed if (note := record.get(f"{part}_note"))), "")
+            yield FigureEntry(stem, title, f"Not drawn: no finished record holds {part} measurements{note}.", None)
+    if ablation or not experiments:
+        yield from _ablation_entries(ablation)
+
+
+def _experiment_entries(results: ExperimentResults) -> Iterator[FigureEntry]:
+    title = results.spec.title
+    if not results.finished_rows:
+        yield FigureEntry(results.name, title, "Not drawn: no row is finished.", None)
+        return
+    draw_rows = partial(figures.rows_figure, results)
+    yield FigureEntry(results.name, title, captions.experiment_rows(results), draw_rows)
+    if figures.differing_costs(results):
+        title = f"Accuracy against cost: {results.name}"
+        draw_cost = partial(figures.experiment_cost_figure, results)
+        yield FigureEntry(f"{results.name}{COST_SUFFIX}", title, captions.EXPERIMENT_COST, draw_cost)
+
+
+def _ablation_entries(ablation: Sequence[RunGroup]) -> Iterator[FigureEntry]:
+    families = Counter(group.family for group in ablation if group.finished)
+    # Groups trained differently, or on other data, cannot share axes.
+    largest = families.most_common(1)[0][0] if families else None
+    groups = name_differing_settings([group for group in ablation if group.family == largest])
+    for (stem, title), draw, text, reason in zip(
+        _ABLATION_TITLES.items(),
+        (figures.ablation_figure, figures.ablation_cost_figure),
+        (captions.ABLATION, captions.ABLATION_COST),
+        (
+            None if any(group.finished for group in groups) else "no finished ablation cell to draw",
+            None if COST_MEASURES[0].measured(groups) else "no finished ablation cell counts its FLOPs",
+        ),
+        strict=True,
+    ):
+        if reason is not None:
+            yield FigureEntry(stem, title, f"Not drawn: {reason}.", None)
+        else:
+            caption = f"{text} {captions.ablation_sample(groups, len(families))}"
+            yield FigureEntry(stem, title, caption, partial(draw, groups))
+
+
+_PROBE_FIGURES: tuple[tuple[str, str, str, Callable[[Record], Figure], Callable[[Record], str]], ...] = (
+    (
+        "removal_by_block",
+        "Accuracy without visual tokens",
+        "removal",
+        figures.removal_figure,
+        captions.removal,
+    ),
+    (
+        "fusion_by_curve",
+        "Fusion depth by curve",
+        "knockout",
+        figures.fusion_figure,
+        captions.fusion,
+    ),
+    (
+        "attention_by_layer",
+        "Attention mass by layer",
+        "attention",
+        figures.attention_figure,
+        captions.attention_mass,
+    ),
+    (
+        "entropy_by_layer",
+        "Attention entropy by layer",
+        "attention",
+        figures.entropy_figure,
+        captions.attention_entropy,
+    ),
+    (
+        "lens_by_layer",
+        "Logit lens: the right answer's first token by layer",
+        "lens",
+        figures.lens_figure,
+        captions.logit_lens,
+    ),
+)
+"""Stem, title, required part of the record, drawing function and caption of each probe's figure."""
+_ABLATION_TITLES = {
+    "ablation": "Accuracy by visual tokens, pre-fusion depth and compressor",
+    "accuracy_vs_cost": "Accuracy against cost",
+}
+"""Titles of the ablation figures by stem."""
+FIXED_STEMS = (*(entry[0] for entry in _PROBE_FIGURES), *_ABLATION_TITLES)
+"""Stems of the figures that belong to no experiment."""

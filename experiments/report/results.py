@@ -1,0 +1,280 @@
+"""The report of a results folder: its records, tables, figures and verdicts as objects."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.records.files import Records, load_records, select_records
+from experiments.records.views import Record, is_attention_experiment, parse_outcomes, record_seed
+from experiments.report import tables
+from experiments.report.experiment_results import ExperimentResults, match_results
+from experiments.report.experiment_specs import ExperimentSpec, load_specs
+from experiments.report.figure_entries import FigureEntry, figure_entries
+from experiments.report.request import ReportRequest, parse_request
+from experiments.report.run_groups import RunGroup, compare_with_baselines, group_runs
+from experiments.report.tables import ablation, blind_controls, fusion_depth, provenance, question_types
+from experiments.report.tables.table import Table
+from experiments.report.verdict import (
+    CLAIM_RULE,
+    Headline,
+    Verdict,
+    judge_record,
+    make_headline,
+    probed_records,
+)
+
+_VIEWS = ("image", "blank", "shuffled")
+_MODEL_COLUMNS = ("visual_tokens", "compressor", "prefusion_layers")
+_FRAME_COLUMNS = [
+    *("record", "experiment", "name", "seed", "model", *_MODEL_COLUMNS, "question", "question_type", *_VIEWS, "guess")
+]
+_CURVES = ("removal", "knockout", "readout", "attention")
+
+
+class Report:
+    """Records, tables, figures and verdicts of one results folder.
+
+    `load` makes it from a folder. `python -m experiments.report` writes it to files.
+
+    Args:
+        records: The records of a results folder.
+        request: Experiments and settings that the report covers; all by default.
+
+    Raises:
+        ValueError: if the request names an experiment without records, or a setting that no record has.
+    """
+
+    def __init__(self, records: Records, request: ReportRequest | None = None) -> None:
+        request = request or ReportRequest((), {})
+        self.specs: tuple[ExperimentSpec, ...] = load_specs()
+        self.records: Records = request.select_records(records)
+        groups = group_runs(self.records)
+        self.experiments: dict[str, ExperimentResults] = self._match_experiments(request, groups)
+        if request.experiments:
+            covered = (record for results in self.experiments.values() for record in results.records)
+            self.records = select_records(self.records, covered)
+            groups = group_runs(self.records)
+        self.groups: tuple[RunGroup, ...] = groups
+        self.probed: tuple[Record, ...] = probed_records(self.records)
+        self.verdicts: tuple[Verdict, ...] = tuple(map(judge_record, self.probed))
+        self.headline: Headline = make_headline(self.verdicts)
+
+    def __repr__(self) -> str:
+        return (
+            f"Report of {len(self.records.finished)} finished and {len(self.records.failed)} failed records; tables: "
+            f"{', '.join(self.tables)}; figures: {', '.join(self._drawable)}"
+        )
+
+    def frame(self, experiment: str | None = None) -> pd.DataFrame:
+        """Return the outcome of every question of every finished record.
+
+        Args:
+            experiment: Only the records in the table of this experiment, with the row's label in the column `row`.
+
+        Returns:
+            One row for each record and question: `record` (identity), `experiment`, `name`, `seed`, `model` ("LLaVA" or
+            "LLaVA-Mini"), `visual_tokens`, `compressor`, `prefusion_layers`, `question` (from 0), `question_type`. The
+            columns `image`, `blank`, `shuffled` and `guess` are 1 if the answer is right, 0 if it is wrong, and NaN if it
+            was not recorded: with the question's own image, with a blank image, with another question's image, and
+            guessed from the text alone.
+
+        Raises:
+            ValueError: if the report has no such experiment.
+
+        Example:
+            >>> from experiments.report import load
+            >>> frame = load("results/tiny").frame()
+            >>> float(frame.image.mean()) > float(frame.guess.mean())
+            True
+        """
+        if experiment is None:
+            return _concat_outcomes(map(_outcome_frame, self.records.finished))
+        results = _look_up("experiment", experiment, self.experiments)
+        frames = (
+            _outcome_frame(record).assign(row=row.label)
+            for row in results.finished_rows
+            if row.runs is not None
+            for record in row.runs.finished
+        )
+        return _concat_outcomes(frames, "row")
+
+    def table(self, name: str) -> Table:
+        """Return a table by the stem of its files. Jupyter displays it; `.text` and `.data` are DataFrames.
+
+        Raises:
+            ValueError: if the report has no such table.
+
+        Example:
+            >>> from experiments.report import load
+            >>> load("results/tiny").table("fusion_depth").caption
+            'Fusion depth of every probed model.'
+        """
+        return _look_up("table", name, self.tables)
+
+    def figure(self, name: str) -> Figure:
+        """Draw a figure by the stem of its files. Jupyter displays it.
+
+        Raises:
+            ValueError: if the report has no such figure, or lacks the measurements to draw it.
+
+        Example:
+            >>> from experiments.report import load
+            >>> len(load("results/tiny").figure("removal_by_block").axes)
+            2
+        """
+        entry = next((entry for entry in self.figures if entry.stem == name), None)
+        if entry is not None and entry.draw is None:
+            raise ValueError(f"figure '{name}': {entry.caption[0].lower()}{entry.caption[1:]}")
+        draw = _look_up("figure", name, self._drawable).draw
+        assert draw is not None
+        return draw()
+
+    def claims(self) -> pd.DataFrame:
+        """Return the verdict on shallow-layer fusion for every probed model.
+
+        Returns:
+            One row for each probed record: `record` (identity), `name`, `seed`, `model`, `rule` (the name of the rule,
+            whose text is in `.attrs["rule"]`), `answer`, `layers` of the language model, and the fusion depth with its
+            95% interval from each curve, such as `removal_depth`, `removal_low` and `removal_high`. A depth is NaN if it
+            was not measured or does not exist. `reasons` explains the answer.
+
+        Example:
+            >>> from experiments.report import load
+            >>> load("results/tiny").claims()[["answer", "layers", "removal_depth"]]
+                   answer  layers  removal_depth
+            0  reproduces       6            2.0
+        """
+        rows = []
+        for verdict in self.verdicts:
+            record = verdict.record
+            row = {
+                "record": record["id"],
+                "name": record["name"],
+                "seed": record_seed(record),
+                "model": record["model"]["label"],
+                "rule": "shallow-layer fusion",
+                "answer": verdict.answer,
+                "layers": record["model"]["layers"],
+            }
+            for curve in _CURVES:
+                depth = (record.get("fusion") or {}).get(curve) or {}
+                for key in ("depth", "low", "high"):
+                    value = depth.get(key)
+                    row[f"{curve}_{key}"] = np.nan if value is None else float(value)
+            rows.append({**row, "reasons": " ".join(verdict.reasons)})
+        depths = [f"{curve}_{key}" for curve in _CURVES for key in ("depth", "low", "high")]
+        columns = ["record", "name", "seed", "model", "rule", "answer", "layers", *depths, "reasons"]
+        frame = pd.DataFrame(rows, columns=columns)
+        frame.attrs["rule"] = CLAIM_RULE
+        return frame
+
+    @functools.cached_property
+    def tables(self) -> dict[str, Table]:
+        """All tables by name, in the order of the page."""
+        failed_probes = [record for record in self.records.failed if is_attention_experiment(record)]
+        made = (
+            *tables.experiment_tables(tuple(self.experiments.values())),
+            ablation.ablation_table(self._ablation_groups),
+            fusion_depth.fusion_depth_table(self.verdicts, failed_probes),
+            blind_controls.blind_controls_table(self.probed),
+            question_types.question_type_table(self.groups, self.probed),
+            question_types.removal_by_question_type_table(self.probed),
+            provenance.provenance_table(self.records),
+        )
+        return {table.name: table for table in made}
+
+    @functools.cached_property
+    def figures(self) -> tuple[FigureEntry, ...]:
+        """All figures with their captions, in the order of the page; a figure is drawn when its `draw` is called."""
+        # A logit lens gives no verdict, so a record that holds nothing else is drawn but not judged.
+        with_lens = (record for record in self.records.finished if record.get("lens") is not None)
+        experiments = tuple(self.experiments.values())
+        return tuple(figure_entries(experiments, (*self.probed, *with_lens), self._ablation_groups))
+
+    @property
+    def _drawable(self) -> dict[str, FigureEntry]:
+        return {entry.stem: entry for entry in self.figures if entry.draw is not None}
+
+    @functools.cached_property
+    def _ablation_groups(self) -> tuple[RunGroup, ...]:
+        """Groups that no experiment's table shows, or that were also run for something else, with comparisons."""
+        shown = {record["id"] for results in self.experiments.values() for record in results.records}
+        names = {spec.name for spec in self.specs}
+        return compare_with_baselines(
+            group
+            for group in self.groups
+            if not all(record["id"] in shown and record["experiment"] in names for record in group.records)
+        )
+
+    def _match_experiments(self, request: ReportRequest, groups: Sequence[RunGroup]) -> dict[str, ExperimentResults]:
+        experiments = {}
+        for spec in request.select_specs(self.specs):
+            results = match_results(spec, groups, requested=bool(request.experiments))
+            if results is not None:
+                experiments[spec.name] = results
+            elif request.experiments:
+                command = f"python -m experiments.run -m experiment={spec.name}"
+                raise ValueError(f"experiment {spec.name}: no record belongs to it; run `{command}` first")
+        return experiments
+
+
+def load(folder: Path | str, *request: str) -> Report:
+    """Load the report of a results folder. No model is loaded, and nothing is trained or written.
+
+    Args:
+        folder: A results folder, which holds `records/`.
+        request: Experiments and settings to select, as on the command line of `python -m experiments.report`:
+            "experiment=table6_prefusion" or "train.steps=60".
+
+    Returns:
+        The report: `frame()`, `table(name)`, `figure(name)`, `claims()` and `records`.
+
+    Raises:
+        FileNotFoundError: if the folder holds no records.
+        ValueError: if a word of the request is malformed or selects nothing.
+
+    Example:
+        >>> from experiments.report import load
+        >>> report = load("results/tiny")
+        >>> report.headline.title
+        'Shallow-layer fusion reproduces here'
+    """
+    return Report(load_records(Path(folder) / "records"), parse_request(request))
+
+
+def _look_up(kind: str, name: str, known: dict):
+    if name not in known:
+        raise ValueError(f"{kind} '{name}' is not in this report; choose from {', '.join(known) or 'none'}")
+    return known[name]
+
+
+def _outcome_frame(record: Record) -> pd.DataFrame:
+    model, data = record["model"], record["data"]
+    outcomes = {**{view: record["accuracy"].get(view) for view in _VIEWS}, "guess": data.get("guess")}
+    return pd.DataFrame(
+        {
+            "record": record["id"],
+            "experiment": record["experiment"],
+            "name": record["name"],
+            "seed": record_seed(record),
+            "model": model["label"],
+            **{column: model[column] for column in _MODEL_COLUMNS},
+            "question": np.arange(data["examples"]),
+            "question_type": data["kinds"],
+            **{
+                name: np.full(data["examples"], np.nan) if text is None else parse_outcomes(text).astype(float)
+                for name, text in outcomes.items()
+            },
+        }
+    )
+
+
+def _concat_outcomes(frames: Iterable[pd.DataFrame], *more_columns: str) -> pd.DataFrame:
+    parts = list(frames)
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*_FRAME_COLUMNS, *more_columns])
