@@ -47,6 +47,7 @@ def names():
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_module_print_what_they_say(name, names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "results").symlink_to(ROOT / "results")
     module = importlib.import_module(name)
     fresh = {key: copy.copy(value) if key == "inputs" else value for key, value in names.items()}
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

@@ -10,6 +10,7 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.config.renamed_keys import current_name
 from experiments.records.files import Records, select_records
 from experiments.records.views import flatten_config
 from experiments.report.experiment_specs import ExperimentSpec
@@ -45,7 +46,8 @@ class ReportRequest:
     def select_records(self, records: Records) -> Records:
         """Return the records whose configurations have all requested settings.
 
-        The name of a config group selects by that name: model=tiny means model.name=tiny.
+        The name of a config group selects by that name: model=tiny means model.name=tiny. Old names of renamed settings
+        work too.
 
         Args:
             records: The records of a results folder.
@@ -54,13 +56,14 @@ class ReportRequest:
             ValueError: if no record has a requested setting.
         """
         selected = [(record, dict(flatten_config(record["config"]))) for record in (*records.finished, *records.failed)]
-        for key, value in self.settings.items():
+        for name, value in self.settings.items():
+            key = current_name(name)
             full_key = key if any(key in config for _, config in selected) else f"{key}.name"
             values = sorted({str(config[full_key]) for _, config in selected if full_key in config})
             selected = [(record, config) for record, config in selected if config.get(full_key) == value]
             if not selected:
                 recorded = f"; recorded values: {', '.join(values)}" if values else ""
-                raise ValueError(f"{key}={value}: no record has this setting{recorded}")
+                raise ValueError(f"{name}={value}: no record has this setting{recorded}")
         return select_records(records, (record for record, _ in selected)) if self.settings else records
 
 

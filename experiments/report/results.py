@@ -66,10 +66,8 @@ class Report:
         self.headline: Headline = make_headline(self.verdicts)
 
     def __repr__(self) -> str:
-        return (
-            f"Report of {len(self.records.finished)} finished and {len(self.records.failed)} failed records; tables: "
-            f"{', '.join(self.tables)}; figures: {', '.join(self._drawable)}"
-        )
+        finished, failed = len(self.records.finished), len(self.records.failed)
+        return f"Report of {finished} finished and {failed} failed records, experiments: {', '.join(self.experiments)}"
 
     def frame(self, experiment: str | None = None) -> pd.DataFrame:
         """Return the outcome of every question of every finished record.
@@ -89,7 +87,7 @@ class Report:
 
         Example:
             >>> from experiments.report import load
-            >>> frame = load("results/tiny").frame()
+            >>> frame = load("results/smol").frame()
             >>> float(frame.image.mean()) > float(frame.guess.mean())
             True
         """
@@ -112,7 +110,7 @@ class Report:
 
         Example:
             >>> from experiments.report import load
-            >>> load("results/tiny").table("fusion_depth").caption
+            >>> load("results/smol").table("fusion_depth").caption
             'Fusion depth of every probed model.'
         """
         return _look_up("table", name, self.tables)
@@ -125,7 +123,7 @@ class Report:
 
         Example:
             >>> from experiments.report import load
-            >>> len(load("results/tiny").figure("removal_by_block").axes)
+            >>> len(load("results/smol").figure("removal_by_block").axes)
             2
         """
         entry = next((entry for entry in self.figures if entry.stem == name), None)
@@ -146,9 +144,9 @@ class Report:
 
         Example:
             >>> from experiments.report import load
-            >>> load("results/tiny").claims()[["answer", "layers", "removal_depth"]]
-                   answer  layers  removal_depth
-            0  reproduces       6            2.0
+            >>> load("results/smol").claims()[["answer", "layers", "removal_depth"]]
+                           answer  layers  removal_depth
+            0  does not reproduce      30           24.0
         """
         rows = []
         for verdict in self.verdicts:
@@ -241,9 +239,9 @@ def load(folder: Path | str, *request: str) -> Report:
 
     Example:
         >>> from experiments.report import load
-        >>> report = load("results/tiny")
+        >>> report = load("results/smol")
         >>> report.headline.title
-        'Shallow-layer fusion reproduces here'
+        'Shallow-layer fusion does not reproduce here'
     """
     return Report(load_records(Path(folder) / "records"), parse_request(request))
 

@@ -45,6 +45,7 @@ def test_select_records_filters_by_settings(table_records: RecordList) -> None:
         return [record["id"] for record in (*found.finished, *found.failed)]
 
     assert ids("train.max_steps=60") == [table_records[0]["id"]]
+    assert ids("train.steps=60") == [table_records[0]["id"]]  # the old name of the setting
     assert len(ids("model=tiny")) == len(ids("model.name=tiny")) == len(ids()) == 13
     assert ids("seed=2", "compressor=query") == [table_records[5]["id"], table_records[8]["id"]]
     with pytest.raises(ValueError, match=r"train\.max_steps=61: no record has this setting.* 200, 60"):
