@@ -1,1 +1,1 @@
-"""Recording attention between token groups."""
+"""Recording of the attention between token groups."""

@@ -1,4 +1,4 @@
-"""Looks at the attention weights of chosen queries, as the kernel that makes the output has them."""
+"""Attention weights of chosen queries, taken from the kernel that computes a layer's output."""
 
 from __future__ import annotations
 
@@ -11,66 +11,71 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-# Attention scores held at once (16 MiB in float32).
-SCORES_PER_CHUNK = 2**22
+# Attention scores in memory at once (16 MiB in float32).
+WATCHED_SCORES_PER_CHUNK = 2**22
 
-Receive = Callable[[Int[Tensor, " rows"], Float[Tensor, "batch heads rows keys"]], None]
+SelectQueries = Callable[[], Bool[Tensor, " queries"] | None]
+ReceiveWeights = Callable[[Int[Tensor, " rows"], Float[Tensor, "batch heads rows keys"]], None]
 
 
 class KernelWatch:
-    """Hooks a layer's attention and hands out weights of chosen queries, a few at a time.
+    """Hooks one attention module and reports the attention weights of chosen queries, a few queries at a time.
 
-    Under eager attention these are the module's own weights; under sdpa they are computed once more, in float32, from
-    the very arguments of the kernel's call. Composes with `record_attention`, which computes with a kernel of its own.
+    Under eager attention, these are the module's own weights. Under sdpa, they are computed a second time, in float32,
+    from the arguments of the kernel's call. The watch works together with `record_attention`, which registers its own
+    attention function.
 
     Args:
         attention: A decoder layer's `self_attn`.
-        wanted: Asked before each call: which queries to look at; None for a call to leave alone.
-        receive: Gets the indices of some of these queries, and their weights.
+        select_queries: Called before each call of `attention`. Returns a mask of the queries to report, or None to skip
+            the call.
+        receive: Called with the indices of some of these queries and their weights.
     """
 
-    def __init__(
-        self, attention: nn.Module, wanted: Callable[[], Bool[Tensor, " queries"] | None], receive: Receive
-    ) -> None:
-        self.attention, self.wanted, self.receive = attention, wanted, receive
-        self._mode: _Mode | None = None
+    def __init__(self, attention: nn.Module, select_queries: SelectQueries, receive: ReceiveWeights) -> None:
+        self.attention, self.select_queries, self.receive = attention, select_queries, receive
+        self._interception: _SdpaInterception | None = None
 
     def install(self, stack: ExitStack) -> None:
-        """Until `stack` closes."""
+        """Register the hooks, and remove them when `stack` closes.
+
+        Args:
+            stack: Gets the callbacks that remove the hooks.
+        """
         stack.callback(self.attention.register_forward_pre_hook(self._begin).remove)
-        # Always, since the mode must not outlive a call that raises.
+        # Always, since the interception must not outlive a call that raises.
         stack.callback(self.attention.register_forward_hook(self._end, always_call=True).remove)
 
     def _begin(self, attention: nn.Module, args: tuple[Any, ...]) -> None:
-        wanted = self.wanted()
-        if wanted is not None:
-            self._mode = _Mode(wanted, self.receive)
-            self._mode.__enter__()
+        selected = self.select_queries()
+        if selected is not None:
+            self._interception = _SdpaInterception(selected, self.receive)
+            self._interception.__enter__()
 
     def _end(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        mode, self._mode = self._mode, None
-        if mode is None:
+        interception, self._interception = self._interception, None
+        if interception is None:
             return
-        mode.__exit__(None, None, None)
+        interception.__exit__(None, None, None)
         if isinstance(output, tuple) and output[1] is not None:
-            rows = mode.rows.to(output[1].device)
+            rows = interception.rows.to(output[1].device)
             self.receive(rows, output[1].detach()[:, :, rows].float())
 
 
-class _Mode(TorchFunctionMode):
-    """Sees every call of the sdpa kernel while it is entered, in this thread alone."""
+class _SdpaInterception(TorchFunctionMode):
+    """Intercepts every call of the sdpa kernel while it is entered, in this thread only."""
 
-    def __init__(self, wanted: Bool[Tensor, " queries"], receive: Receive) -> None:
+    def __init__(self, selected: Bool[Tensor, " queries"], receive: ReceiveWeights) -> None:
         super().__init__()
-        self.queries, self.rows, self.receive = len(wanted), wanted.nonzero()[:, 0], receive
+        self.query_count, self.rows, self.receive = len(selected), selected.nonzero()[:, 0], receive
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.scaled_dot_product_attention:
-            self._look(*args, **(kwargs or {}))
+            self._report_weights(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     @torch.no_grad()
-    def _look(
+    def _report_weights(
         self,
         query: Float[Tensor, "batch heads queries width"],
         key: Float[Tensor, "batch kv_heads keys width"],
@@ -81,15 +86,16 @@ class _Mode(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> None:
-        if self.queries == 1 and query.shape[2] > 1:
+        """Compute the weights of the chosen queries from the arguments of one sdpa call, and pass them on."""
+        if self.query_count == 1 and query.shape[2] > 1:
             # transformers packs the query heads that share a key head along the axis of queries.
             query = query.flatten(1, 2)[:, :, None]
-        if query.shape[2] != self.queries:
-            return  # not the attention itself
+        if query.shape[2] != self.query_count:
+            return  # a call of the kernel that is not the layer's attention
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).float().transpose(2, 3)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         columns = torch.arange(key.shape[3], device=key.device)
-        chunk = max(SCORES_PER_CHUNK // (query.shape[0] * query.shape[1] * key.shape[3]), 1)
+        chunk = max(WATCHED_SCORES_PER_CHUNK // (query.shape[0] * query.shape[1] * key.shape[3]), 1)
         # Autocast would run the matrix product in half precision.
         with torch.autocast(query.device.type, enabled=False):
             for rows in self.rows.to(query.device).split(chunk):
@@ -101,5 +107,5 @@ class _Mode(TorchFunctionMode):
                     )
                 elif is_causal:
                     scores = scores.masked_fill(columns > rows[:, None], -torch.inf)
-                # A query that sees nothing has NaN here; sdpa gives it zeros.
+                # The softmax of a query without a visible key is NaN; sdpa returns zeros for it.
                 self.receive(rows, scores.softmax(dim=-1).nan_to_num())

@@ -1,4 +1,4 @@
-"""Record attention between token groups while a model runs."""
+"""Context manager that records the attention between token groups while a model runs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from transformers import PreTrainedModel
 
 from probes.attention.record import AttentionRecord
-from probes.attention.recorder import _Recorder
-from probes.hooks.decoder import FAMILIES, find_decoder, select_layers
+from probes.attention.recorder import AttentionRecorder
+from probes.hooks.decoder import MASK_FORMATS, find_decoder, select_layers
 from probes.hooks.token_window import TokenWindow
 from probes.tokens.token_map import TokenMap
 
@@ -23,66 +23,83 @@ def record_attention(
     heads: Iterable[int] | None = None,
     backend: str = "native",
 ) -> Iterator[AttentionRecord]:
-    """Records what a stack's self-attention does in one forward pass, or one prompt and its cached decoding.
+    """Record the self-attention of a stack in one forward pass, or in one prompt and its cached decoding.
 
-    The model's own implementation still computes the output, so the logits are those without recording, to the bit; no
-    attention matrix of all queries is ever held. It may be sdpa, eager, flex attention, flash attention, or any other
-    that is registered with the masks of one of these. Statistics are in float32, from the queries and keys as they are,
-    before dropout. The prompt may be run in chunks that share a cache.
+    The model's own attention implementation still computes the output. So the logits equal those without recording, bit
+    for bit, and no attention matrix of all queries is ever in memory. The implementation may be sdpa, eager, flex
+    attention, flash attention, or any other that is registered with the masks of one of these. Statistics are computed
+    in float32 from the model's queries and keys, before dropout. The prompt may run in chunks that share a cache.
 
-    Only layers of the stack that `tokens` are of are recorded, found by identity: the language model's, or LLaVA-Mini's
-    pre-fusion layers, but not the vision tower, nor extra layers elsewhere in the model. In decoding, every position
-    after the prompt counts as a response, also those that `generate` feeds to rows that have ended.
+    Only layers of the stack of `tokens` are recorded: the language model's layers, or LLaVA-Mini's pre-fusion layers.
+    They are found by identity, so the vision tower and extra layers elsewhere in the model are not recorded. In
+    decoding, every position after the prompt counts as a response. This includes positions that `generate` feeds to
+    rows that have ended.
 
-    While recording, the attention modules of these layers have a config of their own, which names an implementation
-    registered for this record alone; on leaving, also by an exception, they have their old one back, and the name is
-    removed from transformers' registry. Several models may be recorded at the same time, in one thread or in several,
-    and so may the two stacks of one model.
+    While recording, the attention modules of these layers have a config of their own. It names an implementation that
+    is registered for this record only. On leaving, also by an exception, they get their old config back, and the name
+    is removed from transformers' registry. Several models may be recorded at the same time, in one thread or in
+    several, and so may the two stacks of one model.
 
     Args:
         model: A transformers model whose decoder uses the attention interface.
         tokens: Map of the inputs that the model will be called with.
         layers: Layers of the stack to record; all by default.
-        targets: Groups whose queries to record; all but `pad` by default. Fewer cost less.
-        heads: Query heads to record; all by default. Fewer cost less.
-        backend: "nnsight" or "transformer_lens" to record what these libraries show, to check this one or beside
-            experiments of theirs. `model` may be an `NNsight` or a `TransformerBridge` then. Attention is eager, and
-            whole matrices are held, one layer's at a time; see `probes.attention.backends.observe`.
+        targets: Groups whose queries to record; all but `pad` by default. Fewer groups cost less.
+        heads: Query heads to record; all by default. Fewer heads cost less.
+        backend: "nnsight" or "transformer_lens" to record the attention that these libraries report. Use it to check
+            the native record, or to record inside an experiment with one of them. `model` may then be an `NNsight` or a
+            `TransformerBridge`. Attention runs as eager, and the whole matrices of one layer at a time are in memory;
+            see `probes.attention.backends.observe_attention`.
+
+    Yields:
+        The record. It can be read once the model has run the whole prompt.
 
     Raises:
-        ValueError: An unknown layer, head or group, a model that cannot be recorded, or a call that `tokens` do not
-            fit, is packed, paged, or has a mask that cannot be read.
-        RuntimeError: The layers are being recorded already, a second prompt or a second thread runs in the same record,
-            decoding goes back, or the record is read before a whole prompt has run.
+        ValueError: An unknown layer, head or group; a model that cannot be recorded; or a call that does not fit
+            `tokens`, is packed or paged, or has a mask that cannot be read.
+        RuntimeError: The layers are being recorded already; a second prompt or a second thread runs in the same record;
+            decoding goes back to an earlier position; or the record is read before the whole prompt has run.
+
+    Example:
+        >>> from probes import record_attention
+        >>> with torch.no_grad(), record_attention(model, tokens, layers=[0, 5], heads=[0]) as attention:
+        ...     output = model(**inputs)
+        >>> text, vision = attention.targets.index("instruction"), attention.sources.index("vision")
+        >>> attention.mass[:, 0, 0, text, vision].shape  # layers
+        torch.Size([2])
     """
     # These import this file.
-    from probes.attention.backends import record_through, underlying_model
+    from probes.attention.backends import record_with_backend, underlying_model
 
-    held = underlying_model(model, backend)
-    decoder = find_decoder(held, tokens.stack, FAMILIES.values())
-    if not held.get_decoder()._can_set_attn_implementation():
+    transformers_model = underlying_model(model, backend)
+    decoder = find_decoder(transformers_model, tokens.stack, MASK_FORMATS.values())
+    if not transformers_model.get_decoder()._can_set_attn_implementation():
         raise ValueError(f"{type(decoder).__name__} does not use the attention interface: it cannot be recorded")
     groups = tuple(group for group in tokens.groups if group != "pad") if targets is None else tuple(targets)
     if not groups:
         raise ValueError(f"targets are empty: name at least one of {', '.join(tokens.groups)}")
     for group in groups:
         tokens.index(group)
-    chosen = _select_heads(decoder.config.num_attention_heads, heads)
-    record = AttentionRecord(tokens, select_layers(decoder, layers), chosen, groups)
+    selected_heads = _select_heads(decoder.config.num_attention_heads, heads)
+    record = AttentionRecord(tokens, select_layers(decoder, layers), selected_heads, groups)
     if backend != "native":
-        with record_through(backend, model, tokens, record):
+        with record_with_backend(backend, model, tokens, record):
             yield record
         return
     window = TokenWindow(decoder, tokens)
-    with _Recorder(decoder, tokens, record, window, all_heads=heads is None), window:
+    with AttentionRecorder(decoder, tokens, record, window, all_heads=heads is None), window:
         yield record
 
 
 def _select_heads(count: int, heads: Iterable[int] | None) -> tuple[int, ...]:
-    """`heads` in ascending order without doubles, or all. Raises ValueError for none or one outside the model."""
+    """Return `heads` in ascending order without duplicates, or all heads.
+
+    Raises:
+        ValueError: No head, or a head outside the model.
+    """
     selected = tuple(sorted(set(range(count) if heads is None else heads)))
     outside = [head for head in selected if not 0 <= head < count]
     if outside or not selected:
-        wrong = f"{outside} are unknown" if outside else "are empty"
-        raise ValueError(f"heads {wrong}: the model has {count} query heads, 0 to {count - 1}")
+        problem = f"{outside} are unknown" if outside else "are empty"
+        raise ValueError(f"heads {problem}: the model has {count} query heads, 0 to {count - 1}")
     return selected

@@ -1,4 +1,4 @@
-"""Changes what some decoder layers see or say, and accounts for every change in a receipt."""
+"""Changes to the input or output of some decoder layers, with a receipt of every change."""
 
 from __future__ import annotations
 
@@ -22,24 +22,33 @@ Intervention = BlockAttention | RemoveTokens | PatchActivations
 
 @contextmanager
 def intervene(model: PreTrainedModel, tokens: TokenMap, *interventions: Intervention) -> Iterator[Receipt]:
-    """Intervenes in all forward calls of the model inside the block: a prompt, or a prompt and its cached decoding.
+    """Intervene in all forward calls of the model inside the block.
 
-    Interventions compose, also in nested blocks; edges count as blocked even where another intervention drops an end of
-    theirs. They compose with `record_attention` and `record_states` in either order: recorded queries do not see a
-    removed or blocked source, so their mass on it is NaN in these layers, and removed tokens are no queries there.
+    The calls may be those of a prompt, or of a prompt and its cached decoding. Interventions compose, also in nested
+    blocks. An edge counts as blocked even if another intervention drops one of its tokens.
+
+    Interventions compose with `record_attention` and `record_states` in either order. Recorded queries cannot attend to
+    a removed or blocked source, so their mass on it is NaN in these layers. Removed tokens are no queries there.
 
     Args:
         model: A transformers model whose decoder runs sdpa or eager attention.
         tokens: Map of the inputs that the model will be called with.
-        interventions: What to do, where.
+        interventions: `BlockAttention`, `RemoveTokens` or `PatchActivations`, each with its tokens and layers.
 
     Yields:
         The receipt, with one `Effect` for each intervention.
 
     Raises:
-        ValueError: An unknown layer or group, a model that cannot be probed, or a call that `tokens` do not fit.
-        RuntimeError: A layer whose attention does not follow its mask; on leaving, a layer in which an intervention
-            did nothing, unless an exception is on its way already.
+        ValueError: An unknown layer or group, a model that cannot be probed, or a call that does not fit `tokens`.
+        RuntimeError: A layer whose attention does not follow its mask. On leaving the block: a layer in which an
+            intervention changed nothing, unless another exception is being raised.
+
+    Example:
+        >>> from probes import RemoveTokens, intervene
+        >>> with torch.no_grad(), intervene(model, tokens, RemoveTokens("vision", layers=range(2, 4))) as receipt:
+        ...     logits = model(**inputs).logits
+        >>> print(receipt)
+        RemoveTokens(vision): 2 calls of layers [2, 3], 72 tokens
     """
     decoder = find_decoder(model, tokens.stack)
     window = TokenWindow(decoder, tokens)
@@ -52,5 +61,5 @@ def intervene(model: PreTrainedModel, tokens: TokenMap, *interventions: Interven
         if effect.unfired:
             raise RuntimeError(
                 f"{effect.name} did nothing in layers {effect.unfired}: "
-                "the model did not run, or it has no such token there"
+                "the model did not run inside the block, or it has no such token there"
             )

@@ -1,4 +1,4 @@
-"""What interventions did: where each fired, on how many tokens, and what attention is left on blocked edges."""
+"""Effects of interventions: where each one fired, on how many tokens, and the attention left on blocked edges."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Effect:
-    """What one intervention did, by decoder layer.
+    """The changes that one intervention made, by decoder layer.
 
     Attributes:
         name: The intervention in short, such as `BlockAttention(vision -> instruction)`.
-        calls: In how many forward calls of the layer the intervention changed something.
-        tokens: How many tokens it changed there, over all samples and calls.
-        mass: The most attention, over heads, queries and calls, that a changed query still put on its blocked keys;
-            measured on what the kernel was given. Empty where nothing is blocked.
-        chosen: Of a removal: which positions of the map were taken out; None before the first call.
+        calls: Number of forward calls of each layer in which the intervention changed something.
+        tokens: Number of tokens that it changed there, over all samples and calls.
+        mass: The most attention, over heads, queries and calls, that a changed query still has on its blocked keys. It
+            is measured on the kernel's own arguments. Empty if nothing is blocked.
+        chosen: Mask of the positions of the map that a removal took out; None before the first call, and for other
+            interventions.
     """
 
     name: str
@@ -33,18 +34,18 @@ class Effect:
     chosen: Bool[Tensor, "batch positions"] | None = None
 
     @classmethod
-    def of(cls, name: str, layers: Sequence[int]) -> Effect:
-        """Of an intervention that has not fired yet."""
+    def before_calls(cls, name: str, layers: Sequence[int]) -> Effect:
+        """Return the effect of an intervention that has not fired yet."""
         return cls(name, dict.fromkeys(layers, 0), dict.fromkeys(layers, 0))
 
     def add(self, layer: int, tokens: int) -> None:
-        """One more call in which `tokens` tokens changed."""
+        """Count one more call of a layer, in which `tokens` tokens changed."""
         self.calls[layer] += 1
         self.tokens[layer] += tokens
 
     @property
     def unfired(self) -> list[int]:
-        """Layers in which nothing happened."""
+        """Return the layers in which the intervention changed nothing."""
         return [layer for layer, calls in self.calls.items() if not calls]
 
     def __str__(self) -> str:
@@ -57,7 +58,15 @@ class Effect:
 
 
 class Receipt(Sequence[Effect]):
-    """The effects of the interventions of one `intervene`, in their order."""
+    """The effects of the interventions of one `intervene`, in their order.
+
+    Example:
+        >>> from probes import BlockAttention, intervene
+        >>> with torch.no_grad(), intervene(model, tokens, BlockAttention("vision", "instruction", [3])) as receipt:
+        ...     output = model(**inputs)
+        >>> receipt[0].calls, receipt[0].tokens, receipt[0].mass
+        ({3: 1}, {3: 6}, {3: 0.0})
+    """
 
     def __init__(self, effects: Sequence[Effect]) -> None:
         self._effects = tuple(effects)
@@ -76,7 +85,19 @@ class Receipt(Sequence[Effect]):
         return iter(self._effects)
 
     def frame(self) -> pd.DataFrame:
-        """One row for each intervention and layer: intervention, layer, calls, tokens, mass (NaN: nothing to block)."""
+        """Return the receipt as a table.
+
+        Returns:
+            A row for each intervention and layer. The columns are intervention, layer, calls, tokens, mass (NaN if
+            nothing is blocked).
+
+        Example:
+            >>> from probes import RemoveTokens, intervene
+            >>> with torch.no_grad(), intervene(model, tokens, RemoveTokens("vision", [3])) as receipt:
+            ...     output = model(**inputs)
+            >>> receipt.frame()[["intervention", "layer", "tokens"]].values.tolist()
+            [['RemoveTokens(vision)', 3, 36]]
+        """
         import pandas as pd
 
         rows = [

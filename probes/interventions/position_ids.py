@@ -1,4 +1,4 @@
-"""Position embeddings of the tokens that stay, as if removed ones had never been there."""
+"""Position embeddings of the remaining tokens, as if removed tokens had never been there."""
 
 from __future__ import annotations
 
@@ -10,49 +10,66 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
-    from probes.interventions.selection import OncePerCall, Selection
+    from probes.interventions.selection import PerCallCache, TokenSelection
 
 
-class Renumbering:
-    """Computes position embeddings anew: each token's position less the removed tokens before it in its row.
+class PositionRenumbering:
+    """Recomputes position embeddings: each token's position minus the number of removed tokens before it in its row.
 
-    Raises ValueError for a decoder without rotary embeddings, or one that does not turn each token by one position id.
+    Args:
+        decoder: The stack of decoder layers.
+        selection: The removed tokens.
+        once_per_call: Cache of results that the layers of a call share.
+
+    Raises:
+        ValueError: The decoder has no rotary embeddings.
     """
 
-    def __init__(self, decoder: PreTrainedModel, selection: Selection, once: OncePerCall) -> None:
+    def __init__(self, decoder: PreTrainedModel, selection: TokenSelection, once_per_call: PerCallCache) -> None:
         if not hasattr(decoder, "rotary_emb"):
             raise ValueError(f"{type(decoder).__name__} has no rotary_emb: its positions cannot be renumbered")
-        self.decoder, self.selection, self.once = decoder, selection, once
-        self.by_layer = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+        self.decoder, self.selection, self.once_per_call = decoder, selection, once_per_call
+        self.has_layer_types = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
 
     def __call__(self, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The keyword arguments of a layer with positions renumbered; `hidden` for their type and device."""
+        """Return the keyword arguments of a layer with renumbered positions.
+
+        Args:
+            layer: Index of the layer.
+            hidden: Hidden states, for their type and device.
+            kwargs: The layer's keyword arguments.
+
+        Raises:
+            ValueError: The decoder does not rotate each token by one position id.
+        """
         position_ids: Any = kwargs.get("position_ids")
         embeddings: Any = kwargs.get("position_embeddings")
-        kind = {"layer_type": self.decoder.config.layer_types[layer]} if self.by_layer else {}
+        layer_type = {"layer_type": self.decoder.config.layer_types[layer]} if self.has_layer_types else {}
 
         def renumber() -> tuple[Tensor, Any]:
-            if not self._one_each(hidden, position_ids, embeddings, kind):
+            if not self._has_one_id_per_token(hidden, position_ids, embeddings, layer_type):
                 raise ValueError(
-                    f"{type(self.decoder).__name__} does not turn its tokens by one position id each, as Qwen-VL does not:"
-                    " its positions cannot be renumbered"
+                    f"{type(self.decoder).__name__} does not rotate its tokens by one position id each (nor does "
+                    "Qwen-VL): its positions cannot be renumbered"
                 )
-            before = self.selection.so_far.cumsum(dim=1)[:, -position_ids.shape[1] :].to(position_ids.device)
-            renumbered = position_ids - before
-            return renumbered, self.decoder.rotary_emb(hidden, position_ids=renumbered, **kind)
+            removed_before = self.selection.so_far.cumsum(dim=1)[:, -position_ids.shape[1] :].to(position_ids.device)
+            renumbered = position_ids - removed_before
+            return renumbered, self.decoder.rotary_emb(hidden, position_ids=renumbered, **layer_type)
 
-        renumbered, turned = self.once("renumber", renumber, embeddings, position_ids)
-        return kwargs | {"position_ids": renumbered, "position_embeddings": turned}
+        new_ids, new_embeddings = self.once_per_call("renumber", renumber, embeddings, position_ids)
+        return kwargs | {"position_ids": new_ids, "position_embeddings": new_embeddings}
 
-    def _one_each(self, hidden: Tensor, position_ids: Any, embeddings: Any, kind: dict[str, str]) -> bool:
-        """Whether the layer's tokens are turned by one position id each."""
+    def _has_one_id_per_token(
+        self, hidden: Tensor, position_ids: Any, embeddings: Any, layer_type: dict[str, str]
+    ) -> bool:
+        """Return whether the layer's embeddings follow from one position id for each token."""
         if position_ids is None or position_ids.ndim != 2 or embeddings is None:
             return False
         try:
-            return _same(self.decoder.rotary_emb(hidden, position_ids=position_ids, **kind), embeddings)
-        except IndexError:  # Qwen-VL's takes three axes alone in transformers before 5.23
+            return _all_close(self.decoder.rotary_emb(hidden, position_ids=position_ids, **layer_type), embeddings)
+        except IndexError:  # Qwen-VL's rotary_emb needs three axes in transformers before 5.23
             return False
 
 
-def _same(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
+def _all_close(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
     return all(a.shape == b.shape and torch.allclose(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -1,4 +1,4 @@
-"""Tokens taken out of chosen layers: hidden from the others, or dropped so that the layers do less work."""
+"""Tokens removed from chosen layers: hidden from the other tokens, or dropped so that the layers do less work."""
 
 from __future__ import annotations
 
@@ -12,43 +12,63 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from probes.hooks.decoder import decoder_layers, select_layers
-from probes.hooks.layer_io import component_of, explicit, hidden_of, hidden_states, hide, key_length, with_hidden
+from probes.hooks.layer_io import (
+    block_edges,
+    component_module,
+    input_states,
+    key_length,
+    materialize_mask,
+    output_states,
+    replace_output_states,
+)
 from probes.hooks.token_window import TokenWindow
 from probes.interventions.effects import Effect
 from probes.interventions.removal_state import RemovalState
-from probes.interventions.selection import LateTokens, When, check_choice, check_when, describe
-from probes.interventions.token_dropping import LayerDrop
+from probes.interventions.selection import DeferredTokenSelector, When, check_choice, check_when, selection_name
+from probes.interventions.token_dropping import LayerDropping
 
 
 @dataclass(frozen=True, eq=False)
 class RemoveTokens:
-    """Takes tokens out of `layers`: no other position attends to them there, and their own states pass unchanged.
+    """Remove tokens from `layers`: no other position attends to them there, and their states pass through unchanged.
 
-    So they are back after the last of the layers. LLaVA-Mini's Figure 5 drops vision tokens in blocks of four layers
-    but does not say whether they come back: `range(a, b)` removes them inside the block, `range(a, n)` from layer a
-    onward.
+    So the tokens return after the last of the layers. LLaVA-Mini's Figure 5 drops vision tokens in blocks of four
+    layers, but does not report whether they return. `range(a, b)` removes them inside the block, `range(a, n)` from
+    layer a onward.
 
-    Both ways give the same logits, since with position ids kept attention cannot tell a hidden key from an absent one:
+    With kept position ids, attention cannot distinguish a hidden key from a missing one. So all ways give the same
+    logits:
 
-    - `how="mask"`: the layers work on all tokens, the attention mask hides some. The cache keeps their keys and values.
-    - `how="drop"`: the layers run without them, on rows that are filled up where they have fewer tokens left than
-      others. Their keys and values never reach the cache of these layers, which is shorter by them; later steps cannot
-      see them, whatever `when` says. The cache is of use inside the block only, and has to be a dynamic one.
-    - `how="drop"` with `keep_cache=True`: keys and values are made and cached, so the layers save the work of the MLP
-      alone, and with `when="prefill"` later steps see the tokens again.
+    - `how="mask"`: the layers run on all tokens, and the attention mask hides some. The cache keeps their keys and
+      values.
+    - `how="drop"`: the layers run without the tokens. Rows with fewer remaining tokens than others get filler. The
+      tokens' keys and values never reach the cache of these layers, which is shorter by them. So later steps cannot
+      attend to them, whatever `when` is. The cache can be used inside the block only, and must be dynamic.
+    - `how="drop"` with `keep_cache=True`: keys and values are computed and cached, so the layers save only the work of
+      the MLP. With `when="prefill"`, later steps can attend to the tokens again.
 
     Args:
-        group: A group of the token map, a mask of its positions, or a callable that gives the mask
-            `[rows of the call, positions]` once the first of the layers is reached in a prompt that runs in one call.
-        layers: Decoder layers, from 0; none is a no-op.
-        when: In which calls: the prompt's ("prefill"), those of cached steps after it ("decode"), or "both".
+        group: A group of the token map, a mask of its positions, or a callable. The callable is called when the first
+            of the layers is reached, in a prompt that runs in one call. It returns the mask
+            `[rows of the call, positions]`.
+        layers: Decoder layers, from 0; an empty collection changes nothing.
+        when: Calls in which to act: the prompt's ("prefill"), those of cached steps after it ("decode"), or "both".
         how: "mask" or "drop".
-        positions: "keep" the position ids of the tokens that stay, or "renumber" them in these layers as if the
-            removed ones had never been there (a switch of VTW, Lin et al. 2024). Sliding windows still count all.
+        positions: "keep" the position ids of the remaining tokens, or "renumber" them in these layers as if the removed
+            ones had never been there (an option of VTW, Lin et al. 2024). Sliding windows still count all tokens.
         keep_cache: Whether dropped tokens leave their keys and values in the cache.
+
+    Example:
+        >>> from probes import RemoveTokens, intervene
+        >>> logits = []
+        >>> for how in ("mask", "drop"):
+        ...     with torch.no_grad(), intervene(model, tokens, RemoveTokens("vision", range(2, 6), how=how)):
+        ...         logits.append(model(**inputs).logits)
+        >>> torch.allclose(*logits, atol=1e-4)
+        True
     """
 
-    group: LateTokens
+    group: DeferredTokenSelector
     layers: Collection[int]
     when: When = "both"
     how: Literal["mask", "drop"] = "mask"
@@ -56,17 +76,30 @@ class RemoveTokens:
     keep_cache: bool = False
 
     def install(self, decoder: PreTrainedModel, window: TokenWindow, stack: ExitStack) -> Effect:
-        """Hooks the decoder until `stack` closes."""
+        """Hook the decoder until `stack` closes.
+
+        Args:
+            decoder: The stack of decoder layers.
+            window: The positions of the map that the current call covers.
+            stack: Gets the callbacks that remove the hooks.
+
+        Returns:
+            The effect, which fills up as the model runs.
+
+        Raises:
+            ValueError: An unknown layer, group or option; options that exclude each other; or a decoder whose positions
+                cannot be renumbered.
+        """
         self._check()
         layers = select_layers(decoder, self.layers)
-        effect = Effect.of(f"RemoveTokens({describe(self.group)})", layers)
+        effect = Effect.before_calls(f"RemoveTokens({selection_name(self.group)})", layers)
         shared = RemovalState(decoder, window, self.group, self.when, self.positions, effect)
         for number in layers:
             layer = decoder_layers(decoder)[number]
             if self.how == "drop" and not self.keep_cache:
-                LayerDrop(number, layer, shared).install(stack)
+                LayerDropping(number, layer, shared).install(stack)
             else:
-                _Hiding(number, layer, shared, cut_mlp=self.keep_cache).install(stack)
+                _LayerMasking(number, layer, shared, cut_mlp=self.keep_cache).install(stack)
         return effect
 
     def _check(self) -> None:
@@ -74,81 +107,89 @@ class RemoveTokens:
         check_choice("how", self.how, "mask", "drop")
         check_choice("positions", self.positions, "keep", "renumber")
         if self.keep_cache and self.how == "mask":
-            raise ValueError("keep_cache=True is for how='drop': how='mask' leaves the cache as it is")
+            raise ValueError("keep_cache=True needs how='drop': how='mask' leaves the cache as it is")
         if self.how == "drop" and not self.keep_cache and self.when == "decode":
             raise ValueError(
-                "how='drop' with when='decode' cannot be: the prompt is in the cache by then; use how='mask'"
+                "how='drop' does not work with when='decode': the prompt is in the cache by then; use how='mask'"
             )
         if callable(self.group) and self.when == "decode":
-            raise ValueError("tokens are chosen on the way through the prompt: when='decode' never asks for them")
+            raise ValueError(
+                "when='decode' does not work with a callable group, which is called in the prompt: "
+                "pass a group or a mask"
+            )
         if self.positions == "renumber" and (self.keep_cache or (self.how == "mask" and self.when != "both")):
             raise ValueError(
-                "positions='renumber' needs tokens that are gone in every call: when='both', or how='drop' without "
-                "keep_cache"
+                "positions='renumber' needs tokens that are removed in every call: use when='both', or how='drop' "
+                "without keep_cache"
             )
 
 
-class _Hiding:
-    """The hooks of `RemoveTokens` on one layer that still runs on all tokens."""
+class _LayerMasking:
+    """The hooks of `RemoveTokens` on one layer whose attention still runs on all tokens."""
 
     def __init__(self, number: int, layer: nn.Module, shared: RemovalState, cut_mlp: bool) -> None:
         self.number, self.layer, self.shared = number, layer, shared
         self.cut_mlp = cut_mlp
-        self.entering: Tensor | None = None
+        # Input of the layer's current call; None if nothing is removed in it.
+        self.layer_input: Tensor | None = None
 
     def install(self, stack: ExitStack) -> None:
-        """Until `stack` closes. First of the layer's hooks, since one that drops tokens has to come after it."""
-        stack.callback(self.layer.register_forward_pre_hook(self.hide, prepend=True, with_kwargs=True).remove)
-        stack.callback(self.layer.register_forward_hook(self.bypass).remove)
-        if self.cut_mlp:
-            mlp = component_of(self.layer, "mlp")
-            stack.callback(mlp.register_forward_pre_hook(self.shorten).remove)
-            stack.callback(mlp.register_forward_hook(self.lengthen, prepend=True).remove)
+        """Register the hooks until `stack` closes.
 
-    def hide(
+        They come first of the layer's hooks, since a hook that drops tokens has to run after them.
+        """
+        stack.callback(self.layer.register_forward_pre_hook(self.before_layer, prepend=True, with_kwargs=True).remove)
+        stack.callback(self.layer.register_forward_hook(self.after_layer).remove)
+        if self.cut_mlp:
+            mlp = component_module(self.layer, "mlp")
+            stack.callback(mlp.register_forward_pre_hook(self.before_mlp).remove)
+            stack.callback(mlp.register_forward_hook(self.after_mlp, prepend=True).remove)
+
+    def before_layer(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]] | None:
-        """Before the layer: takes the tokens out of the attention mask, as queries and as keys."""
-        shared, self.entering = self.shared, None
-        if not shared.acts:
+        """Take the tokens out of the attention mask, as queries and as keys."""
+        shared, self.layer_input = self.shared, None
+        if not shared.is_active:
             return None
         shared.begin()
         keys = key_length(layer, args, kwargs)
-        hidden = hidden_states(args, kwargs)
+        hidden = input_states(args, kwargs)
 
         def block() -> Tensor | None:
             removed = shared.selection.keys(keys)
             if not removed.any():
                 return None
-            mask = explicit(layer, kwargs["attention_mask"], hidden, keys)
+            mask = materialize_mask(layer, kwargs["attention_mask"], hidden, keys)
             blocked = removed[:, None, None, :] | shared.selection.queries[:, None, :, None]
-            return hide(mask, blocked.to(mask.device))
+            return block_edges(mask, blocked.to(mask.device))
 
-        mask = shared.once(("hide", keys), block, kwargs["attention_mask"])
+        mask = shared.once_per_call(("hide", keys), block, kwargs["attention_mask"])
         if mask is None:
             return None
-        self.entering, self.removed = hidden, shared.selection.queries.to(hidden.device)
+        self.layer_input, self.removed = hidden, shared.selection.queries.to(hidden.device)
         shared.effect.add(self.number, int(self.removed.sum()))
         kwargs = kwargs | {"attention_mask": mask}
         return args, kwargs if shared.renumbering is None else shared.renumbering(self.number, hidden, kwargs)
 
-    def bypass(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """After the layer: gives the removed positions back the hidden states they came with."""
-        if self.entering is None:
+    def after_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Restore the hidden states that the removed positions had before the layer."""
+        if self.layer_input is None:
             return None
-        return with_hidden(output, torch.where(self.removed[..., None], self.entering, hidden_of(output)))
+        states = torch.where(self.removed[..., None], self.layer_input, output_states(output))
+        return replace_output_states(output, states)
 
-    def shorten(self, mlp: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Before the MLP: cuts the removed tokens."""
-        if self.entering is None:
+    def before_mlp(self, mlp: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Cut the removed tokens out of the MLP's input."""
+        if self.layer_input is None:
             return None
         return args[0][~self.removed][None], *args[1:]
 
-    def lengthen(self, mlp: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """After the MLP: zeros in their places, which `bypass` overwrites."""
-        if self.entering is None:
+    def after_mlp(self, mlp: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Put zeros at the removed positions of the MLP's output; `after_layer` overwrites them."""
+        if self.layer_input is None:
             return None
-        short = hidden_of(output)
-        whole = short.new_zeros(*self.removed.shape, short.shape[-1])
-        whole[~self.removed] = short[0]
-        return with_hidden(output, whole)
+        remaining = output_states(output)
+        states = remaining.new_zeros(*self.removed.shape, remaining.shape[-1])
+        states[~self.removed] = remaining[0]
+        return replace_output_states(output, states)

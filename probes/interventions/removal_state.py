@@ -1,4 +1,4 @@
-"""What the layers of one `RemoveTokens` share: the chosen tokens and their new positions."""
+"""State that the layers of one `RemoveTokens` share: the chosen tokens and their new positions."""
 
 from __future__ import annotations
 
@@ -8,33 +8,50 @@ from transformers import PreTrainedModel
 
 from probes.hooks.token_window import TokenWindow
 from probes.interventions.effects import Effect
-from probes.interventions.position_ids import Renumbering
-from probes.interventions.selection import LateTokens, OncePerCall, Selection, When, acts
+from probes.interventions.position_ids import PositionRenumbering
+from probes.interventions.selection import (
+    DeferredTokenSelector,
+    PerCallCache,
+    TokenSelection,
+    When,
+    acts_in_current_call,
+)
 
 
 class RemovalState:
-    """What the layers of a `RemoveTokens` have in common."""
+    """State that the layers of a `RemoveTokens` share.
+
+    Args:
+        decoder: The stack of decoder layers.
+        window: The positions of the map that the current call covers.
+        group: The tokens to remove.
+        when: The calls in which to act.
+        positions: "keep" or "renumber".
+        effect: Gets the chosen tokens.
+    """
 
     def __init__(
         self,
         decoder: PreTrainedModel,
         window: TokenWindow,
-        group: LateTokens,
+        group: DeferredTokenSelector,
         when: When,
         positions: Literal["keep", "renumber"],
         effect: Effect,
     ) -> None:
         self.window, self.when, self.effect = window, when, effect
-        self.selection = Selection(window, group)
-        self.once = OncePerCall(window)
-        self.renumbering = Renumbering(decoder, self.selection, self.once) if positions == "renumber" else None
+        self.selection = TokenSelection(window, group)
+        self.once_per_call = PerCallCache(window)
+        self.renumbering = (
+            PositionRenumbering(decoder, self.selection, self.once_per_call) if positions == "renumber" else None
+        )
 
     @property
-    def acts(self) -> bool:
-        """Whether tokens are taken out in this call."""
-        return acts(self.window, self.when)
+    def is_active(self) -> bool:
+        """Return whether tokens are removed in the current call."""
+        return acts_in_current_call(self.window, self.when)
 
     def begin(self) -> None:
-        """At each layer's call: the tokens are chosen, if they have not been yet."""
-        self.once("begin", self.selection.begin)
+        """Choose the tokens at the first layer of a call; later layers of the call find them chosen."""
+        self.once_per_call("begin", self.selection.begin)
         self.effect.chosen = self.selection.chosen

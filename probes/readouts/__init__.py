@@ -1,1 +1,1 @@
-"""What can be read off the hidden states: logit lens and linear probe."""
+"""Readouts of the hidden states: recorded states, linear probe and logit lens."""

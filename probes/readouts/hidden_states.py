@@ -1,4 +1,4 @@
-"""Keeps what leaves a decoder's layers, its attention or its MLPs, at chosen positions."""
+"""Hidden states after a decoder's layers, attention blocks or MLPs, recorded at chosen positions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from probes.hooks.decoder import decoder_layers, find_decoder, select_layers
-from probes.hooks.layer_io import component_of, hidden_of
-from probes.hooks.partial_call import cut_of
+from probes.hooks.layer_io import component_module, output_states
+from probes.hooks.partial_call import current_subset
 from probes.hooks.token_window import TokenWindow
 from probes.tokens.token_map import TokenMap
 
@@ -21,38 +21,60 @@ from probes.tokens.token_map import TokenMap
 class States:
     """Hidden states at chosen positions, by layer, in order of sample and position.
 
+    `record_states` yields it.
+
     Attributes:
-        layers: Decoder layers that were kept, from 0.
+        layers: Decoder layers that were recorded, from 0.
         component: "residual", "attention" or "mlp".
-        positions: Which positions of the token map were kept.
+        positions: Mask of the recorded positions of the token map.
+
+    Example:
+        >>> from probes import record_states
+        >>> with torch.no_grad(), record_states(model, tokens, "vision", layers=[2]) as states:
+        ...     output = model(**inputs)
+        >>> states[2].shape, states.index[0].tolist()  # states, width; sample, position
+        (torch.Size([36, 128]), [0, 0])
     """
 
     def __init__(self, layers: tuple[int, ...], component: str, positions: Bool[Tensor, "batch positions"]) -> None:
         self.layers, self.component, self.positions = layers, component, positions
         self._parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-        self._places: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        # Sample and position of each row of the parts.
+        self._part_indices: dict[int, list[Tensor]] = {layer: [] for layer in layers}
 
     def __getitem__(self, layer: int) -> Float[Tensor, "kept width"]:
-        """Of one layer. Raises KeyError for a layer that was not asked for, RuntimeError before a forward pass."""
+        """Return the states of one layer.
+
+        Args:
+            layer: One of `layers`.
+
+        Raises:
+            KeyError: The layer was not recorded.
+            RuntimeError: The model has not run the whole prompt inside `record_states`.
+        """
         parts = self._parts[layer]
-        places = torch.cat(self._places[layer]) if parts else torch.empty(0, 2)
-        if len(places) != int(self.positions.sum()):
-            raise RuntimeError("states were not recorded: no complete forward pass ran inside record_states")
-        order = (places[:, 0] * self.positions.shape[1] + places[:, 1]).argsort()
+        indices = torch.cat(self._part_indices[layer]) if parts else torch.empty(0, 2)
+        if len(indices) != int(self.positions.sum()):
+            raise RuntimeError("states were not recorded: run a complete forward pass inside record_states")
+        order = (indices[:, 0] * self.positions.shape[1] + indices[:, 1]).argsort()
         return torch.cat(parts)[order]
 
     @property
     def index(self) -> Int[Tensor, "kept 2"]:
-        """Sample and position of each row of states."""
+        """Return sample and position of each row of states."""
         return self.positions.nonzero()
 
     def _add(self, layer: int, window: TokenWindow, hidden: Tensor) -> None:
+        """Add the states of one call of one layer."""
         if window.copies > 1:
-            raise ValueError(f"states are of one row each: the model got every row {window.copies} times, as for beams")
-        chosen = self.positions[window.rows, window.start : window.stop].to(hidden.device)
-        self._parts[layer].append(hidden[:, : chosen.shape[1]][chosen].detach())
-        first = chosen.new_tensor([window.rows.start, window.start], dtype=torch.long)
-        self._places[layer].append(chosen.nonzero() + first)
+            raise ValueError(
+                f"states need one row of the model for each row of the map: it got every row {window.copies} times, "
+                "as for beams"
+            )
+        selected = self.positions[window.rows, window.start : window.stop].to(hidden.device)
+        self._parts[layer].append(hidden[:, : selected.shape[1]][selected].detach())
+        first = selected.new_tensor([window.rows.start, window.start], dtype=torch.long)
+        self._part_indices[layer].append(selected.nonzero() + first)
 
 
 @contextmanager
@@ -63,20 +85,31 @@ def record_states(
     layers: Iterable[int] | None = None,
     component: str = "residual",
 ) -> Iterator[States]:
-    """Keeps hidden states of one prompt, in one call or in several that share a cache; generated tokens are left out.
+    """Record hidden states of one prompt, which may run in one call or in several that share a cache.
 
-    Attention and MLP have no output, NaN, for tokens that an intervention drops from their layer.
+    Generated tokens are not recorded. Attention and MLP have no output for tokens that an intervention drops from their
+    layer; the states there are NaN.
 
     Args:
         model: A transformers model with a decoder.
         tokens: Map of the inputs that the model will be called with.
-        at: A group of the map, or a mask of positions.
-        layers: Decoder layers, from 0; all by default. Layer l's residual is `hidden_states[l + 1]` of transformers
-            (before the final norm, which transformers applies to its last one).
-        component: "residual", "attention" or "mlp".
+        at: A group of the map, or a mask of positions `[batch, positions]`.
+        layers: Decoder layers, from 0; all by default. The residual of layer l is `hidden_states[l + 1]` of
+            transformers, before the final norm that transformers applies to the last of these.
+        component: "residual" (the layer's output), "attention" or "mlp" (the output of that part of the layer).
+
+    Yields:
+        The states. They can be read once the model has run the whole prompt.
 
     Raises:
-        ValueError: An unknown layer, group or component, or a call that `tokens` do not fit.
+        ValueError: An unknown layer, group or component, or a call that does not fit `tokens`.
+
+    Example:
+        >>> from probes import record_states
+        >>> with torch.no_grad(), record_states(model, tokens, "instruction") as states:
+        ...     output = model(**inputs)
+        >>> torch.stack([states[layer] for layer in states.layers]).shape  # layers, states, width
+        torch.Size([6, 6, 128])
     """
     decoder = find_decoder(model, tokens.stack)
     positions = tokens.mask(at) if isinstance(at, str) else at
@@ -86,10 +119,10 @@ def record_states(
         stack.enter_context(window)
         for layer in states.layers:
 
-            def keep(module: nn.Module, args: Any, output: Any, layer: int = layer) -> None:
-                cut, hidden = cut_of(decoder_layers(decoder)[layer]), hidden_of(output)
-                states._add(layer, window, hidden if cut is None else cut.whole(hidden))
+            def record(module: nn.Module, args: Any, output: Any, layer: int = layer) -> None:
+                subset, hidden = current_subset(decoder_layers(decoder)[layer]), output_states(output)
+                states._add(layer, window, hidden if subset is None else subset.scatter_to_call(hidden))
 
-            module = component_of(decoder_layers(decoder)[layer], component)
-            stack.callback(module.register_forward_hook(keep).remove)
+            module = component_module(decoder_layers(decoder)[layer], component)
+            stack.callback(module.register_forward_hook(record).remove)
         yield states

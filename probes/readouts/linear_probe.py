@@ -1,4 +1,4 @@
-"""What a linear classifier reads off hidden states, cross-validated."""
+"""Cross-validated linear classifiers of labels from hidden states."""
 
 from __future__ import annotations
 
@@ -11,17 +11,24 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# Ridge penalties that are tried, as multiples of the mean eigenvalue of the training states' Gram matrix.
-PENALTIES = (1e-4, 1e-2, 1e0, 1e2, 1e4)
+# Ridge penalties to choose from, as multiples of the mean eigenvalue of the training states' Gram matrix.
+RIDGE_PENALTIES = (1e-4, 1e-2, 1e0, 1e2, 1e4)
 
 
 @dataclass(frozen=True, eq=False)
 class Readout:
-    """Which labels a linear read-out gets right on samples that it was not trained on.
+    """Correctness of a linear classifier, for each sample by a classifier that was not trained on it.
 
     Attributes:
-        correct: `[layers, samples]` of the labels asked for.
-        control: `[layers, samples]` of the same labels shuffled over the samples: what the states' size alone allows.
+        correct: `[layers, samples]`, for the given labels.
+        control: `[layers, samples]`, for the same labels shuffled over the samples: the size of the states alone gives
+            this accuracy.
+
+    Example:
+        >>> from probes import linear_readout
+        >>> readout = linear_readout(torch.eye(2).repeat(3, 10, 1), ["cat", "dog"] * 10)
+        >>> readout.accuracy.tolist()  # layers
+        [1.0, 1.0, 1.0]
     """
 
     correct: Bool[np.ndarray, "layers samples"]
@@ -29,12 +36,12 @@ class Readout:
 
     @property
     def accuracy(self) -> Float[np.ndarray, " layers"]:
-        """Share of right labels, in 0 to 1."""
+        """Return the share of correct labels, from 0 to 1."""
         return self.correct.mean(axis=1)
 
     @property
     def selectivity(self) -> Float[np.ndarray, " layers"]:
-        """Accuracy above that of the shuffled labels (after Hewitt and Liang 2019, arXiv 1909.03368)."""
+        """Return the accuracy minus that on shuffled labels (after Hewitt and Liang 2019, arXiv 1909.03368)."""
         return self.accuracy - self.control.mean(axis=1)
 
 
@@ -46,27 +53,40 @@ def linear_readout(
     folds: int = 5,
     seed: int = 0,
 ) -> Readout:
-    """Trains a linear classifier for each layer and fold, and tests it on the samples of that fold.
+    """Train a linear classifier for each layer and fold, and test it on the samples of that fold.
 
-    A ridge classifier in closed form: features standardised on the training samples, one target a label (1 for its
-    samples, 0 for others), labels weighted alike however many samples they have, the largest output wins. So states
-    that say nothing score 1 in the number of labels, not the share of the most frequent one. The penalty is the one of `PENALTIES` with the least squared error
-    when each training sample is left out in turn, which needs no second training; the test samples have no part in it.
-    Float64; the same input gives the same output.
+    The classifier is ridge regression in closed form. Features are standardised on the training samples. Each label is
+    one target: 1 for its samples, 0 for others. All labels have the same weight, whatever their number of samples, and
+    the largest output wins. So states without information score 1 / number of labels, not the share of the most
+    frequent label.
 
-    Folds are dealt out label by label, so each holds nearly the same share of every label.
+    The penalty is the one of `RIDGE_PENALTIES` with the least squared error when each training sample is left out in
+    turn. This needs no second training, and the test samples play no part in it. Folds are assigned label by label, so
+    that each holds nearly the same share of every label. All is computed in float64, and the same input gives the same
+    output.
 
     Args:
-        states: Of one position or the mean over several, for example `probes.fusion.curves.text_states`.
-        labels: `[samples]`, of any hashable kind: what to read.
-        pictures: `[samples]`, what each sample shows: samples with one picture go to one fold, so that no classifier
-            is tested on a picture that it has seen. By default all are different.
-        folds: Each sample is tested once, by a classifier trained on all folds but its own.
-        seed: Of the folds and of the shuffled labels.
+        states: States of one position, or the mean over several; for example `probes.fusion.curves.text_states`.
+        labels: `[samples]`, the label to read from each sample; hashable.
+        pictures: `[samples]`, an identifier of each sample's image. Samples with the same image are in the same fold,
+            so that no classifier is tested on an image that it was trained on. By default all images are different.
+        folds: Number of folds. Each sample is tested once, by a classifier trained on all folds but its own.
+        seed: Seed of the folds and of the shuffled labels.
+
+    Returns:
+        Whether each sample's label was predicted, for the labels and for the shuffled labels.
 
     Raises:
-        ValueError: Shapes that do not fit, states that are not finite, fewer than two labels, or fewer than two folds
-            or fewer pictures than folds.
+        ValueError: Shapes that do not fit; states that are not finite; fewer than two different labels; fewer than two
+            folds; or fewer images than folds.
+
+    Example:
+        >>> from probes import linear_readout
+        >>> states = torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(0))
+        >>> labels = [sample % 2 for sample in range(40)]
+        >>> states[1, :, 0] += 10 * torch.tensor(labels)  # layer 1 separates the labels
+        >>> float(linear_readout(states, labels).accuracy[1])
+        1.0
     """
     if (
         states.ndim != 3
@@ -76,81 +96,95 @@ def linear_readout(
         raise ValueError(
             f"states have shape {list(states.shape)} for {len(labels)} labels"
             + ("" if pictures is None else f" and {len(pictures)} pictures")
-            + ": [layers, samples, width] and one of each a sample are needed"
+            + ": pass states of shape [layers, samples, width] and one label (and picture) for each sample"
         )
     finite = states.isfinite().all(-1).all(0)
     if not finite.all():
-        raise ValueError(f"the states of sample {int(finite.int().argmin())} are not finite: has it no picture?")
-    classes, group = _numbered(labels), _numbered(range(len(labels)) if pictures is None else pictures)
+        raise ValueError(
+            f"the states of sample {int(finite.int().argmin())} are not finite: leave out samples without an image"
+        )
+    classes = _number_distinct(labels)
+    image_numbers = _number_distinct(range(len(labels)) if pictures is None else pictures)
     if classes.max() < 1:
-        raise ValueError("there are fewer than 2 different labels: nothing to tell apart")
-    if not 2 <= folds <= group.max() + 1:
-        raise ValueError(f"folds is {folds}: it must be at least 2 and at most the {group.max() + 1} pictures")
+        raise ValueError("there are fewer than 2 different labels: a classifier needs at least 2")
+    if not 2 <= folds <= image_numbers.max() + 1:
+        raise ValueError(f"folds is {folds}: it must be at least 2 and at most the {image_numbers.max() + 1} pictures")
 
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(classes)
-    fold = torch.from_numpy(_dealt(classes, group, folds, generator))
-    targets = torch.from_numpy(np.stack([classes, shuffled]))
-    correct = torch.stack([_tested(layer.double().cpu(), targets, fold) for layer in states], dim=1).numpy()
+    sample_folds = torch.from_numpy(_assign_folds(classes, image_numbers, folds, generator))
+    label_sets = torch.from_numpy(np.stack([classes, shuffled]))
+    correct = torch.stack(
+        [_is_correct_out_of_fold(layer.double().cpu(), label_sets, sample_folds) for layer in states], dim=1
+    ).numpy()
     return Readout(*correct)
 
 
-def _numbered(things: Sequence[Any]) -> Int[np.ndarray, " samples"]:
-    """The same number for what is equal, in order of appearance."""
-    plain = things.tolist() if isinstance(things, (Tensor, np.ndarray)) else things
+def _number_distinct(values: Sequence[Any]) -> Int[np.ndarray, " samples"]:
+    """Number distinct values in order of appearance; equal values get the same number."""
+    plain = values.tolist() if isinstance(values, (Tensor, np.ndarray)) else values
     numbers: dict[Any, int] = {}
-    return np.array([numbers.setdefault(thing, len(numbers)) for thing in plain])
+    return np.array([numbers.setdefault(value, len(numbers)) for value in plain])
 
 
-def _dealt(
-    classes: Int[np.ndarray, " samples"], group: Int[np.ndarray, " samples"], folds: int, generator: np.random.Generator
+def _assign_folds(
+    classes: Int[np.ndarray, " samples"],
+    image_numbers: Int[np.ndarray, " samples"],
+    folds: int,
+    generator: np.random.Generator,
 ) -> Int[np.ndarray, " samples"]:
-    """A fold for each sample: groups in random order, sorted by the label of their first sample, dealt like cards."""
-    _, first = np.unique(group, return_index=True)
-    order = np.lexsort((generator.permutation(len(first)), classes[first]))
-    fold = np.empty(len(first), dtype=np.int64)
-    fold[order] = np.arange(len(first)) % folds
-    return fold[group]
+    """Return a fold for each sample.
+
+    Images are shuffled, sorted by the label of their first sample, and assigned to the folds in turn.
+    """
+    _, first_samples = np.unique(image_numbers, return_index=True)
+    order = np.lexsort((generator.permutation(len(first_samples)), classes[first_samples]))
+    image_folds = np.empty(len(first_samples), dtype=np.int64)
+    image_folds[order] = np.arange(len(first_samples)) % folds
+    return image_folds[image_numbers]
 
 
-def _tested(
-    states: Float[Tensor, "samples width"], labels: Int[Tensor, "sets samples"], fold: Int[Tensor, " samples"]
+def _is_correct_out_of_fold(
+    states: Float[Tensor, "samples width"], labels: Int[Tensor, "sets samples"], folds: Int[Tensor, " samples"]
 ) -> Bool[Tensor, "sets samples"]:
-    """Out-of-fold correctness of one layer, for several sets of labels at once."""
+    """Return the out-of-fold correctness of one layer, for several sets of labels at once."""
     correct = torch.zeros(labels.shape, dtype=torch.bool)
     targets = torch.nn.functional.one_hot(labels).double()
-    for number in range(int(fold.max()) + 1):
-        test, train = fold == number, fold != number
-        said = _ridge(states[train], targets[:, train], states[test]).argmax(-1)
-        correct[:, test] = said == labels[:, test]
+    for fold in range(int(folds.max()) + 1):
+        test, train = folds == fold, folds != fold
+        predicted = _ridge_outputs(states[train], targets[:, train], states[test]).argmax(-1)
+        correct[:, test] = predicted == labels[:, test]
     return correct
 
 
-def _ridge(
+def _ridge_outputs(
     train: Float[Tensor, "train width"], targets: Float[Tensor, "sets train classes"], test: Float[Tensor, "test width"]
 ) -> Float[Tensor, "sets test classes"]:
-    """Ridge regression in its dual form, with the penalty that is best when each training row is left out in turn."""
+    """Fit ridge regression in its dual form and return its outputs for the test rows.
+
+    The penalty is the one with the least squared error when each training row is left out in turn.
+    """
     centre, spread = train.mean(0), train.std(0, unbiased=False)
-    # A feature that varies by no more than the rounding of float32 says nothing.
+    # A feature that varies by no more than the rounding of float32 carries no information.
     scale = torch.where(spread > 1e-6 * centre.abs(), 1 / spread, 0.0)
     train, test = (train - centre) * scale, (test - centre) * scale
 
-    # Rows weighted so that every class weighs the same; their roots turn it into plain least squares.
+    # Rows are weighted so that every class has the same weight. Scaling rows by the roots gives plain least squares.
     weight = (targets / targets.sum(1, keepdim=True).clamp(min=1)).sum(-1, keepdim=True)
     weight, root = weight / weight.sum(1, keepdim=True), weight.sqrt()
-    middle, mean = (weight * train).sum(1, keepdim=True), (weight * targets).sum(1, keepdim=True)
-    rows, wanted = root * (train - middle), root * (targets - mean)
+    train_mean, target_mean = (weight * train).sum(1, keepdim=True), (weight * targets).sum(1, keepdim=True)
+    rows, row_targets = root * (train - train_mean), root * (targets - target_mean)
 
     values, vectors = torch.linalg.eigh(rows @ rows.mT)
     values = values.clamp(min=0)
-    penalties = values.mean(-1, keepdim=True).clamp(min=1e-12) * torch.tensor(PENALTIES, dtype=values.dtype)
-    rotated = vectors.mT @ wanted
-    # For each penalty: what is left of each eigenvector, the leverage of each row (its weight is the intercept's), and
-    # the residuals that the rows would have if they were left out.
-    kept = values[:, None] / (values[:, None] + penalties[..., None])
-    leverage = kept @ vectors.square().mT + weight.mT
-    fitted = torch.einsum("stv,spv,svc->sptc", vectors, kept, rotated)
-    residuals = (wanted[:, None] - fitted) / (1 - leverage[..., None])
+    penalties = values.mean(-1, keepdim=True).clamp(min=1e-12) * torch.tensor(RIDGE_PENALTIES, dtype=values.dtype)
+    rotated = vectors.mT @ row_targets
+    # For each penalty: the shrinkage of each eigenvector, the leverage of each row (its weight is the part of the
+    # intercept), and the residual of each row if it were left out.
+    shrinkage = values[:, None] / (values[:, None] + penalties[..., None])
+    leverage = shrinkage @ vectors.square().mT + weight.mT
+    fitted = torch.einsum("stv,spv,svc->sptc", vectors, shrinkage, rotated)
+    residuals = (row_targets[:, None] - fitted) / (1 - leverage[..., None])
     best = penalties.gather(1, residuals.square().sum((2, 3)).argmin(1, keepdim=True))
     dual = vectors @ (rotated / (values + best)[..., None])
-    return (test - middle) @ rows.mT @ dual + mean
+    return (test - train_mean) @ rows.mT @ dual + target_mean

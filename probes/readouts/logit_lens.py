@@ -1,4 +1,4 @@
-"""Logit lens: what the model's own final norm and head read from the residual stream after every layer."""
+"""Logit lens: next-token predictions of the final norm and head from the residual stream after every layer."""
 
 from __future__ import annotations
 
@@ -11,32 +11,40 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from probes.hooks.decoder import FAMILIES, decoder_layers, find_decoder
-from probes.hooks.layer_io import hidden_states
+from probes.hooks.decoder import MASK_FORMATS, decoder_layers, find_decoder
+from probes.hooks.layer_io import input_states
 from probes.hooks.token_window import TokenWindow
+from probes.hooks.unembedding import Unembedding
 from probes.tokens.token_map import TokenMap
 
 if TYPE_CHECKING:
     import pandas as pd
 
-from probes.hooks.unembedding import Unembedding
-
-# Logits held at once (64 MiB in float32).
+# Logits in memory at once (64 MiB in float32).
 LOGITS_PER_CHUNK = 2**24
 
 
 class LogitLens:
-    """The most likely next words at chosen positions after every layer, in order of sample and position, on the CPU.
+    """The most likely next tokens at chosen positions after every layer, in order of sample and position, on the CPU.
+
+    `logit_lens` yields it.
 
     Attributes:
-        depths: After how many layers; 0 is the embeddings, the model's number of layers its own output.
+        depths: Numbers of layers after which the lens reads; 0 is the embeddings, the number of layers the output.
         tokens: The map of the inputs.
-        positions: Which positions of the map were read.
+        positions: Mask of the positions of the map that are read.
         ids: Top token ids `[depths, kept, top]`, most likely first.
         logprobs: Their log-probabilities in nats, float32.
-        tracked: Token ids that were followed wherever they rank.
+        tracked: Token ids that are followed whatever their rank.
         tracked_logprobs: Their log-probabilities `[depths, kept, tracked]`.
         tracked_ranks: Their ranks, 1 for the most likely token of the vocabulary.
+
+    Example:
+        >>> from probes import logit_lens
+        >>> with torch.no_grad(), logit_lens(model, tokens, at="vision", top=3) as lens:
+        ...     output = model(**inputs)
+        >>> lens.ids.shape  # depths, positions, top
+        torch.Size([7, 36, 3])
     """
 
     def __init__(
@@ -49,8 +57,9 @@ class LogitLens:
     ) -> None:
         self.depths, self.tokens, self.positions, self.tracked = depths, tokens, positions.cpu(), tracked
         kept = int(self.positions.sum())
+        # Index of each position among those that are read.
         self._slots = (self.positions.flatten().long().cumsum(0) - 1).view_as(self.positions)
-        self._read = torch.zeros(len(depths), kept, dtype=torch.bool)
+        self._is_read = torch.zeros(len(depths), kept, dtype=torch.bool)
         self._ids = torch.empty(len(depths), kept, top, dtype=torch.long)
         self._logprobs = torch.empty(len(depths), kept, top)
         self._tracked_logprobs = torch.empty(len(depths), kept, len(tracked))
@@ -58,65 +67,103 @@ class LogitLens:
 
     @property
     def ids(self) -> Int[Tensor, "depths kept top"]:
-        return self._whole(self._ids)
+        """Return the top token ids, most likely first."""
+        return self._check_complete(self._ids)
 
     @property
     def logprobs(self) -> Float[Tensor, "depths kept top"]:
-        return self._whole(self._logprobs)
+        """Return the log-probabilities of the top tokens, in nats."""
+        return self._check_complete(self._logprobs)
 
     @property
     def tracked_logprobs(self) -> Float[Tensor, "depths kept tracked"]:
-        return self._whole(self._tracked_logprobs)
+        """Return the log-probabilities of the tracked tokens, in nats."""
+        return self._check_complete(self._tracked_logprobs)
 
     @property
     def tracked_ranks(self) -> Int[Tensor, "depths kept tracked"]:
-        return self._whole(self._tracked_ranks)
+        """Return the ranks of the tracked tokens, 1 for the most likely token."""
+        return self._check_complete(self._tracked_ranks)
 
     @property
     def index(self) -> Int[Tensor, "kept 2"]:
-        """Sample and position of each kept row."""
+        """Return sample and position of each position that is read."""
         return self.positions.nonzero()
 
     def frame(self, tokenizer: Any) -> pd.DataFrame:
-        """One row for each top or tracked token: depth, sample, position, group, row, column, rank, id, token, logprob.
+        """Return the top and tracked tokens as a table.
 
-        `rank` starts at 1. `row` and `column` are those of a visual token whose place is known, else missing. A tracked
-        token that is among the top has one row.
+        Args:
+            tokenizer: Decodes token ids.
+
+        Returns:
+            A row for each top or tracked token. The columns are depth, sample, position, group, row, column, rank, id,
+            token, logprob. `rank` starts at 1. `row` and `column` are those of a visual token on the image's grid, and
+            missing if unknown. A tracked token that is also among the top tokens has one row.
+
+        Raises:
+            RuntimeError: No forward pass has run inside `logit_lens`.
+
+        Example:
+            >>> from probes import logit_lens
+            >>> with torch.no_grad(), logit_lens(model, tokens, at="vision", depths=[6], top=1) as lens:
+            ...     output = model(**inputs)
+            >>> lens.frame(processor.tokenizer)[["position", "row", "column"]].iloc[-1].tolist()
+            [35, 5, 5]
         """
         import pandas as pd
 
         top, kept = self.ids, self.index
-        low = ~(torch.tensor(self.tracked).view(-1, 1) == top[..., None, :]).any(-1)  # [depths, kept, tracked]
+        not_in_top = ~(torch.tensor(self.tracked).view(-1, 1) == top[..., None, :]).any(-1)  # [depths, kept, tracked]
         ranks = torch.arange(1, top.shape[-1] + 1).expand_as(top)
-        tracked = torch.tensor(self.tracked, dtype=torch.long).expand_as(low)
-        listed = torch.cat([torch.ones_like(top, dtype=torch.bool), low], -1)
-        depth, place, _ = listed.nonzero().unbind(1)
-        sample, position = kept[place].unbind(1)
+        tracked = torch.tensor(self.tracked, dtype=torch.long).expand_as(not_in_top)
+        listed = torch.cat([torch.ones_like(top, dtype=torch.bool), not_in_top], -1)
+        depth_index, kept_index, _ = listed.nonzero().unbind(1)
+        sample, position = kept[kept_index].unbind(1)
         groups = self.tokens.labels.cpu()[sample, position].tolist()
         ids = torch.cat([top, tracked], -1)[listed].tolist()
         columns = {
-            "depth": torch.tensor(self.depths)[depth].numpy(),
+            "depth": torch.tensor(self.depths)[depth_index].numpy(),
             "sample": sample.numpy(),
             "position": position.numpy(),
             "group": [self.tokens.groups[group] for group in groups],
-            "row": self._place("row", sample, position),
-            "column": self._place("column", sample, position),
+            "row": self._grid_coordinate("row", sample, position),
+            "column": self._grid_coordinate("column", sample, position),
             "rank": torch.cat([ranks, self.tracked_ranks], -1)[listed].numpy(),
             "id": ids,
-            "token": decode(tokenizer, ids),
+            "token": decode_one_by_one(tokenizer, ids),
             "logprob": torch.cat([self.logprobs, self.tracked_logprobs], -1)[listed].numpy(),
         }
         return pd.DataFrame(columns)
 
     def table(self, tokenizer: Any, sample: int = 0) -> pd.DataFrame:
-        """The most likely word of one sample: one row for each depth, one column for each of its kept positions."""
+        """Return the most likely token of one sample at every depth and position.
+
+        Args:
+            tokenizer: Decodes token ids.
+            sample: Row of the token map.
+
+        Returns:
+            The tokens as text, with a row for each depth and a column for each position that is read.
+
+        Raises:
+            ValueError: No position of this sample is read.
+            RuntimeError: No forward pass has run inside `logit_lens`.
+
+        Example:
+            >>> from probes import logit_lens
+            >>> with torch.no_grad(), logit_lens(model, tokens, at="instruction") as lens:
+            ...     output = model(**inputs)
+            >>> lens.table(processor.tokenizer).shape  # depths, positions
+            (7, 6)
+        """
         import pandas as pd
 
         rows = self.index[:, 0] == sample
         if not rows.any():
             raise ValueError(f"the lens read no position of sample {sample}: the map has {len(self.positions)} samples")
         best = self.ids[:, rows, 0]
-        words = decode(tokenizer, best.flatten().tolist())
+        words = decode_one_by_one(tokenizer, best.flatten().tolist())
         width = best.shape[1]
         return pd.DataFrame(
             [words[line * width : (line + 1) * width] for line in range(len(best))],
@@ -124,45 +171,47 @@ class LogitLens:
             columns=pd.Index(self.index[rows, 1].tolist(), name="position"),
         )
 
-    def _place(self, name: str, sample: Int[Tensor, " kept"], position: Int[Tensor, " kept"]) -> pd.Series:
+    def _grid_coordinate(self, name: str, sample: Int[Tensor, " rows"], position: Int[Tensor, " rows"]) -> pd.Series:
+        """Return the row or column on the image's grid of some positions; missing if unknown."""
         import pandas as pd
 
         places = self.tokens.places
-        known = [-1] * len(sample) if places is None else getattr(places, name).cpu()[sample, position].tolist()
-        return pd.Series([pd.NA if value < 0 else value for value in known], dtype="Int64")
+        values = [-1] * len(sample) if places is None else getattr(places, name).cpu()[sample, position].tolist()
+        return pd.Series([pd.NA if value < 0 else value for value in values], dtype="Int64")
 
-    def _whole(self, values: Tensor) -> Tensor:
-        if not self._read.all():
+    def _check_complete(self, values: Tensor) -> Tensor:
+        """Return `values`, and raise a RuntimeError if some positions have not been read."""
+        if not self._is_read.all():
             raise RuntimeError("the lens read nothing: no complete forward pass of the model ran inside logit_lens")
         return values
 
     @torch.no_grad()
     def _add(self, depth: int, window: TokenWindow, hidden: Tensor, unembed: Unembedding) -> None:
-        """Reads one call's residual stream after `depth` layers, a chunk of positions at a time."""
+        """Read one call's residual stream after `depth` layers, a chunk of positions at a time."""
         if hidden.shape[1] != window.stop - window.start:
             raise ValueError(
-                f"after {depth} layers there are {hidden.shape[1]} positions, the call has {window.stop - window.start}:"
-                " tokens were dropped there; mask them instead to read every position"
+                f"after {depth} layers there are {hidden.shape[1]} positions, but the call has "
+                f"{window.stop - window.start}: tokens were dropped there; mask them instead to read every position"
             )
-        chosen, slots = (part[:, window.start : window.stop] for part in (self.positions, self._slots))
-        slots, place = slots[chosen], self.depths.index(depth)
-        if self._read[place, slots].any():
+        selected, slots = (part[:, window.start : window.stop] for part in (self.positions, self._slots))
+        slots, depth_index = slots[selected], self.depths.index(depth)
+        if self._is_read[depth_index, slots].any():
             raise RuntimeError("a second prompt ran inside one logit_lens: open one for each batch")
-        # Positions past the map are generated ones; copies of a row, for beams, are alike as long as it lasts.
-        rows = hidden[:: window.copies, : chosen.shape[1]][chosen.to(hidden.device)]
+        # Positions past the map are generated ones. Copies of a row, for beams, are equal within the map.
+        states = hidden[:: window.copies, : selected.shape[1]][selected.to(hidden.device)]
         top, tracked = self._ids.shape[-1], torch.tensor(self.tracked, dtype=torch.long, device=hidden.device)
         chunk = max(LOGITS_PER_CHUNK // (unembed.head.out_features * (1 + len(self.tracked))), 1)
-        for part, slot in zip(rows.split(chunk), slots.split(chunk), strict=True):
-            logits = unembed(part)
-            whole = logits.logsumexp(-1, keepdim=True)
+        for chunk_states, chunk_slots in zip(states.split(chunk), slots.split(chunk), strict=True):
+            logits = unembed(chunk_states)
+            log_normalizer = logits.logsumexp(-1, keepdim=True)
             best, ids = logits.topk(top)
-            followed = logits[:, tracked.to(logits.device)]
-            self._ids[place, slot] = ids.cpu()
-            self._logprobs[place, slot] = (best - whole).cpu()
-            self._tracked_logprobs[place, slot] = (followed - whole).cpu()
-            above = logits[:, None, :] > followed[..., None]
-            self._tracked_ranks[place, slot] = 1 + above.sum(-1).cpu()
-        self._read[place, slots] = True
+            tracked_logits = logits[:, tracked.to(logits.device)]
+            self._ids[depth_index, chunk_slots] = ids.cpu()
+            self._logprobs[depth_index, chunk_slots] = (best - log_normalizer).cpu()
+            self._tracked_logprobs[depth_index, chunk_slots] = (tracked_logits - log_normalizer).cpu()
+            is_above = logits[:, None, :] > tracked_logits[..., None]
+            self._tracked_ranks[depth_index, chunk_slots] = 1 + is_above.sum(-1).cpu()
+        self._is_read[depth_index, slots] = True
 
 
 @contextmanager
@@ -174,31 +223,43 @@ def logit_lens(
     top: int = 5,
     track: Sequence[int] = (),
 ) -> Iterator[LogitLens]:
-    """Reads words off the residual stream of one prompt, in one call or in several that share a cache.
+    """Decode the residual stream of one prompt into tokens, after every layer.
 
-    The lens after the last layer is the model's own prediction of the next token; before that it reads states that
-    the head was not trained on. What it keeps is `top` and `track` for each position: the logits of a few positions at
-    a time are all that is ever held. Generated tokens are left out. It sees what enters the next layer, after any
-    intervention on the last one. Source: nostalgebraist, "interpreting GPT: the logit lens" (2020); over patches, Neo
-    et al., "Towards Interpreting Visual Information Processing in Vision-Language Models" (2024).
+    The prompt may run in one call or in several that share a cache; generated tokens are not read. After the last layer
+    the lens is the model's own prediction of the next token. Before that it reads states that the head was not trained
+    on. It reads the input of the next layer, so any intervention on the layer before has acted. Only `top` and `track`
+    are kept for each position, and the logits of only a few positions are in memory at a time.
+
+    Source: nostalgebraist, "interpreting GPT: the logit lens" (2020); over patches, Neo et al., "Towards Interpreting
+    Visual Information Processing in Vision-Language Models" (2024).
 
     Args:
         model: A transformers model with a head.
         tokens: Map of the inputs that the model will be called with.
-        at: A group of the map or a mask of positions; all but `pad` by default.
-        depths: After how many layers to read, 0 (the embeddings) to the number of layers; all by default.
-        top: How many of the most likely tokens to keep.
-        track: Token ids to follow wherever they rank, such as the possible answers.
+        at: A group of the map or a mask of positions `[batch, positions]`; all but `pad` by default.
+        depths: Numbers of layers after which to read, from 0 (the embeddings) to the number of layers; all by default.
+        top: Number of the most likely tokens to keep.
+        track: Token ids to follow whatever their rank, such as the possible answers.
+
+    Yields:
+        The lens. It can be read once the model has run the whole prompt.
 
     Raises:
-        ValueError: An unknown group or depth, a model whose residual stream cannot be read in this way, or a call that
-            `tokens` do not fit.
+        ValueError: An unknown group or depth; a model whose residual stream cannot be read in this way; or a call that
+            does not fit `tokens`.
         RuntimeError: A second prompt runs inside the block, or the lens is read before a forward pass.
+
+    Example:
+        >>> from probes import logit_lens
+        >>> with torch.no_grad(), logit_lens(model, tokens, depths=[0, 6], top=1) as lens:
+        ...     logits = model(**inputs).logits
+        >>> torch.equal(lens.ids[-1, :, 0], logits[0].argmax(-1))  # the last depth is the model's own prediction
+        True
     """
-    unembed, decoder = Unembedding(model, tokens), find_decoder(model, families=FAMILIES.values())
+    unembed, decoder = Unembedding(model, tokens), find_decoder(model, "decoder", MASK_FORMATS.values())
     layers = decoder_layers(decoder)
-    chosen = tuple(sorted(set(range(len(layers) + 1) if depths is None else depths)))
-    outside = [depth for depth in chosen if not 0 <= depth <= len(layers)]
+    selected_depths = tuple(sorted(set(range(len(layers) + 1) if depths is None else depths)))
+    outside = [depth for depth in selected_depths if not 0 <= depth <= len(layers)]
     if outside:
         raise ValueError(f"depths {outside} are outside the model: 0 (embeddings) to {len(layers)} (all its layers)")
     words = unembed.head.out_features
@@ -213,33 +274,46 @@ def logit_lens(
         )
     if not positions.any():
         raise ValueError(f"no position to read: the map has none of {at if isinstance(at, str) else 'the mask'!r}")
-    lens = LogitLens(tokens, positions, chosen, top, tuple(track))
+    lens = LogitLens(tokens, positions, selected_depths, top, tuple(track))
     window = TokenWindow(decoder, tokens)
-    last: list[Tensor] = []
+    last_states: list[Tensor] = []
 
     def check(module: nn.Module, args: Any, output: Any) -> None:
-        if last:
-            unembed.check(last.pop(), output.logits[:, -1])
+        if last_states:
+            unembed.check(last_states.pop(), output.logits[:, -1])
 
     with ExitStack() as stack:
         stack.enter_context(window)
         for depth, module in enumerate([*layers, unembed.norm]):
 
             def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], depth: int = depth) -> None:
-                hidden = hidden_states(args, kwargs)
+                hidden = input_states(args, kwargs)
                 if module is unembed.norm:
-                    last[:] = [hidden[:, -1].detach()]
-                if depth in chosen:
+                    last_states[:] = [hidden[:, -1].detach()]
+                if depth in selected_depths:
                     lens._add(depth, window, hidden, unembed)
 
-            if depth in chosen or module is unembed.norm:
-                # First of all: an intervention may cut what the module is called with.
+            if depth in selected_depths or module is unembed.norm:
+                # First of the hooks: an intervention may cut the module's input.
                 stack.callback(module.register_forward_pre_hook(read, prepend=True, with_kwargs=True).remove)
         stack.callback(model.register_forward_hook(check).remove)
         yield lens
 
 
-def decode(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Each token id as text of its own."""
+def decode_one_by_one(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Decode each token id as a text of its own.
+
+    Args:
+        tokenizer: Decodes a list of token ids.
+        ids: Token ids.
+
+    Returns:
+        A text for each id.
+
+    Example:
+        >>> from probes.readouts.logit_lens import decode_one_by_one
+        >>> decode_one_by_one(processor.tokenizer, inputs["input_ids"][0, -2:].tolist())
+        [' are', ' there']
+    """
     words = {token: tokenizer.decode([token]) for token in set(ids)}
     return [words[token] for token in ids]

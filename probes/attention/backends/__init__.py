@@ -1,6 +1,7 @@
-"""The same attention record through nnsight and through TransformerLens, to check ours or to join their experiments.
+"""The same attention record through nnsight and TransformerLens, to check the native one or to join their experiments.
 
-Both show whole attention matrices, so they run the decoder's eager attention and hold one layer's matrix at a time.
+Both libraries expose whole attention matrices. So the decoder runs eager attention, and one layer's matrix at a time is
+in memory.
 """
 
 from __future__ import annotations
@@ -15,21 +16,26 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.attention.backends.dense import dense_statistics
-from probes.attention.backends.shared_copy import twin
-from probes.attention.record import RECORDING, AttentionRecord, groups_of_call
+from probes.attention.backends.shared_copy import copy_sharing_weights
+from probes.attention.record import RECORDING_PREFIX, AttentionRecord, query_and_key_groups
 from probes.hooks.decoder import decoder_layers, find_decoder
-from probes.hooks.partial_call import cut_of
+from probes.hooks.partial_call import current_subset
 from probes.hooks.token_window import TokenWindow
 from probes.tokens.token_map import TokenMap
 
 BACKENDS = ("nnsight", "transformer_lens")
 
-# What an observer is given for each call of each layer: the layer, its masked scores, its attention weights.
-See = Callable[[int, Tensor, Tensor], None]
+# Called for each call of each layer with the layer's index, its masked scores and its attention weights.
+ObserveAttention = Callable[[int, Tensor, Tensor], None]
 
 
-class Detour:
-    """Stands in for the forward of a model while a back end runs its twin; keeps the signature, for `generate`."""
+class RedirectedForward:
+    """Replaces a model's forward while a back end runs a copy of it. It keeps the signature, which `generate` reads.
+
+    Args:
+        model: The model whose forward is replaced.
+        run: Called instead of the forward.
+    """
 
     def __init__(self, model: PreTrainedModel, run: Callable[..., Any]) -> None:
         functools.update_wrapper(self, model.forward)
@@ -40,77 +46,110 @@ class Detour:
 
 
 def underlying_model(model: Any, backend: str) -> PreTrainedModel:
-    """The transformers model that an `NNsight` or a `TransformerBridge` holds; a model itself is given back.
+    """Return the transformers model inside an `NNsight` or a `TransformerBridge`.
+
+    Args:
+        model: A wrapped model, or a transformers model, which is returned itself.
+        backend: "native", "nnsight" or "transformer_lens".
 
     Raises:
-        ValueError: An unknown back end, or what it cannot take.
+        ValueError: An unknown back end, or a model that it cannot record.
         RuntimeError: The model is being recorded through a back end already.
     """
     if isinstance(model, PreTrainedModel):
-        if isinstance(vars(model).get("forward"), Detour):
+        if isinstance(vars(model).get("forward"), RedirectedForward):
             raise RuntimeError("this model is being recorded already: leave the other record_attention first")
         return model
     if backend == "native":
         raise ValueError(f"a {type(model).__name__} cannot be recorded: pass a transformers model, or name the backend")
-    return _library(backend).held(model)
+    return _backend_module(backend).unwrap(model)
 
 
-def _library(backend: str) -> Any:
+def _backend_module(backend: str) -> Any:
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose native, {' or '.join(BACKENDS)}")
     return importlib.import_module(f"probes.attention.backends.{backend}")
 
 
 @contextmanager
-def observe(backend: str, model: Any, stack: str, layers: tuple[int, ...], see: See) -> Iterator[PreTrainedModel]:
-    """Calls `see` for each of `layers` of a stack whenever it runs, and yields the model whose stack that is.
+def observe_attention(
+    backend: str, model: Any, stack: str, layers: tuple[int, ...], observe: ObserveAttention
+) -> Iterator[PreTrainedModel]:
+    """Call `observe` for each of `layers` of a stack whenever the layer runs.
 
-    A plain model stays as it is: the back end works on a twin, a second tree of modules over the same weights, and the
-    model's own calls, `generate` among them, are led there. A model already wrapped is used as it stands, by its own
-    calls: `wrapped.trace(**inputs)` of nnsight, `bridge(...)` or `bridge.original_model(**inputs)` of TransformerLens.
-    Either way attention is eager meanwhile.
+    A plain model does not change: the back end works on a second tree of modules over the same weights, and the model's
+    own calls, including `generate`, are redirected to it. A wrapped model is used directly, through its own calls:
+    `wrapped.trace(**inputs)` of nnsight, `bridge(...)` or `bridge.original_model(**inputs)` of TransformerLens. In both
+    cases, attention is eager inside the block.
+
+    Args:
+        backend: "nnsight" or "transformer_lens".
+        model: A transformers model, or one wrapped by the back end.
+        stack: The stack of the layers: "decoder" or "prefusion".
+        layers: Indices of the layers.
+        observe: Called with the layer's index, its masked scores and its attention weights
+            (both `[batch, heads, queries, keys]`).
+
+    Yields:
+        The model whose stack is observed.
 
     Raises:
-        ValueError: An unknown back end, or a model that it cannot take.
+        ValueError: An unknown back end, or a model that it cannot record.
         RuntimeError: The model is being recorded already.
     """
-    library, held = _library(backend), underlying_model(model, backend)
-    names = {getattr(getattr(module, "config", None), "_attn_implementation", None) for module in held.modules()}
-    if any(str(name).startswith(RECORDING) for name in names):
+    library, transformers_model = _backend_module(backend), underlying_model(model, backend)
+    implementations = {
+        getattr(getattr(module, "config", None), "_attn_implementation", None)
+        for module in transformers_model.modules()
+    }
+    if any(str(name).startswith(RECORDING_PREFIX) for name in implementations):
         raise RuntimeError("this model is being recorded already: leave the other record_attention first")
-    own_forward = vars(held).get("forward")
-    decoder = held.get_decoder()
+    instance_forward = vars(transformers_model).get("forward")
+    decoder = transformers_model.get_decoder()
     implementation = decoder.config._attn_implementation
     try:
-        # The model's own too, as it makes the masks of a static cache ahead of the call.
+        # Also on the model's own decoder, since it makes the masks of a static cache ahead of the call.
         decoder.set_attn_implementation("eager")
-        if held is not model:
-            with library.hooked(model, stack, layers, see):
-                yield held
+        if transformers_model is not model:
+            with library.observe_layers(model, stack, layers, observe):
+                yield transformers_model
             return
-        wrapped = library.wrap(twin(held))
-        held.forward = Detour(held, functools.partial(library.run, wrapped))
-        with library.hooked(wrapped, stack, layers, see):
-            yield library.held(wrapped)
+        wrapped = library.wrap(copy_sharing_weights(transformers_model))
+        transformers_model.forward = RedirectedForward(
+            transformers_model, functools.partial(library.call_model, wrapped)
+        )
+        with library.observe_layers(wrapped, stack, layers, observe):
+            yield library.unwrap(wrapped)
     finally:
         decoder.set_attn_implementation(implementation)
-        vars(held).pop("forward", None)
-        if own_forward is not None:
-            held.forward = own_forward
+        vars(transformers_model).pop("forward", None)
+        if instance_forward is not None:
+            transformers_model.forward = instance_forward
 
 
 @contextmanager
-def record_through(backend: str, model: Any, tokens: TokenMap, record: AttentionRecord) -> Iterator[None]:
-    """Fills `record` from what a back end shows."""
+def record_with_backend(backend: str, model: Any, tokens: TokenMap, record: AttentionRecord) -> Iterator[None]:
+    """Fill `record` with the attention that a back end exposes.
+
+    Args:
+        backend: "nnsight" or "transformer_lens".
+        model: A transformers model, or one wrapped by the back end.
+        tokens: Map of the inputs.
+        record: The record to fill; it names the layers, heads and targets.
+
+    Raises:
+        ValueError: An unknown back end, a model that it cannot record, or a call that does not fit `tokens`.
+        RuntimeError: The model is being recorded already.
+    """
     targets = tuple(tokens.index(target) for target in record.targets)
 
     def add(layer: int, scores: Tensor, weights: Tensor) -> None:
-        cut, keys, heads = cut_of(layers[layer]), scores.shape[-1], list(record.heads)
-        groups = groups_of_call(window, cut, keys)
+        subset, keys, heads = current_subset(layers[layer]), scores.shape[-1], list(record.heads)
+        groups = query_and_key_groups(window, subset, keys)
         sums = dense_statistics(scores[:, heads], weights[:, heads], *groups, targets, len(record.sources))
-        record._add(layer, window, cut, keys, sums)
+        record._add(layer, window, subset, keys, sums)
 
-    with observe(backend, model, tokens.stack, record.layers, add) as observed:
+    with observe_attention(backend, model, tokens.stack, record.layers, add) as observed:
         decoder = find_decoder(observed, tokens.stack)
         layers, window = decoder_layers(decoder), TokenWindow(decoder, tokens)
         with window:

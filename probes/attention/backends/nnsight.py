@@ -1,4 +1,4 @@
-"""Attention as nnsight shows it: an edit that reads every layer's softmax in each trace."""
+"""Attention through nnsight: an edit that reads the softmax of every layer in each trace."""
 
 from __future__ import annotations
 
@@ -13,34 +13,49 @@ from transformers import PreTrainedModel
 from probes.hooks.decoder import find_decoder
 
 if TYPE_CHECKING:
-    from probes.attention.backends import See
+    from probes.attention.backends import ObserveAttention
 
 
 def wrap(model: PreTrainedModel) -> NNsight:
+    """Return an `NNsight` around `model`."""
     return NNsight(model)
 
 
-def held(wrapped: Any) -> PreTrainedModel:
+def unwrap(wrapped: Any) -> PreTrainedModel:
+    """Return the transformers model inside `wrapped`.
+
+    Raises:
+        ValueError: `wrapped` is not an NNsight of a transformers model.
+    """
     if not isinstance(wrapped, NNsight) or not isinstance(wrapped._module, PreTrainedModel):
-        raise ValueError(f"a {type(wrapped).__name__} is no NNsight of a transformers model: it cannot be recorded")
+        raise ValueError(
+            f"a {type(wrapped).__name__} cannot be recorded with backend='nnsight': "
+            "pass a transformers model or an NNsight of one"
+        )
     return wrapped._module
 
 
-def run(wrapped: NNsight, *args: Any, **kwargs: Any) -> Any:
-    """What the model returns, traced."""
+def call_model(wrapped: NNsight, *args: Any, **kwargs: Any) -> Any:
+    """Call the model in a trace, and return its output."""
     with wrapped.trace(*args, **kwargs) as tracer:
         output = tracer.result.save()
     return output
 
 
 @contextmanager
-def hooked(wrapped: NNsight, stack: str, layers: tuple[int, ...], see: See) -> Iterator[None]:
-    """Reads the softmax of the attention of `layers` in every trace of `wrapped`, in each step of a generation.
+def observe_layers(wrapped: NNsight, stack: str, layers: tuple[int, ...], observe: ObserveAttention) -> Iterator[None]:
+    """Read the attention softmax of `layers` in every trace of `wrapped`, in each step of a generation.
 
-    Reads come ahead of the trace's own edits: a softmax that the trace overwrites is recorded as it was.
+    Reads come before the trace's own edits: a softmax that the trace overwrites is recorded with its original values.
 
-    Raises (in the trace):
-        ValueError: The attention's code has no call of a softmax.
+    Args:
+        wrapped: The wrapped model.
+        stack: The stack of the layers: "decoder" or "prefusion".
+        layers: Indices of the layers.
+        observe: Called with the layer's index, its masked scores and its attention weights.
+
+    Raises:
+        ValueError: Raised in the trace: the attention's code has no call of a softmax.
     """
     decoder = find_decoder(wrapped._module, stack)
     path = next(name for name, module in wrapped._module.named_modules() if module is decoder)
@@ -51,28 +66,28 @@ def hooked(wrapped: NNsight, stack: str, layers: tuple[int, ...], see: See) -> I
         try:
             for _ in steps:
                 for layer, module in zip(layers, modules, strict=True):
-                    softmax = _softmax(module)
+                    softmax = _find_softmax_call(module)
                     scores = softmax.inputs[0][0]
-                    see(layer, scores, softmax.output)
-        except OutOfOrderError:  # how an open loop over steps ends
+                    observe(layer, scores, softmax.output)
+        except OutOfOrderError:  # an open loop over steps ends with it
             pass
     try:
         yield
     finally:
-        # clear_edits would take the user's own with it.
+        # clear_edits would also remove the user's own edits.
         wrapped._edits[:] = edits
 
 
-def _softmax(attention: Any) -> Any:
-    """The call of the softmax inside eager attention, wherever the modelling file puts it."""
+def _find_softmax_call(attention: Any) -> Any:
+    """Return the call of the softmax inside eager attention, wherever the modelling file has it."""
     calls = [name for name in attention.source.names if name.startswith("attention_interface")]
-    # A sink is one more column of the softmax, and would be taken for a key.
+    # A sink is one more column of the softmax, and would be recorded as a key.
     if calls and not hasattr(attention._module, "sinks"):
-        # The first is the choice of the function, the last its call.
+        # The first one is the choice of the function, the last one its call.
         source = attention.source.node(calls[-1]).source
-        found = [name for name in source.names if "softmax" in name]
-        if found:
-            return source.node(found[0])
+        softmax_calls = [name for name in source.names if "softmax" in name]
+        if softmax_calls:
+            return source.node(softmax_calls[0])
     raise ValueError(
         f"nnsight cannot record {type(attention._module).__name__}: its attention has no softmax over the keys alone; "
         "use backend='native'"

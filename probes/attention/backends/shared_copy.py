@@ -10,11 +10,23 @@ from torch import nn
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def twin(model: Model) -> Model:
-    """A copy of the modules and the configuration of `model` that shares its parameters and buffers.
+def copy_sharing_weights(model: Model) -> Model:
+    """Copy the modules and the configuration of `model`, and share its parameters and buffers.
 
-    What rebuilds a model in place, as TransformerLens does (it replaces modules, and so the keys of the state dict),
-    may have the twin, and the model stays whole. No weight is copied; one that is written is written for both.
+    Pass the copy to libraries that rebuild a model in place, and the model itself does not change. TransformerLens, for
+    example, replaces modules, which changes the keys of the state dict.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The copy. No weight is copied, so writing to a weight changes it in both.
+
+    Example:
+        >>> from probes.attention.backends.shared_copy import copy_sharing_weights
+        >>> other = copy_sharing_weights(model)
+        >>> other.get_decoder() is model.get_decoder(), other.lm_head.weight is model.lm_head.weight
+        (False, True)
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)

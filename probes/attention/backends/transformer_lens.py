@@ -1,4 +1,4 @@
-"""Attention as TransformerLens shows it, and which of its hooks can fire."""
+"""Attention through TransformerLens, and checks of which of its hooks can fire."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
-    from probes.attention.backends import See
+    from probes.attention.backends import ObserveAttention
 
-# The bridge's names of the stacks that a token map may be of.
-STACKS = {"decoder": "blocks", "prefusion": "prefusion"}
-# Hooks that transformer-lens 4.3 makes and never calls: patterns of their names, and what to read instead.
-UNAVAILABLE = {
+# The bridge's name of each stack that a token map may describe.
+STACK_PREFIXES = {"decoder": "blocks", "prefusion": "prefusion"}
+# Hooks that transformer-lens 4.3 makes and never calls: patterns of their names, and which hook to read instead.
+UNCALLED_HOOKS = {
     r"vision_projector\.hook_projected": "nothing calls it; read vision_projector.hook_out",
     r"vision_encoder\.hook_(patch|pos)_embed": "nothing calls it; read vision_encoder.embeddings.hook_out",
     r"rotary_emb\.hook_out": "nothing calls it; read rotary_emb.hook_cos and rotary_emb.hook_sin",
@@ -31,12 +31,26 @@ UNAVAILABLE = {
 
 
 def wrap(model: PreTrainedModel) -> TransformerBridge:
-    """A bridge around `model`, which it rebuilds in place; pass `twin(model)` to keep the model.
+    """Return a TransformerLens bridge around `model`, which it rebuilds in place.
 
-    Unlike `TransformerBridge.boot_transformers`, this loads and installs nothing.
+    Pass `copy_sharing_weights(model)` to keep the model itself unchanged. Unlike
+    `TransformerBridge.boot_transformers`, this function loads and installs nothing.
+
+    Args:
+        model: A transformers model with an adapter in TransformerLens.
+
+    Returns:
+        The bridge.
 
     Raises:
-        ValueError: TransformerLens has no adapter for this class of models, or has rebuilt this one already.
+        ValueError: TransformerLens has no adapter for this class of models, or has rebuilt this model already.
+
+    Example:
+        >>> from probes.attention.backends.shared_copy import copy_sharing_weights
+        >>> from probes.attention.backends.transformer_lens import wrap
+        >>> bridge = wrap(copy_sharing_weights(model))
+        >>> "blocks.0.attn.hook_pattern" in bridge.hook_dict
+        True
     """
     if any(isinstance(module, GeneralizedComponent) for module in model.modules()):
         raise ValueError("TransformerLens has rebuilt this model already: pass its bridge")
@@ -50,76 +64,113 @@ def wrap(model: PreTrainedModel) -> TransformerBridge:
     return build_bridge_from_module(model, architecture, hf_config=model.config)
 
 
-def held(bridge: Any) -> PreTrainedModel:
+def unwrap(bridge: Any) -> PreTrainedModel:
+    """Return the transformers model inside `bridge`.
+
+    Raises:
+        ValueError: `bridge` is not a TransformerBridge of a transformers model.
+    """
     model = bridge.original_model if isinstance(bridge, TransformerBridge) else None
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"a {type(bridge).__name__} is no TransformerBridge of a transformers model: it cannot be recorded"
+            f"a {type(bridge).__name__} cannot be recorded with backend='transformer_lens': "
+            "pass a transformers model or a TransformerBridge of one"
         )
     return model
 
 
-def run(bridge: TransformerBridge, *args: Any, **kwargs: Any) -> Any:
-    """What the model returns; the bridge's own call would derive position ids and return the logits alone."""
+def call_model(bridge: TransformerBridge, *args: Any, **kwargs: Any) -> Any:
+    """Call the model, and return its output.
+
+    The bridge's own call would derive position ids and return only the logits.
+    """
     return bridge.original_model(*args, **kwargs)
 
 
 @contextmanager
-def hooked(bridge: TransformerBridge, stack: str, layers: tuple[int, ...], see: See) -> Iterator[None]:
-    """Reads `hook_attn_scores` and `hook_pattern` of `layers` in every call.
+def observe_layers(
+    bridge: TransformerBridge, stack: str, layers: tuple[int, ...], observe: ObserveAttention
+) -> Iterator[None]:
+    """Read `hook_attn_scores` and `hook_pattern` of `layers` in every call.
 
-    Hooks run in the order they were added: one that edits a pattern inside the block comes after ours.
+    Hooks run in the order in which they were added: one that edits a pattern inside the block comes after ours.
+
+    Args:
+        bridge: The bridge around the model.
+        stack: The stack of the layers: "decoder" or "prefusion".
+        layers: Indices of the layers.
+        observe: Called with the layer's index, its masked scores and its attention weights.
 
     Raises:
         ValueError: The bridge has no such hooks.
     """
-    pending: dict[int, Tensor] = {}
+    pending_scores: dict[int, Tensor] = {}
 
-    def keep(tensor: Tensor, hook: HookPoint, layer: int) -> None:
-        pending[layer] = tensor
+    def store_scores(tensor: Tensor, hook: HookPoint, layer: int) -> None:
+        pending_scores[layer] = tensor
 
-    def both(tensor: Tensor, hook: HookPoint, layer: int) -> None:
-        see(layer, pending.pop(layer), tensor)
+    def report(tensor: Tensor, hook: HookPoint, layer: int) -> None:
+        observe(layer, pending_scores.pop(layer), tensor)
 
-    names = {layer: f"{STACKS[stack]}.{layer}.attn" for layer in layers}
+    names = {layer: f"{STACK_PREFIXES[stack]}.{layer}.attn" for layer in layers}
     _check_names(bridge, [f"{name}.hook_pattern" for name in names.values()])
-    hooks = [(f"{name}.hook_attn_scores", partial(keep, layer=layer)) for layer, name in names.items()]
-    hooks += [(f"{name}.hook_pattern", partial(both, layer=layer)) for layer, name in names.items()]
+    hooks = [(f"{name}.hook_attn_scores", partial(store_scores, layer=layer)) for layer, name in names.items()]
+    hooks += [(f"{name}.hook_pattern", partial(report, layer=layer)) for layer, name in names.items()]
     with bridge.hooks(fwd_hooks=hooks):
         yield
 
 
 def unavailable_hooks(bridge: TransformerBridge) -> dict[str, str]:
-    """The hooks of this bridge that cannot fire as it is set up now, and why."""
+    """Return the hooks of this bridge that cannot fire with its current settings.
+
+    Args:
+        bridge: The bridge around a model.
+
+    Returns:
+        The name of each such hook, with the reason and, where there is one, the setting or the hook to use instead.
+
+    Example:
+        >>> from probes.attention.backends.shared_copy import copy_sharing_weights
+        >>> from probes.attention.backends.transformer_lens import unavailable_hooks, wrap
+        >>> unavailable_hooks(wrap(copy_sharing_weights(model)))["blocks.0.attn.hook_result"]
+        'call set_use_attn_result(True) on the bridge first'
+    """
     reasons = {}
     for name, hook_point in bridge.hook_dict.items():
-        own = hook_point.name or name  # that an alias leads to
-        parent, _, hook = own.rpartition(".")
-        setter = bridge._gated_hook_reason(own)
-        declared = [reason for pattern, reason in UNAVAILABLE.items() if re.fullmatch(pattern, own)]
+        hook_name = hook_point.name or name  # an alias resolves to it
+        parent, _, hook = hook_name.rpartition(".")
+        setter = bridge._gated_hook_reason(hook_name)
+        never_called = [reason for pattern, reason in UNCALLED_HOOKS.items() if re.fullmatch(pattern, hook_name)]
         norm = re.fullmatch(r"hook_([qk]_norm)ed", hook)
         if setter is not None:
             reasons[name] = f"call set_{setter}(True) on the bridge first"
-        elif declared:
-            reasons[name] = declared[0]
+        elif never_called:
+            reasons[name] = never_called[0]
         elif norm and norm[1] not in bridge.get_submodule(parent).submodules:
             reasons[name] = "this model does not normalise queries and keys"
     return reasons
 
 
 def check_hooks(bridge: TransformerBridge, names: Iterable[str], inputs: Mapping[str, Any]) -> dict[str, int]:
-    """Runs the model once and counts how often each hook fires, so that none is silently empty later.
+    """Run the model once and count how often each hook fires, so that none is silently empty later.
 
     Args:
-        names: Names or aliases of hooks, `blocks.0.attn.hook_pattern` for example.
-        inputs: What the transformers model is called with.
+        bridge: The bridge around a model.
+        names: Names or aliases of hooks, such as `blocks.0.attn.hook_pattern`.
+        inputs: Inputs of the transformers model.
 
     Returns:
         For each name, how often it fired: once, or once for each chunk of frames.
 
     Raises:
-        ValueError: A name that the bridge does not have, or that cannot fire (see `unavailable_hooks`).
+        ValueError: A hook that the bridge does not have, or that cannot fire (see `unavailable_hooks`).
         RuntimeError: A hook did not fire.
+
+    Example:
+        >>> from probes.attention.backends.shared_copy import copy_sharing_weights
+        >>> from probes.attention.backends.transformer_lens import check_hooks, wrap
+        >>> check_hooks(wrap(copy_sharing_weights(model)), ["blocks.0.attn.hook_pattern"], inputs)
+        {'blocks.0.attn.hook_pattern': 1}
     """
     counts = dict.fromkeys(names, 0)
     _check_names(bridge, counts)
@@ -130,7 +181,9 @@ def check_hooks(bridge: TransformerBridge, names: Iterable[str], inputs: Mapping
     with bridge.hooks(fwd_hooks=[(name, partial(count, name=name)) for name in counts]):
         bridge.original_model(**inputs)
     if silent := [name for name, fired in counts.items() if not fired]:
-        raise RuntimeError(f"hooks that never fired with inputs {', '.join(inputs)}: {', '.join(silent)}")
+        raise RuntimeError(
+            f"hooks {', '.join(silent)} never fired with inputs {', '.join(inputs)}: pass inputs that reach them"
+        )
     return counts
 
 
@@ -138,6 +191,6 @@ def _check_names(bridge: TransformerBridge, names: Iterable[str]) -> None:
     unavailable = unavailable_hooks(bridge)
     for name in names:
         if bridge.get_hook_point(name) is None:
-            raise ValueError(f"this bridge has no hook {name!r}; bridge.hook_dict lists what it has")
+            raise ValueError(f"this bridge has no hook {name!r}: bridge.hook_dict lists the names")
         if name in unavailable:
             raise ValueError(f"hook {name!r} cannot fire: {unavailable[name]}")

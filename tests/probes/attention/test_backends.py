@@ -1,9 +1,8 @@
-"""The record through nnsight and TransformerLens against our own and against eager attention; what they leave behind."""
+"""Attention records through nnsight and TransformerLens against the native record, and what they leave on the model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import LlavaForConditionalGeneration
 
 from probes import RemoveTokens, TokenMap, intervene
 from probes.attention.backends import underlying_model
-from probes.attention.backends.shared_copy import twin
+from probes.attention.backends.shared_copy import copy_sharing_weights
 from probes.attention.backends.transformer_lens import wrap
 from probes.attention.record import AttentionRecord
 from probes.attention.recording import record_attention
@@ -26,7 +25,7 @@ BACKENDS = ["nnsight", "transformer_lens"]
 ANSWER: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
 
 
-def assert_same(one: AttentionRecord, other: AttentionRecord, tolerance: float = 1e-5) -> None:
+def assert_same_record(one: AttentionRecord, other: AttentionRecord, tolerance: float = 1e-5) -> None:
     assert (one.layers, one.heads, one.targets, one.sources) == (
         other.layers,
         other.heads,
@@ -43,20 +42,20 @@ def assert_same(one: AttentionRecord, other: AttentionRecord, tolerance: float =
 @torch.no_grad()
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_agrees_with_ours_and_with_eager(
+def test_backend_record_prompt_equals_native_record_and_eager_weights(
     make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], backend: str, side: str
 ) -> None:
-    """Grouped heads, rows of unequal length, one of them without a picture."""
+    """Grouped heads, and rows of unequal length, one of them without an image."""
     model, inputs = make_llava(), make_inputs(side)
     tokens = TokenMap.from_inputs(model, inputs)
-    with record_attention(model, tokens) as ours:
+    with record_attention(model, tokens) as native:
         model(**inputs)
     with record_attention(model, tokens, backend=backend) as theirs:
         logits = model(**inputs).logits
     eager = make_llava("eager")(**inputs, output_attentions=True)
     torch.testing.assert_close(logits, eager.logits, rtol=0, atol=1e-5)
-    assert_same(theirs, ours)
-    assert_same_frame(theirs, ours)
+    assert_same_record(theirs, native)
+    assert_same_frame(theirs, native)
 
     weights = torch.stack(eager.attentions)
     of_instruction, of_vision = tokens.mask("instruction"), tokens.mask("vision")
@@ -74,55 +73,57 @@ def assert_same_frame(one: AttentionRecord, other: AttentionRecord) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    "told", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=["dynamic", "static", "beams"]
+    "options", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=["dynamic", "static", "beams"]
 )
-def test_cached_decoding(
-    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], backend: str, told: dict[str, Any]
+def test_backend_record_cached_decoding_equals_native_record(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], backend: str, options: dict[str, Any]
 ) -> None:
     model, inputs = make_llava(), make_inputs()
     tokens = TokenMap.from_inputs(model, inputs)
-    with record_attention(model, tokens) as ours:
-        answer = model.generate(**inputs, **ANSWER, **told)
+    with record_attention(model, tokens) as native:
+        answer = model.generate(**inputs, **ANSWER, **options)
     with record_attention(model, tokens, backend=backend) as theirs:
-        assert torch.equal(model.generate(**inputs, **ANSWER, **told), answer)
+        assert torch.equal(model.generate(**inputs, **ANSWER, **options), answer)
     assert theirs.received.shape[-1] == tokens.labels.shape[1] + 2
-    assert_same(theirs, ours)
+    assert_same_record(theirs, native)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_choice_of_layers_heads_and_targets(
+def test_backend_record_selected_layers_heads_targets_equals_native_record(
     make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], backend: str
 ) -> None:
     model, inputs = make_llava(), make_inputs()
     tokens = TokenMap.from_inputs(model, inputs)
-    choice: dict[str, Any] = {"layers": [2, 0], "heads": [3, 1], "targets": ["instruction", "vision"]}
-    with record_attention(model, tokens, **choice) as ours:
+    selection: dict[str, Any] = {"layers": [2, 0], "heads": [3, 1], "targets": ["instruction", "vision"]}
+    with record_attention(model, tokens, **selection) as native:
         model(**inputs)
-    with record_attention(model, tokens, **choice, backend=backend) as theirs:
+    with record_attention(model, tokens, **selection, backend=backend) as theirs:
         model(**inputs)
-    assert_same(theirs, ours)
+    assert_same_record(theirs, native)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bfloat16(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], backend: str) -> None:
-    """Ours takes the scores of bfloat16 queries and keys in float32, theirs rounds the scores to bfloat16."""
+def test_backend_record_bfloat16_is_close_to_native_record(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], backend: str
+) -> None:
+    """The native record computes scores in float32 from bfloat16 states; the back ends round scores to bfloat16."""
     model, inputs = make_llava().to(torch.bfloat16), make_inputs()
     inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
     tokens = TokenMap.from_inputs(model, inputs)
     model.set_attn_implementation("eager")
-    with record_attention(model, tokens) as ours:
+    with record_attention(model, tokens) as native:
         model(**inputs)
     with record_attention(model, tokens, backend=backend) as theirs:
         model(**inputs)
-    assert_same(theirs, ours, tolerance=0.03)
+    assert_same_record(theirs, native, tolerance=0.03)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_trained_model(backend: str) -> None:
-    """The tiny LLaVA that the repository ships; its attention is sharper than a random model's."""
+def test_backend_record_trained_model_equals_native_record(backend: str) -> None:
+    """The tiny LLaVA of the repository, whose attention is sharper than a random model's."""
     folder = Path(__file__).parents[3] / "experiments" / "assets" / "tiny"
     model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
     side = model.config.vision_config.image_size
@@ -130,39 +131,41 @@ def test_a_trained_model(backend: str) -> None:
     random = torch.Generator().manual_seed(0)
     words = torch.randint(5, model.config.text_config.vocab_size - 5, (2, 12), generator=random)
     words = words.masked_fill(words == model.config.image_token_id, 5)
-    picture = torch.full((2, patches), model.config.image_token_id)
+    image = torch.full((2, patches), model.config.image_token_id)
     inputs = {
-        "input_ids": torch.cat([words[:, :4], picture, words[:, 4:]], dim=1),
+        "input_ids": torch.cat([words[:, :4], image, words[:, 4:]], dim=1),
         "pixel_values": torch.randn(2, 3, side, side, generator=random),
     }
     tokens = TokenMap.from_inputs(model, inputs)
-    with record_attention(model, tokens) as ours:
+    with record_attention(model, tokens) as native:
         model(**inputs)
     with record_attention(model, tokens, backend=backend) as theirs:
         model(**inputs)
-    assert ours.mass.nan_to_num().std() > 0.1
-    assert_same(theirs, ours)
+    assert native.mass.nan_to_num().std() > 0.1
+    assert_same_record(theirs, native)
 
 
 @torch.no_grad()
-def test_beside_an_experiment_in_nnsight(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
-    """Ours is recorded with the same edit, which changes the layers behind it; edits of the user's stay."""
+def test_nnsight_record_with_user_edits_equals_native_record_and_keeps_edits(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
+    """The native record runs under the same edit, which changes the layers after it. The user's own edits stay."""
     model, inputs = make_llava(), make_inputs()
     tokens = TokenMap.from_inputs(model, inputs)
     scale = torch.linspace(0, 2, 32)
     handle = model.get_decoder().layers[0].register_forward_hook(lambda module, args, output: output * scale)
-    with record_attention(model, tokens) as ours:
+    with record_attention(model, tokens) as native:
         model(**inputs)
     handle.remove()
 
-    wrapped = NNsight(twin(model))
+    wrapped = NNsight(copy_sharing_weights(model))
     with wrapped.edit(inplace=True):
         wrapped.lm_head.output[:] = 0
     with record_attention(wrapped, tokens, backend="nnsight") as theirs, wrapped.trace(**inputs):
         wrapped.model.language_model.layers[0].output *= scale
         logits = wrapped.output.logits.save()
     assert not logits.any()
-    assert_same(theirs, ours)
+    assert_same_record(theirs, native)
     assert len(wrapped._edits) == 1
     with wrapped.trace(**inputs):
         logits = wrapped.output.logits.save()
@@ -172,16 +175,16 @@ def test_beside_an_experiment_in_nnsight(make_llava: Callable[..., Model], make_
 @torch.no_grad()
 @pytest.mark.parametrize("how", ["mask", "drop"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_beside_an_intervention_of_ours(
+def test_backend_record_inside_intervention_equals_native_record(
     make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], backend: str, how: Any
 ) -> None:
-    """It works on the model that the back end runs; on one whose twin runs it says that it did nothing."""
+    """The intervention acts on the model that the back end runs. If a copy of the model runs, it did nothing."""
     model, inputs = make_llava(), make_inputs()
     tokens = TokenMap.from_inputs(model, inputs)
     removal = RemoveTokens("vision", layers=range(1, 3), how=how)
-    with intervene(model, tokens, removal), record_attention(model, tokens) as ours:
+    with intervene(model, tokens, removal), record_attention(model, tokens) as native:
         model(**inputs)
-    wrapped = NNsight(twin(model)) if backend == "nnsight" else wrap(twin(model))
+    wrapped = NNsight(copy_sharing_weights(model)) if backend == "nnsight" else wrap(copy_sharing_weights(model))
     held = underlying_model(wrapped, backend)
     with intervene(held, tokens, removal), record_attention(wrapped, tokens, backend=backend) as theirs:
         if backend == "nnsight":
@@ -189,39 +192,43 @@ def test_beside_an_intervention_of_ours(
                 pass
         else:
             held(**inputs)
-    assert_same(theirs, ours)
-    nothing = pytest.raises(RuntimeError, match="did nothing")
-    with nothing, intervene(model, tokens, removal), record_attention(model, tokens, backend=backend):
+    assert_same_record(theirs, native)
+    raises = pytest.raises(RuntimeError, match="did nothing")
+    with raises, intervene(model, tokens, removal), record_attention(model, tokens, backend=backend):
         model(**inputs)
 
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("error")
-def test_a_generation_in_nnsight(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+def test_nnsight_record_traced_generation_equals_native_record(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
     model, inputs = make_llava(), make_inputs()
     tokens = TokenMap.from_inputs(model, inputs)
-    with record_attention(model, tokens) as ours:
+    with record_attention(model, tokens) as native:
         model.generate(**inputs, **ANSWER)
-    wrapped = NNsight(twin(model))
+    wrapped = NNsight(copy_sharing_weights(model))
     with (
         record_attention(wrapped, tokens, backend="nnsight") as theirs,
         wrapped.trace(**inputs, fn="generate", **ANSWER),
     ):
         pass
-    assert_same(theirs, ours)
+    assert_same_record(theirs, native)
     assert wrapped._module.get_decoder().config._attn_implementation == "sdpa"
 
 
 @torch.no_grad()
-def test_a_bridge_of_the_users(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+def test_transformer_lens_record_user_bridge_equals_native_record(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
     model, inputs = make_llava(), make_inputs()
     tokens = TokenMap.from_inputs(model, inputs)
     scale = torch.linspace(0, 2, 32)
     handle = model.get_decoder().layers[0].register_forward_hook(lambda module, args, output: output * scale)
-    with record_attention(model, tokens) as ours:
+    with record_attention(model, tokens) as native:
         model(**inputs)
     handle.remove()
-    bridge = wrap(twin(model))
+    bridge = wrap(copy_sharing_weights(model))
     hooks = [("blocks.0.hook_out", lambda tensor, hook: tensor * scale)]
     with record_attention(bridge, tokens, backend="transformer_lens") as theirs:
         bridge.run_with_hooks(
@@ -230,12 +237,12 @@ def test_a_bridge_of_the_users(make_llava: Callable[..., Model], make_inputs: Ca
             attention_mask=inputs["attention_mask"],
             pixel_values=inputs["pixel_values"],
         )
-    assert_same(theirs, ours)
+    assert_same_record(theirs, native)
     assert not any(point.fwd_hooks for point in bridge.hook_dict.values())
 
 
 def state_of(model: Model) -> Any:
-    """All that a back end could leave behind."""
+    """Return everything that a back end could leave behind."""
     return (
         list(model.state_dict()),
         [type(module) for module in model.modules()],
@@ -248,7 +255,7 @@ def state_of(model: Model) -> Any:
 
 @torch.no_grad()
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_model_stays_as_it_is(
+def test_backend_record_leaves_model_unchanged(
     make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], backend: str
 ) -> None:
     model, inputs = make_llava(), make_inputs()
@@ -265,12 +272,12 @@ def test_the_model_stays_as_it_is(
         raise KeyError("from inside")
     assert state_of(model) == before
     assert torch.equal(model(**inputs).logits, expected)
-    assert torch.__version__ == VERSION  # a bridge that boots would have installed another
+    assert torch.__version__ == VERSION  # a bridge that boots could install another version
 
 
-def test_a_twin_shares_its_weights(make_llava: Callable[..., Model]) -> None:
+def test_copy_sharing_weights_shares_tensors_and_copies_modules(make_llava: Callable[..., Model]) -> None:
     model = make_llava()
-    other = twin(model)
+    other = copy_sharing_weights(model)
     assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert all(a is b for a, b in zip(model.buffers(), other.buffers(), strict=True))
     assert not {id(module) for module in model.modules()} & {id(module) for module in other.modules()}
@@ -279,22 +286,22 @@ def test_a_twin_shares_its_weights(make_llava: Callable[..., Model]) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_forward_of_the_models_own_comes_back(
+def test_backend_record_restores_instance_forward(
     make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], backend: str
 ) -> None:
-    """As accelerate gives one to a model on several devices."""
+    """accelerate sets such a forward on a model on several devices."""
     model, inputs = make_llava(), make_inputs()
     forward = model.forward
-    model.forward = own = lambda **kwargs: forward(**kwargs)
+    model.forward = instance_forward = lambda **kwargs: forward(**kwargs)
     with torch.no_grad(), record_attention(model, TokenMap.from_inputs(model, inputs), backend=backend):
         model(**inputs)
-    assert model.forward is own
+    assert model.forward is instance_forward
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("inner", ["native", *BACKENDS])
 @pytest.mark.parametrize("outer", ["native", *BACKENDS])
-def test_records_inside_each_other(
+def test_record_attention_nested_on_one_model_raises(
     make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], outer: str, inner: str
 ) -> None:
     model, inputs = make_llava(), make_inputs()
@@ -304,86 +311,3 @@ def test_records_inside_each_other(
             pass
         model(**inputs)
     assert attention.mass.nan_to_num().any()
-
-
-@pytest.mark.parametrize(
-    ("make", "backend", "message"),
-    [
-        (lambda model: model, "nosuch", "unknown backend 'nosuch': choose native, nnsight or transformer_lens"),
-        (lambda model: NNsight(model), "native", "a NNsight cannot be recorded"),
-        (lambda model: NNsight(model), "transformer_lens", "a NNsight is no TransformerBridge"),
-        (lambda model: wrap(model), "nnsight", "a TransformerBridge is no NNsight"),
-        (lambda model: wrap(model), "native", "a TransformerBridge cannot be recorded"),
-        (lambda model: wrap(model).original_model, "transformer_lens", "rebuilt this model already: pass its bridge"),
-        (lambda model: NNsight(torch.nn.Linear(2, 2)), "nnsight", "no NNsight of a transformers model"),
-    ],
-)
-def test_what_cannot_be_recorded(
-    make_llava: Callable[..., Model],
-    make_inputs: Callable[..., Inputs],
-    make: Callable[[Model], Any],
-    backend: str,
-    message: str,
-) -> None:
-    model = make_llava()
-    tokens = TokenMap.from_inputs(model, make_inputs())
-    with pytest.raises(ValueError, match=message), record_attention(make(model), tokens, backend=backend):
-        pass
-
-
-def test_an_architecture_without_an_adapter(
-    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
-) -> None:
-    class Unheard(LlavaForConditionalGeneration):
-        pass
-
-    model = Unheard(make_llava().config)
-    tokens = TokenMap.from_inputs(model, make_inputs())
-    refused = pytest.raises(ValueError, match="no adapter for Unheard")
-    with refused, record_attention(model, tokens, backend="transformer_lens"):
-        pass
-
-
-@torch.no_grad()
-def test_attention_that_nnsight_cannot_read(
-    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
-) -> None:
-    with_sinks = make_llava()
-    with_sinks.get_decoder().layers[1].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
-    inputs = make_inputs()
-    for model in (wrap(make_llava()).original_model, with_sinks):
-        refused = pytest.raises(ValueError, match="no softmax over the keys alone")
-        with refused, record_attention(model, TokenMap.from_inputs(model, inputs), backend="nnsight"):
-            model(**inputs)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_dropout(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], backend: str) -> None:
-    """Ours and nnsight's are ahead of it; TransformerLens shows weights that have lost some."""
-    model, inputs = make_llava(), make_inputs()
-    tokens = TokenMap.from_inputs(model, inputs)
-    with record_attention(model, tokens, layers=[0]) as ours:
-        model(**inputs)
-    model.train()
-    for layer in model.get_decoder().layers:
-        layer.self_attn.attention_dropout = 0.5
-    lost = pytest.raises(RuntimeError, match="with dropout") if backend == "transformer_lens" else nullcontext()
-    with lost, record_attention(model, tokens, layers=[0], backend=backend) as theirs:
-        model(**inputs)
-    if backend == "nnsight":
-        assert_same(theirs, ours)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_prompt_too_many_and_none(
-    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], backend: str
-) -> None:
-    model, inputs = make_llava(), make_inputs()
-    tokens = TokenMap.from_inputs(model, inputs)
-    with record_attention(model, tokens, backend=backend) as attention:
-        with pytest.raises(RuntimeError, match="nothing was recorded"):
-            _ = attention.mass
-        model(**inputs)
-        with pytest.raises(RuntimeError, match="second prompt"):
-            model(**inputs)

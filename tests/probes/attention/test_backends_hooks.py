@@ -1,4 +1,4 @@
-"""Which hooks of a bridge can fire is told beforehand, for every one of them."""
+"""`unavailable_hooks` and `check_hooks` against the hooks of a bridge that really fire."""
 
 from __future__ import annotations
 
@@ -21,26 +21,28 @@ def bridge(make_llava: Callable[..., LlavaForConditionalGeneration]) -> Transfor
     return wrap(make_llava())
 
 
-def fired(bridge: TransformerBridge, inputs: Inputs) -> set[str]:
-    """Names of all hooks that fire, found without the bridge's ways to add hooks."""
-    seen: set[int] = set()
+def hooks_that_fire(bridge: TransformerBridge, inputs: Inputs) -> set[str]:
+    """Return the names of all hooks that fire, found without the bridge's own functions to add hooks."""
+    fired: set[int] = set()
     for point in bridge.hook_dict.values():
-        point.register_forward_hook(lambda point, args, output: seen.add(id(point)))
+        point.register_forward_hook(lambda point, args, output: fired.add(id(point)))
     bridge.original_model(**inputs)
-    return {name for name, point in bridge.hook_dict.items() if id(point) in seen}
+    return {name for name, point in bridge.hook_dict.items() if id(point) in fired}
 
 
 @torch.no_grad()
-def test_all_others_fire(bridge: TransformerBridge, make_inputs: Callable[..., Inputs]) -> None:
+def test_unavailable_hooks_are_all_hooks_that_do_not_fire(
+    bridge: TransformerBridge, make_inputs: Callable[..., Inputs]
+) -> None:
     unavailable = unavailable_hooks(bridge)
-    assert fired(bridge, make_inputs()) == bridge.hook_dict.keys() - unavailable.keys()
+    assert hooks_that_fire(bridge, make_inputs()) == bridge.hook_dict.keys() - unavailable.keys()
     assert "vision_projector.hook_out" in unavailable["vision_projector.hook_projected"]
     assert "blocks.0.attn.hook_q_normed" in unavailable
     assert unavailable["blocks.1.hook_mlp_in"] == "call set_use_hook_mlp_in(True) on the bridge first"
 
 
 @torch.no_grad()
-def test_all_others_fire_with_norms_of_queries(
+def test_unavailable_hooks_model_with_query_norms_omits_norm_hooks(
     make_llava: Callable[..., LlavaForConditionalGeneration], make_inputs: Callable[..., Inputs]
 ) -> None:
     llama = make_llava().config
@@ -48,7 +50,7 @@ def test_all_others_fire_with_norms_of_queries(
     config = LlavaConfig(vision_config=llama.vision_config, text_config=text, image_token_id=IMAGE_TOKEN)
     bridge = wrap(LlavaForConditionalGeneration(config).eval())
     unavailable = unavailable_hooks(bridge)
-    assert fired(bridge, make_inputs()) == bridge.hook_dict.keys() - unavailable.keys()
+    assert hooks_that_fire(bridge, make_inputs()) == bridge.hook_dict.keys() - unavailable.keys()
     assert "blocks.0.attn.hook_q_normed" not in unavailable
 
 
@@ -64,7 +66,9 @@ SIZES = (
 
 
 @torch.no_grad()
-def test_counts(bridge: TransformerBridge, make_inputs: Callable[..., Inputs]) -> None:
+def test_check_hooks_available_hooks_returns_counts(
+    bridge: TransformerBridge, make_inputs: Callable[..., Inputs]
+) -> None:
     names = ["blocks.0.attn.hook_pattern", "blocks.2.hook_resid_post", "vision_encoder.hook_out"]
     assert check_hooks(bridge, names, make_inputs()) == dict.fromkeys(names, 1)
     assert not any(point.fwd_hooks for point in bridge.hook_dict.values())
@@ -74,16 +78,30 @@ def test_counts(bridge: TransformerBridge, make_inputs: Callable[..., Inputs]) -
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("blocks.0.attn.hook_patern", ValueError, "this bridge has no hook 'blocks.0.attn.hook_patern'"),
-        ("blocks.3.attn.hook_pattern", ValueError, "has no hook"),
-        ("vision_encoder.hook_patch_embed", ValueError, "cannot fire: nothing calls it; read vision_encoder.embed"),
-        ("blocks.0.attn.hook_result", ValueError, r"cannot fire: call set_use_attn_result\(True\)"),
-        ("blocks.0.hook_attn_in", ValueError, r"cannot fire: call set_use_attn_in\(True\)"),
-        ("vision_projector.hook_out", RuntimeError, "never fired with inputs input_ids: vision_projector.hook_out$"),
+        ("blocks.0.attn.hook_patern", ValueError, "no hook 'blocks.0.attn.hook_patern'"),
+        ("blocks.3.attn.hook_pattern", ValueError, "no hook 'blocks.3.attn.hook_pattern'"),
+        (
+            "vision_encoder.hook_patch_embed",
+            ValueError,
+            "'vision_encoder.hook_patch_embed' cannot fire: .*vision_encoder.embed",
+        ),
+        (
+            "blocks.0.attn.hook_result",
+            ValueError,
+            r"'blocks.0.attn.hook_result' cannot fire: .*set_use_attn_result\(True\)",
+        ),
+        ("blocks.0.hook_attn_in", ValueError, r"'blocks.0.hook_attn_in' cannot fire: .*set_use_attn_in\(True\)"),
+        (
+            "vision_projector.hook_out",
+            RuntimeError,
+            "hooks vision_projector.hook_out never fired with inputs input_ids:",
+        ),
     ],
 )
-def test_what_does_not_fire_is_refused(bridge: TransformerBridge, name: str, error: Any, message: str) -> None:
-    """The last one could, with pictures."""
+def test_check_hooks_hook_that_does_not_fire_raises(
+    bridge: TransformerBridge, name: str, error: Any, message: str
+) -> None:
+    """The last of these hooks would fire with images."""
     names = ["blocks.0.hook_out", name]
     with pytest.raises(error, match=message):
         check_hooks(bridge, names, {"input_ids": torch.tensor([[5, 6, 7]])})
@@ -91,7 +109,7 @@ def test_what_does_not_fire_is_refused(bridge: TransformerBridge, name: str, err
 
 
 @torch.no_grad()
-def test_a_gated_hook_counts_once_it_is_let_through(
+def test_check_hooks_gated_hook_counts_after_its_setter(
     bridge: TransformerBridge, make_inputs: Callable[..., Inputs]
 ) -> None:
     bridge.set_use_attn_result(True)

@@ -1,4 +1,4 @@
-"""Prompts in chunks, beams, several answers to a prompt, and decoding that goes back."""
+"""`record_attention` in generation: chunked prompts, beams, several answers to a prompt, and cropped caches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import DynamicCache, LlamaForCausalLM, LlavaForConditionalGene
 from probes import TokenMap
 from probes.attention.record import AttentionRecord
 from probes.attention.recording import record_attention
-from tests.probes.by_definition import by_definition, check
+from tests.probes.attention_reference import check_record, expected_statistics
 
 Model = LlavaForConditionalGeneration
 Inputs = dict[str, torch.Tensor]
@@ -21,29 +21,31 @@ Inputs = dict[str, torch.Tensor]
 @pytest.mark.parametrize("size", [1, 4, 5, 12])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_a_prompt_in_chunks(
+def test_record_attention_chunked_prompt_equals_one_pass(
     make_llama: Callable[..., LlamaForCausalLM],
     make_inputs: Callable[..., Inputs],
     implementation: str,
     cache: str,
     size: int,
 ) -> None:
-    """Queries of a later chunk come behind keys of an earlier one: the same as one pass."""
+    """Queries of a later chunk follow the keys of earlier chunks."""
     inputs, model = make_inputs(), make_llama(implementation)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     tokens = TokenMap.from_inputs(model, inputs)
     past: Any = DynamicCache() if cache == "dynamic" else StaticCache(config=model.config, max_cache_len=20)
     with torch.no_grad():
         with record_attention(model, tokens) as attention:
-            seen = 0
+            length = 0
             for chunk in ids.split(size, dim=1):
-                seen += chunk.shape[1]
-                model(input_ids=chunk, attention_mask=mask[:, :seen], past_key_values=past, use_cache=True)
+                length += chunk.shape[1]
+                model(input_ids=chunk, attention_mask=mask[:, :length], past_key_values=past, use_cache=True)
         attentions = make_llama("eager")(input_ids=ids, attention_mask=mask, output_attentions=True).attentions
-    check(attention, by_definition(attentions, tokens, attention.targets))
+    check_record(attention, expected_statistics(attentions, tokens, attention.targets))
 
 
-def test_a_prompt_that_stops_half_way(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+def test_record_attention_incomplete_prompt_raises(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
     inputs, model = make_inputs("none"), make_llava()
     tokens = TokenMap.from_inputs(model, inputs)
     with torch.no_grad(), record_attention(model, tokens) as attention:
@@ -52,8 +54,8 @@ def test_a_prompt_that_stops_half_way(make_llava: Callable[..., Model], make_inp
         _ = attention.mass
 
 
-def expanded(model: Model, inputs: Inputs, copies: int, answers: torch.Tensor) -> tuple[Inputs, TokenMap]:
-    """Every prompt `copies` times with its answers behind it, as one call."""
+def repeat_prompts(model: Model, inputs: Inputs, copies: int, answers: torch.Tensor) -> tuple[Inputs, TokenMap]:
+    """Return inputs with every prompt `copies` times, each followed by an answer, and their token map."""
     rows = {name: inputs[name].repeat_interleave(copies, 0) for name in ("input_ids", "attention_mask")}
     images = inputs["pixel_values"].repeat_interleave(copies, 0)
     steps = answers[:, rows["input_ids"].shape[1] :]
@@ -64,21 +66,25 @@ def expanded(model: Model, inputs: Inputs, copies: int, answers: torch.Tensor) -
     return full, TokenMap.from_inputs(model, full | {"labels": ids.masked_fill(~is_step.expand_as(ids), -100)})
 
 
-def test_several_answers_to_a_prompt(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
-    """The map is of the prompts; the record has a sample for each answer."""
+def test_record_attention_several_answers_has_a_sample_for_each(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
+    """The token map has the prompts only."""
     inputs, model = make_inputs(), make_llava()
     tokens = TokenMap.from_inputs(model, inputs)
     torch.manual_seed(0)
     with record_attention(model, tokens) as attention:
         answers = model.generate(**inputs, do_sample=True, num_return_sequences=2, max_new_tokens=4)
-    full, full_map = expanded(model, inputs, 2, answers[:, :-1])
+    full, full_map = repeat_prompts(model, inputs, 2, answers[:, :-1])
     with torch.no_grad():
         attentions = make_llava("eager")(**full, output_attentions=True).attentions
-    check(attention, by_definition(attentions, full_map, attention.targets))
+    check_record(attention, expected_statistics(attentions, full_map, attention.targets))
 
 
-def test_beams(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
-    """All beams of a prompt attend alike in it; recording does not change which of them win."""
+def test_record_attention_beam_search_has_a_sample_for_each_beam(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
+    """All beams of a prompt have the same attention within it, and recording does not change the generated beams."""
     inputs, model = make_inputs(), make_llava()
     tokens = TokenMap.from_inputs(model, inputs)
     plain = model.generate(**inputs, num_beams=3, max_new_tokens=4, do_sample=False)
@@ -98,22 +104,22 @@ def test_beams(make_llava: Callable[..., Model], make_inputs: Callable[..., Inpu
     torch.testing.assert_close(total, torch.ones_like(total))
 
 
-def test_a_batch_that_repeats_nothing_is_refused(
+def test_record_attention_batch_without_copies_raises(
     make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
 ) -> None:
-    """Two rows of the model for each row of the map must be copies."""
+    """Several rows of the model for one row of the map must be copies."""
     inputs, model = make_inputs("left"), make_llava()
     one = {name: values[:1] for name, values in inputs.items()}
     tokens = TokenMap.from_inputs(model, one)
-    refused = pytest.raises(ValueError, match=r"the token map has 1 x 13 positions .* was called with 3 x 13")
-    with refused, torch.no_grad(), record_attention(model, tokens):
+    raises = pytest.raises(ValueError, match=r"the token map has 1 x 13 positions .* was called with 3 x 13")
+    with raises, torch.no_grad(), record_attention(model, tokens):
         model(**inputs)
 
 
-def test_copies_made_after_the_prompt_are_refused(
+def test_record_attention_copies_made_after_prompt_raise(
     make_llama: Callable[..., LlamaForCausalLM], make_inputs: Callable[..., Inputs]
 ) -> None:
-    """A sum over one row and three would silently broadcast."""
+    """Otherwise, a sum over one row and three rows would silently broadcast."""
     model, ids = make_llama(), make_inputs()["input_ids"][:1]
     past = DynamicCache()
     with torch.no_grad(), record_attention(model, TokenMap.from_inputs(model, {"input_ids": ids})):
@@ -123,54 +129,54 @@ def test_copies_made_after_the_prompt_are_refused(
             model(torch.tensor([[5], [6], [7]]), past_key_values=past)
 
 
-def test_assisted_decoding_is_refused(
+def test_record_attention_assisted_decoding_raises(
     make_llama: Callable[..., LlamaForCausalLM], make_inputs: Callable[..., Inputs]
 ) -> None:
-    """Its first call holds guesses behind the prompt; later ones go back to where a guess was wrong."""
+    """Its first call has guesses after the prompt; later calls resume at a wrong guess."""
     model, assistant, ids = make_llama(), make_llama(seed=1), make_inputs()["input_ids"][:1]
     tokens = TokenMap.from_inputs(model, {"input_ids": ids})
     with pytest.raises(ValueError, match="generate without an assistant"), record_attention(model, tokens):
         model.generate(ids, assistant_model=assistant, max_new_tokens=20, do_sample=False)
 
 
-def test_a_cache_that_goes_back_is_refused(
+def test_record_attention_cropped_cache_raises(
     make_llama: Callable[..., LlamaForCausalLM], make_inputs: Callable[..., Inputs]
 ) -> None:
     model, ids = make_llama(), make_inputs()["input_ids"][:1]
     past = DynamicCache()
-    refused = pytest.raises(
-        RuntimeError, match="went on at position 12 after 13: probes follow a cache that only grows"
-    )
-    with torch.no_grad(), record_attention(model, TokenMap.from_inputs(model, {"input_ids": ids})), refused:
+    raises = pytest.raises(RuntimeError, match=r"position 12 after 13.*cache that only grows")
+    with torch.no_grad(), record_attention(model, TokenMap.from_inputs(model, {"input_ids": ids})), raises:
         model(ids, past_key_values=past)
         past.crop(-1)
         model(ids[:, -1:], past_key_values=past)
 
 
-def recorded_in(model: Model, inputs: Inputs, tokens: TokenMap, **choice: Any) -> AttentionRecord:
-    with torch.no_grad(), record_attention(model, tokens, **choice) as attention:
+def record_one_pass(model: Model, inputs: Inputs, tokens: TokenMap, **selection: Any) -> AttentionRecord:
+    with torch.no_grad(), record_attention(model, tokens, **selection) as attention:
         model(**inputs)
     return attention
 
 
 @pytest.mark.parametrize("heads", [[0], [3, 1], [0, 1], [2, 3], [1, 2, 3]])
-def test_chosen_heads(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], heads: list[int]) -> None:
+def test_record_attention_selected_heads_are_subset_of_all(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], heads: list[int]
+) -> None:
     """Four query heads share two key heads."""
     inputs, model = make_inputs(), make_llava()
     tokens = TokenMap.from_inputs(model, inputs)
-    everything, chosen = recorded_in(model, inputs, tokens), recorded_in(model, inputs, tokens, heads=heads)
-    assert chosen.heads == tuple(sorted(heads))
+    all_heads, selected = record_one_pass(model, inputs, tokens), record_one_pass(model, inputs, tokens, heads=heads)
+    assert selected.heads == tuple(sorted(heads))
     for name in ("mass", "entropy", "received"):
-        expected = getattr(everything, name)[:, :, sorted(heads)]
-        torch.testing.assert_close(getattr(chosen, name), expected, equal_nan=True)
-    assert torch.equal(chosen.queries, everything.queries)
-    assert sorted(chosen.frame()["head"].unique()) == sorted(heads)
+        expected = getattr(all_heads, name)[:, :, sorted(heads)]
+        torch.testing.assert_close(getattr(selected, name), expected, equal_nan=True)
+    assert torch.equal(selected.queries, all_heads.queries)
+    assert sorted(selected.frame()["head"].unique()) == sorted(heads)
 
 
-def test_what_is_not_asked_for_costs_nothing(
+def test_record_attention_computes_only_selected_scores(
     make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted in attention scores that are computed."""
+    """The cost is the number of attention scores that are computed."""
     inputs, model = make_inputs("left"), make_llava()
     tokens = TokenMap.from_inputs(model, inputs)
     scores = 0
@@ -183,14 +189,14 @@ def test_what_is_not_asked_for_costs_nothing(
 
     monkeypatch.setattr(torch.Tensor, "softmax", count)
 
-    def cost(**choice: Any) -> int:
+    def cost(**selection: Any) -> int:
         nonlocal scores
         scores = 0
-        recorded_in(model, inputs, tokens, **choice)
+        record_one_pass(model, inputs, tokens, **selection)
         return scores
 
     whole = cost()
     assert cost(layers=[1]) * 3 == whole
     assert cost(heads=[2]) * 4 == whole
-    # Rows of 3, 0 and 0 system tokens see 3 keys at most: 3 rows and 3 columns in a batch of 3.
+    # Rows with 3, 0 and 0 system tokens can attend to 3 keys at most: 3 rows and 3 columns in a batch of 3.
     assert cost(targets=["system"]) == 3 * 4 * 3 * 3 * 3

@@ -1,4 +1,4 @@
-"""A record touches the model that it was opened on, for as long as it is open, and nothing else."""
+"""`record_attention` changes only the model it was opened on, and only while it is open."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def inputs(make_inputs: Callable[..., Inputs]) -> Inputs:
 
 
 def state_of(model: Model) -> Any:
-    """All that recording could leave behind."""
+    """Return everything that recording could leave behind."""
     return (
         dict(AttentionInterface._global_mapping),
         dict(AttentionMaskInterface._global_mapping),
@@ -34,11 +34,11 @@ def state_of(model: Model) -> Any:
     )
 
 
-def test_everything_is_restored(make_llava: Callable[..., Model], inputs: Inputs) -> None:
+def test_record_attention_restores_model_and_registries(make_llava: Callable[..., Model], inputs: Inputs) -> None:
     model = make_llava()
     tokens = TokenMap.from_inputs(model, inputs)
     with torch.no_grad():
-        model(**inputs)  # transformers leaves hooks of its own at the first call
+        model(**inputs)  # transformers adds hooks of its own in the first call
         before = state_of(model)
         with record_attention(model, tokens):
             model(**inputs)
@@ -51,8 +51,8 @@ def test_everything_is_restored(make_llava: Callable[..., Model], inputs: Inputs
         assert state_of(model) == before
 
 
-def test_only_the_recorded_layers_are_switched(make_llava: Callable[..., Model], inputs: Inputs) -> None:
-    """The configs that masks, caches and the vision tower go by stay as they are."""
+def test_record_attention_switches_only_recorded_layers(make_llava: Callable[..., Model], inputs: Inputs) -> None:
+    """The configs that masks, caches and the vision tower depend on stay unchanged."""
     model = make_llava()
     with record_attention(model, TokenMap.from_inputs(model, inputs), layers=[1]):
         names = [layer.self_attn.config._attn_implementation for layer in model.get_decoder().layers]
@@ -66,7 +66,9 @@ def vision_layers(model: Model) -> Any:
     return [module for module in model.model.vision_tower.modules() if hasattr(module, "self_attn")]
 
 
-def test_another_model_of_the_class_is_unaffected(make_llava: Callable[..., Model], inputs: Inputs) -> None:
+def test_record_attention_leaves_other_model_of_same_class_unchanged(
+    make_llava: Callable[..., Model], inputs: Inputs
+) -> None:
     recorded, other = make_llava(), make_llava(seed=1)
     tokens = TokenMap.from_inputs(recorded, inputs)
     with torch.no_grad():
@@ -77,7 +79,7 @@ def test_another_model_of_the_class_is_unaffected(make_llava: Callable[..., Mode
                 _ = attention.mass
 
 
-def test_models_recorded_inside_each_other(make_llava: Callable[..., Model], inputs: Inputs) -> None:
+def test_record_attention_nested_on_two_models_records_each(make_llava: Callable[..., Model], inputs: Inputs) -> None:
     models = [make_llava(seed=seed) for seed in (0, 1)]
     tokens = TokenMap.from_inputs(models[0], inputs)
     alone = []
@@ -94,15 +96,15 @@ def test_models_recorded_inside_each_other(make_llava: Callable[..., Model], inp
     assert not torch.equal(first.mass.nan_to_num(), second.mass.nan_to_num())
 
 
-def test_threads_with_a_model_each(make_llava: Callable[..., Model], inputs: Inputs) -> None:
+def test_record_attention_one_model_per_thread_records_each(make_llava: Callable[..., Model], inputs: Inputs) -> None:
     models = [make_llava(seed=seed) for seed in range(4)]
     tokens = TokenMap.from_inputs(models[0], inputs)
     alone, together = {}, {}
 
-    def record(seed: int, found: dict[int, torch.Tensor]) -> None:
+    def record(seed: int, masses: dict[int, torch.Tensor]) -> None:
         with torch.no_grad(), record_attention(models[seed], tokens) as attention:
             models[seed](**inputs)
-        found[seed] = attention.mass.nan_to_num()
+        masses[seed] = attention.mass.nan_to_num()
 
     for seed in range(4):
         record(seed, alone)
@@ -114,8 +116,8 @@ def test_threads_with_a_model_each(make_llava: Callable[..., Model], inputs: Inp
     assert all(torch.equal(alone[seed], together[seed]) for seed in range(4))
 
 
-def test_a_second_thread_on_the_same_model_is_refused(make_llava: Callable[..., Model], inputs: Inputs) -> None:
-    """It may generate in a thread of its own, but not in two."""
+def test_record_attention_second_thread_on_same_model_raises(make_llava: Callable[..., Model], inputs: Inputs) -> None:
+    """A model may run in one other thread, but not in two threads."""
     model = make_llava()
     raised: list[BaseException] = []
 
@@ -136,8 +138,10 @@ def test_a_second_thread_on_the_same_model_is_refused(make_llava: Callable[..., 
     assert attention.mass.shape[1] == 3
 
 
-def test_a_model_on_several_devices(make_llava: Callable[..., Model], inputs: Inputs) -> None:
-    """Layers whose weights accelerate brings in for each call: outside it their own device has no values."""
+def test_record_attention_offloaded_weights_equals_plain_record(
+    make_llava: Callable[..., Model], inputs: Inputs
+) -> None:
+    """accelerate loads the weights of a layer for each call; outside the call they are on the meta device."""
     from accelerate import cpu_offload
 
     model = make_llava()

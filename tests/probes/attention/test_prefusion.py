@@ -1,4 +1,4 @@
-"""Recording inside LLaVA-Mini's pre-fusion layers, against weights computed by hand from what enters each layer."""
+"""`record_attention` in LLaVA-Mini's pre-fusion layers, against weights computed from the input of each layer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from transformers.models.llama.modeling_llama import rotate_half
 from llava_mini import LlavaMiniForConditionalGeneration
 from probes import TokenMap
 from probes.attention.recording import record_attention
-from tests.probes.by_definition import by_definition, check
+from tests.probes.attention_reference import check_record, expected_statistics
 from tests.probes.conftest import IMAGE_TOKEN, text_config
 
 Mini = LlavaMiniForConditionalGeneration
-SEEN = 5  # four patches and the token they are compressed to
+VISUAL_TOKENS = 5  # four patches and the token that they are compressed to
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def make_mini() -> Callable[..., Mini]:
 
 
 def video(frames: int) -> dict[str, torch.Tensor]:
-    """Row 0: text, a video of `frames` frames with a visual token each, text. Row 1: longer text, one picture, text."""
+    """Return two rows: text, a video of `frames` frames with a visual token each, text; longer text, one image, text."""
     torch.manual_seed(1)
     first = [3, *[IMAGE_TOKEN] * frames, 5, 6]
     second = [7, 8, 9, IMAGE_TOKEN, 10, 11, 12, 13]
@@ -60,18 +60,18 @@ def video(frames: int) -> dict[str, torch.Tensor]:
 
 
 def map_of(frames: int) -> TokenMap:
-    """What each frame meets: its patches, then its row's text, then filling up to the longest text."""
-    first = [2] * SEEN + [1] + [3] * 2 + [0] * 4
-    second = [2] * SEEN + [1] * 3 + [3] * 4
+    """Return the token map of the frames: patches, then the text of the frame's row, then padding."""
+    first = [2] * VISUAL_TOKENS + [1] + [3] * 2 + [0] * 4
+    second = [2] * VISUAL_TOKENS + [1] * 3 + [3] * 4
     return TokenMap(torch.tensor([first] * frames + [second]), stack="prefusion")
 
 
-def weights_by_hand(model: Mini, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Attention weights of each pre-fusion layer, all frames together, from the hidden states that enter it."""
-    entering: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+def reference_weights(model: Mini, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Return the attention weights of each pre-fusion layer, for all frames, computed from the layer's input states."""
+    layer_inputs: dict[int, list[torch.Tensor]] = {0: [], 1: []}
     handles = [
         layer.self_attn.register_forward_pre_hook(
-            lambda module, args, kwargs, number=number: entering[number].append(kwargs["hidden_states"]),
+            lambda module, args, kwargs, number=number: layer_inputs[number].append(kwargs["hidden_states"]),
             with_kwargs=True,
         )
         for number, layer in enumerate(model.model.prefusion.layers)
@@ -80,9 +80,9 @@ def weights_by_hand(model: Mini, inputs: dict[str, torch.Tensor]) -> list[torch.
         model(**inputs)
     for handle in handles:
         handle.remove()
-    found = []
+    weights = []
     for number, layer in enumerate(model.model.prefusion.layers):
-        attention, hidden = layer.self_attn, torch.cat(entering[number])
+        attention, hidden = layer.self_attn, torch.cat(layer_inputs[number])
         cos, sin = model.get_decoder().rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
         query, key = (
             states * cos[:, None] + rotate_half(states) * sin[:, None]
@@ -91,24 +91,26 @@ def weights_by_hand(model: Mini, inputs: dict[str, torch.Tensor]) -> list[torch.
         )
         scores = query @ key.repeat_interleave(2, 1).mT * attention.head_dim**-0.5
         hidden_keys = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        found.append(scores.masked_fill(hidden_keys, -torch.inf).softmax(-1).detach())
-    return found
+        weights.append(scores.masked_fill(hidden_keys, -torch.inf).softmax(-1).detach())
+    return weights
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 8])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_frames_in_any_chunks(make_mini: Callable[..., Mini], implementation: str, chunk: int) -> None:
+def test_record_attention_prefusion_any_chunks_equals_reference_weights(
+    make_mini: Callable[..., Mini], implementation: str, chunk: int
+) -> None:
     model, inputs, tokens = make_mini(implementation, frames_per_chunk=chunk), video(3), map_of(3)
-    expected = weights_by_hand(model, inputs)
+    expected = reference_weights(model, inputs)
     with torch.no_grad(), record_attention(model, tokens) as attention:
         model(**inputs)
     assert attention.layers == (0, 1)
     visible = np.tril(np.ones((12, 12), dtype=bool)) & (tokens.labels.numpy() != 0)[:, None]
-    check(attention, by_definition(expected, tokens, attention.targets, visible))
+    check_record(attention, expected_statistics(expected, tokens, attention.targets, visible))
 
 
-def test_both_stacks_at_once(make_mini: Callable[..., Mini]) -> None:
-    """They share a config, but not the modules that a record switches."""
+def test_record_attention_both_stacks_at_once_equals_separate_records(make_mini: Callable[..., Mini]) -> None:
+    """The stacks share a config, but not the modules that a record switches."""
     model, inputs = make_mini(), video(2)
     both = [map_of(2), TokenMap.from_inputs(model, inputs)]
     alone = []
@@ -123,11 +125,11 @@ def test_both_stacks_at_once(make_mini: Callable[..., Mini]) -> None:
     assert (inside.mass.shape[:2], after.mass.shape[:2]) == ((2, 3), (3, 2))
 
 
-def test_a_map_that_does_not_fit(make_mini: Callable[..., Mini]) -> None:
+def test_record_attention_prefusion_map_that_does_not_fit_raises(make_mini: Callable[..., Mini]) -> None:
     model, inputs = make_mini(), video(3)
     for tokens in (map_of(2), TokenMap(map_of(3).labels[:, :-1], stack="prefusion")):
-        refused = pytest.raises(ValueError, match=r"pre-fusion was called with 4 x 12")
-        with refused, torch.no_grad(), record_attention(model, tokens):
+        raises = pytest.raises(ValueError, match=r"pre-fusion was called with 4 x 12")
+        with raises, torch.no_grad(), record_attention(model, tokens):
             model(**inputs)
     with torch.no_grad(), record_attention(model, map_of(4)) as attention:
         model(**inputs)
@@ -135,7 +137,7 @@ def test_a_map_that_does_not_fit(make_mini: Callable[..., Mini]) -> None:
         _ = attention.mass
 
 
-def test_a_second_prompt(make_mini: Callable[..., Mini]) -> None:
+def test_record_attention_prefusion_second_prompt_raises(make_mini: Callable[..., Mini]) -> None:
     model, inputs = make_mini(), video(3)
     with torch.no_grad(), record_attention(model, map_of(3)):
         model(**inputs)
@@ -143,8 +145,8 @@ def test_a_second_prompt(make_mini: Callable[..., Mini]) -> None:
             model(**inputs)
 
 
-def test_a_model_without_prefusion(make_llava: Callable[..., Any]) -> None:
+def test_record_attention_unknown_stack_raises(make_llava: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="LlavaForConditionalGeneration has no pre-fusion layers"):
         record_attention(make_llava(), map_of(1)).__enter__()
-    with pytest.raises(ValueError, match="unknown stack 'encoder' of a token map: there are decoder, prefusion"):
+    with pytest.raises(ValueError, match=r"unknown stack 'encoder'.*decoder.*prefusion"):
         record_attention(make_llava(), TokenMap(map_of(1).labels, stack="encoder")).__enter__()

@@ -1,3 +1,5 @@
+"""`record_attention` against statistics computed from full attention matrices."""
+
 from __future__ import annotations
 
 import importlib
@@ -16,8 +18,8 @@ from transformers import (
 )
 
 from probes import TokenMap, record_attention
-from probes.attention import statistics
-from tests.probes.by_definition import by_definition, check, labelled
+from probes.attention import layout
+from tests.probes.attention_reference import check_record, expected_statistics, label_responses
 
 Model = LlavaForConditionalGeneration
 Inputs = dict[str, torch.Tensor]
@@ -25,10 +27,10 @@ Inputs = dict[str, torch.Tensor]
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_statistics_follow_their_definition(
+def test_record_attention_equals_statistics_of_full_matrices(
     make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], side: str, implementation: str
 ) -> None:
-    inputs, model = labelled(make_inputs(side)), make_llava(implementation)
+    inputs, model = label_responses(make_inputs(side)), make_llava(implementation)
     tokens = TokenMap.from_inputs(model, inputs)
     with torch.no_grad():
         attentions = make_llava("eager")(**inputs, output_attentions=True).attentions
@@ -39,16 +41,16 @@ def test_statistics_follow_their_definition(
     assert attention.layers == (0, 1, 2)
     assert attention.targets == ("system", "vision", "instruction", "response")
     assert attention.sources == tokens.groups
-    check(attention, by_definition(attentions, tokens, attention.targets))
-    assert torch.equal(plain.logits, recorded.logits), "recording changes no bit of the output"
-    # The third row has no picture: its cells are undefined, not zero.
+    check_record(attention, expected_statistics(attentions, tokens, attention.targets))
+    assert torch.equal(plain.logits, recorded.logits), "recording does not change the output"
+    # The third row has no image: its entries are undefined, not zero.
     assert attention.mass[:, 2, :, attention.targets.index("instruction"), tokens.index("vision")].isnan().all()
 
 
-def test_received_attention_adds_up_to_mass(
+def test_attention_record_received_sums_to_mass(
     make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
 ) -> None:
-    """Every instruction token behind the picture sees all of it, so both denominators are the same."""
+    """Every instruction token comes after the image and can attend to all of it, so both denominators are equal."""
     inputs, model = make_inputs(), make_llava()
     tokens = TokenMap.from_inputs(model, inputs)
     with torch.no_grad(), record_attention(model, tokens, targets=["instruction"]) as attention:
@@ -58,18 +60,18 @@ def test_received_attention_adds_up_to_mass(
 
 
 @pytest.mark.parametrize("scores", [1, 500])
-def test_chunks_do_not_change_the_statistics(
+def test_record_attention_any_chunk_size_gives_same_statistics(
     make_llava: Callable[..., Model],
     make_inputs: Callable[..., Inputs],
     monkeypatch: pytest.MonkeyPatch,
     scores: int,
 ) -> None:
-    """With room for one score a chunk is one query: no matrix of all queries can be needed."""
+    """With memory for one score, a chunk is one query: no matrix of all queries is needed."""
     inputs, model = make_inputs(), make_llava()
     tokens = TokenMap.from_inputs(model, inputs)
     with torch.no_grad(), record_attention(model, tokens) as whole:
         model(**inputs)
-    monkeypatch.setattr(statistics, "SCORES_PER_CHUNK", scores)
+    monkeypatch.setattr(layout, "SCORES_PER_CHUNK", scores)
     largest = (0, 0)
     softmax = torch.Tensor.softmax
 
@@ -81,57 +83,63 @@ def test_chunks_do_not_change_the_statistics(
     monkeypatch.setattr(torch.Tensor, "softmax", watch)
     with torch.no_grad(), record_attention(model, tokens) as chunked:
         model(**inputs)
-    # Two heads at a time, those that share a key head.
+    # Two heads at a time: those that share a key head.
     assert largest[0] == max(scores // (3 * 2 * (3 + 4 + 7 + 6)), 1)
-    assert largest[1] <= max(scores, 3 * 2 * 7), "no more than the room, or than one query needs"
+    assert largest[1] <= max(scores, 3 * 2 * 7), "no more scores than the limit, or than one query needs"
     for name in ("mass", "entropy", "received", "queries"):
         torch.testing.assert_close(getattr(chunked, name), getattr(whole, name), equal_nan=True)
 
 
-def test_chosen_layers_and_targets(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+def test_record_attention_selected_layers_and_targets_are_subset_of_all(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
     inputs, model = make_inputs(), make_llava()
     tokens = TokenMap.from_inputs(model, inputs)
     with torch.no_grad():
-        with record_attention(model, tokens) as everything:
+        with record_attention(model, tokens) as whole:
             model(**inputs)
-        with record_attention(model, tokens, layers=[2, 0], targets=["instruction", "system"]) as chosen:
+        with record_attention(model, tokens, layers=[2, 0], targets=["instruction", "system"]) as selected:
             model(**inputs)
-    assert (chosen.layers, chosen.targets) == ((0, 2), ("instruction", "system"))
-    places = [everything.targets.index(target) for target in chosen.targets]
-    torch.testing.assert_close(chosen.mass, everything.mass[[0, 2]][:, :, :, places], equal_nan=True)
+    assert (selected.layers, selected.targets) == ((0, 2), ("instruction", "system"))
+    indices = [whole.targets.index(target) for target in selected.targets]
+    torch.testing.assert_close(selected.mass, whole.mass[[0, 2]][:, :, :, indices], equal_nan=True)
 
 
-def test_targets_that_a_call_has_none_of(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
-    """A prompt without response, then steps that are nothing else."""
+def test_record_attention_target_missing_from_a_call_equals_whole_record(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
+    """The prompt has no response, and the steps have nothing else."""
     inputs, model = make_inputs(), make_llava()
     tokens = TokenMap.from_inputs(model, inputs)
-    with record_attention(model, tokens) as everything:
+    with record_attention(model, tokens) as whole:
         model.generate(**inputs, max_new_tokens=3, do_sample=False)
     for target in ("instruction", "response"):
         with record_attention(model, tokens, targets=[target]) as one:
             model.generate(**inputs, max_new_tokens=3, do_sample=False)
-        place = everything.targets.index(target)
-        torch.testing.assert_close(one.mass[:, :, :, 0], everything.mass[:, :, :, place], equal_nan=True)
-        torch.testing.assert_close(one.received[:, :, :, 0], everything.received[:, :, :, place], equal_nan=True)
+        index = whole.targets.index(target)
+        torch.testing.assert_close(one.mass[:, :, :, 0], whole.mass[:, :, :, index], equal_nan=True)
+        torch.testing.assert_close(one.received[:, :, :, 0], whole.received[:, :, :, index], equal_nan=True)
 
 
-def test_merged_groups_are_the_axes(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+def test_record_attention_merged_groups_are_axes_of_record(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
     inputs, model = make_inputs(), make_llava("eager")
     tokens = TokenMap.from_inputs(model, inputs).merge({"text": ["system", "instruction", "response"]})
     with torch.no_grad(), record_attention(model, tokens) as attention:
         attentions = model(**inputs, output_attentions=True).attentions
     assert attention.targets == ("text", "vision")
-    check(attention, by_definition(attentions, tokens, attention.targets))
+    check_record(attention, expected_statistics(attentions, tokens, attention.targets))
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("side", ["left", "right", "none"])
-def test_decoding_counts_as_response(
+def test_record_attention_decoded_tokens_count_as_response(
     make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], cache: str, side: str
 ) -> None:
-    """Prompt, then two cached steps: the same as one eager pass over everything, steps labelled response.
+    """A prompt and two cached steps equal one eager pass over all tokens, with the steps labelled response.
 
-    Without padding sdpa gets no mask: in the prompt that means causal, in a step it means everything.
+    Without padding, sdpa gets no mask: attention is causal in the prompt, and a step attends to all keys.
     """
     inputs, steps = make_inputs(side), torch.tensor([[5, 6], [7, 8], [9, 10]])
     if side == "none":
@@ -158,10 +166,12 @@ def test_decoding_counts_as_response(
     eager = make_llava("eager")
     with torch.no_grad():
         attentions = eager(**full, output_attentions=True).attentions
-    check(attention, by_definition(attentions, full_map, attention.targets))
+    check_record(attention, expected_statistics(attentions, full_map, attention.targets))
 
 
-def test_generate(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+def test_record_attention_generate_keeps_output_and_records_steps(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
     inputs, model = make_inputs(), make_llava()
     tokens = TokenMap.from_inputs(model, inputs)
     plain = model.generate(**inputs, max_new_tokens=4, do_sample=False)
@@ -174,8 +184,10 @@ def test_generate(make_llava: Callable[..., Model], make_inputs: Callable[..., I
     assert attention.received.shape[-1] == inputs["input_ids"].shape[1] + 3
 
 
-def test_bfloat16(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
-    """Against the weights of eager attention, which it rounds to bfloat16 (8 bits) after bfloat16 scores."""
+def test_record_attention_bfloat16_is_close_to_eager_weights(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
+    """Eager attention computes scores in bfloat16 and rounds its weights to bfloat16 (8 bits)."""
     inputs, model = make_inputs(), make_llava().bfloat16()
     eager = make_llava("eager").bfloat16()
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
@@ -184,13 +196,13 @@ def test_bfloat16(make_llava: Callable[..., Model], make_inputs: Callable[..., I
         attentions = eager(**inputs, output_attentions=True).attentions
         with record_attention(model, tokens) as attention:
             model(**inputs)
-    expected = by_definition(attentions, tokens, attention.targets)
-    check(attention, {name: expected[name] for name in ("mass", "entropy", "received")}, atol=0.03)
+    expected = expected_statistics(attentions, tokens, attention.targets)
+    check_record(attention, {name: expected[name] for name in ("mass", "entropy", "received")}, atol=0.03)
 
 
 @pytest.mark.parametrize("steps", [0, 3])
-def test_sliding_windows_hide_their_keys(steps: int) -> None:
-    """A window of 4 over 9 positions, and then with a cache that has dropped the oldest keys."""
+def test_record_attention_sliding_window_hides_keys(steps: int) -> None:
+    """A window of 4 over 9 positions, then with a cache that has dropped the oldest keys."""
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=64,
@@ -218,37 +230,39 @@ def test_sliding_windows_hide_their_keys(steps: int) -> None:
     full_map = TokenMap.from_inputs(model, {"input_ids": ids, "labels": labels})
     distance = np.arange(9 + steps)[:, None] - np.arange(9 + steps)
     visible = ((distance >= 0) & (distance < 4))[None]
-    check(attention, by_definition(attentions, full_map, attention.targets, visible))
+    check_record(attention, expected_statistics(attentions, full_map, attention.targets, visible))
 
 
-def test_layers_outside_the_decoder_are_not_recorded(
+def test_record_attention_skips_layers_outside_decoder(
     make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
 ) -> None:
-    """A copy of the first layer runs before the decoder on the decoder's config, as a pre-fusion layer does."""
+    """A copy of the first layer runs before the decoder with the decoder's config, as a pre-fusion layer does."""
     inputs, model = make_inputs(), make_llava()
     tokens = TokenMap.from_inputs(model, inputs)
     with torch.no_grad(), record_attention(model, tokens) as alone:
         model(**inputs)
     decoder = model.get_decoder()
     extra = type(decoder.layers[0])(decoder.config, layer_idx=0)
-    ran = 0
+    calls = 0
 
     def prefuse(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal ran
+        nonlocal calls
         hidden = kwargs["inputs_embeds"]
         positions = torch.arange(hidden.shape[1])[None]
         extra(hidden, position_embeddings=decoder.rotary_emb(hidden, positions), attention_mask=None)
-        ran += 1
+        calls += 1
 
     decoder.register_forward_pre_hook(prefuse, with_kwargs=True)
     with torch.no_grad(), record_attention(model, tokens) as beside:
         model(**inputs)
-    assert ran == 1
+    assert calls == 1
     assert torch.equal(alone.queries, beside.queries)
     torch.testing.assert_close(alone.mass, beside.mass, equal_nan=True)
 
 
-def test_frame(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+def test_attention_record_frame_has_row_for_each_entry(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
     inputs, model = make_inputs(), make_llava()
     tokens = TokenMap.from_inputs(model, inputs)
     with torch.no_grad(), record_attention(model, tokens, layers=[1, 2]) as attention:
@@ -257,13 +271,13 @@ def test_frame(make_llava: Callable[..., Model], make_inputs: Callable[..., Inpu
     assert list(frame.columns) == ["layer", "sample", "head", "target", "source", "mass", "entropy", "queries"]
     assert len(frame) == 2 * 3 * 4 * 4 * 5
     row = frame.query("layer == 2 and sample == 1 and head == 3 and target == 'instruction' and source == 'vision'")
-    place = (1, 1, 3, attention.targets.index("instruction"), tokens.index("vision"))
-    assert row.mass.item() == attention.mass[place].item()
-    assert row.entropy.item() == attention.entropy[place].item()
+    entry = (1, 1, 3, attention.targets.index("instruction"), tokens.index("vision"))
+    assert row.mass.item() == attention.mass[entry].item()
+    assert row.entropy.item() == attention.entropy[entry].item()
     assert row["queries"].item() == 4
 
 
-def test_importing_probes_leaves_pandas_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_probes_does_not_import_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(sys.modules):
         if name.partition(".")[0] in ("probes", "pandas"):
             monkeypatch.delitem(sys.modules, name)

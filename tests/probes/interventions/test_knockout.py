@@ -1,3 +1,5 @@
+"""`BlockAttention` against a decoder in plain tensor operations with the edges cut."""
+
 from __future__ import annotations
 
 import contextlib
@@ -14,16 +16,16 @@ from transformers import LlavaForConditionalGeneration, MistralConfig, MistralFo
 from probes.attention.recording import record_attention
 from probes.interventions import BlockAttention, RemoveTokens, intervene
 from probes.tokens.token_map import TokenMap
-from tests.probes import by_hand
+from tests.probes import reference_llama
 
 Model = LlavaForConditionalGeneration
 Inputs = dict[str, Tensor]
 
 
 def single_row() -> Inputs:
-    """A word, a picture of four patches, two words."""
+    """Return one row: a word, an image of four patches, two words."""
     return {
-        "input_ids": torch.tensor([[5, *[by_hand.IMAGE_TOKEN] * 4, 6, 7]]),
+        "input_ids": torch.tensor([[5, *[reference_llama.IMAGE_TOKEN] * 4, 6, 7]]),
         "attention_mask": torch.ones(1, 7, dtype=torch.long),
         "pixel_values": torch.linspace(-1, 1, 192).view(1, 3, 8, 8),
     }
@@ -33,13 +35,15 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
 
 
-def block_by_hand(
+def logits_with_blocked_edges(
     model: Model, inputs: Inputs, row: int, source: Tensor, target: Tensor, layers: Any
 ) -> tuple[Tensor, int]:
-    """Logits of a row with the edges cut, and the number of queries that lose an edge."""
-    live = by_hand.live(inputs, row)
-    edges = target[row, live][:, None] & source[row, live][None]
-    logits, _ = by_hand.run(model, by_hand.embed(model, inputs, row), dict.fromkeys(layers, edges))
+    """Return the logits of a row with the edges cut, and the number of queries that lose an edge."""
+    unpadded = reference_llama.unpadded(inputs, row)
+    edges = target[row, unpadded][:, None] & source[row, unpadded][None]
+    logits, _ = reference_llama.run_decoder(
+        model, reference_llama.embed_row(model, inputs, row), dict.fromkeys(layers, edges)
+    )
     return logits, int((edges & torch.ones_like(edges).tril()).any(dim=1).sum())
 
 
@@ -48,7 +52,7 @@ def block_by_hand(
 @pytest.mark.parametrize(
     ("source", "target"), [("vision", "instruction"), ("vision", "vision"), ("system", "instruction")]
 )
-def test_edges_are_gone(
+def test_block_attention_equals_run_with_blocked_edges(
     make_llava: Callable[..., Model],
     make_inputs: Callable[..., Inputs],
     side: str,
@@ -56,7 +60,7 @@ def test_edges_are_gone(
     source: str,
     target: str,
 ) -> None:
-    """Every live position of every row; vision that starts a row has no key left once it cannot see itself."""
+    """All unpadded positions of every row. Vision at the start of a row has no key left if its own is blocked."""
     inputs, model = make_inputs(side), make_llava(implementation)
     tokens = TokenMap.from_inputs(model, inputs)
     with torch.no_grad(), intervene(model, tokens, BlockAttention(source, target, [0, 2])) as receipt:
@@ -64,15 +68,17 @@ def test_edges_are_gone(
     touched = 0
     for row in range(3):
         masks = tokens.mask(source), tokens.mask(target)
-        expected, queries = block_by_hand(model, inputs, row, *masks, [0, 2])
-        close(logits[row, by_hand.live(inputs, row)], expected)
+        expected, queries = logits_with_blocked_edges(model, inputs, row, *masks, [0, 2])
+        close(logits[row, reference_llama.unpadded(inputs, row)], expected)
         touched += queries
     assert receipt[0].calls == {0: 1, 2: 1}
     assert receipt[0].tokens == {0: touched, 2: touched}
     assert receipt[0].mass == {0: 0.0, 2: 0.0}
 
 
-def test_it_bites_where_it_should(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+def test_block_attention_changes_only_target_of_rows_with_source(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
     inputs, model = make_inputs(), make_llava()
     tokens = TokenMap.from_inputs(model, inputs)
     with torch.no_grad():
@@ -81,23 +87,25 @@ def test_it_bites_where_it_should(make_llava: Callable[..., Model], make_inputs:
             changed = model(**inputs).logits
     differs = (plain - changed).abs().amax(dim=-1) > 1e-3
     instruction = tokens.mask("instruction")
-    instruction[2] = False  # the row without a picture
+    instruction[2] = False  # the row without an image
     assert torch.equal(differs, instruction)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(source=st.lists(st.booleans(), min_size=7, max_size=7), target=st.lists(st.booleans(), min_size=7, max_size=7))
-def test_any_masks(
+def test_block_attention_any_masks_equals_run_with_blocked_edges(
     make_llava: Callable[..., Model], implementation: str, source: list[bool], target: list[bool]
 ) -> None:
-    """Masks instead of groups, over an unpadded row; what has no edge to cut changes no bit and is told on leaving."""
+    """Masks instead of groups, on an unpadded row. Without an edge to cut, logits are identical and leaving raises."""
     model, inputs = make_llava(implementation), single_row()
     tokens = TokenMap.from_inputs(model, inputs)
     masks = torch.tensor([source]), torch.tensor([target])
-    expected, queries = block_by_hand(model, inputs, 0, *masks, [1])
-    told = contextlib.nullcontext() if queries else pytest.raises(RuntimeError, match=r"did nothing in layers \[1\]")
-    with told, intervene(model, tokens, BlockAttention(*masks, [1])) as receipt, torch.no_grad():
+    expected, queries = logits_with_blocked_edges(model, inputs, 0, *masks, [1])
+    expected_exit = (
+        contextlib.nullcontext() if queries else pytest.raises(RuntimeError, match=r"did nothing in layers \[1\]")
+    )
+    with expected_exit, intervene(model, tokens, BlockAttention(*masks, [1])) as receipt, torch.no_grad():
         logits = model(**inputs).logits
     close(logits[0], expected)
     assert receipt[0].tokens == {1: queries}
@@ -110,7 +118,7 @@ def test_any_masks(
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("when", ["prefill", "decode", "both"])
-def test_cached_steps(
+def test_block_attention_cached_steps_equal_one_pass(
     make_llava: Callable[..., Model],
     make_inputs: Callable[..., Inputs],
     padded: bool,
@@ -118,7 +126,7 @@ def test_cached_steps(
     implementation: str,
     when: str,
 ) -> None:
-    """Steps of one token and of two; without padding sdpa gets no mask, in the prompt and in the steps."""
+    """Steps of one token and of two. Without padding, sdpa gets no mask in the prompt and in the steps."""
     inputs, model = make_inputs("left"), make_llava(implementation)
     if not padded:
         inputs = {name: values[:1] for name, values in inputs.items()}
@@ -140,13 +148,15 @@ def test_cached_steps(
     decoding = torch.arange(length + 3) >= length
     text = torch.nn.functional.pad(tokens.mask("text"), (0, 3), value=True)
     target = text & {"prefill": ~decoding, "decode": decoding, "both": torch.ones_like(decoding)}[when]
-    vision = full["input_ids"] == by_hand.IMAGE_TOKEN
+    vision = full["input_ids"] == reference_llama.IMAGE_TOKEN
     for row in range(rows):
-        expected, _ = block_by_hand(model, full, row, vision, target, [1, 2])
+        expected, _ = logits_with_blocked_edges(model, full, row, vision, target, [1, 2])
         close(torch.cat(logits, dim=1)[row], expected[-3:])
 
 
-def test_generation_is_decoding_by_hand(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+def test_block_attention_generation_equals_step_by_step_decoding(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
     inputs, model = make_inputs("left"), make_llava()
     tokens = TokenMap.from_inputs(model, inputs)
     knockouts = [BlockAttention("vision", target, range(3)) for target in ("instruction", "response")]
@@ -154,57 +164,61 @@ def test_generation_is_decoding_by_hand(make_llava: Callable[..., Model], make_i
         generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)[:, -4:]
     assert [effect.calls for effect in receipt] == [dict.fromkeys(range(3), 1), dict.fromkeys(range(3), 3)]
     for row in range(3):
-        live = by_hand.live(inputs, row)
+        unpadded = reference_llama.unpadded(inputs, row)
         full = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
-        said: list[int] = []
+        answer: list[int] = []
         for _ in range(4):
             length = full["input_ids"].shape[1]
-            vision = full["input_ids"] == by_hand.IMAGE_TOKEN
-            text = torch.nn.functional.pad(tokens.mask("instruction"), (0, length - live.numel()), value=True)
-            logits, _ = block_by_hand(model, full, row, vision, text, range(3))
-            said.append(int(logits[-1].argmax()))
-            full["input_ids"] = torch.cat([full["input_ids"], torch.full((3, 1), said[-1])], dim=1)
+            vision = full["input_ids"] == reference_llama.IMAGE_TOKEN
+            text = torch.nn.functional.pad(tokens.mask("instruction"), (0, length - unpadded.numel()), value=True)
+            logits, _ = logits_with_blocked_edges(model, full, row, vision, text, range(3))
+            answer.append(int(logits[-1].argmax()))
+            full["input_ids"] = torch.cat([full["input_ids"], torch.full((3, 1), answer[-1])], dim=1)
             full["attention_mask"] = torch.nn.functional.pad(full["attention_mask"], (0, 1), value=1)
-        assert generated[row].tolist() == said
+        assert generated[row].tolist() == answer
 
 
-def test_a_batch_equals_its_rows(make_llama: Callable[..., Any], make_rows: Callable[..., Inputs]) -> None:
-    """Eight left-padded rows with different numbers of visual tokens; a plain decoder takes any, without pixels."""
+def test_block_attention_batch_equals_single_rows(
+    make_llama: Callable[..., Any], make_rows: Callable[..., Inputs]
+) -> None:
+    """Eight left-padded rows with different numbers of visual tokens; a plain decoder takes any number of them."""
     inputs, model = make_rows([(i % 4, 2 + i, 9 - i) for i in range(8)], "left"), make_llama()
     del inputs["pixel_values"]
     knockout = BlockAttention("vision", "instruction", [0, 1])
     with torch.no_grad(), intervene(model, TokenMap.from_inputs(model, inputs), knockout):
         logits = model(**inputs).logits
     for row in range(8):
-        live = by_hand.live(inputs, row)
-        single = {name: values[row, live][None] for name, values in inputs.items()}
+        unpadded = reference_llama.unpadded(inputs, row)
+        single = {name: values[row, unpadded][None] for name, values in inputs.items()}
         with torch.no_grad(), intervene(model, TokenMap.from_inputs(model, single), knockout):
-            close(logits[row, live], model(**single).logits[0])
+            close(logits[row, unpadded], model(**single).logits[0])
 
 
-def test_sliding_windows_stay() -> None:
-    """What the window hides stays hidden, and only edges inside it count as cut."""
+def test_block_attention_keeps_sliding_window() -> None:
+    """Keys outside the window stay hidden, and only edges inside it count as cut."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = MistralConfig(vocab_size=64, num_key_value_heads=2, sliding_window=3, initializer_range=0.2, **sizes)
-    config.image_token_id = by_hand.IMAGE_TOKEN
+    config.image_token_id = reference_llama.IMAGE_TOKEN
     model: Any = MistralForCausalLM(config).eval()
-    input_ids = torch.tensor([[5, 6, *[by_hand.IMAGE_TOKEN] * 3, 7, 8, 9, 4]])
+    input_ids = torch.tensor([[5, 6, *[reference_llama.IMAGE_TOKEN] * 3, 7, 8, 9, 4]])
     tokens = TokenMap.from_inputs(model, {"input_ids": input_ids})
     with torch.no_grad(), intervene(model, tokens, BlockAttention("vision", "instruction", [0, 1, 2])) as receipt:
         logits = model(input_ids=input_ids).logits[0]
-    assert receipt[0].tokens == dict.fromkeys(range(3), 2), "positions 5 and 6 see vision, 7 and 8 see only text"
+    assert receipt[0].tokens == dict.fromkeys(range(3), 2), "positions 5 and 6 attend to vision, 7 and 8 only to text"
     distance = torch.arange(9)[:, None] - torch.arange(9)
     vision, target = tokens.mask("vision")[0], tokens.mask("instruction")[0]
     edges = (distance >= 3) | (target[:, None] & vision)
     with torch.no_grad():
-        expected, _ = by_hand.run(model, model.get_input_embeddings()(input_ids), dict.fromkeys(range(3), edges))
+        expected, _ = reference_llama.run_decoder(
+            model, model.get_input_embeddings()(input_ids), dict.fromkeys(range(3), edges)
+        )
     close(logits, expected)
 
 
 @pytest.mark.parametrize("record_first", [True, False])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_recording_under_a_knockout(
+def test_record_attention_under_block_attention_has_nan_for_blocked_edges(
     make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], record_first: bool, implementation: str
 ) -> None:
     inputs, model = make_inputs(), make_llava(implementation)
@@ -218,13 +232,19 @@ def test_recording_under_a_knockout(
             assert torch.equal(model(**inputs).logits, changed)
     attention = outer if record_first else inner
     vision, text = tokens.index("vision"), attention.targets.index("instruction")
-    assert attention.mass[1, :, :, text, vision].isnan().all(), "the instruction sees no vision"
-    assert (attention.mass[1, :2, :, attention.targets.index("vision"), vision] > 0).all(), "vision still does"
-    assert (attention.mass[[0, 2]][:, :2, :, text, vision] > 0).all(), "and so does the instruction elsewhere"
+    assert attention.mass[1, :, :, text, vision].isnan().all(), "the instruction does not attend to vision"
+    assert (attention.mass[1, :2, :, attention.targets.index("vision"), vision] > 0).all(), (
+        "vision still attends to vision"
+    )
+    assert (attention.mass[[0, 2]][:, :2, :, text, vision] > 0).all(), (
+        "the instruction attends to vision in other layers"
+    )
 
 
-def test_several_at_once(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
-    """On the same layer: edges cut by either are cut, in any order, and with a removal beside them."""
+def test_intervene_several_interventions_compose(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
+    """Edges cut by either of two interventions on one layer are cut, in any order, and also with a removal."""
     inputs, model = make_inputs(), make_llava()
     tokens = TokenMap.from_inputs(model, inputs)
     pair = BlockAttention("vision", "instruction", [1]), BlockAttention("system", "instruction", [1, 2])
@@ -243,34 +263,34 @@ def test_several_at_once(make_llava: Callable[..., Model], make_inputs: Callable
             after_removal = model(**inputs).logits
     assert torch.equal(first, second)
     assert torch.equal(first, third)
-    assert torch.equal(after_removal, removed), "what is removed has no edge to cut"
+    assert torch.equal(after_removal, removed), "removed tokens have no edge to cut"
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_mass_is_measured_on_what_the_kernel_got(
+def test_block_attention_kernel_without_mask_raises(
     make_llava: Callable[..., Model],
     make_inputs: Callable[..., Inputs],
     implementation: str,
 ) -> None:
-    """An attention that lost its mask on the way to the kernel is told."""
+    """An attention that loses its mask before the kernel raises."""
     inputs, model = make_inputs(), make_llava(implementation)
     attention = model.get_decoder().layers[1].self_attn
 
-    def forget(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def discard_mask(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         mask = kwargs["attention_mask"]
         return args, kwargs | {"attention_mask": torch.full_like(mask, mask.dtype == torch.bool)}
 
-    attention.register_forward_pre_hook(forget, with_kwargs=True)
-    told = pytest.raises(
-        RuntimeError, match=r"attention on blocked keys is 0\.\d+, not 0, in layer 1: LlamaAttention does not follow"
-    )
+    attention.register_forward_pre_hook(discard_mask, with_kwargs=True)
+    raises = pytest.raises(RuntimeError, match=r"blocked keys is 0\.\d+, not 0, in layer 1: LlamaAttention")
     tokens = TokenMap.from_inputs(model, inputs)
-    with told, torch.no_grad(), intervene(model, tokens, BlockAttention("vision", "instruction", [1])):
+    with raises, torch.no_grad(), intervene(model, tokens, BlockAttention("vision", "instruction", [1])):
         model(**inputs)
     assert torch.overrides._get_current_function_mode_stack() == []
 
 
-def test_receipt(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+def test_receipt_frame_and_str_list_effects(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
     inputs, model = make_inputs(), make_llava()
     tokens = TokenMap.from_inputs(model, inputs)
     both = BlockAttention("vision", "instruction", [1]), RemoveTokens("vision", [2])
@@ -287,16 +307,21 @@ def test_receipt(make_llava: Callable[..., Model], make_inputs: Callable[..., In
     ]
 
 
-def test_an_exception_leaves_nothing(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
-    """Raised inside the attention, while its kernel is watched."""
+def test_block_attention_exception_in_attention_leaves_no_hook(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
+    """The exception is raised inside the attention, while its kernel is intercepted."""
     inputs, model = make_inputs(), make_llava()
     tokens = TokenMap.from_inputs(model, inputs)
 
     def fail(*args: Any) -> None:
-        raise KeyError("mine")
+        raise KeyError("from inside")
 
     handle = model.get_decoder().layers[1].self_attn.o_proj.register_forward_pre_hook(fail)
-    with pytest.raises(KeyError, match="mine"), intervene(model, tokens, BlockAttention("vision", "instruction", [1])):
+    with (
+        pytest.raises(KeyError, match="from inside"),
+        intervene(model, tokens, BlockAttention("vision", "instruction", [1])),
+    ):
         model(**inputs)
     handle.remove()
     assert torch.overrides._get_current_function_mode_stack() == []
@@ -311,11 +336,11 @@ def test_an_exception_leaves_nothing(make_llava: Callable[..., Model], make_inpu
         (BlockAttention("vision", "instruction", [1], "always"), "unknown when='always'"),  # type: ignore[arg-type]
         (
             BlockAttention(torch.ones(1, 13), "vision", [1]),
-            r"is bool of shape \[3, 13\]; given: torch.float32 \[1, 13\]",
+            r"torch.float32 of shape \[1, 13\]: it must be torch.bool of shape \[3, 13\]",
         ),
     ],
 )
-def test_bad_input(
+def test_block_attention_invalid_argument_raises(
     make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], knockout: BlockAttention, message: str
 ) -> None:
     model = make_llava()

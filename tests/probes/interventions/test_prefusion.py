@@ -1,4 +1,4 @@
-"""Interventions inside LLaVA-Mini's pre-fusion layers, where the rows are frames that come in chunks."""
+"""Interventions in LLaVA-Mini's pre-fusion layers, where the rows are frames that run in chunks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ __all__ = ["make_mini"]
 
 @pytest.mark.parametrize("chunk", [1, 2, 8])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_blocking(make_mini: Callable[..., Mini], implementation: str, chunk: int) -> None:
-    """The first layer's attention without the patches, by hand from its input."""
+def test_block_attention_prefusion_any_chunks_blocks_edges(
+    make_mini: Callable[..., Mini], implementation: str, chunk: int
+) -> None:
+    """In the first layer, the instruction has no attention on the patches; in the second it has."""
     model, inputs, tokens = make_mini(implementation, frames_per_chunk=chunk), video(3), map_of(3)
     knockout = BlockAttention("vision", "instruction", [0])
     with torch.no_grad(), intervene(model, tokens, knockout) as receipt, record_attention(model, tokens) as attention:
@@ -34,8 +36,8 @@ def test_blocking(make_mini: Callable[..., Mini], implementation: str, chunk: in
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 8])
-def test_dropping_is_hiding(make_mini: Callable[..., Mini], chunk: int) -> None:
-    """Also in what the language model says after it, whose own layers are left alone."""
+def test_remove_tokens_prefusion_drop_equals_mask(make_mini: Callable[..., Mini], chunk: int) -> None:
+    """The logits of the language model are equal too; its own layers are unchanged."""
     model, inputs, tokens = make_mini(frames_per_chunk=chunk), video(3), map_of(3)
     logits = []
     with torch.no_grad():
@@ -44,14 +46,14 @@ def test_dropping_is_hiding(make_mini: Callable[..., Mini], chunk: int) -> None:
             with intervene(model, tokens, RemoveTokens("vision", [0, 1], how=how)) as receipt:
                 logits.append(model(**inputs).logits)
             assert receipt[0].tokens == dict.fromkeys([0, 1], int(tokens.mask("vision").sum()))
-    live = inputs["attention_mask"].bool()
-    torch.testing.assert_close(logits[0][live], logits[1][live], atol=2e-5, rtol=1e-5)
-    assert (logits[0] - plain)[live].abs().max() > 1e-3
+    unpadded = inputs["attention_mask"].bool()
+    torch.testing.assert_close(logits[0][unpadded], logits[1][unpadded], atol=2e-5, rtol=1e-5)
+    assert (logits[0] - plain)[unpadded].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 8])
-def test_patching(make_mini: Callable[..., Mini], chunk: int) -> None:
-    """Each frame gets its own values, whatever the chunks; its own states change nothing."""
+def test_patch_activations_prefusion_patches_each_frame(make_mini: Callable[..., Mini], chunk: int) -> None:
+    """Each frame gets its own values in chunks of any size, and its own states change nothing."""
     model, inputs, tokens = make_mini(frames_per_chunk=chunk), video(3), map_of(3)
     with torch.no_grad():
         with record_states(model, tokens, "vision", component="mlp") as states:
@@ -60,12 +62,12 @@ def test_patching(make_mini: Callable[..., Mini], chunk: int) -> None:
             assert torch.equal(model(**inputs).logits, plain)
         shifted: Any = {0: states[0] + torch.arange(len(states[0]))[:, None]}
         patch = PatchActivations("vision", [0], "mlp", shifted)
-        with intervene(model, tokens, patch), record_states(model, tokens, "vision", component="mlp") as found:
+        with intervene(model, tokens, patch), record_states(model, tokens, "vision", component="mlp") as patched:
             model(**inputs)
-    assert torch.equal(found[0], shifted[0])
+    assert torch.equal(patched[0], shifted[0])
 
 
-def test_positions_of_prefusion_cannot_be_renumbered(make_mini: Callable[..., Mini]) -> None:
+def test_remove_tokens_prefusion_renumber_raises(make_mini: Callable[..., Mini]) -> None:
     removal = RemoveTokens("vision", [0], how="drop", positions="renumber")
-    with pytest.raises(ValueError, match="Prefusion has no rotary_emb: its positions cannot be renumbered"):
+    with pytest.raises(ValueError, match=r"Prefusion has no rotary_emb.*renumbered"):
         intervene(make_mini(), map_of(3), removal).__enter__()

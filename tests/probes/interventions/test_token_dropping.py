@@ -1,3 +1,5 @@
+"""`RemoveTokens(how="drop")` and renumbered positions, against masked removal and shorter sequences."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -7,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, LlavaForConditionalGeneration, MistralConfig, MistralForCausalLM, StaticCache
+from transformers import DynamicCache, LlavaForConditionalGeneration
 
 from probes.attention.recording import record_attention
 from probes.interventions import BlockAttention, RemoveTokens, intervene
 from probes.readouts.hidden_states import record_states
 from probes.tokens.token_map import TokenMap
-from tests.probes import by_hand
+from tests.probes import reference_llama
 
 Model = LlavaForConditionalGeneration
 Inputs = dict[str, Tensor]
@@ -25,13 +27,13 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 @torch.no_grad()
-def withdraw_by_hand(model: Model, inputs: Inputs, row: int, start: int, gone: Tensor) -> Tensor:
-    """Logits of the tokens that stay: from layer `start` on they are a sequence of their own, numbered from 0."""
-    gone = gone[row, by_hand.live(inputs, row)]
-    hidden, decoder = by_hand.embed(model, inputs, row), model.get_decoder()
+def logits_of_shorter_sequence(model: Model, inputs: Inputs, row: int, start: int, removed: Tensor) -> Tensor:
+    """Return the remaining tokens' logits. From layer `start` they are a sequence of their own, numbered from 0."""
+    removed = removed[row, reference_llama.unpadded(inputs, row)]
+    hidden, decoder = reference_llama.embed_row(model, inputs, row), model.get_decoder()
     for number, layer in enumerate(decoder.layers):
         if number == start:
-            hidden = hidden[:, ~gone]
+            hidden = hidden[:, ~removed]
         length = hidden.shape[1]
         hidden = layer(
             hidden,
@@ -44,10 +46,10 @@ def withdraw_by_hand(model: Model, inputs: Inputs, row: int, start: int, gone: T
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("how", ["mask", "drop"])
 @pytest.mark.parametrize("padded", [True, False])
-def test_renumbered_positions(
+def test_remove_tokens_renumber_equals_shorter_sequence(
     make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], implementation: str, how: Any, padded: bool
 ) -> None:
-    """A prompt and two steps, as if the sequence had been shorter by the picture from layer 1 on."""
+    """A prompt and two steps, as if the sequence had no image tokens from layer 1 on."""
     inputs, model = make_inputs("left"), make_llava(implementation)
     if not padded:
         inputs = {name: values[:1] for name, values in inputs.items()}
@@ -64,21 +66,25 @@ def test_renumbered_positions(
             out = model(input_ids=step, attention_mask=mask, past_key_values=past, use_cache=True)
             logits.append(out.logits)
     full = inputs | {"input_ids": torch.cat([inputs["input_ids"], steps], dim=1), "attention_mask": mask}
-    vision = full["input_ids"] == by_hand.IMAGE_TOKEN
+    vision = full["input_ids"] == reference_llama.IMAGE_TOKEN
     differs = False
     for row in range(rows):
-        expected = withdraw_by_hand(model, full, row, 1, vision)
-        live = by_hand.live(full, row) & ~vision[row]
-        close(torch.cat(logits, dim=1)[row, live], expected)
-        plain, _ = by_hand.run(
-            model, by_hand.embed(model, full, row), dict.fromkeys([1, 2], vision[row, by_hand.live(full, row)])
+        expected = logits_of_shorter_sequence(model, full, row, 1, vision)
+        unpadded = reference_llama.unpadded(full, row) & ~vision[row]
+        close(torch.cat(logits, dim=1)[row, unpadded], expected)
+        plain, _ = reference_llama.run_decoder(
+            model,
+            reference_llama.embed_row(model, full, row),
+            dict.fromkeys([1, 2], vision[row, reference_llama.unpadded(full, row)]),
         )
         differs |= bool((plain[-1] - expected[-1]).abs().max() > 1e-3)
-    assert differs, "with positions kept the answer is another"
+    assert differs, "kept positions give other logits"
 
 
-def test_positions_in_generation(make_llama: Callable[..., Any], make_rows: Callable[..., Inputs]) -> None:
-    """Eight left-padded rows, whose position ids `generate` counts without padding, equal eight singles."""
+def test_remove_tokens_renumber_generation_equals_single_rows_and_text_only(
+    make_llama: Callable[..., Any], make_rows: Callable[..., Inputs]
+) -> None:
+    """Eight left-padded rows, whose position ids `generate` counts without padding, equal eight single rows."""
     inputs, model = make_rows(ROWS, "left"), make_llama()
     del inputs["pixel_values"]
     removal = RemoveTokens("vision", range(3), how="drop", positions="renumber")
@@ -86,20 +92,20 @@ def test_positions_in_generation(make_llama: Callable[..., Any], make_rows: Call
     with intervene(model, TokenMap.from_inputs(model, inputs), removal):
         logits = torch.stack(model.generate(**inputs, **options).logits)
     for row in range(8):
-        live = by_hand.live(inputs, row)
-        single = {name: values[row, live][None] for name, values in inputs.items()}
+        unpadded = reference_llama.unpadded(inputs, row)
+        single = {name: values[row, unpadded][None] for name, values in inputs.items()}
         with intervene(model, TokenMap.from_inputs(model, single), removal):
             close(torch.stack(model.generate(**single, **options).logits)[:, 0], logits[:, row])
-        text = single["input_ids"][single["input_ids"] != by_hand.IMAGE_TOKEN][None]
+        text = single["input_ids"][single["input_ids"] != reference_llama.IMAGE_TOKEN][None]
         alone = model.generate(text, attention_mask=torch.ones_like(text), **options)
         close(torch.stack(alone.logits)[:, 0], logits[:, row])
 
 
 @pytest.mark.parametrize(("when", "keep"), [("prefill", True), ("decode", True), ("both", True), ("prefill", False)])
-def test_when_and_the_cache(
+def test_remove_tokens_drop_equals_mask_and_shortens_cache(
     make_llama: Callable[..., Any], make_rows: Callable[..., Inputs], when: Any, keep: bool
 ) -> None:
-    """With the cache kept, as if hidden in the same calls; without, as if hidden from then on, and the cache shorter."""
+    """With keep_cache, dropping equals hiding in the same calls; without it, hiding in all calls, with a shorter cache."""
     inputs, model = make_rows(ROWS, "left"), make_llama()
     del inputs["pixel_values"]
     tokens = TokenMap.from_inputs(model, inputs)
@@ -111,13 +117,15 @@ def test_when_and_the_cache(
         with intervene(model, tokens, removal):
             out.append(model.generate(**inputs, **options))
     close(torch.stack(out[0].logits), torch.stack(out[1].logits))
-    prompt, most = 14, 12  # positions, and the most that any row has besides its visual tokens
-    shorter = prompt if keep else most
-    assert [layer.keys.shape[2] for layer in out[1].past_key_values.layers] == [shorter + 3, prompt + 3, shorter + 3]
+    prompt, longest_text = 14, 12  # positions of the prompt, and the most that any row has besides its visual tokens
+    cached = prompt if keep else longest_text
+    assert [layer.keys.shape[2] for layer in out[1].past_key_values.layers] == [cached + 3, prompt + 3, cached + 3]
 
 
-def test_two_prompts_in_one_block(make_llama: Callable[..., Any], make_rows: Callable[..., Inputs]) -> None:
-    """Each starts anew."""
+def test_remove_tokens_drop_second_prompt_starts_fresh(
+    make_llama: Callable[..., Any], make_rows: Callable[..., Inputs]
+) -> None:
+    """The second prompt does not depend on the first."""
     inputs, model = make_rows(ROWS, "left"), make_llama()
     del inputs["pixel_values"]
     tokens = TokenMap.from_inputs(model, inputs)
@@ -128,8 +136,10 @@ def test_two_prompts_in_one_block(make_llama: Callable[..., Any], make_rows: Cal
     assert receipt[0].tokens == {0: 88, 2: 88}
 
 
-def test_bfloat16(make_llama: Callable[..., Any], make_rows: Callable[..., Inputs]) -> None:
-    """As far from hidden tokens as bfloat16 is from itself in another batch: a few of its steps."""
+def test_remove_tokens_drop_bfloat16_is_close_to_mask(
+    make_llama: Callable[..., Any], make_rows: Callable[..., Inputs]
+) -> None:
+    """The difference is as large as that of bfloat16 between two batches: a few rounding steps."""
     inputs, model = make_rows(ROWS, "left"), make_llama().bfloat16()
     del inputs["pixel_values"]
     tokens, logits = TokenMap.from_inputs(model, inputs), []
@@ -139,22 +149,26 @@ def test_bfloat16(make_llama: Callable[..., Any], make_rows: Callable[..., Input
         with torch.no_grad(), intervene(model, tokens, removal, knockout) as receipt:
             logits.append(model(**inputs).logits.float())
         assert receipt[1].mass == {1: 0.0}
-    live = inputs["attention_mask"].bool()
-    assert (logits[0] - logits[1])[live].abs().max() < 0.05 * logits[0][live].std()
+    unpadded = inputs["attention_mask"].bool()
+    assert (logits[0] - logits[1])[unpadded].abs().max() < 0.05 * logits[0][unpadded].std()
 
 
-def test_kept_cache_saves_the_mlp(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+def test_remove_tokens_keep_cache_runs_mlp_on_fewer_tokens(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
     inputs, model = make_inputs(), make_llava()
     tokens, sizes = TokenMap.from_inputs(model, inputs), []
     for layer in model.get_decoder().layers:
         layer.mlp.gate_proj.register_forward_pre_hook(lambda gate, args: sizes.append(args[0].shape[:2].numel()))
     with torch.no_grad(), intervene(model, tokens, RemoveTokens("vision", [1], how="drop", keep_cache=True)):
         model(**inputs)
-    assert sizes == [39, 31, 39], "three rows of 13 positions, two with a picture of 4"
+    assert sizes == [39, 31, 39], "three rows of 13 positions, two with an image of 4"
 
 
-def test_chunks_of_a_prompt(make_llama: Callable[..., Any], make_rows: Callable[..., Inputs]) -> None:
-    """The picture lies across two chunks."""
+def test_remove_tokens_drop_chunked_prompt_equals_one_pass(
+    make_llama: Callable[..., Any], make_rows: Callable[..., Inputs]
+) -> None:
+    """The image is in two chunks."""
     inputs, model = make_rows([(2, 5, 4), (0, 6, 3)], "left"), make_llama()
     tokens = TokenMap.from_inputs(model, {name: inputs[name] for name in ("input_ids", "attention_mask")})
     removal = RemoveTokens("vision", [0, 1], how="drop")
@@ -167,17 +181,17 @@ def test_chunks_of_a_prompt(make_llama: Callable[..., Any], make_rows: Callable[
                 mask = inputs["attention_mask"][:, :stop]
                 ids = inputs["input_ids"][:, first:stop]
                 logits.append(model(ids, mask, past_key_values=past).logits)
-    live = inputs["attention_mask"].bool()
-    close(torch.cat(logits, dim=1)[live], whole[live])
+    unpadded = inputs["attention_mask"].bool()
+    close(torch.cat(logits, dim=1)[unpadded], whole[unpadded])
     assert receipt[0].tokens == {0: 11, 1: 11}
 
 
 @pytest.mark.parametrize("record_first", [True, False])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_records_are_those_of_hidden_tokens(
+def test_records_under_drop_equal_records_under_mask(
     make_llama: Callable[..., Any], make_rows: Callable[..., Inputs], record_first: bool, implementation: str
 ) -> None:
-    """Attention and states of a ragged batch, in a prompt and a step, whichever block is outside."""
+    """Attention and states of a batch of unequal rows, in a prompt and a step, whichever block is the outer one."""
     inputs, model = make_rows(ROWS, "left"), make_llama(implementation)
     del inputs["pixel_values"]
     tokens = TokenMap.from_inputs(model, inputs)
@@ -213,7 +227,9 @@ def test_records_are_those_of_hidden_tokens(
                 assert dropped[layer].isfinite().all()
 
 
-def test_dropped_tokens_have_no_attention(make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]) -> None:
+def test_record_states_dropped_tokens_are_nan(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
     inputs, model = make_inputs(), make_llava()
     tokens = TokenMap.from_inputs(model, inputs)
     removal = RemoveTokens("vision", [1], how="drop")
@@ -228,10 +244,10 @@ def test_dropped_tokens_have_no_attention(make_llava: Callable[..., Model], make
 
 
 @pytest.mark.parametrize("nested", [True, False])
-def test_with_edges_blocked_in_the_same_layers(
+def test_block_attention_under_drop_equals_under_mask(
     make_llama: Callable[..., Any], make_rows: Callable[..., Inputs], nested: bool
 ) -> None:
-    """A knock-out inside or around a drop is the knock-out beside a mask."""
+    """A knock-out inside or around a drop equals the knock-out together with a mask."""
     inputs, model = make_rows(ROWS, "left"), make_llama()
     del inputs["pixel_values"]
     tokens = TokenMap.from_inputs(model, inputs)
@@ -250,127 +266,21 @@ def test_with_edges_blocked_in_the_same_layers(
                 with intervene(model, tokens, removal, other, knockout) as receipt:
                     logits.append(model(**inputs).logits)
                 assert receipt[2].mass == {1: 0.0, 2: 0.0}
-    live = inputs["attention_mask"].bool()
-    close(logits[0][live], logits[1][live])
+    unpadded = inputs["attention_mask"].bool()
+    close(logits[0][unpadded], logits[1][unpadded])
 
 
-def test_gradients_pass(make_llama: Callable[..., Any], make_rows: Callable[..., Inputs]) -> None:
+def test_remove_tokens_drop_gradients_equal_mask_gradients(
+    make_llama: Callable[..., Any], make_rows: Callable[..., Inputs]
+) -> None:
     inputs, model = make_rows(ROWS, "left"), make_llama()
     del inputs["pixel_values"]
     tokens, gradients = TokenMap.from_inputs(model, inputs), []
-    live = inputs["attention_mask"].bool()
+    unpadded = inputs["attention_mask"].bool()
     for how in ("mask", "drop"):
         model.zero_grad()
         with intervene(model, tokens, RemoveTokens("vision", [1, 2], how=how)):
-            model(**inputs).logits[live].square().mean().backward()
+            model(**inputs).logits[unpadded].square().mean().backward()
         gradients.append(model.get_input_embeddings().weight.grad.clone())
     assert gradients[0].isfinite().all()
     close(gradients[1], gradients[0])
-
-
-class TestErrors:
-    @pytest.fixture
-    def model(self, make_llava: Callable[..., Model]) -> Model:
-        return make_llava()
-
-    @pytest.fixture
-    def inputs(self, make_inputs: Callable[..., Inputs]) -> Inputs:
-        return make_inputs()
-
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"how": "cut"}, "unknown how='cut': it is 'mask' or 'drop'"),
-            ({"positions": "shift"}, "unknown positions='shift': it is 'keep' or 'renumber'"),
-            ({"when": "later"}, "unknown when='later': it is 'prefill', 'decode' or 'both'"),
-            ({"keep_cache": True}, "keep_cache=True is for how='drop'"),
-            ({"how": "drop", "when": "decode"}, "how='drop' with when='decode' cannot be"),
-            ({"positions": "renumber", "when": "prefill"}, "positions='renumber' needs tokens that are gone in every"),
-            ({"how": "drop", "keep_cache": True, "positions": "renumber"}, "positions='renumber' needs tokens that"),
-        ],
-    )
-    def test_options(self, model: Model, inputs: Inputs, options: dict[str, Any], message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            intervene(model, TokenMap.from_inputs(model, inputs), RemoveTokens("vision", [1], **options)).__enter__()
-
-    def test_static_cache(self, model: Model, inputs: Inputs) -> None:
-        past = StaticCache(config=model.config.text_config, max_cache_len=20)
-        told = pytest.raises(ValueError, match="needs a dynamic cache of all tokens, layer 1 has a StaticLayer")
-        tokens = TokenMap.from_inputs(model, inputs)
-        with told, torch.no_grad(), intervene(model, tokens, RemoveTokens("vision", [1], how="drop")):
-            model(**inputs, past_key_values=past)
-        self.clean(model)
-
-    def test_sliding_cache(self) -> None:
-        """Without a cache a sliding layer can drop."""
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-        config = MistralConfig(vocab_size=64, num_key_value_heads=2, sliding_window=3, initializer_range=0.2, **sizes)
-        config.image_token_id = by_hand.IMAGE_TOKEN
-        model: Any = MistralForCausalLM(config).eval()
-        ids = torch.tensor([[5, 6, *[by_hand.IMAGE_TOKEN] * 3, 7, 8, 9, 4]])
-        tokens = TokenMap.from_inputs(model, {"input_ids": ids})
-        logits = []
-        for how in ("mask", "drop"):
-            removal = RemoveTokens("vision", [0, 1], how=how)
-            with torch.no_grad(), intervene(model, tokens, removal):
-                logits.append(model(ids, use_cache=False).logits)
-        close(*logits)
-        told = pytest.raises(ValueError, match="layer 0 has a DynamicSlidingWindowLayer: use how='mask'")
-        with told, torch.no_grad(), intervene(model, tokens, removal):
-            model(ids, use_cache=True)
-
-    def test_a_prompt_cached_before(self, model: Model, inputs: Inputs) -> None:
-        tokens = TokenMap.from_inputs(model, inputs)
-        told = pytest.raises(ValueError, match="layer 1 cannot drop tokens that were cached before the block")
-        with torch.no_grad():
-            past = model(**inputs, use_cache=True).past_key_values
-            mask = pad(inputs["attention_mask"], (0, 1), value=1)
-            with told, intervene(model, tokens, RemoveTokens("vision", [1], how="drop")):
-                model(input_ids=torch.full((3, 1), 7), attention_mask=mask, past_key_values=past)
-
-    def test_twice_in_a_layer(self, model: Model, inputs: Inputs) -> None:
-        tokens = TokenMap.from_inputs(model, inputs)
-        pair = RemoveTokens("vision", [1, 2], how="drop"), RemoveTokens("system", [2], how="drop")
-        with pytest.raises(ValueError, match="layer 2 drops tokens already: name them all in one RemoveTokens"):
-            intervene(model, tokens, *pair).__enter__()
-        self.clean(model)
-
-    def test_an_exception_inside_a_layer(self, model: Model, inputs: Inputs) -> None:
-        tokens = TokenMap.from_inputs(model, inputs)
-
-        def fail(*args: Any) -> None:
-            raise KeyError("mine")
-
-        handle = model.get_decoder().layers[1].mlp.register_forward_pre_hook(fail)
-        with torch.no_grad():
-            plain = record_attention(model, tokens)
-            failing = intervene(model, tokens, RemoveTokens("vision", [1], how="drop"))
-            with pytest.raises(KeyError, match="mine"), failing:
-                model(**inputs)
-            handle.remove()
-            self.clean(model)
-            with plain as attention:
-                model(**inputs)
-        assert (attention.mass[1][:2, :, :, tokens.index("vision")] > 0).any()
-
-    def test_positions_on_three_axes(self, model: Model, inputs: Inputs) -> None:
-        """As Qwen2-VL's, which have no next number."""
-        tokens = TokenMap.from_inputs(model, inputs)
-        layer = model.get_decoder().layers[1]
-
-        def three(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, kwargs | {"position_ids": kwargs["position_ids"].expand(3, -1, -1)}
-
-        layer.register_forward_pre_hook(three, with_kwargs=True)
-        told = pytest.raises(ValueError, match="LlamaModel does not turn its tokens by one position id each")
-        removal = RemoveTokens("vision", [1], how="drop", positions="renumber")
-        with told, torch.no_grad(), intervene(model, tokens, removal):
-            model(**inputs)
-
-    @staticmethod
-    def clean(model: Model) -> None:
-        for module in model.get_decoder().modules():
-            assert not module._forward_pre_hooks
-            assert not module._forward_hooks
-            assert not [name for name in module.__dict__ if "probes" in name]

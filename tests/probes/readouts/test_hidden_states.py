@@ -1,3 +1,5 @@
+"""`record_states` against transformers' own hidden states, in one call and in chunks."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -16,7 +18,7 @@ Inputs = dict[str, Tensor]
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_residuals_are_transformers_hidden_states(
+def test_record_states_residual_equals_transformers_hidden_states(
     make_llava: Callable[..., LlavaForConditionalGeneration], make_inputs: Callable[..., Inputs], side: str
 ) -> None:
     model, inputs = make_llava(), make_inputs(side)
@@ -29,11 +31,11 @@ def test_residuals_are_transformers_hidden_states(
     assert torch.equal(states.index, vision.nonzero())
     assert torch.equal(states[0], expected[1][vision])
     assert torch.equal(states[1], expected[2][vision])
-    assert torch.equal(norm(states[2]), expected[3][vision])  # transformers applies it to its last one
+    assert torch.equal(norm(states[2]), expected[3][vision])  # transformers applies the norm to the last one
 
 
 @torch.no_grad()
-def test_attention_and_mlp_add_up_to_the_residual(
+def test_record_states_attention_and_mlp_sum_to_residual(
     make_llava: Callable[..., LlavaForConditionalGeneration], make_inputs: Callable[..., Inputs]
 ) -> None:
     model, inputs = make_llava(), make_inputs()
@@ -49,7 +51,7 @@ def test_attention_and_mlp_add_up_to_the_residual(
 
 
 @torch.no_grad()
-def test_a_prompt_in_pieces_gives_the_states_of_the_whole(
+def test_record_states_chunked_prompt_equals_one_pass(
     make_llama: Callable[..., LlamaForCausalLM], make_inputs: Callable[..., Inputs]
 ) -> None:
     model, inputs = make_llama(), make_inputs()
@@ -58,39 +60,48 @@ def test_a_prompt_in_pieces_gives_the_states_of_the_whole(
     positions = tokens.mask("instruction") | tokens.mask("vision")
     with record_states(model, tokens, positions) as whole:
         model(input_ids=ids, attention_mask=mask)
-    cache, cut = DynamicCache(), 5
-    with record_states(model, tokens, positions) as pieces:
-        place = (mask.cumsum(1) - 1).clamp(min=0)
-        first = {"input_ids": ids[:, :cut], "attention_mask": mask[:, :cut], "position_ids": place[:, :cut]}
+    cache, first_chunk = DynamicCache(), 5
+    with record_states(model, tokens, positions) as chunks:
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+        first = {
+            "input_ids": ids[:, :first_chunk],
+            "attention_mask": mask[:, :first_chunk],
+            "position_ids": position_ids[:, :first_chunk],
+        }
         model(**first, past_key_values=cache)
-        model(input_ids=ids[:, cut:], attention_mask=mask, position_ids=place[:, cut:], past_key_values=cache)
-        model(input_ids=ids[:, :1], past_key_values=cache)  # generated: no position of the map
+        model(
+            input_ids=ids[:, first_chunk:],
+            attention_mask=mask,
+            position_ids=position_ids[:, first_chunk:],
+            past_key_values=cache,
+        )
+        model(input_ids=ids[:, :1], past_key_values=cache)  # a generated token, which has no position in the map
     for layer in whole.layers:
-        # A padded query attends to nothing in both, but not in the same way.
-        torch.testing.assert_close(whole[layer], pieces[layer], atol=1e-5, rtol=1e-4)
+        # A padded query has no visible key in both runs, but is not computed in the same way.
+        torch.testing.assert_close(whole[layer], chunks[layer], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("arguments", "message"),
     [
-        ({"component": "resid"}, "unknown component 'resid': there are residual, attention, mlp"),
+        ({"component": "resid"}, "unknown component 'resid'.*residual, attention, mlp"),
         ({"at": "image"}, "unknown group 'image'"),
         ({"layers": [3]}, r"layers \[3\] are outside the model"),
     ],
 )
-def test_bad_input_is_one_clear_error(
+def test_record_states_invalid_argument_raises(
     make_llava: Callable[..., LlavaForConditionalGeneration],
     make_inputs: Callable[..., Inputs],
-    wrong: dict[str, Any],
+    arguments: dict[str, Any],
     message: str,
 ) -> None:
     model = make_llava()
     tokens = TokenMap.from_inputs(model, make_inputs())
-    with pytest.raises(ValueError, match=message), record_states(model, tokens, **{"at": "vision"} | wrong):
+    with pytest.raises(ValueError, match=message), record_states(model, tokens, **{"at": "vision"} | arguments):
         pass
 
 
-def test_states_without_a_forward_pass_are_an_error(
+def test_states_without_forward_pass_raise(
     make_llava: Callable[..., LlavaForConditionalGeneration], make_inputs: Callable[..., Inputs]
 ) -> None:
     model = make_llava()

@@ -1,4 +1,4 @@
-"""The lens against the model's own logits and a hand-run of norm and head over transformers' hidden states."""
+"""`logit_lens` against the model's own logits, and against norm and head of transformers' hidden states."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from transformers import (
 
 from probes import RemoveTokens, TokenMap, intervene
 from probes.readouts.logit_lens import logit_lens
-from probes.tokens.grid import Grid, Places
+from probes.tokens.grid import Grid
+from probes.tokens.places import Places
 from tests.probes.conftest import IMAGE_TOKEN, LAYERS
 
 
-class Words:
+class WordTokenizer:
     """Decodes token 7 as "w7"."""
 
     def decode(self, ids):
         return "".join(f"w{token}" for token in ids)
 
 
-def reference(model, inputs, norm):
-    """Log-probabilities [depths, batch, positions, vocabulary] from transformers' own hidden states."""
+def expected_logprobs(model, inputs, norm):
+    """Return log-probabilities [depths, batch, positions, vocabulary] from transformers' own hidden states."""
     with torch.no_grad():
         output = model(**inputs, output_hidden_states=True)
     inner = [model.get_output_embeddings()(norm(state)) for state in output.hidden_states[:-1]]
@@ -38,25 +39,25 @@ def reference(model, inputs, norm):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_equals_norm_and_head_of_every_state(make_llava, make_inputs, side):
+def test_logit_lens_equals_norm_and_head_of_every_state(make_llava, make_inputs, side):
     model, inputs = make_llava(), make_inputs(side)
     tokens = TokenMap.from_inputs(model, inputs)
-    wanted = reference(model, inputs, model.model.language_model.norm)[:, inputs["attention_mask"].bool()]
+    expected = expected_logprobs(model, inputs, model.model.language_model.norm)[:, inputs["attention_mask"].bool()]
     with torch.no_grad(), logit_lens(model, tokens, top=4, track=[5, 11]) as lens:
         model(**inputs)
     assert lens.depths == tuple(range(LAYERS + 1))
     assert torch.equal(lens.index, inputs["attention_mask"].nonzero())
-    best, ids = wanted.topk(4)
+    best, ids = expected.topk(4)
     assert torch.equal(lens.ids, ids)
     torch.testing.assert_close(lens.logprobs, best, rtol=0, atol=2e-6)
-    torch.testing.assert_close(lens.tracked_logprobs, wanted[..., [5, 11]], rtol=0, atol=2e-6)
-    order = wanted.argsort(-1, descending=True)
+    torch.testing.assert_close(lens.tracked_logprobs, expected[..., [5, 11]], rtol=0, atol=2e-6)
+    order = expected.argsort(-1, descending=True)
     ranks = torch.stack([(order == token).nonzero()[:, -1].view(order.shape[:-1]) + 1 for token in (5, 11)], -1)
     assert torch.equal(lens.tracked_ranks, ranks)
 
 
-def test_the_last_depth_is_the_models_own_prediction_exactly(make_llava, make_rows):
-    """With every position read in one go the products have the same shape, so not a bit differs."""
+def test_logit_lens_last_depth_is_exactly_the_models_prediction(make_llava, make_rows):
+    """All positions are read at once, so the matrix products have the same shape and the results are bit-identical."""
     model, inputs = make_llava(), make_rows([(3, 4, 5), (4, 4, 4)], "left")
     tokens = TokenMap.from_inputs(model, inputs)
     with torch.no_grad(), logit_lens(model, tokens, depths=[LAYERS], top=64) as lens:
@@ -65,34 +66,34 @@ def test_the_last_depth_is_the_models_own_prediction_exactly(make_llava, make_ro
     assert torch.equal(lens.logprobs[0], logits.topk(64).values - logits.logsumexp(-1, keepdim=True))
 
 
-def test_chosen_positions_and_depths_in_chunks(make_llava, make_inputs, monkeypatch):
+def test_logit_lens_selected_positions_and_depths_in_chunks_equal_expected(make_llava, make_inputs, monkeypatch):
     model, inputs = make_llava(), make_inputs("left")
     tokens = TokenMap.from_inputs(model, inputs)
-    wanted = reference(model, inputs, model.model.language_model.norm)[[0, 2]][:, tokens.mask("vision")]
+    expected = expected_logprobs(model, inputs, model.model.language_model.norm)[[0, 2]][:, tokens.mask("vision")]
     monkeypatch.setattr("probes.readouts.logit_lens.LOGITS_PER_CHUNK", 3 * 64)
     with torch.no_grad(), logit_lens(model, tokens, at="vision", depths=[2, 0], top=1) as lens:
         model(**inputs)
     assert lens.depths == (0, 2)
-    assert torch.equal(lens.ids, wanted.topk(1).indices)
-    torch.testing.assert_close(lens.logprobs, wanted.topk(1).values, rtol=0, atol=2e-6)
+    assert torch.equal(lens.ids, expected.topk(1).indices)
+    torch.testing.assert_close(lens.logprobs, expected.topk(1).values, rtol=0, atol=2e-6)
 
 
-def test_chunked_prefill_is_put_together(make_llama, make_rows):
+def test_logit_lens_chunked_prompt_equals_one_pass(make_llama, make_rows):
     model, inputs = make_llama(), make_rows([(3, 4, 5), (2, 4, 2)], "left")
     tokens = TokenMap.from_inputs(model, inputs)
-    ids, attended = inputs["input_ids"], inputs["attention_mask"]
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
     with torch.no_grad():
         with logit_lens(model, tokens, at="instruction") as whole:
-            model(ids, attention_mask=attended)
-        with logit_lens(model, tokens, at="instruction") as parts:
+            model(ids, attention_mask=mask)
+        with logit_lens(model, tokens, at="instruction") as chunks:
             cache = DynamicCache(config=model.config)
             for start, stop in ((0, 4), (4, 8), (8, 12)):
-                model(ids[:, start:stop], attention_mask=attended[:, :stop], past_key_values=cache)
-    assert torch.equal(parts.ids, whole.ids)
-    torch.testing.assert_close(parts.logprobs, whole.logprobs, rtol=0, atol=1e-5)
+                model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
+    assert torch.equal(chunks.ids, whole.ids)
+    torch.testing.assert_close(chunks.logprobs, whole.logprobs, rtol=0, atol=1e-5)
 
 
-def test_beams_read_each_row_once(make_llama, make_rows):
+def test_logit_lens_beam_search_reads_each_row_once(make_llama, make_rows):
     model, inputs = make_llama(), make_rows([(3, 4, 5), (2, 4, 6)], "left")
     tokens = TokenMap.from_inputs(model, inputs)
     with torch.no_grad(), logit_lens(model, tokens) as whole:
@@ -103,7 +104,7 @@ def test_beams_read_each_row_once(make_llama, make_rows):
     torch.testing.assert_close(beams.logprobs, whole.logprobs, rtol=0, atol=1e-5)
 
 
-def test_generation_reads_the_prompt_alone(make_llama, make_rows):
+def test_logit_lens_generation_reads_prompt_only(make_llama, make_rows):
     model, inputs = make_llama(), make_rows([(3, 4, 5)], "left")
     tokens = TokenMap.from_inputs(model, inputs)
     with torch.no_grad(), logit_lens(model, tokens) as whole:
@@ -114,7 +115,7 @@ def test_generation_reads_the_prompt_alone(make_llama, make_rows):
     torch.testing.assert_close(generated.logprobs, whole.logprobs, rtol=0, atol=1e-5)
 
 
-def small(**more):
+def small_config(**overrides):
     return dict(
         vocab_size=64,
         hidden_size=32,
@@ -125,16 +126,18 @@ def small(**more):
         pad_token_id=0,
         image_token_id=IMAGE_TOKEN,
         initializer_range=0.5,
-        **more,
+        **overrides,
     )
 
 
-def softcapped():
-    return Gemma2ForCausalLM(Gemma2Config(**small(head_dim=16, final_logit_softcapping=2.0)))
+def make_gemma2():
+    return Gemma2ForCausalLM(Gemma2Config(**small_config(head_dim=16, final_logit_softcapping=2.0)))
 
 
-@pytest.mark.parametrize("make", [softcapped, lambda: PhiForCausalLM(PhiConfig(**small()))], ids=["gemma2", "phi"])
-def test_soft_cap_and_norms_by_other_names(make, make_rows):
+@pytest.mark.parametrize(
+    "make", [make_gemma2, lambda: PhiForCausalLM(PhiConfig(**small_config()))], ids=["gemma2", "phi"]
+)
+def test_logit_lens_soft_cap_and_other_norm_names_equal_model_logits(make, make_rows):
     torch.manual_seed(0)
     model = make().eval()
     ids = make_rows([(3, 4, 5)], "left")["input_ids"]
@@ -151,21 +154,21 @@ def test_soft_cap_and_norms_by_other_names(make, make_rows):
     torch.testing.assert_close(lens.logprobs[0], first.log_softmax(-1).topk(64).values, rtol=0, atol=2e-6)
 
 
-def test_scaled_logits_are_refused(make_rows):
-    """Granite divides its logits: norm and head alone would give other log-probabilities."""
+def test_logit_lens_model_with_scaled_logits_raises(make_rows):
+    """Granite divides its logits, so norm and head alone would give other log-probabilities."""
     torch.manual_seed(0)
-    model = GraniteForCausalLM(GraniteConfig(**small(logits_scaling=8.0))).eval()
+    model = GraniteForCausalLM(GraniteConfig(**small_config(logits_scaling=8.0))).eval()
     ids = make_rows([(3, 4, 5)], "left")["input_ids"]
     tokens = TokenMap.from_inputs(model, {"input_ids": ids})
     with (
         torch.no_grad(),
-        pytest.raises(ValueError, match="not its final norm and head alone"),
+        pytest.raises(ValueError, match=r"logits.*final norm and head"),
         logit_lens(model, tokens),
     ):
         model(ids)
 
 
-def test_half_precision_passes_the_check(make_llava, make_inputs):
+def test_logit_lens_bfloat16_is_close_to_model_logits(make_llava, make_inputs):
     model, inputs = make_llava().to(torch.bfloat16), make_inputs("left")
     inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
     tokens = TokenMap.from_inputs(model, inputs)
@@ -176,13 +179,13 @@ def test_half_precision_passes_the_check(make_llava, make_inputs):
 
 @pytest.mark.parametrize("how", ["mask", "drop"])
 @pytest.mark.parametrize("lens_first", [True, False])
-def test_sees_what_an_intervention_leaves(make_llava, make_inputs, lens_first, how):
-    """Removed tokens keep their states, whichever block was opened first, also where the layer runs without them."""
+def test_logit_lens_reads_states_after_intervention(make_llava, make_inputs, lens_first, how):
+    """Removed tokens keep their states, whichever block opens first, also if the layer runs without them."""
     model, inputs = make_llava(), make_inputs("left")
     tokens = TokenMap.from_inputs(model, inputs)
-    reading = logit_lens(model, tokens, at="vision")
-    removal = intervene(model, tokens, RemoveTokens("vision", [1], how=how))
-    blocks = (reading, removal) if lens_first else (removal, reading)
+    lens_block = logit_lens(model, tokens, at="vision")
+    removal_block = intervene(model, tokens, RemoveTokens("vision", [1], how=how))
+    blocks = (lens_block, removal_block) if lens_first else (removal_block, lens_block)
     with torch.no_grad(), blocks[0] as first, blocks[1] as second:
         model(**inputs)
     lens = first if lens_first else second
@@ -190,20 +193,20 @@ def test_sees_what_an_intervention_leaves(make_llava, make_inputs, lens_first, h
     assert not torch.equal(lens.logprobs[0], lens.logprobs[1])
 
 
-def test_frame_and_table(make_llava, make_rows):
+def test_logit_lens_frame_and_table_list_expected_tokens(make_llava, make_rows):
     model, inputs = make_llava(), make_rows([(2, 4, 3), (1, 4, 2)], "left")
     tokens = TokenMap.from_inputs(model, inputs)
-    places = Places.lay_out(tokens.mask("vision"), [Grid(0, 2, 2), Grid(1, 2, 2)])
+    places = Places.from_grids(tokens.mask("vision"), [Grid(0, 2, 2), Grid(1, 2, 2)])
     tokens = TokenMap(tokens.labels, tokens.groups, places=places)
     with torch.no_grad():
         logprobs = model(**inputs).logits.log_softmax(-1)
-        often = int(logprobs.argmax(-1).mode().values[0])  # among the top somewhere, and not everywhere
-        with logit_lens(model, tokens, top=2, track=[5, often]) as lens:
+        frequent = int(logprobs.argmax(-1).mode().values[0])  # among the top at some positions, not at all
+        with logit_lens(model, tokens, top=2, track=[5, frequent]) as lens:
             model(**inputs)
-    listed = (lens.ids == often).any(-1)
+    listed = (lens.ids == frequent).any(-1)
     assert listed.any()
     assert not listed.all()
-    frame = lens.frame(Words())
+    frame = lens.frame(WordTokenizer())
     assert list(frame) == ["depth", "sample", "position", "group", "row", "column", "rank", "id", "token", "logprob"]
     assert not frame.duplicated(["depth", "sample", "position", "id"]).any()
     assert (frame.token == "w" + frame.id.astype(str)).all()
@@ -218,37 +221,37 @@ def test_frame_and_table(make_llava, make_rows):
     assert vision[["row", "column"]].to_numpy().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     assert frame[frame.group != "vision"].row.isna().all()
 
-    table = lens.table(Words(), sample=1)
+    table = lens.table(WordTokenizer(), sample=1)
     assert table.index.tolist() == [0, 1, 2, 3]
     assert table.columns.tolist() == inputs["attention_mask"][1].nonzero().flatten().tolist()
     position = table.columns[3]
     assert table.loc[LAYERS, position] == f"w{int(logprobs[1, position].argmax())}"
     with pytest.raises(ValueError, match="no position of sample 2"):
-        lens.table(Words(), sample=2)
+        lens.table(WordTokenizer(), sample=2)
 
 
-def test_without_places_rows_are_missing(make_llava, make_inputs):
+def test_logit_lens_frame_without_places_has_missing_rows(make_llava, make_inputs):
     model, inputs = make_llava(), make_inputs("right")
     tokens = TokenMap.from_inputs(model, inputs)
     tokens = TokenMap(tokens.labels, tokens.groups)
     with torch.no_grad(), logit_lens(model, tokens, at="vision", depths=[1]) as lens:
         model(**inputs)
-    assert lens.frame(Words()).row.isna().all()
+    assert lens.frame(WordTokenizer()).row.isna().all()
 
 
-def test_leaves_no_hook_behind(make_llava, make_inputs):
+def test_logit_lens_exception_leaves_no_hook(make_llava, make_inputs):
     model, inputs = make_llava(), make_inputs("left")
     tokens = TokenMap.from_inputs(model, inputs)
-    with pytest.raises(KeyError, match="mine"), logit_lens(model, tokens):
-        raise KeyError("mine")
+    with pytest.raises(KeyError, match="from inside"), logit_lens(model, tokens):
+        raise KeyError("from inside")
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_wrong_use_is_one_clear_line(make_llava, make_inputs):
+def test_logit_lens_invalid_use_raises(make_llava, make_inputs):
     model, inputs = make_llava(), make_inputs("left")
     tokens = TokenMap.from_inputs(model, inputs)
     for arguments, message in (
-        ({"depths": [0, 4]}, r"depths \[4\] are outside the model: 0 \(embeddings\) to 3"),
+        ({"depths": [0, 4]}, r"depths \[4\] are outside the model.* 0 \(embeddings\) to 3"),
         ({"at": "question"}, "unknown group 'question'"),
         ({"at": "response"}, "no position to read: the map has none of 'response'"),
         ({"at": torch.ones(1, 2, dtype=torch.bool)}, r"shape \[1, 2\], the token map \[3, 13\]"),
@@ -257,7 +260,7 @@ def test_wrong_use_is_one_clear_line(make_llava, make_inputs):
     ):
         with pytest.raises(ValueError, match=message), logit_lens(model, tokens, **arguments):
             pass
-    with pytest.raises(ValueError, match="this map is of its prefusion"):
+    with pytest.raises(ValueError, match=r"map.*prefusion"):
         logit_lens(model, replace(tokens, stack="prefusion")).__enter__()
     with pytest.raises(ValueError, match="has no head"), logit_lens(model.model, tokens):
         pass
@@ -271,8 +274,8 @@ def test_wrong_use_is_one_clear_line(make_llava, make_inputs):
             model(**inputs)
 
 
-def test_dropped_positions_are_refused(make_llama, make_rows):
-    """A layer that got fewer positions than the call: their numbers would no longer be those of the map."""
+def test_logit_lens_layer_with_fewer_positions_raises(make_llama, make_rows):
+    """If a layer gets fewer positions than the call, their indices no longer match the map."""
     model, inputs = make_llama(), make_rows([(3, 4, 5)], "left")
     tokens = TokenMap.from_inputs(model, inputs)
     handle = model.model.layers[-1].register_forward_hook(lambda module, args, output: output[:, 4:])
