@@ -1,1 +1,1 @@
-"""Benchmarks of this machine: time and memory."""
+"""Benchmarks that measure time and memory on the machine they run on."""

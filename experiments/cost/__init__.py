@@ -1,1 +1,1 @@
-"""What a vision-language model costs: estimated from its configuration, counted by torch, measured on a machine."""
+"""Cost of LLaVA and LLaVA-Mini, estimated from a configuration: FLOPs, parameters, cache and pixel memory."""

@@ -1,4 +1,4 @@
-"""Configurations of the models that costs are asked for, by name: sizes alone, so that no download is needed."""
+"""Configurations of the models whose cost can be estimated by name; they hold sizes only, so nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from transformers import AutoConfig, CLIPVisionConfig, Dinov2Config, LlamaConfig
 
 from experiments.files import ASSETS
 from llava_mini import LlavaMiniConfig
-from llava_mini.convert import CLIP_L_336
+from llava_mini.official_config import CLIP_L_336
 
-# lmsys/vicuna-7b-v1.5 and -13b-v1.5, with LLaVA's placeholder and padding in the vocabulary
+# lmsys/vicuna-7b-v1.5 and -13b-v1.5, with LLaVA's placeholder and padding tokens in the vocabulary
 VICUNA_7B = {"vocab_size": 32064, "hidden_size": 4096, "intermediate_size": 11008, "max_position_embeddings": 4096}
 VICUNA_13B = VICUNA_7B | {
     "hidden_size": 5120,
@@ -40,14 +40,10 @@ SMOLLM2 = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }
+# facebook/dinov2-small at 224 pixels
 DINOV2_SMALL = {"hidden_size": 384, "num_attention_heads": 6, "image_size": 224, "patch_size": 14}
 
-
-def _llava(vision: Any, text: dict[str, Any]) -> LlavaConfig:
-    return LlavaConfig(vision_config=vision, text_config=LlamaConfig(**text))
-
-
-GEOMETRIES: dict[str, Callable[[], LlavaConfig]] = {
+ARCHITECTURES: dict[str, Callable[[], LlavaConfig]] = {
     "tiny": lambda: AutoConfig.from_pretrained(ASSETS / "tiny"),
     "smol": lambda: _llava(Dinov2Config(**DINOV2_SMALL), SMOLLM2),
     "llava-1.5-7b": lambda: _llava(CLIPVisionConfig(**CLIP_L_336), VICUNA_7B),
@@ -56,22 +52,42 @@ GEOMETRIES: dict[str, Callable[[], LlavaConfig]] = {
 }
 
 
-def geometry(name: str) -> LlavaConfig:
-    """The configuration of a LLaVA or LLaVA-Mini: one of GEOMETRIES, or the folder of a saved one.
+def llava_config(name: str) -> LlavaConfig:
+    """Return the configuration of a LLaVA or a LLaVA-Mini.
+
+    Args:
+        name: A key of `ARCHITECTURES`, or the folder of a saved model.
 
     Raises:
-        ValueError: If it is neither, or the folder holds another kind of model.
+        ValueError: If the name is neither, or the folder holds another kind of model.
+
+    Example:
+        >>> llava_config("llava-1.5-7b").get_text_config().num_hidden_layers
+        32
     """
-    if name in GEOMETRIES:
-        return GEOMETRIES[name]()
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]()
     if not (Path(name) / "config.json").is_file():
-        raise ValueError(f"model: no geometry {name!r}: use {', '.join(GEOMETRIES)}, or a folder with a config.json")
+        raise ValueError(
+            f"model: no architecture {name!r}; use {', '.join(ARCHITECTURES)}, or a folder with a config.json"
+        )
     config = AutoConfig.from_pretrained(name)
     if not isinstance(config, LlavaConfig):
-        raise ValueError(f"model: {name} holds a {config.model_type}; costs are known of LLaVA and LLaVA-Mini")
+        raise ValueError(
+            f"model: {name} holds a {config.model_type}; costs can be estimated for LLaVA and LLaVA-Mini only"
+        )
     return config
 
 
-def mini(config: LlavaConfig, **fields: Any) -> LlavaMiniConfig:
-    """A LLaVA-Mini on the parts of a LLaVA; `fields` as in `LlavaMiniConfig`."""
+def llava_mini_config(config: LlavaConfig, **fields: Any) -> LlavaMiniConfig:
+    """Return the configuration of a LLaVA-Mini on the parts of a LLaVA.
+
+    Args:
+        config: The configuration of the LLaVA.
+        fields: Fields of `LlavaMiniConfig`.
+    """
     return LlavaMiniConfig(**(config.to_dict() | fields))
+
+
+def _llava(vision: Any, text: dict[str, Any]) -> LlavaConfig:
+    return LlavaConfig(vision_config=vision, text_config=LlamaConfig(**text))

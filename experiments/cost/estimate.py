@@ -1,4 +1,4 @@
-"""FLOPs, parameters and cache bytes of LLaVA and LLaVA-Mini from a configuration alone: no weights, no run."""
+"""FLOPs, parameters and cache bytes of LLaVA and LLaVA-Mini from a configuration, without weights or a run."""
 
 from __future__ import annotations
 
@@ -14,50 +14,55 @@ from transformers import AutoModelForImageTextToText, LlavaConfig
 
 from llava_mini import LlavaMiniConfig
 from llava_mini.compressors import Compressor
-from llava_mini.prefusion import KNOWN
-from llava_mini.visual_layout import crops_of
+from llava_mini.prefusion import SUPPORTED_ATTENTION
+from llava_mini.visual_layout import crops_per_frame
 
 Convention = Literal["paper", "full"]
 CONVENTIONS: tuple[Convention, ...] = ("paper", "full")
-LINEAR = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
+LINEAR_OPERATIONS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
 
 
 @dataclass(frozen=True)
-class Work:
-    """FLOPs, a multiplication and an addition counted as two.
+class FlopCount:
+    """FLOPs of one component. A multiplication and an addition count as two.
 
     Args:
-        linear: Of linear maps, to which the cutting into patches belongs, as the released code runs them.
-        other: Of all other products: those of attention, causal or not, over all pairs.
-        spared: Of `linear`, what is left out here: the last pre-fusion layer makes nothing but keys and values of
-            patches.
+        linear: FLOPs of linear maps as the released code runs them, patch embedding included.
+        other: FLOPs of all other products: those of attention, causal or not, over all pairs.
+        skipped_linear: The part of `linear` that this project does not run. Its last pre-fusion layer computes only keys
+            and values for patches.
     """
 
     linear: float = 0.0
     other: float = 0.0
-    spared: float = 0.0
+    skipped_linear: float = 0.0
 
     def flops(self, convention: Convention) -> float:
-        """ "paper": linear maps alone, as LLaVA-Mini's printed figures count; "full": as torch's FLOP counter."""
-        return self.linear if convention == "paper" else self.linear + self.other - self.spared
+        """Return the FLOPs under a convention.
 
-    def __add__(self, more: Work) -> Work:
-        return Work(self.linear + more.linear, self.other + more.other, self.spared + more.spared)
+        Args:
+            convention: "paper" counts linear maps only, as LLaVA-Mini's printed figures do. "full" equals torch's FLOP
+                counter.
+        """
+        return self.linear if convention == "paper" else self.linear + self.other - self.skipped_linear
 
-    def __mul__(self, times: float) -> Work:
-        return Work(self.linear * times, self.other * times, self.spared * times)
+    def __add__(self, more: FlopCount) -> FlopCount:
+        return FlopCount(self.linear + more.linear, self.other + more.other, self.skipped_linear + more.skipped_linear)
+
+    def __mul__(self, times: float) -> FlopCount:
+        return FlopCount(self.linear * times, self.other * times, self.skipped_linear * times)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is asked.
+    """Sizes of a prompt.
 
     Args:
         text: Text tokens.
-        frames: 1 for an image; the frames of a video.
-        tiles: Every frame is cut into `tiles` x `tiles` and also seen whole.
-        visual_by_layer: Share of the visual tokens that each layer of the language model still works on, for methods
-            that drop some on the way; all by default.
+        frames: Frames of a video; 1 for an image.
+        tiles: Tiles along each side of a frame. With more than 1 the model also gets the whole frame.
+        visual_by_layer: For each layer of the language model, the share of the visual tokens that it still processes.
+            Empty if no layer drops any.
     """
 
     text: float
@@ -66,88 +71,120 @@ class Prompt:
     visual_by_layer: Sequence[float] = field(default=())
 
 
-class Estimate:
-    """The cost of one prompt, by component. Attributes are of type `Work`, for all frames together.
+class CostEstimate:
+    """Estimate the cost of one prompt by component.
+
+    The component attributes are [`FlopCount`]s for all frames together.
 
     Attributes:
-        tower, projector, compressor, prefusion: What is done to the picture, and to the text with it.
-        prefill: The language model's layers over the prompt.
-        head: Its output map on every token of the prompt, as a plain forward pass computes it.
-        visual_tokens: What the language model sees of all frames.
+        tower, projector, compressor, prefusion: The parts ahead of the language model.
+        prefill: The layers of the language model over the prompt.
+        head: The output map on every token of the prompt, as a plain forward pass computes it.
+        visual_tokens: Visual tokens of all frames that enter the language model.
+
+    Args:
+        cost_model: The costs per token of a model.
+        prompt: The sizes of the prompt.
+
+    Raises:
+        ValueError: If `prompt.visual_by_layer` has another length than the language model has layers.
     """
 
-    def __init__(self, geometry: Geometry, prompt: Prompt) -> None:
-        self.geometry, self.prompt = geometry, prompt
-        config, frames = geometry.config, prompt.frames
-        crops = crops_of(prompt.tiles)
-        detail = geometry.patches * prompt.tiles**2  # what is compressed: not the picture as a whole beside its tiles
-        patches = geometry.patches * crops
+    def __init__(self, cost_model: CostModel, prompt: Prompt) -> None:
+        self.cost_model, self.prompt = cost_model, prompt
+        config, frames = cost_model.config, prompt.frames
+        crops = crops_per_frame(prompt.tiles)
+        compressed_patches = cost_model.patches * prompt.tiles**2  # of the tiles, without the whole frame
+        patches = cost_model.patches * crops
         mini = config if isinstance(config, LlavaMiniConfig) else None
-        tokens = patches if mini is None else mini.num_visual_tokens(detail)
-        compresses, fuses = geometry.compressor is not None, geometry.prefusion_layers > 0
+        tokens = patches if mini is None else mini.num_visual_tokens(compressed_patches)
+        has_compressor, has_prefusion = cost_model.compressor is not None, cost_model.prefusion_layers > 0
 
         self.visual_tokens = tokens * frames
-        self.tower = geometry.tower * (crops * frames)
-        first = mini is not None and mini.compress_before_projection
-        if not first:
-            read = patches
-        elif compresses:
-            read = tokens + (patches if fuses else 0)
+        self.tower = cost_model.tower * (crops * frames)
+        if mini is None or not mini.compress_before_projection:
+            projected = patches
+        elif has_compressor:
+            projected = tokens + (patches if has_prefusion else 0)
         else:
-            read = patches if fuses else detail
-        self.projector = geometry.projector * (read * frames)
-        self.compressor = geometry.compress(detail, prompt.text) * frames if compresses else Work()
-        through = patches + prompt.text
-        if compresses and mini is not None and mini.prefuse_visual_tokens:
-            through += tokens
-        last = geometry.layer(through)
-        unread = mini is not None and (compresses or not tokens or not mini.prefuse_visual_tokens)
-        if geometry.last_linear is not None and unread:
-            spared = (geometry.layer_linear - geometry.last_linear) * patches
-            last = Work(last.linear, geometry.attention * (through - patches) * through, spared)
-        self.prefusion = (
-            (geometry.layer(through) * (geometry.prefusion_layers - 1) + last) * frames if fuses else Work()
+            projected = patches if has_prefusion else compressed_patches
+        self.projector = cost_model.projector * (projected * frames)
+        self.compressor = (
+            cost_model.compressor_flops(compressed_patches, prompt.text) * frames if has_compressor else FlopCount()
         )
-        shares = list(prompt.visual_by_layer) or [1.0] * geometry.layers
-        if len(shares) != geometry.layers:
-            raise ValueError(f"visual_by_layer names {len(shares)} layers: the language model has {geometry.layers}")
-        self.prefill = sum((geometry.layer(self.visual_tokens * s + prompt.text) for s in shares), Work())
-        self.head = geometry.head * (self.visual_tokens * shares[-1] + prompt.text)
-        self._cached = sum(self.visual_tokens * share + prompt.text for share in shares)
+        self.prefusion = self._prefusion(mini, patches, tokens) * frames if has_prefusion else FlopCount()
+        shares = list(prompt.visual_by_layer) or [1.0] * cost_model.layers
+        if len(shares) != cost_model.layers:
+            raise ValueError(
+                f"visual_by_layer names {len(shares)} layers, but the language model has {cost_model.layers}"
+            )
+        layers = (cost_model.layer_flops(self.visual_tokens * share + prompt.text) for share in shares)
+        self.prefill = sum(layers, FlopCount())
+        self.head = cost_model.head * (self.visual_tokens * shares[-1] + prompt.text)
+        self._cached_tokens = sum(self.visual_tokens * share + prompt.text for share in shares)
 
     @property
-    def components(self) -> dict[str, Work]:
+    def components(self) -> dict[str, FlopCount]:
+        """FLOPs of each component, by the names of the attributes."""
         names = ("tower", "projector", "compressor", "prefusion", "prefill", "head")
         return {name: getattr(self, name) for name in names}
 
-    def flops(self, convention: Convention) -> float:
-        return sum(work.flops(convention) for work in self.components.values())
-
     @property
-    def decode(self) -> Work:
-        """The next token, the prompt in the cache."""
-        geometry = self.geometry
-        context = self._cached + geometry.layers  # the token sees itself too
-        return Work(geometry.layer_linear * geometry.layers, geometry.attention * context) + geometry.head
+    def decode(self) -> FlopCount:
+        """FLOPs of the next token, with the prompt in the cache."""
+        cost_model = self.cost_model
+        context = self._cached_tokens + cost_model.layers  # in each layer the token also attends to itself
+        linear = cost_model.linear_flops_per_token * cost_model.layers
+        return FlopCount(linear, cost_model.attention_flops_per_pair * context) + cost_model.head
+
+    def flops(self, convention: Convention) -> float:
+        """Return the FLOPs of the prompt under a convention of [`FlopCount.flops`]."""
+        return sum(component.flops(convention) for component in self.components.values())
 
     def cache_bytes(self, bytes_per_number: int = 2) -> float:
-        """Of the keys and values of the whole prompt, in all layers of the language model."""
-        return self.geometry.cache_numbers * self._cached * bytes_per_number
+        """Return the bytes of the keys and values of the prompt, in all layers of the language model."""
+        return self.cost_model.cache_values_per_token * self._cached_tokens * bytes_per_number
 
     def pixel_bytes(self, bytes_per_number: int = 2) -> float:
-        """Of the pixels of all frames, where they are held at once."""
-        vision = self.geometry.config.vision_config
-        side = vision.image_size
-        return self.prompt.frames * crops_of(self.prompt.tiles) * vision.num_channels * side * side * bytes_per_number
+        """Return the bytes of the pixels of all frames, if they are held in memory at once."""
+        vision = self.cost_model.config.vision_config
+        pixels = vision.num_channels * vision.image_size * vision.image_size
+        return self.prompt.frames * crops_per_frame(self.prompt.tiles) * pixels * bytes_per_number
+
+    def _prefusion(self, mini: LlavaMiniConfig | None, patches: int, tokens: int) -> FlopCount:
+        """Return the FLOPs of the pre-fusion layers over one frame."""
+        cost_model = self.cost_model
+        has_compressor = cost_model.compressor is not None
+        length = patches + self.prompt.text
+        if has_compressor and mini is not None and mini.prefuse_visual_tokens:
+            length += tokens
+        last_layer = cost_model.layer_flops(length)
+        patches_unread = mini is not None and (has_compressor or not tokens or not mini.prefuse_visual_tokens)
+        if cost_model.last_layer_flops_per_patch is not None and patches_unread:
+            skipped = (cost_model.linear_flops_per_token - cost_model.last_layer_flops_per_patch) * patches
+            attention = cost_model.attention_flops_per_pair * (length - patches) * length
+            last_layer = FlopCount(last_layer.linear, attention, skipped)
+        return cost_model.layer_flops(length) * (cost_model.prefusion_layers - 1) + last_layer
 
 
-class Geometry:
-    """The sizes of a model that its costs follow from, read off the modules that its configuration makes on torch's
-    meta device: those hold no numbers, whatever the model's size.
+class CostModel:
+    """Read the sizes that a model's cost depends on, and estimate the cost of prompts.
+
+    The sizes come from the modules that the configuration builds on torch's meta device. These hold no numbers, so a
+    model of any size fits in memory.
+
+    Args:
+        config: The configuration of a LLaVA or a LLaVA-Mini.
 
     Raises:
-        ValueError: If the language model's layers hold weights in other modules than linear maps and norms, such as
-            experts: which tokens would use them the configuration does not say.
+        ValueError: If the layers of the language model hold weights outside linear maps and norms, such as experts. The
+            configuration does not tell which tokens would use those.
+
+    Example:
+        >>> from experiments.cost.architectures import llava_config
+        >>> estimate = CostModel(llava_config("llava-1.5-7b"))(Prompt(text=60))
+        >>> estimate.visual_tokens, round(estimate.flops("paper") / 1e12, 2)
+        (576, 8.78)
     """
 
     def __init__(self, config: LlavaConfig) -> None:
@@ -158,61 +195,73 @@ class Geometry:
         inner = self.model.model
         self.layers: int = text.num_hidden_layers
         layer = inner.language_model.layers[0]
-        self.layer_linear = 2.0 * _linear(layer)
-        if self.layer_linear / 2 < 0.95 * sum(p.numel() for p in layer.parameters()):
-            raise ValueError(f"{type(layer).__name__} is not made of linear maps alone: its cost is not known")
-        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        self.attention = 4.0 * text.num_attention_heads * width  # of each pair of a query and a key: QK and PV
-        self.cache_numbers = 2 * text.num_key_value_heads * width  # of each token in each layer
-        self.head = Work(2.0 * _linear(self.model.lm_head))
-        self.projector = Work(2.0 * _linear(inner.multi_modal_projector))
+        self.linear_flops_per_token = 2.0 * _linear_weights(layer)  # in each layer
+        if self.linear_flops_per_token / 2 < 0.95 * sum(p.numel() for p in layer.parameters()):
+            raise ValueError(
+                f"{type(layer).__name__} holds weights outside linear maps, so its cost cannot be estimated"
+            )
+        head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        # of each pair of a query and a key in each layer: QK and PV
+        self.attention_flops_per_pair = 4.0 * text.num_attention_heads * head_width
+        self.cache_values_per_token = 2 * text.num_key_value_heads * head_width  # in each layer
+        self.head = FlopCount(2.0 * _linear_weights(self.model.lm_head))
+        self.projector = FlopCount(2.0 * _linear_weights(inner.multi_modal_projector))
         self.prefusion_layers = getattr(config, "prefusion_layers", 0)
         self.compressor: Compressor | None = getattr(inner, "compressor", None)
-        # of a patch in the last pre-fusion layer; None where that runs whole
-        self.last_linear: float | None = None
-        if self.prefusion_layers and type(attention := inner.prefusion.layers[-1].self_attn) in KNOWN:
-            self.last_linear = 2.0 * (_linear(attention.k_proj) + _linear(attention.v_proj))
+        # None if the last pre-fusion layer processes patches like the others
+        self.last_layer_flops_per_patch: float | None = None
+        if self.prefusion_layers and type(attention := inner.prefusion.layers[-1].self_attn) in SUPPORTED_ATTENTION:
+            key_value_weights = _linear_weights(attention.k_proj) + _linear_weights(attention.v_proj)
+            self.last_layer_flops_per_patch = 2.0 * key_value_weights
 
     @cached_property
-    def tower(self) -> Work:
-        """Of one crop, with what a compressor reads off its attention. Counted by torch as it runs on the meta device:
-        towers differ in what surrounds their layers."""
+    def tower(self) -> FlopCount:
+        """FLOPs of the vision tower on one crop, with the saliency that a compressor may need.
+
+        torch counts them on the meta device, because vision towers differ in what surrounds their layers.
+        """
         vision = self.config.vision_config
         pixels = (1, vision.num_channels, vision.image_size, vision.image_size)
         inner = self.model.model
-        return count(getattr(inner, "look_at", inner.vision_tower), *pixels)
+        return count_module_flops(getattr(inner, "look_at", inner.vision_tower), *pixels)
 
     @cached_property
     def patches(self) -> int:
+        """Patch features that the vision tower returns for one crop."""
         vision = self.config.vision_config
         patches = (vision.image_size // vision.patch_size) ** 2
-        # "full" keeps the class token, of which SigLIP has none.
-        has_class = vision.model_type != "siglip_vision_model"
-        return patches + int(has_class and self.config.vision_feature_select_strategy == "full")
+        # "full" keeps the class token; SigLIP has none.
+        has_class_token = vision.model_type != "siglip_vision_model"
+        return patches + int(has_class_token and self.config.vision_feature_select_strategy == "full")
 
-    def layer(self, tokens: float) -> Work:
-        """Of one layer of the language model, which pre-fusion's are of the kind of, over `tokens` tokens."""
-        return Work(self.layer_linear * tokens, self.attention * tokens * tokens)
+    def layer_flops(self, tokens: float) -> FlopCount:
+        """Return the FLOPs of one layer of the language model, or of pre-fusion, over this many tokens."""
+        return FlopCount(self.linear_flops_per_token * tokens, self.attention_flops_per_pair * tokens * tokens)
 
-    def compress(self, patches: int, text: float) -> Work:
-        """Of one frame, asked about with so many text tokens, rounded, where the compressor reads them."""
+    def compressor_flops(self, patches: int, text: float) -> FlopCount:
+        """Return the FLOPs of the compressor on one frame.
+
+        Args:
+            patches: Patches that it compresses.
+            text: Text tokens, for compressors that read the text; rounded.
+        """
         assert self.compressor is not None
         assert isinstance(self.config, LlavaMiniConfig)
-        words = round(text)
-        needed = {
+        length = round(text)
+        available = {
             "saliency": torch.empty(1, patches, device="meta"),
             "keys": torch.empty(1, patches, self.config.vision_config.hidden_size, device="meta"),
-            "text": torch.empty(1, words, self.config.get_text_config().hidden_size, device="meta"),
-            "text_mask": torch.empty(1, words, dtype=torch.bool, device="meta"),
+            "text": torch.empty(1, length, self.config.get_text_config().hidden_size, device="meta"),
+            "text_mask": torch.empty(1, length, dtype=torch.bool, device="meta"),
         }
-        given = {name: needed[name] for name in self.compressor.needs}
-        return count(self.compressor, 1, patches, self.config.compressor_width, **given)
+        needed = {name: available[name] for name in self.compressor.needs}
+        return count_module_flops(self.compressor, 1, patches, self.config.compressor_width, **needed)
 
-    def parameters(self) -> dict[str, int]:
-        """By component."""
+    def parameter_counts(self) -> dict[str, int]:
+        """Return the number of parameters of each component."""
         inner = self.model.model
         tied = self.model.lm_head.weight is self.model.get_input_embeddings().weight
-        parts: dict[str, nn.Module | None] = {
+        components: dict[str, nn.Module | None] = {
             "tower": inner.vision_tower,
             "projector": inner.multi_modal_projector,
             "compressor": self.compressor,
@@ -222,23 +271,29 @@ class Geometry:
         }
         return {
             name: sum(p.numel() for p in module.parameters()) if module is not None else 0
-            for name, module in parts.items()
+            for name, module in components.items()
         }
 
-    def __call__(self, prompt: Prompt) -> Estimate:
-        return Estimate(self, prompt)
-
-
-def _linear(module: nn.Module) -> int:
-    """Weights of the linear maps in it."""
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+    def __call__(self, prompt: Prompt) -> CostEstimate:
+        return CostEstimate(self, prompt)
 
 
 @torch.no_grad()
-def count(module: Callable[..., Any], *shape: int, **more: Tensor) -> Work:
-    """Of one call with a tensor of that shape and these, by torch's counter."""
+def count_module_flops(module: Callable[..., Any], *shape: int, **arguments: Tensor) -> FlopCount:
+    """Count the FLOPs of one call with torch's counter, on the meta device.
+
+    Args:
+        module: The module to call.
+        shape: Shape of its first argument.
+        arguments: Its keyword arguments.
+    """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        module(torch.empty(*shape), **more)
-    counts = counter.get_flop_counts().get("Global", {})  # nothing at all where patches are merely chosen
-    linear = sum(flops for operation, flops in counts.items() if operation in LINEAR)
-    return Work(float(linear), float(sum(counts.values()) - linear))
+        module(torch.empty(*shape), **arguments)
+    counts = counter.get_flop_counts().get("Global", {})  # empty if the module only selects patches
+    linear = sum(flops for operation, flops in counts.items() if operation in LINEAR_OPERATIONS)
+    return FlopCount(float(linear), float(sum(counts.values()) - linear))
+
+
+def _linear_weights(module: nn.Module) -> int:
+    """Return the number of weights of all linear maps in a module."""
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))

@@ -1,4 +1,4 @@
-"""Costs of prompts whose visual tokens leave the language model on the way, from a configuration alone."""
+"""Cost of prompts whose visual tokens leave the language model between its layers."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from experiments.config.schema import REDUCTIONS, ReductionConfig
-from experiments.cost.estimate import Estimate, Geometry, Prompt
-from experiments.models.reduction_schedule import visual_by_layer, visual_inside
+from experiments.cost.estimate import CostEstimate, CostModel, Prompt
+from experiments.models.reduction_schedule import inside_prefusion_token_shares, reduction_token_shares
 from llava_mini import LlavaMiniConfig
 
 
-def published(name: str) -> ReductionConfig:
-    """A method as conf/reduction/ has it.
+def published_reduction(name: str) -> ReductionConfig:
+    """Return a reduction method with its published settings, as conf/reduction/ holds them.
+
+    Args:
+        name: A name of `REDUCTIONS`.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If there is no such method.
     """
     if name not in REDUCTIONS:
         raise ValueError(f"reduction: no {name!r}; use {', '.join(REDUCTIONS)}")
@@ -28,25 +31,30 @@ def published(name: str) -> ReductionConfig:
     return ReductionConfig(**settings)
 
 
-def reduced(geometry: Geometry, prompt: Prompt, reduction: ReductionConfig) -> Estimate:
-    """The cost of a prompt under a reduction.
+def estimate_with_reduction(cost_model: CostModel, prompt: Prompt, reduction: ReductionConfig) -> CostEstimate:
+    """Estimate the cost of a prompt under a reduction method.
 
     Raises:
-        ValueError: If the language model lacks the layers that it names.
+        ValueError: If the language model lacks the layers that the method names.
     """
-    shares = visual_by_layer(reduction, geometry.layers, geometry(prompt).visual_tokens)
-    return geometry(replace(prompt, visual_by_layer=shares))
+    shares = reduction_token_shares(reduction, cost_model.layers, cost_model(prompt).visual_tokens)
+    return cost_model(replace(prompt, visual_by_layer=shares))
 
 
-def fused_inside(geometry: Geometry, prompt: Prompt, layers: int) -> Estimate:
-    """The cost of a prompt to a LLaVA-Mini with `keep_patches`, of whose language model the first `layers` see patches.
+def estimate_with_inside_prefusion(cost_model: CostModel, prompt: Prompt, layers: int) -> CostEstimate:
+    """Estimate the cost of a prompt for a LLaVA-Mini with `keep_patches`.
+
+    Args:
+        cost_model: The costs per token of that LLaVA-Mini.
+        prompt: The sizes of the prompt.
+        layers: The number of first layers of the language model that process the patches.
 
     Raises:
-        ValueError: If it is another model, or no layer is left without patches.
+        ValueError: If the model has no `keep_patches`, or no layer remains without patches.
     """
-    config = geometry.config
+    config = cost_model.config
     if not (isinstance(config, LlavaMiniConfig) and config.keep_patches):
-        raise ValueError("pre-fusion within the language model needs a LLaVA-Mini with keep_patches")
-    compressed = config.compressor_size**2 * prompt.frames
-    shares = visual_inside(layers, geometry.layers, geometry(prompt).visual_tokens, compressed)
-    return geometry(replace(prompt, visual_by_layer=shares))
+        raise ValueError("pre-fusion inside the language model needs a LLaVA-Mini with keep_patches")
+    tokens = config.compressor_size**2 * prompt.frames
+    shares = inside_prefusion_token_shares(layers, cost_model.layers, cost_model(prompt).visual_tokens, tokens)
+    return cost_model(replace(prompt, visual_by_layer=shares))

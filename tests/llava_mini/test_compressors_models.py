@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.cost.estimate import Geometry, Prompt
+from experiments.cost.estimate import CostModel, Prompt
 from llava_mini import LlavaMiniForConditionalGeneration
 from llava_mini.compressors import COMPRESSORS
 from tests.llava_mini.compress import build, configure, random_inputs
@@ -101,7 +101,7 @@ def test_nested_query_in_training_does_not_depend_on_frames_per_chunk(tiny_mini,
 @every_compressor
 def test_estimate_of_compressor_equals_counted_flops(name):
     size = 3
-    work = Geometry(configure(name, size))(Prompt(text=5)).components["compressor"]
+    work = CostModel(configure(name, size))(Prompt(text=5)).components["compressor"]
     compressor = build(name, size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         compressor(**random_inputs(compressor, batch=1))
@@ -131,7 +131,7 @@ W, N, P, T = 32, 4, 36, 5  # width, tokens, patches, text tokens of width 24
 )
 def test_estimate_of_compressor_equals_closed_form(name, linear, other):
     """The table counts multiplications; a FLOP counter counts each as two."""
-    work = Geometry(configure(name)).compress(P, T)
+    work = CostModel(configure(name)).compressor_flops(P, T)
     assert (work.linear, work.other) == (2 * linear, 2 * other)
 
 

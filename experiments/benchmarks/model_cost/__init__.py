@@ -1,1 +1,1 @@
-"""Time, memory and cache of LLaVA and LLaVA-Mini, measured."""
+"""Benchmark of LLaVA and LLaVA-Mini: time, memory and cache of one answer, with random weights."""

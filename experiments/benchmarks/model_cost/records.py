@@ -1,4 +1,4 @@
-"""Records of measured costs: what one holds, and how a folder of them is read."""
+"""Records of measured costs: their contents, and how a folder of them is read."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-Record: TypeAlias = Mapping[str, Any]
-Row: TypeAlias = Mapping[str, Any]
+CostRecord: TypeAlias = Mapping[str, Any]
+CostRow: TypeAlias = Mapping[str, Any]
 
-PARTS = {
+COMPONENTS = {
     "tower": "vision tower",
     "projector": "projector",
     "compressor": "compressor",
@@ -20,15 +20,25 @@ PARTS = {
     "prefill": "language model",
     "head": "head",
 }
-"""What runs until the first token, as rows name it and as tables do."""
+"""The components that run until the first token: their keys in a record, and their names in tables."""
 
-_ROW = ("model", "size", "frames", "visual_tokens", "prefusion_layers", "flops", "seconds", "memory", "cache_estimate")
-_SETTING = ("geometry", "dtype", "tiles", "text")
+_ROW_KEYS = (
+    "model",
+    "size",
+    "frames",
+    "visual_tokens",
+    "prefusion_layers",
+    "flops",
+    "seconds",
+    "memory",
+    "cache_estimate",
+)
+_SETTING_KEYS = ("geometry", "dtype", "tiles", "text")
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """How many times as long one run takes as another: the ratio of medians, the least and the most of a round."""
+class TimeRatio:
+    """The time of one run over that of another: the ratio of medians, and the lowest and highest of a single round."""
 
     median: float
     least: float
@@ -39,14 +49,17 @@ class Ratio:
 
 
 @dataclass(frozen=True, order=True)
-class Setting:
-    """What must be equal for costs to be compared.
+class CostSetting:
+    """Settings that must be equal for costs to be comparable.
 
     Args:
-        pixels: A side of a picture, in all its tiles.
-        text: Tokens of the question.
-        layers: Of pre-fusion.
-        machine: The device's name.
+        geometry: The architecture, as in `cost.geometry`.
+        pixels: Side of an image, over all of its tiles.
+        tiles: Tiles along each side of an image.
+        text: Text tokens of the question.
+        layers: Pre-fusion layers.
+        dtype: The dtype of weights and activations.
+        machine: The name of the device.
     """
 
     geometry: str
@@ -58,116 +71,142 @@ class Setting:
     machine: str
 
     @classmethod
-    def of(cls, record: Record) -> Setting:
-        given = {name: record["cost"][name] for name in _SETTING}
+    def of(cls, record: CostRecord) -> CostSetting:
+        """Return the setting of a record."""
+        values = {name: record["cost"][name] for name in _SETTING_KEYS}
         layers = max(row["prefusion_layers"] for row in record["rows"])
-        return cls(**given, layers=layers, pixels=record["pixels"], machine=record["machine"])
+        return cls(**values, layers=layers, pixels=record["pixels"], machine=record["machine"])
 
     def __str__(self) -> str:
         return f"{self.geometry}, {self.pixels} px, {self.dtype}, {self.machine}"
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A model over some frames. `ratio` is LLaVA's time to the first token over this one's, None where either did not
-    run."""
+class MeasuredModel:
+    """A row of a record: one model over one number of frames.
 
-    row: Row
-    ratio: Ratio | None
+    Args:
+        row: The row.
+        ratio: LLaVA's time to the first token over that of this model. None if either did not run.
+    """
+
+    row: CostRow
+    ratio: TimeRatio | None
 
     @property
     def size(self) -> int:
-        """C; 0 is LLaVA."""
+        """C of the compressor; 0 for LLaVA."""
         return self.row["size"]
 
     @property
     def frames(self) -> int:
+        """Number of frames."""
         return self.row["frames"]
 
     @property
     def name(self) -> str:
+        """Name of the model in tables."""
         return self.row["model"].removeprefix("LLaVA-Mini, ")
 
     @property
     def seconds(self) -> dict[str, float] | None:
-        """Medians of the rounds, of PARTS, "first token" and "decode"."""
+        """Median seconds of each of `COMPONENTS`, "first token" and "decode"; None if the model did not run."""
         times = self.row["seconds"]
         return times and {name: statistics.median(rounds) for name, rounds in times.items()}
 
     @property
     def flops(self) -> float:
-        """Until the first token."""
-        return sum(self.row["flops"][part] for part in PARTS)
+        """FLOPs until the first token."""
+        return sum(self.row["flops"][part] for part in COMPONENTS)
 
     @property
     def peak(self) -> int | None:
-        """Bytes at most on the device where the model is."""
+        """Peak bytes on the model's device; None if the model did not run."""
         memory = self.row["memory"]
         return memory and memory.get("allocated", memory["resident"])
 
 
-def ratios(record: Record, name: str) -> dict[tuple[str, int], Ratio | None]:
-    """How many times as long LLaVA takes for `name`, an entry of `seconds`, by model and frames. None where either did
-    not run."""
+def time_ratios(record: CostRecord, name: str) -> dict[tuple[str, int], TimeRatio | None]:
+    """Return LLaVA's time over that of each model.
+
+    Args:
+        record: The record.
+        name: A key of `seconds`.
+
+    Returns:
+        The ratio by model and frames; None if LLaVA or the model did not run.
+    """
     llava = {row["frames"]: row["seconds"] for row in record["rows"] if row["model"] == "LLaVA"}
-    found: dict[tuple[str, int], Ratio | None] = {}
+    ratios: dict[tuple[str, int], TimeRatio | None] = {}
     for row in record["rows"]:
-        ours, theirs = row["seconds"], llava[row["frames"]]
+        seconds, llava_seconds = row["seconds"], llava[row["frames"]]
         key = row["model"], row["frames"]
-        found[key] = None
-        if ours is not None and theirs is not None:
-            rounds = [a / b for a, b in zip(theirs[name], ours[name], strict=True)]
-            medians = statistics.median(theirs[name]) / statistics.median(ours[name])
-            found[key] = Ratio(medians, min(rounds), max(rounds))
-    return found
+        ratios[key] = None
+        if seconds is not None and llava_seconds is not None:
+            rounds = [a / b for a, b in zip(llava_seconds[name], seconds[name], strict=True)]
+            medians = statistics.median(llava_seconds[name]) / statistics.median(seconds[name])
+            ratios[key] = TimeRatio(medians, min(rounds), max(rounds))
+    return ratios
 
 
-def measured(records: Sequence[Record]) -> dict[Setting, list[Measured]]:
-    """All that was measured, LLaVA first and then by C and by frames. Of what was measured twice in a setting the newer
-    holds; a ratio is always of two runs that took turns."""
-    found: dict[Setting, dict[tuple[int, int], Measured]] = {}
+def group_by_setting(records: Sequence[CostRecord]) -> dict[CostSetting, list[MeasuredModel]]:
+    """Return all measured models by setting, LLaVA first, then by C and by frames.
+
+    Of two measurements in one setting the newer counts. A ratio always compares two runs of one record, which took turns.
+    """
+    settings: dict[CostSetting, dict[tuple[int, int], MeasuredModel]] = {}
     for record in sorted(records, key=lambda record: record["provenance"]["started"]):
-        rows = found.setdefault(Setting.of(record), {})
-        first = ratios(record, "first token")
+        rows = settings.setdefault(CostSetting.of(record), {})
+        ratios = time_ratios(record, "first token")
         for row in record["rows"]:
-            rows[row["size"], row["frames"]] = Measured(row, first[row["model"], row["frames"]])
-    return {setting: [rows[key] for key in sorted(rows)] for setting, rows in sorted(found.items())}
+            rows[row["size"], row["frames"]] = MeasuredModel(row, ratios[row["model"], row["frames"]])
+    return {setting: [rows[key] for key in sorted(rows)] for setting, rows in sorted(settings.items())}
 
 
-def load(folder: Path) -> tuple[list[Record], list[str]]:
-    """Every `*.json` in `folder`, and a line for each that is no record of costs.
+def load_cost_records(folder: Path) -> tuple[list[CostRecord], list[str]]:
+    """Read every `*.json` of a folder.
+
+    Returns:
+        The records, and a line for each file that is no complete record of costs.
 
     Raises:
-        FileNotFoundError: If there is no file at all.
+        FileNotFoundError: If the folder holds no such file.
     """
     paths = sorted(folder.glob("*.json"))
     if not paths:
-        raise FileNotFoundError(f"no records in {folder}: make some with `python -m experiments.run experiment=cost`")
-    records, wrong = [], []
+        raise FileNotFoundError(
+            f"{folder} holds no records (*.json); run `python -m experiments.run experiment=cost` first or name another "
+            "folder with --results"
+        )
+    records, errors = [], []
     for path in paths:
         try:
-            records.append(read(path))
+            records.append(read_cost_record(path))
         except (OSError, ValueError) as error:
-            wrong.append(f"{path.name}: {error}")
-    return records, wrong
+            errors.append(f"{path.name}: {error}")
+    return records, errors
 
 
-def read(path: Path) -> Record:
-    """Raises ValueError, in one line, for what is no whole record of costs."""
+def read_cost_record(path: Path) -> CostRecord:
+    """Read one record of costs.
+
+    Raises:
+        ValueError: If the file is no complete record of costs. The message is one line.
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"not valid JSON (truncated?): {str(error).splitlines()[0]}") from None
     if not isinstance(record, dict):
-        raise ValueError(f"a record is a JSON object, this is a {type(record).__name__}")
-    needed = {"cost": _SETTING, "provenance": ("started",), "rows": (), "machine": (), "pixels": ()}
-    for part, names in needed.items():
+        raise ValueError(f"a record is a JSON object, but this is a {type(record).__name__}")
+    required = {"cost": _SETTING_KEYS, "provenance": ("started",), "rows": (), "machine": (), "pixels": ()}
+    for part, names in required.items():
         for name in (part, *names):
             if name not in (record if name == part else record[part]):
-                raise ValueError(f"lacks {part if name == part else f'{part}.{name}'}: measure it again")
+                raise ValueError(f"lacks {part if name == part else f'{part}.{name}'}; measure it again")
     for number, row in enumerate(record["rows"]):
-        if lacking := [name for name in _ROW if name not in row]:
-            raise ValueError(f"lacks rows.{number}.{lacking[0]}: measure it again")
+        if lacking := [name for name in _ROW_KEYS if name not in row]:
+            raise ValueError(f"lacks rows.{number}.{lacking[0]}; measure it again")
     if not any(row["model"] == "LLaVA" for row in record["rows"]):
-        raise ValueError("lacks a row of LLaVA: measure it again")
+        raise ValueError("lacks a row of LLaVA; measure it again")
     return record

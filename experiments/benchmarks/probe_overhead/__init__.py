@@ -1,6 +1,5 @@
-"""What recording attention costs beside a plain forward pass, and beside other ways to the same numbers:
-`python -m experiments.run experiment=bench_probe`."""
+"""Cost of recording attention against a plain forward pass and other tools; `experiment=bench_probe` runs it."""
 
-from experiments.benchmarks.probe_overhead.run import run_bench
+from experiments.benchmarks.probe_overhead.run import run_overhead_benchmark
 
-__all__ = ["run_bench"]
+__all__ = ["run_overhead_benchmark"]

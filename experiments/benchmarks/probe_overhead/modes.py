@@ -1,6 +1,7 @@
-"""The ways to attention by token group that are compared, each as one forward pass of the same language model.
+"""Ways to record attention by token group, each as one forward pass of the same language model.
 
-Each gives the mean mass of the instruction's queries on every group, `[layers, heads, groups]`; a plain pass gives none.
+Each mode returns the mean mass of the instruction's queries on every token group, (layers, heads, groups). A plain pass
+returns None.
 """
 
 from __future__ import annotations
@@ -20,10 +21,19 @@ from probes.attention.recording import record_attention
 
 Masses = Float[Tensor, "layers heads groups"]
 Run = Callable[[], Masses | None]
+LayerMass = Callable[[Tensor], Tensor]
+"""From the attention weights of a layer, (1, heads, queries, keys), to its mean masses, (heads, groups)."""
 
 
-def build(model: BenchModel, vocabulary: int, dtype: str, device: torch.device) -> PreTrainedModel:
-    """A Llama with random weights; the vocabulary is cut as the layers are, so that the head keeps its share."""
+def build_llama(model: BenchModel, vocabulary: int, dtype: str, device: torch.device) -> PreTrainedModel:
+    """Return a Llama with random weights.
+
+    Args:
+        model: Its sizes, and how many of its layers to build.
+        vocabulary: Tokens of the full vocabulary. It is cut in proportion to the layers, so the head keeps its share.
+        dtype: Name of the dtype.
+        device: The device to build on.
+    """
     torch.manual_seed(0)
     width = model.heads * model.head_width
     config = LlamaConfig(
@@ -34,126 +44,137 @@ def build(model: BenchModel, vocabulary: int, dtype: str, device: torch.device) 
         num_attention_heads=model.heads,
         num_key_value_heads=model.heads,
         max_position_embeddings=2**16,
-        # attention as uneven as in a trained model, scores of a few units
+        # Scores of a few units make attention as uneven as in a trained model.
         initializer_range=2.0 / width**0.5,
     )
     with torch.device(device):
         return LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
 
 
-def inputs(model: PreTrainedModel, visual: int, text: int) -> tuple[Int[Tensor, "1 length"], TokenMap]:
-    """One prompt: half of the text, the visual tokens, the other half."""
+def prompt_tokens(model: PreTrainedModel, visual: int, text: int) -> tuple[Int[Tensor, "1 length"], TokenMap]:
+    """Return one prompt and its token map: half of the text, the visual tokens, the other half of the text."""
     before = text // 2
     tokens = TokenMap(torch.tensor([[1] * before + [2] * visual + [3] * (text - before)]))
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (1, visual + text), generator=draw)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (1, visual + text), generator=generator)
     return ids.to(model.device), tokens
 
 
-def prepare(mode: str, model: PreTrainedModel, ids: Int[Tensor, "1 length"], tokens: TokenMap) -> Run:
-    """A forward pass in this mode. The weights are shared with `model`, which itself stays as it is."""
+def prepare_mode(mode: str, model: PreTrainedModel, ids: Int[Tensor, "1 length"], tokens: TokenMap) -> Run:
+    """Return a forward pass in one mode.
+
+    It runs on a copy that shares the weights of `model`, which itself stays unchanged.
+
+    Args:
+        mode: A name of `MODES`.
+        model: The language model.
+        ids: The prompt.
+        tokens: The token map of the prompt.
+    """
     model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    model.set_attn_implementation("sdpa" if mode in ("plain", *_RECORDED) else "eager")
-    if mode in _RECORDED:
-        return _recorded(model, ids, tokens, _RECORDED[mode])
-    member = torch.nn.functional.one_hot(tokens.labels[0], len(tokens.groups)).to(ids.device, model.dtype)
-    asked = int(tokens.mask("instruction").sum())
+    model.set_attn_implementation("sdpa" if mode in ("plain", *_RECORDED_TARGETS) else "eager")
+    if mode in _RECORDED_TARGETS:
+        return _recorded(model, ids, tokens, _RECORDED_TARGETS[mode])
+    membership = torch.nn.functional.one_hot(tokens.labels[0], len(tokens.groups)).to(ids.device, model.dtype)
+    queries = int(tokens.mask("instruction").sum())
 
-    def masses(weights: Float[Tensor, "1 heads queries keys"]) -> Tensor:
-        return (weights[0, :, -asked:] @ member).float().mean(dim=1)
+    def layer_mass(weights: Float[Tensor, "1 heads queries keys"]) -> Tensor:
+        return (weights[0, :, -queries:] @ membership).float().mean(dim=1)
 
-    return _WAYS[mode](model, ids, masses)
+    return _MODE_FUNCTIONS[mode](model, ids, layer_mass)
 
 
-_RECORDED = {"text": ("system", "instruction"), "all": None}
+def attention_matrices_gib(mode: str, model: BenchModel, config: BenchConfig, visual: int) -> float:
+    """Estimate the GiB of (queries x keys) matrices that a mode holds at once, besides its results.
+
+    `record_attention` holds none.
+    """
+    if mode in ("plain", *_RECORDED_TARGETS):
+        return 0.0
+    # Scores, weights in float32 and weights in the model's dtype; `output_attentions` also keeps the weights per layer.
+    matrices = 3 + (model.layers if mode == "output_attentions" else 0)
+    bytes_each = torch.finfo(getattr(torch, config.dtype)).bits / 8
+    return matrices * model.heads * (visual + config.text) ** 2 * bytes_each / 2**30
 
 
 def _recorded(model: PreTrainedModel, ids: Tensor, tokens: TokenMap, targets: tuple[str, ...] | None) -> Run:
     def run() -> Masses:
         with record_attention(model, tokens, targets=targets) as attention:
             model(ids, use_cache=False)
-        # entropy and received attention are there too
+        # The record also holds entropy and received attention.
         return attention.mass[:, 0, :, attention.targets.index("instruction")].nan_to_num()
 
     return run
 
 
-def _plain(model: PreTrainedModel, ids: Tensor, masses: Callable[[Tensor], Tensor]) -> Run:
+def _plain(model: PreTrainedModel, ids: Tensor, layer_mass: LayerMass) -> Run:
     def run() -> None:
         model(ids, use_cache=False)
 
     return run
 
 
-def _output_attentions(model: PreTrainedModel, ids: Tensor, masses: Callable[[Tensor], Tensor]) -> Run:
+def _output_attentions(model: PreTrainedModel, ids: Tensor, layer_mass: LayerMass) -> Run:
     def run() -> Masses:
         weights = model(ids, use_cache=False, output_attentions=True).attentions
-        return torch.stack([masses(layer) for layer in weights])
+        return torch.stack([layer_mass(layer) for layer in weights])
 
     return run
 
 
-def _hooks(model: PreTrainedModel, ids: Tensor, masses: Callable[[Tensor], Tensor]) -> Run:
-    found: list[Tensor] = []
+def _hooks(model: PreTrainedModel, ids: Tensor, layer_mass: LayerMass) -> Run:
+    masses: list[Tensor] = []
     for layer in model.get_decoder().layers:
-        layer.self_attn.register_forward_hook(lambda module, args, output: found.append(masses(output[1])))
+        layer.self_attn.register_forward_hook(lambda module, args, output: masses.append(layer_mass(output[1])))
 
     def run() -> Masses:
-        found.clear()
+        masses.clear()
         model(ids, use_cache=False)
-        return torch.stack(found)
+        return torch.stack(masses)
 
     return run
 
 
-def _nnsight(model: PreTrainedModel, ids: Tensor, masses: Callable[[Tensor], Tensor]) -> Run:
+def _nnsight(model: PreTrainedModel, ids: Tensor, layer_mass: LayerMass) -> Run:
     from nnsight import NNsight, save  # type: ignore[import-untyped]
 
     traced = NNsight(model)
 
     def run() -> Masses:
         with traced.trace(ids, use_cache=False):
-            found: Any = save([])
+            masses: Any = save([])
             for layer in traced.model.layers:
-                found.append(masses(layer.self_attn.source.attention_interface_1.output[1]))
-        return torch.stack(list(found))
+                masses.append(layer_mass(layer.self_attn.source.attention_interface_1.output[1]))
+        return torch.stack(list(masses))
 
     return run
 
 
-def _bridge(model: PreTrainedModel, ids: Tensor, masses: Callable[[Tensor], Tensor]) -> Run:
+def _bridge(model: PreTrainedModel, ids: Tensor, layer_mass: LayerMass) -> Run:
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     bridge = build_bridge_from_module(model, "LlamaForCausalLM", hf_config=model.config)
 
     def run() -> Masses:
-        found: list[Tensor] = []
+        masses: list[Tensor] = []
 
         def keep(pattern: Tensor, hook: Any) -> None:
-            found.append(masses(pattern))
+            masses.append(layer_mass(pattern))
 
         names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.config.num_hidden_layers)]
         bridge.run_with_hooks(ids, fwd_hooks=[(name, keep) for name in names])
-        return torch.stack(found)
+        return torch.stack(masses)
 
     return run
 
 
-_WAYS: dict[str, Callable[[PreTrainedModel, Tensor, Callable[[Tensor], Tensor]], Run]] = {
+# Targets of `record_attention`, by mode.
+_RECORDED_TARGETS = {"text": ("system", "instruction"), "all": None}
+_MODE_FUNCTIONS: dict[str, Callable[[PreTrainedModel, Tensor, LayerMass], Run]] = {
     "plain": _plain,
     "output_attentions": _output_attentions,
     "hooks": _hooks,
     "nnsight": _nnsight,
     "bridge": _bridge,
 }
-MODES = ("plain", *_RECORDED, *(mode for mode in _WAYS if mode != "plain"))
-
-
-def matrices(mode: str, model: BenchModel, config: BenchConfig, visual: int) -> float:
-    """About how many GiB of [queries x keys] matrices a mode holds at once; its results apart, ours hold none."""
-    if mode in ("plain", *_RECORDED):
-        return 0.0
-    # scores, weights in float32 and weights in the model's type, or all layers' weights
-    held = 3 + (model.layers if mode == "output_attentions" else 0)
-    bytes_each = torch.finfo(getattr(torch, config.dtype)).bits / 8
-    return held * model.heads * (visual + config.text) ** 2 * bytes_each / 2**30
+MODES = ("plain", *_RECORDED_TARGETS, *(mode for mode in _MODE_FUNCTIONS if mode != "plain"))

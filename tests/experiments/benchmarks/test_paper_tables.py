@@ -1,4 +1,4 @@
-"""The paper's tables and figures from records of measured costs, made up so that every number is known."""
+"""Test the paper's tables and figures on cost_record-up cost records with known numbers."""
 
 from __future__ import annotations
 
@@ -11,22 +11,32 @@ from typing import Any
 import pytest
 
 from experiments.benchmarks.model_cost import paper_tables
-from experiments.benchmarks.model_cost.figures import bars, memory
-from experiments.benchmarks.model_cost.records import PARTS, Measured, Ratio, Setting, load, measured, read
-from experiments.cost.paper_values import FIRST_TOKEN, GEOMETRY
+from experiments.benchmarks.model_cost.figures import component_bars, memory_curves
+from experiments.benchmarks.model_cost.records import (
+    COMPONENTS,
+    CostSetting,
+    MeasuredModel,
+    TimeRatio,
+    group_by_setting,
+    load_cost_records,
+    read_cost_record,
+)
+from experiments.cost.paper_values import PAPER_ARCHITECTURE, PRINTED_FIRST_TOKEN_MS
 
-Make = Callable[..., dict[str, Any]]
-# of each size, C: seconds of a part in each of two rounds
+# Seconds of a component in each of two rounds, by C; 0 is LLaVA.
 SECONDS = {0: [4.0, 8.0], 1: [1.0, 4.0], 2: [2.0, 2.0]}
 
 
-def made(geometry: str = "smol", tiles: int = 1, started: str = "2026-01-01", **changed: Any) -> dict[str, Any]:
-    """A record of LLaVA and LLaVA-Mini with 1 and 4 tokens over 1 and 11 frames; LLaVA has no room for 11."""
+def cost_record(geometry: str = "smol", tiles: int = 1, started: str = "2026-01-01", **changes: Any) -> dict[str, Any]:
+    """Return a record of LLaVA and of LLaVA-Mini with 1 and 4 tokens, over 1 and 11 frames.
+
+    LLaVA did not run over 11 frames.
+    """
     rows = []
-    for frames in changed.get("frames", [1, 11]):
+    for frames in changes.get("frames", [1, 11]):
         for size, rounds in SECONDS.items():
-            ran = size > 0 or frames == 1
-            times = dict.fromkeys(PARTS, rounds) | {
+            did_run = size > 0 or frames == 1
+            times = dict.fromkeys(COMPONENTS, rounds) | {
                 "first token": [7 * spent for spent in rounds],
                 "decode": [1.0, 1.0],
             }
@@ -37,10 +47,10 @@ def made(geometry: str = "smol", tiles: int = 1, started: str = "2026-01-01", **
                     "frames": frames,
                     "visual_tokens": frames * (size**2 or 256),
                     "prefusion_layers": 4 * (size > 0),
-                    "flops": dict.fromkeys((*PARTS, "decode"), (10 - size) * 1e12),
-                    "seconds": times if ran else None,
-                    "memory": {"resident": 2**20 * (100 + size + 3 * frames)} if ran else None,
-                    "cache_bytes": 2**20 * 2 * frames if ran else None,
+                    "flops": dict.fromkeys((*COMPONENTS, "decode"), (10 - size) * 1e12),
+                    "seconds": times if did_run else None,
+                    "memory": {"resident": 2**20 * (100 + size + 3 * frames)} if did_run else None,
+                    "cache_bytes": 2**20 * 2 * frames if did_run else None,
                     "cache_estimate": 2**20 * 2 * frames,
                     "needs": {"total": 5 * 2**30, "weights": 2**20},
                 }
@@ -48,22 +58,23 @@ def made(geometry: str = "smol", tiles: int = 1, started: str = "2026-01-01", **
     return {
         "cost": {"geometry": geometry, "dtype": "bfloat16", "tiles": tiles, "text": 60},
         "pixels": 336 * tiles,
-        "machine": changed.get("machine", "a device"),
+        "machine": changes.get("machine", "a device"),
         "rows": rows,
         "provenance": {"started": started},
     }
 
 
-def written(folder: Path, *records: dict[str, Any]) -> Path:
+def write_records(folder: Path, *records: dict[str, Any]) -> Path:
+    """Write the records into a results folder, and return the folder."""
     (folder / "cost").mkdir(parents=True, exist_ok=True)
     for number, record in enumerate(records):
         (folder / "cost" / f"{number}.json").write_text(json.dumps(record))
     return folder
 
 
-def test_table_13_has_a_row_for_each_setting() -> None:
-    records = [made(), made(machine="another"), made(tiles=2)]
-    table = paper_tables.table13(measured(records))
+def test_first_token_table_has_row_for_each_setting() -> None:
+    records = [cost_record(), cost_record(machine="another"), cost_record(tiles=2)]
+    table = paper_tables.first_token_table(group_by_setting(records))
     assert list(table.text.columns) == ["Geometry", "Pixels", "Device", "Numbers", "LLaVA", "1 token", "4 tokens"]
     assert [list(row) for row in table.text.itertuples(index=False)] == [
         ["smol", "336", "a device", "bfloat16", "42,000.0", "17,500.0 (2.40x)", "14,000.0 (3.00x)"],
@@ -74,32 +85,37 @@ def test_table_13_has_a_row_for_each_setting() -> None:
     assert (one.ratio, one.ratio_low, one.ratio_high, one.milliseconds) == (2.4, 2.0, 4.0, 17500)
 
 
-def test_the_printed_rows_stand_beside_the_papers_geometry_alone() -> None:
-    assert not any("printed" in device for device in paper_tables.table13(measured([made()])).text.Device)
+def test_first_token_table_shows_printed_rows_for_papers_architecture_only() -> None:
     assert not any(
-        "printed" in device for device in paper_tables.table13(measured([made(GEOMETRY, tiles=2)])).text.Device
+        "printed" in device for device in paper_tables.first_token_table(group_by_setting([cost_record()])).text.Device
     )
-    table = paper_tables.table13(measured([made(GEOMETRY)]))
-    assert list(table.text.Device[1:]) == [f"{device}, printed" for device in FIRST_TOKEN]
+    assert not any(
+        "printed" in device
+        for device in paper_tables.first_token_table(
+            group_by_setting([cost_record(PAPER_ARCHITECTURE, tiles=2)])
+        ).text.Device
+    )
+    table = paper_tables.first_token_table(group_by_setting([cost_record(PAPER_ARCHITECTURE)]))
+    assert list(table.text.Device[1:]) == [f"{device}, printed" for device in PRINTED_FIRST_TOKEN_MS]
     row = table.text.iloc[2]
     assert list(row[["LLaVA", "1 token", "16 tokens"]]) == ["113.0", "38.6 (2.93x)", "39.3 (2.88x)"]
     assert table.text.iloc[0]["16 tokens"] == paper_tables.NONE, "not measured"
 
 
-def test_what_had_no_room_says_what_it_needs() -> None:
-    record = made()
+def test_first_token_table_model_without_memory_shows_its_needs() -> None:
+    record = cost_record()
     record["rows"][0]["seconds"] = None
-    row = paper_tables.table13(measured([record])).text.iloc[0]
+    row = paper_tables.first_token_table(group_by_setting([record])).text.iloc[0]
     assert list(row[["LLaVA", "1 token"]]) == ["needs 5 GiB", "17,500.0"]
 
 
-def test_table_14_marks_what_is_printed_otherwise() -> None:
-    table = paper_tables.table14()
-    shown = table.text.set_index(["Pixels", "Model"])
-    assert shown.loc[("336", "LLaVA"), "Total"] == "8.551 (8.55)"
-    assert shown.loc[("336", "LLaVA"), "Pre-fusion"] == paper_tables.NONE
-    assert shown.loc[("336", "LLaVA-Mini, 1 token"), "Pre-fusion"] == "1.004 (0.125)*"
-    assert shown.loc[("672", "LLaVA-Mini, 1 token"), "LLM"] == "0.583 (4.131)*"
+def test_flops_table_marks_figures_that_differ() -> None:
+    table = paper_tables.flops_table()
+    cells = table.text.set_index(["Pixels", "Model"])
+    assert cells.loc[("336", "LLaVA"), "Total"] == "8.551 (8.55)"
+    assert cells.loc[("336", "LLaVA"), "Pre-fusion"] == paper_tables.NONE
+    assert cells.loc[("336", "LLaVA-Mini, 1 token"), "Pre-fusion"] == "1.004 (0.125)*"
+    assert cells.loc[("672", "LLaVA-Mini, 1 token"), "LLM"] == "0.583 (4.131)*"
     for _, row in table.data.groupby(["pixels", "model"]):
         parts = row.set_index("part")
         assert parts.ours.drop("Total").sum() == pytest.approx(parts.ours["Total"], abs=1e-9)
@@ -107,8 +123,8 @@ def test_table_14_marks_what_is_printed_otherwise() -> None:
     assert sum("*" in str(cell) for cell in table.text.to_numpy().flat) == 8
 
 
-def test_memory_is_per_frame() -> None:
-    table = paper_tables.memory_table(measured([made(GEOMETRY)]))
+def test_memory_table_reports_memory_per_frame() -> None:
+    table = paper_tables.memory_table(group_by_setting([cost_record(PAPER_ARCHITECTURE)]))
     assert list(table.text.Model) == ["1 token", "4 tokens"], "LLaVA ran over one number of frames"
     assert list(table.data.of_frame / 2**20) == [3, 3]
     assert list(table.data.cache_of_frame / 2**20) == [2, 2]
@@ -116,44 +132,55 @@ def test_memory_is_per_frame() -> None:
     assert list(table.text["Peak (MiB)"]) == ["104 to 134", "105 to 135"]
 
 
-def test_of_two_measurements_the_newer_holds_whatever_its_name() -> None:
-    old, new = made(started="2026-01-01", frames=[1]), made(started="2026-02-01", frames=[1])
+def test_group_by_setting_of_two_measurements_newer_counts() -> None:
+    old, new = cost_record(started="2026-01-01", frames=[1]), cost_record(started="2026-02-01", frames=[1])
     new["rows"] = [row for row in new["rows"] if row["size"] < 2]
     for row in new["rows"]:
         row["seconds"] = {name: [2 * spent for spent in rounds] for name, rounds in row["seconds"].items()}
     for records in ([old, new], [new, old]):
-        (rows,) = measured(records).values()
+        (rows,) = group_by_setting(records).values()
         assert [row.seconds and row.seconds["first token"] for row in rows] == [84, 35, 14]
-        assert rows[2].ratio == Ratio(3.0, 2.0, 4.0), "of its own record"
+        assert rows[2].ratio == TimeRatio(3.0, 2.0, 4.0), "the ratio of its own record"
 
 
-def test_settings_are_apart_where_anything_differs() -> None:
-    records = [made(), made(tiles=2), made(machine="another"), made(GEOMETRY), made()]
+def test_group_by_setting_different_settings_stay_separate() -> None:
+    records = [
+        cost_record(),
+        cost_record(tiles=2),
+        cost_record(machine="another"),
+        cost_record(PAPER_ARCHITECTURE),
+        cost_record(),
+    ]
     records[-1]["cost"]["text"] = 61
-    assert len(measured(records)) == 5
+    assert len(group_by_setting(records)) == 5
 
 
-def heights(axes: Any, place: int) -> list[float]:
-    return [bar[place].get_height() for bar in axes.containers]
+def bar_heights(axes: Any, index: int) -> list[float]:
+    """Return the heights of the components of one bar."""
+    return [bar[index].get_height() for bar in axes.containers]
 
 
-def test_bars_stack_to_the_time_and_the_flops() -> None:
-    figure = bars(measured([made(GEOMETRY), made(GEOMETRY, tiles=2)]))
-    work, time, hd_work, hd_time = figure.axes
-    assert work.get_ylabel() == "TFLOPs to the first token"
-    assert [sum(heights(work, place)) for place in range(3)] == pytest.approx([60, 54, 48])
-    assert [sum(heights(time, place)) for place in range(3)] == pytest.approx([42000, 17500, 14000])
-    assert heights(time, 0)[-1] == pytest.approx(6000), "between the components"
-    printed = [axes.get_lines()[0].get_xydata().tolist() for axes in (work, time, hd_work)]
+def test_component_bars_stack_to_time_and_flops() -> None:
+    figure = component_bars(
+        group_by_setting([cost_record(PAPER_ARCHITECTURE), cost_record(PAPER_ARCHITECTURE, tiles=2)])
+    )
+    flops, time, tiled_flops, tiled_time = figure.axes
+    assert flops.get_ylabel() == "TFLOPs to the first token"
+    assert [sum(bar_heights(flops, index)) for index in range(3)] == pytest.approx([60, 54, 48])
+    assert [sum(bar_heights(time, index)) for index in range(3)] == pytest.approx([42000, 17500, 14000])
+    assert bar_heights(time, 0)[-1] == pytest.approx(6000), "the time between components"
+    printed = [axes.get_lines()[0].get_xydata().tolist() for axes in (flops, time, tiled_flops)]
     assert printed[0] == [[0, 8.55], [1, 1.96], [2, 2.01]]
     assert printed[1] == [[0, 113.04], [1, 38.64], [2, 38.84]]
     assert printed[2] == [[0, 40.49], [1, 7.19]]
-    assert not hd_time.get_lines(), "no bar of the paper's is known"
-    assert not any(axes.get_lines() for axes in bars(measured([made()])).axes), "another geometry"
+    assert not tiled_time.get_lines(), "the paper prints no value"
+    assert not any(axes.get_lines() for axes in component_bars(group_by_setting([cost_record()])).axes), (
+        "another geometry"
+    )
 
 
-def test_memory_is_drawn_against_frames() -> None:
-    (axes,) = memory(measured([made(GEOMETRY)])).axes
+def test_memory_curves_show_peak_against_frames() -> None:
+    (axes,) = memory_curves(group_by_setting([cost_record(PAPER_ARCHITECTURE)])).axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
     assert lines["1 token"] == [[1, 104], [11, 134]]
     assert lines["LLaVA"] == [[1, 103]]
@@ -161,53 +188,53 @@ def test_memory_is_drawn_against_frames() -> None:
     assert axes.get_ylabel() == "peak memory (MiB)"
 
 
-def test_the_command_writes_all_and_says_what_it_has_no_records_of(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    results = written(tmp_path, made(frames=[1]))
+def test_main_writes_all_files_and_reports_missing_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = write_records(tmp_path, cost_record(frames=[1]))
     (results / "cost" / "cut.json").write_text('{"cost": {"geom')
-    (results / "cost" / "older.json").write_text(json.dumps({**made(), "machine": None} | {"cost": {}}))
+    (results / "cost" / "older.json").write_text(json.dumps({**cost_record(), "machine": None} | {"cost": {}}))
     assert paper_tables.main(["--results", str(results)]) == 0
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     report = results / "cost" / "report"
     assert {path.name for path in report.iterdir()} == {
         *(f"{name}.{kind}" for name in ("table13", "table14", "memory") for kind in ("md", "tex", "csv")),
         *("figure7.png", "figure7.pdf"),
     }
-    assert (
-        "figure8 not drawn: no record has cost.tiles=2; `python -m experiments.run experiment=cost cost.tiles=2`"
-        in said.out
-    )
-    assert "figure9 not drawn" in said.out
-    assert "warning: left out cut.json: not valid JSON (truncated?)" in said.err
-    assert "warning: left out older.json: lacks cost.geometry: measure it again" in said.err
+    assert "figure8 not drawn: no record has cost.tiles=2" in output.out
+    assert "`python -m experiments.run experiment=cost cost.tiles=2`" in output.out
+    assert "figure9 not drawn" in output.out
+    assert "warning: left out cut.json: not valid JSON (truncated?)" in output.err
+    assert "warning: left out older.json: lacks cost.geometry" in output.err
     with (report / "table13.csv").open() as file:
         assert [row["tokens"] for row in csv.DictReader(file)] == ["", "1", "4"]
 
 
-def test_the_same_records_give_the_same_files(tmp_path: Path) -> None:
-    records = [made(frames=[1]), made(frames=[1], machine="another"), made(frames=[1], started="2026-02-01")]
+def test_write_paper_tables_record_order_does_not_change_files(tmp_path: Path) -> None:
+    records = [
+        cost_record(frames=[1]),
+        cost_record(frames=[1], machine="another"),
+        cost_record(frames=[1], started="2026-02-01"),
+    ]
     for name, order in (("a", records), ("b", records[::-1])):
-        paper_tables.write(order, tmp_path / name)
+        paper_tables.write_paper_tables(order, tmp_path / name)
     paths = list((tmp_path / "a").iterdir())
     assert len(paths) == 11
     for path in paths:
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
 
-def test_a_figure_that_has_lost_its_records_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_paper_tables_removes_figure_without_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paper_tables, "save", lambda figure, stem: [stem.with_suffix(".png").write_text("drawn")])
-    paper_tables.write([made(), made(tiles=2)], tmp_path)
+    paper_tables.write_paper_tables([cost_record(), cost_record(tiles=2)], tmp_path)
     assert sorted(path.stem for path in tmp_path.glob("*.png")) == ["figure7", "figure8", "figure9"]
-    paper_tables.write([made(frames=[1])], tmp_path)
+    paper_tables.write_paper_tables([cost_record(frames=[1])], tmp_path)
     assert [path.stem for path in tmp_path.glob("*.png")] == ["figure7"]
 
 
-def test_no_records_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_without_records_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert paper_tables.main(["--results", str(tmp_path)]) == 1
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1
-    assert "python -m experiments.run experiment=cost" in said[0]
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert "python -m experiments.run experiment=cost" in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -219,19 +246,21 @@ def test_no_records_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (lambda record: record["provenance"].clear(), "lacks provenance.started"),
     ],
 )
-def test_a_record_that_is_not_whole(tmp_path: Path, change: Callable[[Any], Any], message: str) -> None:
-    record = made(frames=[1])
+def test_read_cost_record_incomplete_record_raises(tmp_path: Path, change: Callable[[Any], Any], message: str) -> None:
+    record = cost_record(frames=[1])
     change(record)
     path = tmp_path / "record.json"
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match=message):
-        read(path)
-    assert load(tmp_path)[0] == []
+        read_cost_record(path)
+    assert load_cost_records(tmp_path)[0] == []
 
 
-def test_names() -> None:
-    (setting,) = measured([made()])
-    assert setting == Setting("smol", 336, 1, 60, 4, "bfloat16", "a device")
+def test_setting_and_model_have_readable_names() -> None:
+    (setting,) = group_by_setting([cost_record()])
+    assert setting == CostSetting("smol", 336, 1, 60, 4, "bfloat16", "a device")
     assert str(setting) == "smol, 336 px, bfloat16, a device"
-    row = Measured({"memory": {"resident": 1, "allocated": 2, "reserved": 3}, "model": "LLaVA-Mini, 1 token"}, None)
+    row = MeasuredModel(
+        {"memory": {"resident": 1, "allocated": 2, "reserved": 3}, "model": "LLaVA-Mini, 1 token"}, None
+    )
     assert (row.peak, row.name) == (2, "1 token")
