@@ -49,12 +49,12 @@ def run_job(config: DictConfig) -> None:
 
 
 def _run_benchmark(config: DictConfig, overrides: list[str]) -> None:
-    from experiments.benchmarks.model_cost.run import run_cost
+    from experiments.benchmarks.model_cost.run import run_cost_benchmark
     from experiments.benchmarks.probe_overhead import run_overhead_benchmark
 
     config = select_row(config, overrides)
     typed: Config = OmegaConf.to_object(config)  # type: ignore[assignment]
-    for settings, run in ((typed.bench, run_overhead_benchmark), (typed.cost, run_cost)):
+    for settings, run in ((typed.bench, run_overhead_benchmark), (typed.cost, run_cost_benchmark)):
         if settings is not None:
             log.info("\n".join(map(str, run(typed, to_plain(config)))))
 
