@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-# Prefix of the names of attention implementations that are registered while recording.
-RECORDING_PREFIX = "probes_recording_"
-
 
 class AttentionRecord:
     """Attention from target groups to source groups, by layer, sample and head, as float32 on the CPU.

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import AttentionInterface
 
+from probes.attention.attention_switch import AttentionFunction, AttentionSwitch, is_switched
 from probes.attention.layout import GroupLayout
-from probes.attention.record import RECORDING_PREFIX, AttentionRecord, query_and_key_groups
+from probes.attention.record import AttentionRecord, query_and_key_groups
 from probes.attention.statistics import group_statistics
 from probes.attention.visibility import Visibility
 from probes.hooks.decoder import decoder_layers, mask_format
@@ -49,44 +48,24 @@ class AttentionRecorder:
         self.layers = layers = decoder_layers(decoder)
         self.layer_of = {layers[layer].get_submodule("self_attn"): layer for layer in record.layers}
         self.layouts: dict[Any, tuple[Visibility, GroupLayout]] = {}
-        self.name = f"{RECORDING_PREFIX}{id(self)}"
 
     def __enter__(self) -> None:
         with _ENTER_LOCK:
-            self.model_configs: dict[nn.Module, PretrainedConfig] = {
-                module: module.config  # type: ignore[misc]
-                for module in self.layer_of
-            }
-            if any(
-                str(config._attn_implementation).startswith(RECORDING_PREFIX) for config in self.model_configs.values()
-            ):
+            if any(map(is_switched, self.layer_of)):
                 raise RuntimeError("this model is being recorded already: leave the other record_attention first")
-            AttentionInterface.register(self.name, self.attend)
-            self.recording_configs: dict[nn.Module, PretrainedConfig] = {}
-            for module, config in self.model_configs.items():
-                self.recording_configs[module] = copy.copy(config)
-                self.recording_configs[module]._attn_implementation_internal = self.name
-                module.config = self.recording_configs[module]  # type: ignore[assignment]
+            self.switch = AttentionSwitch(self.layer_of, self.attend)
 
     def __exit__(self, *exception: object) -> None:
-        for module, config in self.model_configs.items():
-            module.config = config  # type: ignore[assignment]
-        # The interface offers no way to unregister.
-        AttentionInterface._global_mapping.pop(self.name)
+        self.switch.restore()
 
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Record the statistics of one call, then return the output of the model's own attention function."""
-        config = self.model_configs[module]
-        implementation = config._attn_implementation
+        implementation = self.switch.own_configs[module]._attn_implementation
         self.add_statistics(module, implementation, query, key, attention_mask, kwargs)
-        # Flash attention picks its kernel by the config of the module.
-        module.config = config  # type: ignore[assignment]
-        try:
-            return _attention_function(implementation, module)(module, query, key, value, attention_mask, **kwargs)
-        finally:
-            module.config = self.recording_configs[module]  # type: ignore[assignment]
+        function = _attention_function(implementation, module)  # type: ignore[arg-type]
+        return self.switch.call_own(module, function, query, key, value, attention_mask, **kwargs)
 
     def add_statistics(
         self, module: nn.Module, implementation: str, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]
@@ -158,7 +137,7 @@ class AttentionRecorder:
         return self.layouts[cache_key][1]
 
 
-def _attention_function(implementation: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _attention_function(implementation: str, module: nn.Module) -> AttentionFunction:
     """Return the function that the model calls for `implementation`.
 
     Each modelling file has its own eager attention.

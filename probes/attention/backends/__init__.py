@@ -15,9 +15,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from probes.attention.attention_switch import is_switched
 from probes.attention.backends.dense import dense_statistics
 from probes.attention.backends.shared_copy import copy_sharing_weights
-from probes.attention.record import RECORDING_PREFIX, AttentionRecord, query_and_key_groups
+from probes.attention.record import AttentionRecord, query_and_key_groups
 from probes.hooks.decoder import decoder_layers, find_decoder
 from probes.hooks.partial_call import current_subset
 from probes.hooks.token_window import TokenWindow
@@ -98,11 +99,7 @@ def observe_attention(
         RuntimeError: The model is being recorded already.
     """
     library, transformers_model = _backend_module(backend), underlying_model(model, backend)
-    implementations = {
-        getattr(getattr(module, "config", None), "_attn_implementation", None)
-        for module in transformers_model.modules()
-    }
-    if any(str(name).startswith(RECORDING_PREFIX) for name in implementations):
+    if any(map(is_switched, transformers_model.modules())):
         raise RuntimeError("this model is being recorded already: leave the other record_attention first")
     instance_forward = vars(transformers_model).get("forward")
     decoder = transformers_model.get_decoder()

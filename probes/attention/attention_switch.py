@@ -1,0 +1,73 @@
+"""Lead attention modules to another attention function.
+
+This is the only place that touches transformers' attention settings: one name is registered with its attention interface,
+and calls are dispatched by module.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig
+
+AttentionFunction = Callable[..., tuple[Tensor, "Tensor | None"]]
+
+SWITCHED = "probes_recording"
+"""The name of the attention implementation of a module that is led elsewhere."""
+
+_FUNCTIONS: WeakKeyDictionary[nn.Module, AttentionFunction] = WeakKeyDictionary()
+
+
+def _dispatch(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    return _FUNCTIONS[module](module, *args, **kwargs)
+
+
+AttentionInterface.register(SWITCHED, _dispatch)
+
+
+def is_switched(module: nn.Module) -> bool:
+    """Return whether an attention module is led to another function already."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", None) == SWITCHED
+
+
+class AttentionSwitch:
+    """Make attention modules call a function instead of the model's own, until `restore`.
+
+    Each module gets a copy of its configuration, so other modules of the same configuration are unchanged.
+
+    Args:
+        modules: The attention modules. Each has the `config` that names its implementation.
+        function: Called with the arguments of an attention function: the module, query, key, value, mask, and options.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], function: AttentionFunction) -> None:
+        self.own_configs: dict[nn.Module, PretrainedConfig] = {
+            module: module.config  # type: ignore[misc]
+            for module in modules
+        }
+        self._switched_configs: dict[nn.Module, PretrainedConfig] = {}
+        for module, config in self.own_configs.items():
+            switched = copy.copy(config)
+            # The public setter checks the name against the model's class, which knows nothing of this one.
+            switched._attn_implementation_internal = SWITCHED
+            self._switched_configs[module] = switched
+            _FUNCTIONS[module] = function
+            module.config = switched  # type: ignore[assignment]
+
+    def call_own(self, module: nn.Module, function: AttentionFunction, *args: Any, **kwargs: Any) -> Any:
+        """Call a function for a module while the module has its own configuration, by which flash attention chooses."""
+        module.config = self.own_configs[module]  # type: ignore[assignment]
+        try:
+            return function(module, *args, **kwargs)
+        finally:
+            module.config = self._switched_configs[module]  # type: ignore[assignment]
+
+    def restore(self) -> None:
+        """Give every module its own configuration back."""
+        for module, config in self.own_configs.items():
+            module.config = config  # type: ignore[assignment]
+            _FUNCTIONS.pop(module, None)
