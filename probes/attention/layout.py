@@ -25,7 +25,14 @@ VisibilityFunction = Callable[[Int[Tensor, "batch rows"], Int[Tensor, "batch col
 class SourceBlock:
     """The keys of one source that a chunk of queries can attend to: columns `first` to `stop` of the layout.
 
-    All queries can attend to all keys before column `clear`. `visible` and `bias` cover the columns from there on.
+    Attributes:
+        source: Index of the source.
+        first: First column.
+        clear: All queries can attend to all keys before this column, and nothing is added to their scores.
+        stop: Column after the last.
+        visible: Which keys each query can attend to, from column `clear` on.
+        bias: What is added to the scores from column `clear` on; None for nothing.
+        has_visible_key: Which queries can attend to at least one of the keys.
     """
 
     source: int
@@ -34,12 +41,19 @@ class SourceBlock:
     stop: int
     visible: Bool[Tensor, "batch rows columns"]
     bias: Float[Tensor, "batch rows columns"] | None
-    sees: Bool[Tensor, "batch rows"]
+    has_visible_key: Bool[Tensor, "batch rows"]
 
 
 @dataclass(frozen=True)
 class QueryChunk:
-    """Some queries of a call. Filler rows of a shorter sample belong to no target (`members` is 0)."""
+    """Some queries of a call.
+
+    Attributes:
+        rows: Index of each query in the call.
+        targets: Indices of the targets that some of these queries belong to.
+        members: 1 for the targets of each query, else 0. Filler rows of a shorter sample belong to no target.
+        blocks: The keys that the queries can attend to, by source.
+    """
 
     rows: Int[Tensor, "batch rows"]
     targets: list[int]
@@ -128,7 +142,7 @@ class GroupLayout:
                 if (block := _build_source_block(source, first, stop, chunk_visible, bias)) is not None
             ]
             for block in blocks:
-                counts[..., block.source] += (chunk_members * block.sees[..., None]).sum(dim=1)
+                counts[..., block.source] += (chunk_members * block.has_visible_key[..., None]).sum(dim=1)
             receivers += chunk_members.mT @ chunk_visible.float()
             chunks.append(QueryChunk(chunk_rows, present, chunk_members[..., present], blocks))
         in_order = torch.equal(columns, torch.arange(keys.shape[1], device=keys.device).expand_as(keys))

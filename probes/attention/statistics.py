@@ -160,10 +160,10 @@ def _sum_heads(
                     tail.masked_fill_(~block.visible[:, None], HIDDEN_SCORE)
                 top, share = scores.amax(dim=-1), scores.softmax(dim=-1)
                 block_log_sum_exp = top - share.amax(dim=-1).log()
-                sees = block.sees[:, None]
-                log_sum_exp[..., block.source] = torch.where(sees, block_log_sum_exp, HIDDEN_SCORE)
+                has_visible_key = block.has_visible_key[:, None]
+                log_sum_exp[..., block.source] = torch.where(has_visible_key, block_log_sum_exp, HIDDEN_SCORE)
                 block_entropy = (block_log_sum_exp - scores.mul_(share).sum(dim=-1)).clamp_(min=0.0)
-                source_entropy[..., block.source] = torch.where(sees, block_entropy, 0.0)
+                source_entropy[..., block.source] = torch.where(has_visible_key, block_entropy, 0.0)
                 shares.append(share)
             total = log_sum_exp.logsumexp(dim=-1, keepdim=True)
             if sinks is not None:

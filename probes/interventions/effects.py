@@ -18,7 +18,7 @@ class Effect:
     """The changes that one intervention made, by decoder layer.
 
     Attributes:
-        name: The intervention in short, such as `BlockAttention(vision -> instruction)`.
+        name: The intervention and its tokens, such as `BlockAttention(vision -> instruction)`.
         calls: Number of forward calls of each layer in which the intervention changed something.
         tokens: Number of tokens that it changed there, over all samples and calls.
         mass: The most attention, over heads, queries and calls, that a changed query still has on its blocked keys. It

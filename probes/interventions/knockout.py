@@ -89,14 +89,14 @@ class _BlockedEdges:
 
     Attributes:
         edges: Edges that are visible to begin with, and cut.
-        touched: Queries that lose an edge.
-        blind: Queries that lose their last edge; None if there are none.
+        changed_queries: Queries that lose an edge.
+        without_key: Queries that lose their last edge; None if there are none.
         mask: The attention mask without the edges.
     """
 
     edges: Bool[Tensor, "batch 1 queries keys"]
-    touched: Bool[Tensor, "batch queries"]
-    blind: Bool[Tensor, "batch queries"] | None
+    changed_queries: Bool[Tensor, "batch queries"]
+    without_key: Bool[Tensor, "batch queries"] | None
     mask: Tensor
 
 
@@ -120,9 +120,11 @@ class _EdgeSelection:
             cut = edges & visible
             if not cut.any():
                 return None
-            touched = cut.any(dim=-1)[:, 0]
-            blind = touched & ~(visible & ~edges).any(dim=-1)[:, 0]
-            return _BlockedEdges(cut, touched, blind if blind.any() else None, block_edges(mask, cut))
+            changed_queries = cut.any(dim=-1)[:, 0]
+            without_key = changed_queries & ~(visible & ~edges).any(dim=-1)[:, 0]
+            return _BlockedEdges(
+                cut, changed_queries, without_key if without_key.any() else None, block_edges(mask, cut)
+            )
 
         return self.once_per_call(keys, block, kwargs["attention_mask"])
 
@@ -152,26 +154,26 @@ class _LayerKnockout:
         self.blocked, self.mass = self.edges.blocked(layer, args, kwargs), None
         if self.blocked is None:
             return None
-        self.effect.add(self.number, int(self.blocked.touched.sum()))
+        self.effect.add(self.number, int(self.blocked.changed_queries.sum()))
         return args, kwargs | {"attention_mask": self.blocked.mask}
 
     def queries_to_measure(self) -> Bool[Tensor, " queries"] | None:
         """Return the queries whose attention weights to measure in the coming call of the attention."""
         if self.blocked is None:
             return None
-        edges, blind, subset = self.blocked.edges, self.blocked.blind, current_subset(self.layer)
+        edges, without_key, subset = self.blocked.edges, self.blocked.without_key, current_subset(self.layer)
         if subset is not None:
             edges = subset.select_edges(edges) & ~subset.key_filler[:, None, None, :]
-            blind = None if blind is None else subset.select_queries(blind)
-        self.cut_edges, self.blind = edges.to(self.blocked.mask.device), blind
+            without_key = None if without_key is None else subset.select_queries(without_key)
+        self.cut_edges, self.without_key = edges.to(self.blocked.mask.device), without_key
         return edges.any(dim=-1)[:, 0].any(dim=0)
 
     def measure(self, rows: Tensor, weights: Tensor) -> None:
         """Update the most attention that one of these queries has on its blocked keys."""
         remaining = (weights * self.cut_edges[:, :, rows].to(weights.device)).sum(dim=-1)
-        if self.blind is not None:
+        if self.without_key is not None:
             # `after_attention` sets the output of these queries to 0.
-            remaining = remaining.masked_fill(self.blind[:, None, rows].to(remaining.device), 0.0)
+            remaining = remaining.masked_fill(self.without_key[:, None, rows].to(remaining.device), 0.0)
         self.mass = max(self.mass or 0.0, float(remaining.max()) if remaining.numel() else 0.0)
 
     def after_attention(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -185,7 +187,7 @@ class _LayerKnockout:
                 "does not follow its mask"
             )
         self.effect.mass[self.number] = max(self.mass, self.effect.mass.get(self.number, 0.0))
-        if self.blind is None:
+        if self.without_key is None:
             return None
         result, *rest = output
-        return result.masked_fill(self.blind[..., None].to(result.device), 0.0), *rest
+        return result.masked_fill(self.without_key[..., None].to(result.device), 0.0), *rest

@@ -40,7 +40,7 @@ class PositionRenumbering:
             kwargs: The layer's keyword arguments.
 
         Raises:
-            ValueError: The decoder does not rotate each token by one position id.
+            ValueError: The decoder does not rotate each token by one position id, as in Qwen-VL.
         """
         position_ids: Any = kwargs.get("position_ids")
         embeddings: Any = kwargs.get("position_embeddings")
@@ -49,8 +49,8 @@ class PositionRenumbering:
         def renumber() -> tuple[Tensor, Any]:
             if not self._has_one_id_per_token(hidden, position_ids, embeddings, layer_type):
                 raise ValueError(
-                    f"{type(self.decoder).__name__} does not rotate its tokens by one position id each (nor does "
-                    "Qwen-VL): its positions cannot be renumbered"
+                    f"{type(self.decoder).__name__} does not rotate its tokens by one position id each: "
+                    "its positions cannot be renumbered, use positions='keep'"
                 )
             removed_before = self.selection.so_far.cumsum(dim=1)[:, -position_ids.shape[1] :].to(position_ids.device)
             renumbered = position_ids - removed_before
@@ -71,5 +71,5 @@ class PositionRenumbering:
             return False
 
 
-def _all_close(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
-    return all(a.shape == b.shape and torch.allclose(a, b) for a, b in zip(ours, theirs, strict=True))
+def _all_close(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
+    return all(a.shape == b.shape and torch.allclose(a, b) for a, b in zip(first, second, strict=True))

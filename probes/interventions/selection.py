@@ -97,12 +97,13 @@ class TokenSelection:
             return
         if window.start > 0:
             if self._chosen is None:
-                raise ValueError("tokens are chosen on the way through the prompt: run the prompt inside the block")
+                raise ValueError("a callable group is called in the prompt: run the prompt inside the block")
             return
         rows, positions = window.labels.shape
         if positions < window.tokens.labels.shape[1] and not window.padded:
             raise ValueError(
-                "tokens can be chosen on the way only if the whole prompt runs in one call: do not run it in chunks"
+                f"a callable group needs the whole prompt in one call, which has {positions} of "
+                f"{window.tokens.labels.shape[1]} positions: do not run it in chunks"
             )
         self._chosen = self._checked(self._make_mask(), rows)
 

@@ -79,9 +79,15 @@ def expected_sums(scores: torch.Tensor, member: torch.Tensor, source: torch.Tens
     for keys in source:
         part = scores.double().masked_fill(~(visible & keys), -torch.inf).softmax(-1).nan_to_num(0.0)
         entropies.append(torch.special.entr(part).sum(-1))
-    sees = (visible[:, None] & source).any(-1).double()
+    has_visible_key = (visible[:, None] & source).any(-1).double()
     rows = member.double()
-    return rows @ mass, rows @ torch.stack(entropies, -1), rows @ sees, rows @ weights, rows @ visible.double()
+    return (
+        rows @ mass,
+        rows @ torch.stack(entropies, -1),
+        rows @ has_visible_key,
+        rows @ weights,
+        rows @ visible.double(),
+    )
 
 
 @settings(max_examples=60)

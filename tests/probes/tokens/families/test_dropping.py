@@ -1,4 +1,4 @@
-"""Dropping visual tokens on every family, each with its own mask, cache and positions."""
+"""Dropping visual tokens on every model family, with its own mask, cache and positions."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 from probes import RemoveTokens, TokenMap, intervene
 from probes.hooks.decoder import decoder_layers, find_decoder
 from probes.pruning import fastv
-from tests.probes.tokens.families.build import FAMILIES, LAYERS, tiny
+from tests.probes.tokens.families.build import LAYERS, MODEL_FAMILIES, tiny
 from tests.probes.tokens.families.test_all import make_inputs
 
-SLIDING = {"gemma3"}
-THREE_AXES = {family for family in FAMILIES if family.startswith("qwen")}
+SLIDING_WINDOW_FAMILIES = {"gemma3"}
+MROPE_FAMILIES = {family for family in MODEL_FAMILIES if family.startswith("qwen")}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_drop_is_eager_attention_without_these_keys(family: str, side: str) -> None:
-    """From layer 1 to the last, under a mask from which the keys were taken by hand; rows of 0, 1 and 2 pictures."""
+@pytest.mark.parametrize("family", MODEL_FAMILIES)
+def test_remove_tokens_by_drop_equals_eager_attention_without_keys(family: str, side: str) -> None:
+    """The mask of the eager model hides the keys from layer 1 on; rows have 0, 1 and 2 images."""
     inputs, model, eager = make_inputs(family, side), tiny(family).model(), tiny(family).model("eager")
     tokens = TokenMap.from_inputs(model, inputs)
     keys = tokens.mask("vision")[:, None, None, :]
 
-    def cut(layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def hide_keys(layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         least = torch.finfo(torch.float32).min
         return args, kwargs | {"attention_mask": kwargs["attention_mask"].masked_fill(keys, least)}
 
@@ -34,7 +34,7 @@ def test_a_drop_is_eager_attention_without_these_keys(family: str, side: str) ->
         with intervene(model, tokens, removal) as receipt:
             dropped = model(**inputs, use_cache=False).logits
         for layer in decoder_layers(find_decoder(eager))[1:]:
-            layer.register_forward_pre_hook(cut, with_kwargs=True)
+            layer.register_forward_pre_hook(hide_keys, with_kwargs=True)
         expected = eager(**inputs, use_cache=False).logits
     assert set(receipt[0].tokens.values()) == {int(tokens.mask("vision").sum())}
     text = ~tokens.mask("pad") & ~tokens.mask("vision")
@@ -42,32 +42,32 @@ def test_a_drop_is_eager_attention_without_these_keys(family: str, side: str) ->
 
 
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_in_generation(family: str, positions: Any) -> None:
-    """The logits of every step are those of hidden tokens; what cannot be right is refused."""
+@pytest.mark.parametrize("family", MODEL_FAMILIES)
+def test_remove_tokens_by_drop_in_generation_equals_mask_or_raises(family: str, positions: Any) -> None:
+    """The logits of every step equal those of masked tokens; unsupported families raise ValueError."""
     inputs, model = make_inputs(family, "left"), tiny(family).model()
     tokens = TokenMap.from_inputs(model, inputs)
 
-    def said(how: Any) -> torch.Tensor:
+    def step_logits(how: Any) -> torch.Tensor:
         with intervene(model, tokens, RemoveTokens("vision", range(1, LAYERS), how=how, positions=positions)):
             out = model.generate(
                 **inputs, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
             )
         return torch.stack(out.logits)
 
-    if family in THREE_AXES and positions == "renumber":
-        with pytest.raises(ValueError, match="does not turn its tokens by one position id each"):
-            said("drop")
-    elif family in SLIDING:
+    if family in MROPE_FAMILIES and positions == "renumber":
+        with pytest.raises(ValueError, match=r"does not rotate its tokens by one position id each"):
+            step_logits("drop")
+    elif family in SLIDING_WINDOW_FAMILIES:
         with pytest.raises(ValueError, match="has a DynamicSlidingWindowLayer"):
-            said("drop")
+            step_logits("drop")
     else:
-        torch.testing.assert_close(said("drop"), said("mask"), atol=1e-4, rtol=0)
+        torch.testing.assert_close(step_logits("drop"), step_logits("mask"), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_fastv(family: str) -> None:
-    """Half of each row's visual tokens, and the same ones when they are hidden."""
+@pytest.mark.parametrize("family", MODEL_FAMILIES)
+def test_fastv_by_drop_equals_fastv_by_mask(family: str) -> None:
+    """FastV removes half of each row's visual tokens, the same ones by dropping and by masking."""
     inputs, model = make_inputs(family, "left"), tiny(family).model()
     tokens = TokenMap.from_inputs(model, inputs)
     logits, chosen = [], []
@@ -79,5 +79,5 @@ def test_fastv(family: str) -> None:
     assert torch.equal(chosen[0], chosen[1])
     assert torch.equal((vision & ~chosen[0]).sum(1), vision.sum(1) // 2)
     assert not (chosen[0] & ~vision).any()
-    live = ~tokens.mask("pad")
-    torch.testing.assert_close(logits[0][live], logits[1][live], atol=1e-4, rtol=0)
+    real = ~tokens.mask("pad")
+    torch.testing.assert_close(logits[0][real], logits[1][real], atol=1e-4, rtol=0)
