@@ -134,9 +134,9 @@ def planted(layer: int | tuple[int, int] | None, layers: int) -> PlantedModel:
         ValueError: A layer is outside 1 to `layers`, or a pair is not in ascending order.
 
     Example:
-        >>> known = planted(layer=2, layers=4)
-        >>> questions = known.samples(8)
-        >>> logits = known.model(**questions.inputs).logits
+        >>> reference = planted(layer=2, layers=4)
+        >>> questions = reference.samples(8)
+        >>> logits = reference.model(**questions.inputs).logits
         >>> bool((logits[:, -1].argmax(-1) == questions.answers).all())
         True
     """
