@@ -1,4 +1,4 @@
-"""A tiny random model of every family, with its own processor on a tokenizer of bytes: nothing comes from a hub."""
+"""Tiny random models of every family with their own processors and a byte tokenizer; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers.video_utils import VideoMetadata
 from llava_mini import LlavaMiniConfig, LlavaMiniForConditionalGeneration, LlavaMiniProcessor
 
 LAYERS = 3
-# Ten times the usual scale, for attention that is far from uniform.
+# Ten times the usual scale, so that attention is far from uniform.
 TEXT: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -36,13 +36,15 @@ VISION: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_atten
 
 
 @dataclass(frozen=True)
-class Tiny:
-    """A family at its smallest.
+class TinyFamily:
+    """A model family in its smallest form.
 
     Args:
-        config: Of the model class that has its own processor.
-        mark: What stands for a picture in the text that the processor takes.
-        vision: Part of the names of the modules that see pixels.
+        architecture: The model class.
+        config: Returns the config, given the tokenizer.
+        processor: The processor of the family.
+        mark: Placeholder of an image in the text that the processor receives.
+        vision: Substring of the names of modules that process pixels.
     """
 
     architecture: type[PreTrainedModel]
@@ -52,7 +54,7 @@ class Tiny:
     vision: str = "vision"
 
     def model(self, implementation: str = "sdpa") -> PreTrainedModel:
-        """The same weights for every implementation, those at zero by their initialisation included."""
+        """Return a model with the same random weights for every implementation, also where they initialise to zero."""
         torch.manual_seed(0)
         model = self.architecture(self.config(self.processor.tokenizer)).eval()
         with torch.no_grad():
@@ -63,15 +65,19 @@ class Tiny:
         return model
 
     def __call__(self, texts: Sequence[str], images: Sequence[Sequence[Any]], side: str = "left", **kwargs: Any) -> Any:
-        """Inputs of a batch: `#` in the texts is a picture."""
+        """Return the inputs of a batch; `#` in the texts stands for an image."""
         texts = [text.replace("#", self.mark) for text in texts]
         nested = [list(row) for row in images] or None
-        kwargs |= {"padding": True, "padding_side": side, "return_tensors": "pt"}  # InternVL's pads left by itself
+        kwargs |= {
+            "padding": True,
+            "padding_side": side,
+            "return_tensors": "pt",
+        }  # InternVL's processor pads left by default
         return self.processor(text=texts, images=nested, **kwargs)
 
 
 def tokenizer(specials: Sequence[str] = (), **named: str) -> PreTrainedTokenizerFast:
-    """One token a byte, and the family's special ones."""
+    """Return a tokenizer of one token per byte, with the special tokens of the family."""
     first = ["<pad>", "<bos>", "<eos>", *specials, *named.values()]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*first, *letters])}
@@ -89,7 +95,7 @@ def tokenizer(specials: Sequence[str] = (), **named: str) -> PreTrainedTokenizer
 
 
 class QwenFrames:
-    """In the place of a video processor, all of which need torchvision: Qwen's patches of frames, from arrays."""
+    """Stand-in for Qwen's video processor: patches of frames from arrays. Video processors need torchvision."""
 
     model_input_names = ("pixel_values_videos", "video_grid_thw")
 
@@ -102,7 +108,7 @@ class QwenFrames:
         for video in videos:
             frames = [self.image_processor(Image.fromarray(frame), return_tensors="pt") for frame in video]
             _, high, wide = frames[0]["image_grid_thw"][0].tolist()
-            # A picture is a video of equal frames: the first of them will do.
+            # The image processor repeats an image as equal frames, so the first of them suffices.
             still = [
                 frame["pixel_values"].unflatten(1, (3, self.temporal_patch_size, patch, patch)) for frame in frames
             ]
@@ -114,7 +120,7 @@ class QwenFrames:
 
 
 class WholeFrames:
-    """Likewise, for families that take each frame of a video as a picture that is not cut."""
+    """Stand-in video processor of families that process each frame of a video as an uncut image."""
 
     def __init__(self, image_processor: Any, name: str, **kwargs: Any) -> None:
         self.image_processor, self.name, self.kwargs = image_processor, name, kwargs
@@ -137,15 +143,15 @@ def half_seconds(videos: Sequence[np.ndarray]) -> list[VideoMetadata]:
 
 
 def without_video_processor(processor: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """The family's own processor, that takes anything for a video processor: without torchvision there is none."""
+    """Return the processor class, changed to accept any video processor, because none works without torchvision."""
 
-    def check(self: ProcessorMixin, name: str, value: Any) -> Any:
+    def check_argument(self: ProcessorMixin, name: str, value: Any) -> Any:
         return None if name == "video_processor" else processor.check_argument_for_proper_class(self, name, value)
 
-    return type(processor.__name__, (processor,), {"check_argument_for_proper_class": check})
+    return type(processor.__name__, (processor,), {"check_argument_for_proper_class": check_argument})
 
 
-def qwen(name: str, version: str, vision: dict[str, Any], text: dict[str, Any]) -> Tiny:
+def qwen(name: str, version: str, vision: dict[str, Any], text: dict[str, Any]) -> TinyFamily:
     patch, merge = 4, 2
     tokens = tokenizer(
         image_token="<|image_pad|>",
@@ -169,7 +175,7 @@ def qwen(name: str, version: str, vision: dict[str, Any], text: dict[str, Any]) 
         )
 
     processor = without_video_processor(getattr(transformers, f"{name}Processor"))
-    return Tiny(
+    return TinyFamily(
         getattr(transformers, f"{version}ForConditionalGeneration"),
         config,
         processor(images, tokens, QwenFrames(images)),
@@ -178,37 +184,37 @@ def qwen(name: str, version: str, vision: dict[str, Any], text: dict[str, Any]) 
     )
 
 
-def qwen2_vl() -> Tiny:
+def qwen2_vl() -> TinyFamily:
     text = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
     return qwen("Qwen2VL", "Qwen2VL", {"embed_dim": 16, "hidden_size": 32, "depth": 2, "mlp_ratio": 2}, text)
 
 
-def qwen2_5_vl() -> Tiny:
+def qwen2_5_vl() -> TinyFamily:
     text = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
     vision = {"hidden_size": 16, "out_hidden_size": 32, "depth": 2, "intermediate_size": 24}
-    # Windows of 2 x 2 merged patches, which the tower visits window by window.
+    # The vision tower attends within windows of 2 x 2 merged patches.
     windows = {"window_size": 16, "fullatt_block_indexes": [1]}
     return qwen("Qwen2_5_VL", "Qwen2_5_VL", vision | windows, text)
 
 
-def qwen3_vl() -> Tiny:
+def qwen3_vl() -> TinyFamily:
     text = {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
     vision = {"hidden_size": 16, "out_hidden_size": 32, "depth": 2, "intermediate_size": 24}
     deep = {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
     return qwen("Qwen3VL", "Qwen3VL", vision | deep, text)
 
 
-def idefics3() -> Tiny:
+def idefics3() -> TinyFamily:
     return _idefics(transformers.Idefics3Processor, "Idefics3")
 
 
-def smolvlm() -> Tiny:
-    # Its processor asks for a package that spells out the number of a video's frames.
+def smolvlm() -> TinyFamily:
+    # Its processor needs a package that spells out the number of video frames.
     processing_smolvlm.num2words = processing_smolvlm.num2words or str
     return _idefics(transformers.SmolVLMProcessor, "SmolVLM")
 
 
-def _idefics(processor: type[ProcessorMixin], version: str) -> Tiny:
+def _idefics(processor: type[ProcessorMixin], version: str) -> TinyFamily:
     tile, patch, scale = 16, 4, 2
     tags = [f"<row_{row + 1}_col_{column + 1}>" for row in range(6) for column in range(6)]
     specials = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", "<video>", *tags]
@@ -228,7 +234,7 @@ def _idefics(processor: type[ProcessorMixin], version: str) -> Tiny:
             pad_token_id=0,
         )
 
-    return Tiny(
+    return TinyFamily(
         getattr(transformers, f"{version}ForConditionalGeneration"),
         config,
         without_video_processor(processor)(*arguments, image_seq_len=sequence),
@@ -236,7 +242,7 @@ def _idefics(processor: type[ProcessorMixin], version: str) -> Tiny:
     )
 
 
-def paligemma() -> Tiny:
+def paligemma() -> TinyFamily:
     side, patch = 20, 4
     images = transformers.SiglipImageProcessorPil(size={"height": side, "width": side})
     images.image_seq_length = (side // patch) ** 2
@@ -251,16 +257,16 @@ def paligemma() -> Tiny:
         )
 
     processor = transformers.PaliGemmaProcessor(images, tokenizer(image_token="<image>"))
-    return Tiny(transformers.PaliGemmaForConditionalGeneration, config, processor, "<image>")
+    return TinyFamily(transformers.PaliGemmaForConditionalGeneration, config, processor, "<image>")
 
 
-def gemma3() -> Tiny:
+def gemma3() -> TinyFamily:
     side, patch, pooled = 24, 4, 3
     tokens = tokenizer(boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>")
     images = transformers.Gemma3ImageProcessorPil(size={"height": side, "width": side})
 
     def config(tokens: PreTrainedTokenizerFast) -> PretrainedConfig:
-        # Two layers slide over less than the prompt, one sees all of it.
+        # Two layers have a sliding window shorter than the prompt; one attends to all of it.
         text = {
             "vocab_size": len(tokens),
             "head_dim": 8,
@@ -278,10 +284,10 @@ def gemma3() -> Tiny:
         )
 
     processor = transformers.Gemma3Processor(images, tokens, image_seq_length=pooled**2)
-    return Tiny(transformers.Gemma3ForConditionalGeneration, config, processor, "<start_of_image>")
+    return TinyFamily(transformers.Gemma3ForConditionalGeneration, config, processor, "<start_of_image>")
 
 
-def internvl() -> Tiny:
+def internvl() -> TinyFamily:
     tile, patch = 16, 4
     tokens = tokenizer(
         start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>"
@@ -301,20 +307,22 @@ def internvl() -> Tiny:
     processor = without_video_processor(transformers.InternVLProcessor)(
         images, tokens, frames, image_seq_length=sequence
     )
-    return Tiny(transformers.InternVLForConditionalGeneration, config, processor, "<IMG_CONTEXT>")
+    return TinyFamily(transformers.InternVLForConditionalGeneration, config, processor, "<IMG_CONTEXT>")
 
 
-def llava() -> Tiny:
+def llava() -> TinyFamily:
     side, patch = 16, 4
 
     def config(tokens: PreTrainedTokenizerFast) -> PretrainedConfig:
         return transformers.LlavaConfig(**_llava_fields(tokens, side, patch))
 
-    processor = transformers.LlavaProcessor(_clip_images(side), tokenizer(image_token="<image>"), **_of_clip(patch))
-    return Tiny(transformers.LlavaForConditionalGeneration, config, processor, "<image>")
+    processor = transformers.LlavaProcessor(
+        _clip_images(side), tokenizer(image_token="<image>"), **_clip_processor_fields(patch)
+    )
+    return TinyFamily(transformers.LlavaForConditionalGeneration, config, processor, "<image>")
 
 
-def llava_next() -> Tiny:
+def llava_next() -> TinyFamily:
     side, patch = 16, 4
     pinpoints = [[2 * side, side], [side, 2 * side], [2 * side, 2 * side]]
 
@@ -324,11 +332,13 @@ def llava_next() -> Tiny:
     images = transformers.LlavaNextImageProcessorPil(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_grid_pinpoints=pinpoints
     )
-    processor = transformers.LlavaNextProcessor(images, tokenizer(image_token="<image>"), **_of_clip(patch))
-    return Tiny(transformers.LlavaNextForConditionalGeneration, config, processor, "<image>")
+    processor = transformers.LlavaNextProcessor(
+        images, tokenizer(image_token="<image>"), **_clip_processor_fields(patch)
+    )
+    return TinyFamily(transformers.LlavaNextForConditionalGeneration, config, processor, "<image>")
 
 
-def llava_onevision() -> Tiny:
+def llava_onevision() -> TinyFamily:
     side, patch = 16, 4
     pinpoints = [[2 * side, side], [side, 2 * side], [2 * side, 2 * side]]
 
@@ -349,11 +359,11 @@ def llava_onevision() -> Tiny:
     processor = without_video_processor(transformers.LlavaOnevisionProcessor)(
         images, tokens, None, num_image_tokens=(side // patch) ** 2, vision_feature_select_strategy="full"
     )
-    return Tiny(transformers.LlavaOnevisionForConditionalGeneration, config, processor, "<image>")
+    return TinyFamily(transformers.LlavaOnevisionForConditionalGeneration, config, processor, "<image>")
 
 
-def llava_mini() -> Tiny:
-    """2 x 2 tokens a picture, and two pre-fusion layers."""
+def llava_mini() -> TinyFamily:
+    """Return a LLaVA-Mini with 2 x 2 tokens per image and two pre-fusion layers."""
     side, patch = 16, 4
 
     def config(tokens: PreTrainedTokenizerFast) -> PretrainedConfig:
@@ -361,9 +371,9 @@ def llava_mini() -> Tiny:
         return LlavaMiniConfig(**_llava_fields(tokens, side, patch), **fields)
 
     processor = LlavaMiniProcessor(
-        _clip_images(side), tokenizer(image_token="<image>"), **_of_clip(patch), num_visual_tokens=4
+        _clip_images(side), tokenizer(image_token="<image>"), **_clip_processor_fields(patch), num_visual_tokens=4
     )
-    return Tiny(LlavaMiniForConditionalGeneration, config, processor, "<image>")
+    return TinyFamily(LlavaMiniForConditionalGeneration, config, processor, "<image>")
 
 
 def _llava_fields(tokens: PreTrainedTokenizerFast, side: int, patch: int) -> dict[str, Any]:
@@ -378,21 +388,21 @@ def _clip_images(side: int) -> transformers.CLIPImageProcessorPil:
     return transformers.CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
-def _of_clip(patch: int) -> dict[str, Any]:
+def _clip_processor_fields(patch: int) -> dict[str, Any]:
     return {"patch_size": patch, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
 
 
-LLAVAS = (llava, llava_next, llava_onevision, llava_mini)
-OTHERS = (qwen2_vl, qwen2_5_vl, qwen3_vl, idefics3, smolvlm, paligemma, gemma3, internvl)
-FAMILIES = {build.__name__: build for build in (*LLAVAS, *OTHERS)}
+LLAVA_FAMILIES = (llava, llava_next, llava_onevision, llava_mini)
+OTHER_FAMILIES = (qwen2_vl, qwen2_5_vl, qwen3_vl, idefics3, smolvlm, paligemma, gemma3, internvl)
+MODEL_FAMILIES = {build.__name__: build for build in (*LLAVA_FAMILIES, *OTHER_FAMILIES)}
 
 
 @cache
-def tiny(model_type: str) -> Tiny:
-    """Skips the test where this transformers has no image processor of the family without torchvision."""
+def tiny(model_type: str) -> TinyFamily:
+    """Return the tiny family; skip the test if its image processor needs torchvision in this transformers version."""
     try:
-        return FAMILIES[model_type]()
+        return MODEL_FAMILIES[model_type]()
     except ImportError as error:
         if "Torchvision" not in str(error):
             raise
-        pytest.skip(f"{model_type}: this transformers takes its pictures through torchvision alone")
+        pytest.skip(f"{model_type}: its image processor needs torchvision in this transformers version")

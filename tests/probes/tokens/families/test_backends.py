@@ -1,4 +1,4 @@
-"""Every family through nnsight, and through TransformerLens where it knows the family."""
+"""Attention recorded through nnsight and TransformerLens, on every model family."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from transformers import PreTrainedModel
 
 import llava_mini.transformer_lens  # noqa: F401
 from probes import TokenMap, record_attention
-from tests.probes.tokens.families.boxes import Picture
-from tests.probes.tokens.families.build import FAMILIES, tiny
+from tests.probes.tokens.families.boxes import CoordinateImage
+from tests.probes.tokens.families.build import MODEL_FAMILIES, tiny
 
-# To transformer-lens 4.3 without torchvision.
-KNOWN = ("llava", "llava_next", "llava_onevision", "llava_mini", "idefics3", "gemma3")
+# Families that transformer-lens 4.3 supports without torchvision.
+TRANSFORMER_LENS_FAMILIES = ("llava", "llava_next", "llava_onevision", "llava_mini", "idefics3", "gemma3")
 
 
-def agree(model: PreTrainedModel, inputs: Any, backend: str) -> None:
-    """Over a prompt and three steps."""
+def check_backend_agrees(model: PreTrainedModel, inputs: Any, backend: str) -> None:
+    """Check that a back end records a prompt and three steps as our hooks do."""
     tokens = TokenMap.from_inputs(model, inputs)
-    told = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    with record_attention(model, tokens) as ours:
-        answer = model.generate(**inputs, **told)
-    with record_attention(model, tokens, backend=backend) as theirs:
-        assert torch.equal(model.generate(**inputs, **told), answer)
-    assert torch.equal(theirs.queries, ours.queries)
+    generation = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with record_attention(model, tokens) as expected:
+        answer = model.generate(**inputs, **generation)
+    with record_attention(model, tokens, backend=backend) as actual:
+        assert torch.equal(model.generate(**inputs, **generation), answer)
+    assert torch.equal(actual.queries, expected.queries)
     for name in ("mass", "entropy", "received"):
-        torch.testing.assert_close(getattr(theirs, name), getattr(ours, name), rtol=0, atol=1e-5, equal_nan=True)
+        torch.testing.assert_close(getattr(actual, name), getattr(expected, name), rtol=0, atol=1e-5, equal_nan=True)
 
 
 def inputs_of(family: str) -> dict[str, Any]:
-    pictures = [[Picture(40, 24)], [], [Picture(24, 32), Picture(33, 30)]]
-    images = [[picture.image for picture in row] for row in pictures]
+    coordinate_images = [[CoordinateImage(40, 24)], [], [CoordinateImage(24, 32), CoordinateImage(33, 30)]]
+    images = [[image.image for image in row] for row in coordinate_images]
     return dict(tiny(family)(["see # ?", "there is nothing to see", "the first # and then # of these"], images))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_nnsight(family: str) -> None:
-    agree(tiny(family).model(), inputs_of(family), "nnsight")
+@pytest.mark.parametrize("family", MODEL_FAMILIES)
+def test_record_attention_with_nnsight_equals_hooks(family: str) -> None:
+    check_backend_agrees(tiny(family).model(), inputs_of(family), "nnsight")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_transformer_lens(family: str) -> None:
-    if family in KNOWN:
-        agree(tiny(family).model(), inputs_of(family), "transformer_lens")
+@pytest.mark.parametrize("family", MODEL_FAMILIES)
+def test_record_attention_with_transformer_lens_equals_hooks_or_raises(family: str) -> None:
+    if family in TRANSFORMER_LENS_FAMILIES:
+        check_backend_agrees(tiny(family).model(), inputs_of(family), "transformer_lens")
     else:
         with pytest.raises((ValueError, ImportError), match=r"no adapter for|needs the optional torchvision"):
-            agree(tiny(family).model(), inputs_of(family), "transformer_lens")
+            check_backend_agrees(tiny(family).model(), inputs_of(family), "transformer_lens")

@@ -1,4 +1,4 @@
-"""Tiny random LLaVAs of transformers' own classes with their own processors, and a picture whose colours are places."""
+"""Tiny random LLaVA models with their own processors, and images whose colours encode coordinates."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from transformers import (
 
 from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
 from llava_mini.visual_layout import VisualLayout
-from probes.tokens.grid import Places
+from probes.tokens.places import Places
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "what", "is", "this", "user", "assistant", ":", "<image>", "<video>"]
 TEXT = {
@@ -52,12 +52,12 @@ TEXT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-PLAIN = {"do_normalize": False, "image_mean": [0.0, 0.0, 0.0]}  # padding is black, colours are kept
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+PLAIN = {"do_normalize": False, "image_mean": [0.0, 0.0, 0.0]}  # padding is black and colours are unchanged
 
 
 class OnevisionProcessor(LlavaOnevisionProcessor):
-    """Without a video processor: all of them need torchvision. Tests make the tensors of videos themselves."""
+    """Processor without a video processor, which needs torchvision. Tests build the tensors of videos."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
@@ -76,21 +76,21 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def make_llava() -> Callable[..., tuple[LlavaForConditionalGeneration, LlavaProcessor]]:
-    """A LLaVA-1.5 of 4 x 4 patches; `fields` are those of its image processor."""
+    """Factory of a LLaVA-1.5 with 4 x 4 patches; `fields` configure its image processor."""
 
     def make(pad: bool = False, strategy: str = "default", **fields: Any) -> tuple[Any, Any]:
         torch.manual_seed(0)
-        vision = CLIPVisionConfig(image_size=24, patch_size=6, **TOWER)
+        vision = CLIPVisionConfig(image_size=24, patch_size=6, **VISION)
         config = LlavaConfig(
             vision_config=vision,
             text_config=LlamaConfig(**TEXT),
             image_token_index=WORDS.index("<image>"),
             vision_feature_select_strategy=strategy,
         )
-        kind = LlavaImageProcessorPil if pad else CLIPImageProcessorPil
+        image_processor_class = LlavaImageProcessorPil if pad else CLIPImageProcessorPil
         fields = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}} | PLAIN | fields
         processor = LlavaProcessor(
-            image_processor=kind(**fields, **({"do_pad": True} if pad else {})),
+            image_processor=image_processor_class(**fields, **({"do_pad": True} if pad else {})),
             tokenizer=tokenizer(),
             patch_size=6,
             vision_feature_select_strategy=strategy,
@@ -103,13 +103,13 @@ def make_llava() -> Callable[..., tuple[LlavaForConditionalGeneration, LlavaProc
 
 @pytest.fixture
 def make_llava_next() -> Callable[..., tuple[LlavaNextForConditionalGeneration, LlavaNextProcessor]]:
-    """A LLaVA-NeXT whose tiles have 4 x 4 patches; `fields` are those of its image processor."""
+    """Factory of a LLaVA-NeXT with 4 x 4 patches per tile; `fields` configure its image processor."""
 
     def make(**fields: Any) -> tuple[Any, Any]:
         torch.manual_seed(0)
         pinpoints = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]
         config = LlavaNextConfig(
-            vision_config=CLIPVisionConfig(image_size=24, patch_size=6, **TOWER),
+            vision_config=CLIPVisionConfig(image_size=24, patch_size=6, **VISION),
             text_config=LlamaConfig(**TEXT),
             image_token_index=WORDS.index("<image>"),
             image_grid_pinpoints=pinpoints,
@@ -129,13 +129,13 @@ def make_llava_next() -> Callable[..., tuple[LlavaNextForConditionalGeneration, 
 
 @pytest.fixture
 def make_llava_onevision() -> Callable[..., tuple[LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor]]:
-    """A LLaVA-OneVision whose tiles have 5 x 5 patches and, as with SigLIP's 384 pixels, 2 pixels that none sees."""
+    """Factory of a LLaVA-OneVision with 5 x 5 patches per tile. As in SigLIP at 384 pixels, 2 pixels are in no patch."""
 
     def make(tiles: int = 2) -> tuple[Any, Any]:
         torch.manual_seed(0)
         pinpoints = [[32 * down, 32 * across] for down in (1, 2, 3) for across in (1, 2, 3)]
         config = LlavaOnevisionConfig(
-            vision_config=SiglipVisionConfig(image_size=32, patch_size=6, vision_use_head=False, **TOWER),
+            vision_config=SiglipVisionConfig(image_size=32, patch_size=6, vision_use_head=False, **VISION),
             text_config=Qwen2Config(**TEXT),
             image_token_index=WORDS.index("<image>"),
             video_token_index=WORDS.index("<video>"),
@@ -157,40 +157,41 @@ def make_llava_onevision() -> Callable[..., tuple[LlavaOnevisionForConditionalGe
 
 
 @pytest.fixture
-def map_picture() -> Callable[[int, int], Image.Image]:
-    return colours_as_places
+def coordinate_image() -> Callable[[int, int], Image.Image]:
+    """Factory of images of a given height and width whose colours encode coordinates."""
+    return make_coordinate_image
 
 
-def colours_as_places(height: int, width: int) -> Image.Image:
-    """Red rises from left to right, green from top to bottom, and blue is full: padding has none."""
+def make_coordinate_image(height: int, width: int) -> Image.Image:
+    """Return an image whose red rises from left to right and green from top to bottom; only padding lacks blue."""
     across = np.broadcast_to((np.arange(width) + 0.5) / width, (height, width))
     down = np.broadcast_to(((np.arange(height) + 0.5) / height)[:, None], (height, width))
     return Image.fromarray(np.rint(255 * np.stack([across, down, np.ones_like(down)], -1)).astype(np.uint8))
 
 
 class MeanColours(nn.Module):
-    """Stands in for a vision tower: the feature of a patch is its mean colour, after a first token where it has one."""
+    """Stand-in vision tower: the feature of a patch is its mean colour; an optional class token precedes them."""
 
-    def __init__(self, patch: int, first: bool) -> None:
+    def __init__(self, patch: int, class_token: bool) -> None:
         super().__init__()
-        self.patch, self.first = patch, first
+        self.patch, self.class_token = patch, class_token
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
         colours = nn.functional.avg_pool2d(pixel_values, self.patch).flatten(2).transpose(1, 2)
-        if self.first:
+        if self.class_token:
             colours = nn.functional.pad(colours, (0, 0, 1, 0), value=float("nan"))
         return SimpleNamespace(hidden_states=(colours,) * 3, last_hidden_state=colours)
 
 
 @pytest.fixture
-def colours_of() -> Callable[..., Tensor]:
-    """The mean colour that each visual token of a model is made of, by the model's own way from pixels to tokens."""
+def token_colours() -> Callable[..., Tensor]:
+    """Function that returns the mean colour of each visual token, through the model's own path from pixels to tokens."""
 
     def colours(model: Any, inputs: Any, prefused: bool = False) -> Tensor:
         model, nan = model.model, float("nan")
         patch = model.config.vision_config.patch_size
-        tower, projector = model.vision_tower, model.multi_modal_projector
-        model.vision_tower = MeanColours(patch, first=model.config.vision_config.model_type.startswith("clip"))
+        vision_tower, projector = model.vision_tower, model.multi_modal_projector
+        model.vision_tower = MeanColours(patch, class_token=model.config.vision_config.model_type.startswith("clip"))
         model.multi_modal_projector = nn.Identity()
         newline = getattr(model, "image_newline", None)
         if newline is not None:
@@ -202,15 +203,17 @@ def colours_of() -> Callable[..., Tensor]:
                 features = [torch.cat(part, dim=1)[0] if prefused else part[1][0] for part in parts]
             elif "pixel_values_videos" in inputs:
                 features = model.get_video_features(inputs["pixel_values_videos"]).pooler_output
-                # Older transformers put the newline behind a video in the model's forward.
+                # Older transformers versions append the newline of a video in the model's forward.
                 tokens = int((inputs["input_ids"] == model.config.video_token_id).sum())
                 if features.shape[0] * features.shape[1] < tokens:
                     features = nn.functional.pad(features, (0, 0, 0, 1), value=nan)
             else:
-                given = {k: inputs[k] for k in ("pixel_values", "image_sizes", "batch_num_images") if k in inputs}
-                features = model.get_image_features(**given).pooler_output
+                image_inputs = {
+                    k: inputs[k] for k in ("pixel_values", "image_sizes", "batch_num_images") if k in inputs
+                }
+                features = model.get_image_features(**image_inputs).pooler_output
         finally:
-            model.vision_tower, model.multi_modal_projector = tower, projector
+            model.vision_tower, model.multi_modal_projector = vision_tower, projector
             if newline is not None:
                 model.image_newline = newline
         return torch.cat(list(features))
@@ -220,33 +223,39 @@ def colours_of() -> Callable[..., Tensor]:
 
 @pytest.fixture
 def check_boxes() -> Callable[..., None]:
-    """Compares the colours of visual tokens with the boxes that the map gives them, both in reading order.
+    """Function that checks the colours of visual tokens against their boxes, both in reading order.
 
     Args of the function:
-        colours: `[tokens, 3]`, of `map_picture`s; NaN for tokens that stand for no part of a picture.
-        places: Of the map; only its visual tokens are looked at.
-        sizes: (height, width) of the picture of each token, one for all or one a token.
-        tolerance: In parts of the picture's height and width.
+        colours: Mean colour of each token `[tokens, 3]` of coordinate images; NaN for tokens that cover no part of one.
+        places: Coordinates of the tokens; the check reads only visual tokens.
+        sizes: (height, width) of the image, one for all tokens or one per token.
+        tolerance: Largest error, as a fraction of the image's height and width.
     """
 
     def check(colours: Tensor, places: Places, sizes: Sequence[Any], tolerance: float = 0.012) -> None:
         visual = places.image >= 0
         box = places.box[visual].double()
         height, width = torch.as_tensor(sizes).double().reshape(-1, 2).T
-        assert torch.equal(box.isnan().any(-1), colours.isnan().any(-1)), "boxes are missing where there are colours"
+        assert torch.equal(box.isnan().any(-1), colours.isnan().any(-1)), (
+            "boxes are missing for tokens that have colours"
+        )
         assert torch.equal(box.isnan().any(-1), places.column[visual] < 0)
         left, top, right, bottom = (box / torch.stack([width, height, width, height], -1)).T
         assert ((right > left) & (bottom > top) | left.isnan()).all()
         inside_x, inside_y = ((b.clamp(max=1) - a.clamp(min=0)).clamp(min=0) for a, b in ((left, right), (top, bottom)))
         share = inside_x * inside_y / ((right - left) * (bottom - top))
-        known = ~colours.isnan().any(-1)
-        blue = colours[known, 2].double()
-        assert (blue - share[known]).abs().max() < 6 * tolerance, "other parts of the boxes lie beyond the picture"
-        some = known & (share > 0.15)
-        mean = colours[some, :2].double() / colours[some, 2:]
+        has_colour = ~colours.isnan().any(-1)
+        blue = colours[has_colour, 2].double()
+        assert (blue - share[has_colour]).abs().max() < 6 * tolerance, (
+            "wrong fractions of the boxes lie outside the image"
+        )
+        mostly_inside = has_colour & (share > 0.15)
+        mean = colours[mostly_inside, :2].double() / colours[mostly_inside, 2:]
         middle = torch.stack([left.clamp(min=0) + right.clamp(max=1), top.clamp(min=0) + bottom.clamp(max=1)], -1) / 2
-        error = (mean - middle[some]).abs().amax(1)
-        allowed = torch.where(share[some] > 0.999, tolerance, 3 * tolerance)  # interpolation blurs the edge to padding
+        error = (mean - middle[mostly_inside]).abs().amax(1)
+        allowed = torch.where(
+            share[mostly_inside] > 0.999, tolerance, 3 * tolerance
+        )  # interpolation blurs the edge of padding
         assert (error < allowed).all(), f"boxes are off by up to {float((error / allowed).max() * tolerance):.4f}"
 
     return check
@@ -254,7 +263,7 @@ def check_boxes() -> Callable[..., None]:
 
 @pytest.fixture
 def make_llava_mini(make_llava: Any) -> Callable[..., tuple[LlavaMiniForConditionalGeneration, LlavaMiniProcessor]]:
-    """A LLaVA-Mini on `make_llava`, C = 2 and two pre-fusion layers unless `fields` of its configuration say otherwise."""
+    """Factory of a LLaVA-Mini on `make_llava` with C = 2 and two pre-fusion layers; `fields` override its config."""
 
     def make(tiles: int = 1, pad_to_square: bool = False, **fields: Any) -> tuple[Any, Any]:
         llava, processor = make_llava()

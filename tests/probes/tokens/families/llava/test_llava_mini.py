@@ -1,3 +1,5 @@
+"""Visual layout of LLaVA-Mini, in the language model and in the pre-fusion layers."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -13,24 +15,24 @@ from llava_mini.visual_layout import COMPRESSED, PATCH
 from probes.tokens.token_map import GROUPS, TokenMap
 
 SIZES = [(24, 24), (40, 100), (101, 41), (13, 14), (300, 211)]
-# Two pictures in a row, a video, a row without a picture.
+# A row with two images, a row with a video, a row without image.
 TEXTS = ["what <image> is <image> this", "is <video> what is this user :", "what is this"]
 
 
 @pytest.fixture
-def mixed(map_picture: Any) -> dict[str, Any]:
+def mixed(coordinate_image: Any) -> dict[str, Any]:
     return {
-        "images": [map_picture(30, 50), map_picture(50, 30)],
-        "videos": [Video([map_picture(36, 60)] * 3)],
+        "images": [coordinate_image(30, 50), coordinate_image(50, 30)],
+        "videos": [Video([coordinate_image(36, 60)] * 3)],
         "text": TEXTS,
         "padding": True,
         "return_tensors": "pt",
     }
 
 
-def sizes_of(tokens: TokenMap, sizes: list[tuple[int, int]], pictures_of_row: list[int]) -> torch.Tensor:
-    """Of each visual token the size of its picture."""
-    first = torch.tensor([sum(pictures_of_row[:row]) for row in range(len(pictures_of_row))])
+def sizes_of(tokens: TokenMap, sizes: list[tuple[int, int]], images_per_row: list[int]) -> torch.Tensor:
+    """Return the size of the image of each visual token `[tokens, 2]`."""
+    first = torch.tensor([sum(images_per_row[:row]) for row in range(len(images_per_row))])
     places, visual = tokens.require_places(), tokens.mask("vision")
     row = visual.nonzero()[:, 0]
     return torch.tensor(sizes)[first[row if tokens.samples is None else tokens.samples[row]] + places.image[visual]]
@@ -39,37 +41,37 @@ def sizes_of(tokens: TokenMap, sizes: list[tuple[int, int]], pictures_of_row: li
 @pytest.mark.parametrize("stack", ["decoder", "prefusion"])
 @pytest.mark.parametrize("pad", [False, True])
 @pytest.mark.parametrize(("tiles", "size"), [(1, 2), (1, 3), (2, 2), (2, 3), (3, 6)])
-def test_boxes(
+def test_llava_mini_layout_boxes_match_colours(
     make_llava_mini: Any,
-    map_picture: Any,
-    colours_of: Any,
+    coordinate_image: Any,
+    token_colours: Any,
     check_boxes: Any,
     tiles: int,
     size: int,
     pad: bool,
     stack: str,
 ) -> None:
-    """Averages of patches; cells that share patches; tiles with gaps between them; padding."""
+    """The cases are averages of patches, cells that share patches, tiles with gaps between them, and padding."""
     model, processor = make_llava_mini(tiles, pad, compressor="average", compressor_size=size)
-    pictures = [map_picture(*size) for size in SIZES]
-    inputs = processor(images=pictures, text=["what <image> is"] * len(SIZES), return_tensors="pt")
-    tokens = TokenMap.from_inputs(model, inputs, processor, pictures, stack=stack)
+    images = [coordinate_image(*size) for size in SIZES]
+    inputs = processor(images=images, text=["what <image> is"] * len(SIZES), return_tensors="pt")
+    tokens = TokenMap.from_inputs(model, inputs, processor, images, stack=stack)
     sizes = sizes_of(tokens, SIZES, [1] * len(SIZES))
-    # Interpolation blurs the edges of tiles that are cut out before they are resized.
-    check_boxes(colours_of(model, inputs, stack == "prefusion"), tokens.require_places(), sizes, 0.02)
+    # Interpolation blurs the edges of tiles that are cropped before they are resized.
+    check_boxes(token_colours(model, inputs, stack == "prefusion"), tokens.require_places(), sizes, 0.02)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["compress first", "project first"])
 @pytest.mark.parametrize("tiles", [1, 2])
-def test_boxes_of_patches_beside_compressed_tokens(
-    make_llava_mini: Any, map_picture: Any, colours_of: Any, check_boxes: Any, tiles: int, first: bool
+def test_llava_mini_layout_with_kept_patches_boxes_match_colours(
+    make_llava_mini: Any, coordinate_image: Any, token_colours: Any, check_boxes: Any, tiles: int, first: bool
 ) -> None:
     fields = {"compressor": "average", "prefusion_layers": 0, "keep_patches": True}
     model, processor = make_llava_mini(tiles, compress_before_projection=first, **fields)
-    pictures = [map_picture(*size) for size in SIZES]
-    inputs = processor(images=pictures, text=["what <image> is"] * len(SIZES), return_tensors="pt")
-    tokens = TokenMap.from_inputs(model, inputs, processor, pictures)
-    check_boxes(colours_of(model, inputs), tokens.require_places(), sizes_of(tokens, SIZES, [1] * len(SIZES)), 0.02)
+    images = [coordinate_image(*size) for size in SIZES]
+    inputs = processor(images=images, text=["what <image> is"] * len(SIZES), return_tensors="pt")
+    tokens = TokenMap.from_inputs(model, inputs, processor, images)
+    check_boxes(token_colours(model, inputs), tokens.require_places(), sizes_of(tokens, SIZES, [1] * len(SIZES)), 0.02)
     tile = tokens.require_places().tile[tokens.mask("vision")].view(len(SIZES), -1)
     assert (tile[:, -4:] == tiles**2).all()
     assert (tile[:, :-4] < tiles**2).all()
@@ -78,15 +80,15 @@ def test_boxes_of_patches_beside_compressed_tokens(
 
 @pytest.mark.parametrize("stack", ["decoder", "prefusion"])
 @pytest.mark.parametrize("tiles", [1, 2])
-def test_boxes_of_several_pictures_and_videos(
-    make_llava_mini: Any, mixed: dict[str, Any], colours_of: Any, check_boxes: Any, tiles: int, stack: str
+def test_llava_mini_layout_of_images_and_video_boxes_match_colours(
+    make_llava_mini: Any, mixed: dict[str, Any], token_colours: Any, check_boxes: Any, tiles: int, stack: str
 ) -> None:
     model, processor = make_llava_mini(tiles, compressor="average")
     inputs = processor(**mixed)
     sizes = [(30, 50), (50, 30), (36, 60)]
     tokens = TokenMap.from_inputs(model, inputs, processor, sizes, stack=stack)
     check_boxes(
-        colours_of(model, inputs, stack == "prefusion"),
+        token_colours(model, inputs, stack == "prefusion"),
         tokens.require_places(),
         sizes_of(tokens, sizes, [2, 1, 0]),
         0.02,
@@ -101,23 +103,25 @@ def test_boxes_of_several_pictures_and_videos(
         assert places.frame[:, 0].tolist() == [0, 0, 0, 1, 2]
         tile = places.tile[0, tokens.mask("vision")[0]].tolist()
         if tiles == 1:
-            assert tile == [0] * 16 + [1] * 4, "the compressed tokens are a tile of their own"
+            assert tile == [0] * 16 + [1] * 4, "the compressed tokens are a separate tile"
         else:
             line = [0] * 4 + [1] * 4
             assert tile == line * 4 + [n + 2 for n in line] * 4 + [4] * 16 + [5] * 4
 
 
-def test_query_tokens_cover_all_that_the_patches_do(make_llava_mini: Any, map_picture: Any) -> None:
+def test_llava_mini_layout_of_query_tokens_returns_box_of_all_patches(
+    make_llava_mini: Any, coordinate_image: Any
+) -> None:
     model, processor = make_llava_mini()
-    picture = map_picture(30, 50)
-    inputs = processor(images=picture, text="what <image> is", return_tensors="pt")
-    places = TokenMap.from_inputs(model, inputs, processor, [picture]).require_places()
+    image = coordinate_image(30, 50)
+    inputs = processor(images=image, text="what <image> is", return_tensors="pt")
+    places = TokenMap.from_inputs(model, inputs, processor, [image]).require_places()
     assert torch.allclose(places.box[0, 1:5], torch.tensor([10.0, 0, 40, 30]), atol=1)  # 24 x 40, cropped to 24 x 24
     assert places.row[0, 1:5].tolist() == [0, 0, 1, 1]
     assert places.column[0, 1:5].tolist() == [0, 1, 0, 1]
-    unknown = TokenMap.from_inputs(model, inputs).require_places()
-    assert unknown.box.isnan().all()
-    assert torch.equal(unknown.row, places.row)
+    without_processor = TokenMap.from_inputs(model, inputs).require_places()
+    assert without_processor.box.isnan().all()
+    assert torch.equal(without_processor.row, places.row)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -133,10 +137,10 @@ def test_query_tokens_cover_all_that_the_patches_do(make_llava_mini: Any, map_pi
         (2, {"compressor": "none", "prefuse_visual_tokens": False}),
     ],
 )
-def test_prefusion_receives_what_the_map_says(
+def test_from_inputs_of_prefusion_stack_equals_received_sequences(
     make_llava_mini: Any, mixed: dict[str, Any], tiles: int, fields: dict[str, Any], answers: str, side: str
 ) -> None:
-    """Every position of every sequence: the embedding of its text, its patch, its compressed token, or zeros."""
+    """Every position holds its text embedding, its patch, its compressed token, or zeros."""
     model, processor = make_llava_mini(tiles, **fields)
     inputs = dict(processor(**mixed, padding_side=side))
     ids = inputs["input_ids"]
@@ -159,29 +163,31 @@ def test_prefusion_receives_what_the_map_says(
     received = [sequence for call in calls for sequence in call]
     assert len(received) == len(positions) == 5
     for frame, sequence in enumerate(received):
-        held, group = positions[frame, : len(sequence)], tokens.labels[frame]
-        wanted = torch.zeros_like(sequence)
-        wanted[held >= 0] = embeds[samples[frame], held[held >= 0]]
-        wanted[held == PATCH] = patches[frame]
-        if (held == COMPRESSED).any():
-            wanted[held == COMPRESSED] = compressed[frame]
-        torch.testing.assert_close(sequence, wanted)
+        codes, group = positions[frame, : len(sequence)], tokens.labels[frame]
+        expected = torch.zeros_like(sequence)
+        expected[codes >= 0] = embeds[samples[frame], codes[codes >= 0]]
+        expected[codes == PATCH] = patches[frame]
+        if (codes == COMPRESSED).any():
+            expected[codes == COMPRESSED] = compressed[frame]
+        torch.testing.assert_close(sequence, expected)
         assert (positions[frame, len(sequence) :] == -1).all()
         names = [GROUPS[label] for label in group]
         assert [name == "vision" for name in names] == (positions[frame] < -1).tolist()
         assert [name == "pad" for name in names] == (positions[frame] == -1).tolist()
         assert "response" not in names, "answers are not fused"
-        if fields.get("compressor_size") != 0:  # else the language model has no visual tokens to know system text by
+        if fields.get("compressor_size") != 0:  # without visual tokens, the language model has no system text
             decoder = TokenMap.from_inputs(model, inputs).labels[samples[frame]]
             assert torch.equal(group[positions[frame] >= 0], decoder[positions[frame][positions[frame] >= 0]])
 
 
-def test_frames_in_other_numbers_of_tiles(make_llava_mini: Any, map_picture: Any) -> None:
-    """Sequences of other lengths in one batch are filled up at the end."""
+def test_from_inputs_of_prefusion_stack_with_unequal_tiles_pads_rows(
+    make_llava_mini: Any, coordinate_image: Any
+) -> None:
+    """Shorter sequences of a batch end with padding."""
     model, processor = make_llava_mini(1)
-    whole = processor(images=map_picture(30, 30), text="what <image> is", return_tensors="pt")
+    whole = processor(images=coordinate_image(30, 30), text="what <image> is", return_tensors="pt")
     processor.tiles = 2
-    tiles = processor(images=map_picture(30, 30), text="what <image> is", return_tensors="pt")
+    tiles = processor(images=coordinate_image(30, 30), text="what <image> is", return_tensors="pt")
     inputs = {name: torch.cat([whole[name], tiles[name]]) for name in whole}
     inputs["visual_layout"][1, 0] = 1
     tokens = TokenMap.from_inputs(model, inputs, stack="prefusion")
@@ -190,7 +196,7 @@ def test_frames_in_other_numbers_of_tiles(make_llava_mini: Any, map_picture: Any
     assert torch.equal(tokens.require_places().image >= 0, tokens.mask("vision"))
 
 
-def test_a_stream_of_frames_is_not_read(make_llava_mini: Any) -> None:
+def test_from_inputs_with_frame_stream_does_not_consume_it(make_llava_mini: Any) -> None:
     model, processor = make_llava_mini()
     frames = [Image.fromarray(np.zeros((30, 40, 3), np.uint8))] * 4
     inputs = processor(videos=[Video(frames)], text="what <video> is", stream=True, return_tensors="pt")
@@ -200,13 +206,15 @@ def test_a_stream_of_frames_is_not_read(make_llava_mini: Any) -> None:
     assert TokenMap.from_inputs(model, inputs, stack="prefusion").labels.shape == (4, 16 + 4 + 2)
 
 
-def test_no_prefusion(make_llava_mini: Any, make_llava: Any, map_picture: Any) -> None:
-    call = {"images": map_picture(24, 24), "text": "what <image> is", "return_tensors": "pt"}
+def test_from_inputs_of_missing_prefusion_stack_raises_value_error(
+    make_llava_mini: Any, make_llava: Any, coordinate_image: Any
+) -> None:
+    call = {"images": coordinate_image(24, 24), "text": "what <image> is", "return_tensors": "pt"}
     model, processor = make_llava_mini(prefusion_layers=0)
-    with pytest.raises(ValueError, match="prefusion_layers=0: nothing is fused"):
+    with pytest.raises(ValueError, match="prefusion_layers=0"):
         TokenMap.from_inputs(model, processor(**call), stack="prefusion")
     model, processor = make_llava()
     with pytest.raises(ValueError, match="LlavaForConditionalGeneration has no stack 'prefusion'"):
         TokenMap.from_inputs(model, processor(**call), stack="prefusion")
-    with pytest.raises(ValueError, match="unknown stack 'vision': there are decoder and prefusion"):
+    with pytest.raises(ValueError, match=r"unknown stack 'vision'.*decoder or prefusion"):
         TokenMap.from_inputs(model, processor(**call), stack="vision")
