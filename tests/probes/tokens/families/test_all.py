@@ -93,7 +93,9 @@ def test_record_attention_equals_eager_attention(family: str, side: str) -> None
         attentions = tiny(family).model("eager")(**inputs, output_attentions=True).attentions
     assert torch.equal(plain, recorded), "recording does not change the output"
     assert len(attentions) == LAYERS
-    check_statistics(attention, statistics_from_matrices(torch.stack(attentions), tokens.labels, tokens, attention.targets))
+    check_statistics(
+        attention, statistics_from_matrices(torch.stack(attentions), tokens.labels, tokens, attention.targets)
+    )
     image_mass = attention.mass[..., attention.targets.index("instruction"), tokens.index("vision")]
     assert image_mass[:, [0, 2]].isfinite().all()
     assert image_mass[:, 1].isnan().all(), "a row without an image has no attention to vision"
