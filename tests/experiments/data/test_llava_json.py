@@ -103,7 +103,7 @@ def test_visual_inputs_of_an_unreadable_image_names_it(folder, content):
     sample = load_llava_json(
         write_json(folder, [{"image": "a.png", "conversations": TURNS}]), str(folder), "test"
     ).samples[0]
-    with pytest.raises(ValueError, match=r"a.png cannot be read as an image|a.png .* cannot be turned into RGB"):
+    with pytest.raises(ValueError, match=r"a.png cannot be read as an image|a.png .* cannot be converted to RGB"):
         _ = sample.visual_inputs
 
 

@@ -1,4 +1,4 @@
-"""Kept features: they are the tower's, are computed once, and neither faults nor other processes change what a cell finds."""
+"""The feature cache: it holds the vision tower's features, computes each once, and recovers from faults."""
 
 import dataclasses
 import errno
@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 
 from experiments.config.schema import Config, ReductionConfig, ShapesData, TrainConfig
-from experiments.data.encoding import Collator, Encoder
+from experiments.data.encoding import Collator, SampleEncoder
 from experiments.data.llava_json import load_llava_json
-from experiments.data.samples import Numbered, Sample, conversation
+from experiments.data.samples import IndexedImageLoader, Sample, llava_conversation
 from experiments.data.shapes import load_shapes
-from experiments.evaluation.accuracy import blank, shuffled
-from experiments.evaluation.questions import Questions
-from experiments.models.feature_cache import Features, keep_features
-from experiments.models.token_reduction import in_answering
-from experiments.training.trainer import train
+from experiments.evaluation.accuracy import blank_images, shuffled_images
+from experiments.evaluation.questions import EncodedQuestions
+from experiments.models.feature_cache import VisionFeatureCache, open_feature_cache
+from experiments.models.token_reduction import token_dropper_for_inference
+from experiments.training.trainer import train_llava
 from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
 from llava_mini.video import Video
 
@@ -41,7 +41,7 @@ def mini_processor(processor, mini):
 
 @pytest.fixture
 def tower_runs(llava, mini):
-    """How many crops the towers have run on, one entry a run."""
+    """One entry for each run of a vision tower."""
     runs = []
     for model in (llava, mini):
         model.model.vision_tower.encoder.register_forward_hook(
@@ -50,8 +50,8 @@ def tower_runs(llava, mini):
     return runs
 
 
-def rounded(model) -> None:
-    """Let the tower itself say everything in bf16's precision, all pictures of a batch at once."""
+def round_vision_features(model) -> None:
+    """Round the output of the vision tower to bf16, as the cache does."""
 
     def hook(_, args, kwargs, output):
         output.hidden_states = tuple(x if x is None else x.bfloat16().to(x.dtype) for x in output.hidden_states)
@@ -60,17 +60,18 @@ def rounded(model) -> None:
     model.model.vision_tower.register_forward_hook(hook, with_kwargs=True)
 
 
-def batch(processor, samples, features=None):
-    encode = Encoder(processor)
+def collate(processor, samples, features=None):
+    """Return a batch of samples, with pixels or with cached features."""
+    encode = SampleEncoder(processor)
     if features is None:
         return Collator(processor)([encode(sample) for sample in samples])
-    return Collator(processor)([features.encoded(encode, sample) for sample in samples])
+    return Collator(processor)([features.encode_sample(encode, sample) for sample in samples])
 
 
 @pytest.mark.parametrize("layers", [-2, [-2, 1]], ids=["one layer", "two layers"])
 @pytest.mark.parametrize("tiles", [1, 2])
-def test_a_model_says_with_features_what_it_says_with_rounded_ones_of_its_tower(
-    mini, mini_processor, few, tmp_path, layers, tiles
+def test_as_pixel_values_of_a_llava_mini_gives_the_output_of_rounded_features(
+    mini, mini_processor, shapes_split, tmp_path, layers, tiles
 ):
     if tiles == 2:
         mini_processor.tiles = 2
@@ -79,66 +80,68 @@ def test_a_model_says_with_features_what_it_says_with_rounded_ones_of_its_tower(
         config = type(mini.config)(**(mini.config.to_dict() | fields))
         torch.manual_seed(2)
         mini = LlavaMiniForConditionalGeneration(config).eval()
-    features = Features(tmp_path, mini, mini_processor, few)
-    samples = list(few.samples)[:3]
-    given = batch(mini_processor, samples, features)
-    pixels = batch(mini_processor, samples)
-    assert given["pixel_values"].shape[:2] == (3 * (1 if tiles == 1 else 5), 1 if layers == -2 else 2)
-    assert torch.equal(given["input_ids"], pixels["input_ids"])
-    assert torch.equal(given["labels"], pixels["labels"])
-    with torch.no_grad(), features.given():
-        found = mini(**given)
-    rounded(mini)
+    features = VisionFeatureCache(tmp_path, mini, mini_processor, shapes_split)
+    samples = list(shapes_split.samples)[:3]
+    cached = collate(mini_processor, samples, features)
+    pixels = collate(mini_processor, samples)
+    assert cached["pixel_values"].shape[:2] == (3 * (1 if tiles == 1 else 5), 1 if layers == -2 else 2)
+    assert torch.equal(cached["input_ids"], pixels["input_ids"])
+    assert torch.equal(cached["labels"], pixels["labels"])
+    with torch.no_grad(), features.as_pixel_values():
+        output = mini(**cached)
+    round_vision_features(mini)
     with torch.no_grad():
         expected = mini(**pixels)
-    torch.testing.assert_close(found.logits, expected.logits, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(found.loss, expected.loss, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(output.logits, expected.logits, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(output.loss, expected.loss, atol=1e-4, rtol=1e-4)
 
 
-def test_a_plain_llava_too(llava, processor, few, tmp_path):
-    features = Features(tmp_path, llava, processor, few)
-    samples = list(few.samples)[:3]
-    given, pixels = batch(processor, samples, features), batch(processor, samples)
-    assert torch.equal(given["input_ids"], pixels["input_ids"])
-    with torch.no_grad(), features.given():
-        found = llava(**given).logits
-    rounded(llava)
+def test_as_pixel_values_of_a_llava_gives_the_output_of_rounded_features(llava, processor, shapes_split, tmp_path):
+    features = VisionFeatureCache(tmp_path, llava, processor, shapes_split)
+    samples = list(shapes_split.samples)[:3]
+    cached, pixels = collate(processor, samples, features), collate(processor, samples)
+    assert torch.equal(cached["input_ids"], pixels["input_ids"])
+    with torch.no_grad(), features.as_pixel_values():
+        logits = llava(**cached).logits
+    round_vision_features(llava)
     with torch.no_grad():
-        torch.testing.assert_close(found, llava(**pixels).logits, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(logits, llava(**pixels).logits, atol=1e-3, rtol=1e-3)
 
 
-def test_computed_once_for_llava_and_mini_and_pictures_are_not_drawn_again(
-    llava, processor, mini, mini_processor, few, tmp_path, tower_runs
+def test_get_computes_once_for_llava_and_mini_and_loads_no_cached_image(
+    llava, processor, mini, mini_processor, shapes_split, tmp_path, tower_runs
 ):
-    samples = list(few.samples)
-    first = batch(processor, samples, Features(tmp_path, llava, processor, few))["pixel_values"]
+    samples = list(shapes_split.samples)
+    first = collate(processor, samples, VisionFeatureCache(tmp_path, llava, processor, shapes_split))["pixel_values"]
     tower_runs.clear()
 
-    def drawn():
-        raise AssertionError("drawn again")
+    def fail_to_load():
+        raise AssertionError("a cached image was loaded")
 
-    unseen = [dataclasses.replace(s, load=(Numbered(i, drawn),)) for i, s in enumerate(samples)]
+    without_images = [
+        dataclasses.replace(s, loaders=(IndexedImageLoader(i, fail_to_load),)) for i, s in enumerate(samples)
+    ]
     for model, its_processor in ((llava, processor), (mini, mini_processor)):
-        features = Features(tmp_path, model, its_processor, few)
-        assert torch.equal(batch(its_processor, unseen, features)["pixel_values"], first)
-    assert len(tower_runs) == 2  # each asked for a shape
+        features = VisionFeatureCache(tmp_path, model, its_processor, shapes_split)
+        assert torch.equal(collate(its_processor, without_images, features)["pixel_values"], first)
+    assert len(tower_runs) == 2  # each encodes a blank image for the shape
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_what_is_kept_hangs_on_the_picture_alone(llava, processor, few, tmp_path):
+def test_get_depends_on_the_image_alone(llava, processor, shapes_split, tmp_path):
     orders = ([0, 1, 2, 3, 4, 5, 6, 7], [5, 3, 7], [7, 6, 5, 4, 3, 2, 1, 0])
-    found = []
+    by_order = []
     for i, order in enumerate(orders):
-        features = Features(tmp_path / str(i), llava, processor, few)
-        found.append({n: features.of(few.samples[n].load[0]) for n in order})
-    assert all(torch.equal(found[0][n], some[n]) for some in found[1:] for n in some)
+        features = VisionFeatureCache(tmp_path / str(i), llava, processor, shapes_split)
+        by_order.append({n: features.get(shapes_split.samples[n].loaders[0]) for n in order})
+    assert all(torch.equal(by_order[0][n], other[n]) for other in by_order[1:] for n in other)
 
 
-def test_other_towers_layers_pictures_and_processing_have_files_of_their_own(
-    llava, processor, mini, mini_processor, few, tmp_path
+def test_path_differs_by_vision_tower_layers_images_and_processing(
+    llava, processor, mini, mini_processor, shapes_split, tmp_path
 ):
-    def name(model=llava, its=processor, split=few) -> str:
-        return Features(tmp_path, model, its, split).path.name
+    def name(model=llava, model_processor=processor, split=shapes_split) -> str:
+        return VisionFeatureCache(tmp_path, model, model_processor, split).path.name
 
     names = [name(), name(split=load_shapes("train", 9)), name(split=load_shapes("test", 8))]
     assert name(mini, mini_processor) == names[0]
@@ -159,17 +162,17 @@ def test_other_towers_layers_pictures_and_processing_have_files_of_their_own(
     assert len(set(names)) == len(names)
 
 
-def _garble_a_row(path):
+def _corrupt_a_row(path):
     with path.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x55")
 
 
-def _cut(path):
+def _truncate(path):
     os.truncate(path, path.stat().st_size - 100)
 
 
-def _garble_all(path):
+def _corrupt_all(path):
     path.write_bytes(np.random.default_rng(0).bytes(path.stat().st_size))
 
 
@@ -179,7 +182,7 @@ def _lose_a_checksum(path):  # a kill between a row and its checksum
         file.write(bytes(8))
 
 
-def _half_a_row(path):  # of a writer that was cut off, with the checksum of what was meant
+def _write_half_a_row(path):  # by an interrupted writer, with the checksum of the whole row
     with path.open("r+b") as file:
         file.seek(-600, os.SEEK_END)
         file.write(bytes(600))
@@ -187,205 +190,231 @@ def _half_a_row(path):  # of a writer that was cut off, with the checksum of wha
 
 @pytest.mark.parametrize(
     "fault",
-    [_garble_a_row, _cut, _garble_all, _lose_a_checksum, _half_a_row, os.unlink, lambda path: os.truncate(path, 0)],
+    [
+        _corrupt_a_row,
+        _truncate,
+        _corrupt_all,
+        _lose_a_checksum,
+        _write_half_a_row,
+        os.unlink,
+        lambda path: os.truncate(path, 0),
+    ],
 )
-def test_faults_are_mended(llava, processor, few, tmp_path, tower_runs, fault):
-    loads = [sample.load[0] for sample in few.samples]
-    features = Features(tmp_path, llava, processor, few)
-    whole = [features.of(load) for load in loads]
+def test_get_after_a_file_fault_computes_the_same_features_and_stores_them(
+    llava, processor, shapes_split, tmp_path, tower_runs, fault
+):
+    loads = [sample.loaders[0] for sample in shapes_split.samples]
+    features = VisionFeatureCache(tmp_path, llava, processor, shapes_split)
+    expected = [features.get(load) for load in loads]
     fault(features.path)
-    again = Features(tmp_path, llava, processor, few)
-    assert all(torch.equal(again.of(load), row) for load, row in zip(loads, whole, strict=True))
+    recomputing = VisionFeatureCache(tmp_path, llava, processor, shapes_split)
+    assert all(torch.equal(recomputing.get(load), row) for load, row in zip(loads, expected, strict=True))
     tower_runs.clear()
-    mended = Features(tmp_path, llava, processor, few)
-    assert all(torch.equal(mended.of(load), row) for load, row in zip(loads, whole, strict=True))
+    repaired = VisionFeatureCache(tmp_path, llava, processor, shapes_split)
+    assert all(torch.equal(repaired.get(load), row) for load, row in zip(loads, expected, strict=True))
     assert len(tower_runs) == 1
 
 
-@pytest.mark.parametrize("fails", ["at once", "half way", "no folder"])
-def test_where_nothing_can_be_written_features_are_computed(
-    llava, processor, few, tmp_path, monkeypatch, caplog, fails
+@pytest.mark.parametrize("failure", ["at once", "half way", "no folder"])
+def test_get_without_a_writable_file_computes_the_features(
+    llava, processor, shapes_split, tmp_path, monkeypatch, caplog, failure
 ):
     pwrite = os.pwrite
 
-    def full(file, data, offset):
-        if fails == "half way" and len(data) > 8:
+    def pwrite_on_a_full_disk(file, data, offset):
+        if failure == "half way" and len(data) > 8:
             return pwrite(file, data[: len(data) // 2], offset)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    loads = [sample.load[0] for sample in few.samples]
-    whole = [Features(tmp_path / "other", llava, processor, few).of(load) for load in loads]
+    loads = [sample.loaders[0] for sample in shapes_split.samples]
+    expected = [VisionFeatureCache(tmp_path / "other", llava, processor, shapes_split).get(load) for load in loads]
     folder = tmp_path / "here"
-    if fails == "no folder":
+    if failure == "no folder":
         folder.write_text("a file")
-    monkeypatch.setattr(os, "pwrite", full)
-    features = Features(folder, llava, processor, few)
+    monkeypatch.setattr(os, "pwrite", pwrite_on_a_full_disk)
+    features = VisionFeatureCache(folder, llava, processor, shapes_split)
     for _ in range(2):
-        assert all(torch.equal(features.of(load), row) for load, row in zip(loads, whole, strict=True))
-    if fails != "half way":
+        assert all(torch.equal(features.get(load), row) for load, row in zip(loads, expected, strict=True))
+    if failure != "half way":
         assert len(caplog.messages) == 1
-        assert "computed and not kept" in caplog.text
-    if fails == "no folder":
+        assert "computed and not cached" in caplog.text
+    if failure == "no folder":
         return
     monkeypatch.undo()
-    again = Features(folder, llava, processor, few)
-    assert all(torch.equal(again.of(load), row) for load, row in zip(loads, whole, strict=True))
+    writable = VisionFeatureCache(folder, llava, processor, shapes_split)
+    assert all(torch.equal(writable.get(load), row) for load, row in zip(loads, expected, strict=True))
 
 
-def test_images_of_a_file_are_numbered_through(few, tmp_path):
+def test_load_llava_json_indexes_images_over_all_entries(shapes_split, tmp_path):
     turns = [("what colour is at row 1 column 2?", "red")]
     rows = []
     for entry, images in enumerate((1, 0, 2, 1)):
         names = [f"{entry}-{i}.png" for i in range(images)]
         for name in names:
-            few.samples[0].image.save(tmp_path / name)
-        rows.append({"image": names, "conversations": conversation(turns, ["<image>"] * images)})
+            shapes_split.samples[0].image.save(tmp_path / name)
+        rows.append({"image": names, "conversations": llava_conversation(turns, ["<image>"] * images)})
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     split = load_llava_json(str(tmp_path / "rows.json"), str(tmp_path), "train")
-    assert [[load.number for load in sample.load] for sample in split.samples] == [[0], [], [1, 2], [3]]
-    assert split.images == 4
+    assert [[load.index for load in sample.loaders] for sample in split.samples] == [[0], [], [1, 2], [3]]
+    assert split.image_count == 4
 
 
-FILL = """
+FILL_CACHE = """
 import sys
 from pathlib import Path
 import numpy as np
 import torch
-from experiments.models import scratch as tiny
-from experiments.data.scenes import SIDE
+from experiments.data.scenes import IMAGE_SIZE
 from experiments.data.shapes import load_shapes
-from experiments.models.feature_cache import Features
+from experiments.models import scratch
+from experiments.models.feature_cache import VisionFeatureCache
 folder, turn, threads = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(threads)
-few = load_shapes("train", 8)
-processor = tiny.processor(tiny.tokenizer(few.samples, 384), SIDE, patch=16)
+shapes_split = load_shapes("train", 8)
+processor = scratch.build_processor(scratch.train_tokenizer(shapes_split.samples, 384), IMAGE_SIZE, patch=16)
 torch.manual_seed(0)
-llava = tiny.llava(processor.tokenizer, SIDE, patch=16, width=32, layers=2).eval()
-features = Features(folder, llava, processor, few)
+llava = scratch.build_llava(processor.tokenizer, IMAGE_SIZE, patch=16, width=32, layers=2).eval()
+features = VisionFeatureCache(folder, llava, processor, shapes_split)
 for i in np.random.default_rng(turn).permutation(8).tolist():
-    features.of(few.samples[i].load[0])
+    features.get(shapes_split.samples[i].loaders[0])
 """
 
 
-def test_processes_fill_one_file_together(llava, processor, few, tmp_path, tower_runs):
-    """Processes of their own: a fork of one whose torch has threads may hang."""
-    loads = [sample.load[0] for sample in few.samples]
-    expected = [Features(tmp_path / "alone", llava, processor, few).of(load) for load in loads]
+def test_get_in_several_processes_fills_one_file(llava, processor, shapes_split, tmp_path, tower_runs):
+    """The processes are not forks: a fork of a process whose torch has threads may hang."""
+    loads = [sample.loaders[0] for sample in shapes_split.samples]
+    expected = [VisionFeatureCache(tmp_path / "alone", llava, processor, shapes_split).get(load) for load in loads]
     threads = str(torch.get_num_threads())
-    started = [subprocess.Popen([sys.executable, "-c", FILL, tmp_path, str(turn), threads]) for turn in range(3)]
+    started = [subprocess.Popen([sys.executable, "-c", FILL_CACHE, tmp_path, str(turn), threads]) for turn in range(3)]
     assert [process.wait() for process in started] == [0, 0, 0]
     assert len(list(tmp_path.glob("*.features"))) == 1
     tower_runs.clear()
-    features = Features(tmp_path, llava, processor, few)
-    assert all(torch.equal(features.of(load), row) for load, row in zip(loads, expected, strict=True))
+    features = VisionFeatureCache(tmp_path, llava, processor, shapes_split)
+    assert all(torch.equal(features.get(load), row) for load, row in zip(loads, expected, strict=True))
     assert len(tower_runs) == 1
 
 
-def test_the_tower_is_itself_again_and_goes_into_checkpoints(mini, mini_processor, few, tmp_path):
+def test_as_pixel_values_restores_the_vision_tower_and_checkpoints_hold_it(
+    mini, mini_processor, shapes_split, tmp_path
+):
     start = {name: value.clone() for name, value in mini.state_dict().items()}
-    features = Features(tmp_path / "kept", mini, mini_processor, few)
-    config = TrainConfig(steps=2, batch_size=4, warmup=0, save_every=1)
-    train(mini, mini_processor, few.samples, config, tmp_path / "work", 0, CPU, features=features)
+    features = VisionFeatureCache(tmp_path / "kept", mini, mini_processor, shapes_split)
+    config = TrainConfig(max_steps=2, batch_size=4, warmup_steps=0, save_steps=1)
+    train_llava(mini, mini_processor, shapes_split.samples, config, tmp_path / "work", 0, CPU, features=features)
     saved = LlavaMiniForConditionalGeneration.from_pretrained(tmp_path / "work" / "checkpoint-2").state_dict()
     after = mini.state_dict()
     assert all(torch.equal(saved[name], after[name]) for name in after)
     assert all(
         torch.equal(start[name], after[name]) == ("vision_tower" in name) for name in after if "rotary" not in name
     )
-    with pytest.raises(RuntimeError, match="stop"), features.given():
+    with pytest.raises(RuntimeError, match="stop"), features.as_pixel_values():
         raise RuntimeError("stop")
     assert "forward" not in vars(mini.model.vision_tower)
 
 
-def test_training_is_the_same_whatever_is_kept_already(mini, mini_processor, few, tmp_path, tower_runs):
-    """Bit for bit; and close to training on pixels."""
+def test_train_llava_gives_equal_weights_whatever_is_cached(mini, mini_processor, shapes_split, tmp_path, tower_runs):
+    """Weights are equal bit for bit, and the loss is close to that of training on pixels."""
     start = {name: value.clone() for name, value in mini.state_dict().items()}
-    config = TrainConfig(steps=10, batch_size=4, warmup=0, learning_rate=1e-3)
+    config = TrainConfig(max_steps=10, batch_size=4, warmup_steps=0, learning_rate=1e-3)
 
     def run(name, features):
         mini.load_state_dict(start)
         tower_runs.clear()
-        log = train(mini, mini_processor, few.samples, config, tmp_path / name, 0, CPU, features=features)
+        log = train_llava(
+            mini, mini_processor, shapes_split.samples, config, tmp_path / name, 0, CPU, features=features
+        )
         return log[0]["loss"], {name: value.clone() for name, value in mini.state_dict().items()}
 
-    def keep(name):
-        return Features(tmp_path / name, mini, mini_processor, few)
+    def open_cache(name):
+        return VisionFeatureCache(tmp_path / name, mini, mini_processor, shapes_split)
 
-    loss, fresh = run("fresh", keep("a"))
-    assert len(tower_runs) == 8  # one for each picture
-    some = keep("b")
+    loss, fresh = run("fresh", open_cache("a"))
+    assert len(tower_runs) == 8  # one for each image
+    partly_filled = open_cache("b")
     for i in (6, 1, 3):
-        some.of(few.samples[i].load[0])
-    for name, features in (("half", some), ("all", keep("a"))):
+        partly_filled.get(shapes_split.samples[i].loaders[0])
+    for name, features in (("half", partly_filled), ("all", open_cache("a"))):
         assert run(name, features)[0] == loss
         assert all(torch.equal(fresh[key], value) for key, value in mini.state_dict().items())
     assert len(tower_runs) == 0
     assert run("pixels", None)[0] == pytest.approx(loss, rel=2e-3)
 
 
-def test_videos_text_and_several_images(mini, mini_processor, few, tmp_path):
-    def film(level: int) -> Video:
+def test_encode_sample_of_videos_text_and_several_images(mini, mini_processor, shapes_split, tmp_path):
+    def clip(level: int) -> Video:
         return Video([Image.new("RGB", (48, 48), (level, i, 0)) for i in (50, 200)])
 
-    text = Sample("t", (), conversation([("is there a ring?", "no")], []), ["x"])
+    text = Sample("t", (), llava_conversation([("is there a ring?", "no")], []), ["x"])
     turns = [("what colour is at row 1 column 2?", "red")]
-    video = Sample("v", (lambda: film(9),), conversation(turns, ["<video>"]), ["x"])
-    two = Sample("w", (few.samples[1].load[0], few.samples[0].load[0]), conversation(turns, ["<image>"] * 2), ["x"])
-    both = Sample("b", (few.samples[2].load[0], lambda: film(200)), conversation(turns, ["<image>", "<video>"]), ["x"])
+    video = Sample("v", (lambda: clip(9),), llava_conversation(turns, ["<video>"]), ["x"])
+    two = Sample(
+        "w",
+        (shapes_split.samples[1].loaders[0], shapes_split.samples[0].loaders[0]),
+        llava_conversation(turns, ["<image>"] * 2),
+        ["x"],
+    )
+    both = Sample(
+        "b",
+        (shapes_split.samples[2].loaders[0], lambda: clip(200)),
+        llava_conversation(turns, ["<image>", "<video>"]),
+        ["x"],
+    )
     mini_processor.chat_template = (
         "{% for m in messages %}<{{ m['role'] }}>{% for p in m['content'] %}"
         "{{ p['text'] if p['type'] == 'text' else '<' + p['type'] + '>' }}{% endfor %}"
         "{{ eos_token if m['role'] == 'assistant' }}{% endfor %}{{ '<assistant>' if add_generation_prompt }}"
     )
-    features = Features(tmp_path, mini, mini_processor, few)
-    samples = [text, video, two, both, few.samples[3]]
-    given, pixels = batch(mini_processor, samples, features), batch(mini_processor, samples)
-    assert torch.equal(given["visual_layout"], pixels["visual_layout"])
-    with torch.no_grad(), features.given():
-        found = mini(**given).logits
-    rounded(mini)
+    features = VisionFeatureCache(tmp_path, mini, mini_processor, shapes_split)
+    samples = [text, video, two, both, shapes_split.samples[3]]
+    cached, pixels = collate(mini_processor, samples, features), collate(mini_processor, samples)
+    assert torch.equal(cached["visual_layout"], pixels["visual_layout"])
+    with torch.no_grad(), features.as_pixel_values():
+        logits = mini(**cached).logits
+    round_vision_features(mini)
     with torch.no_grad():
-        torch.testing.assert_close(found, mini(**pixels).logits, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(logits, mini(**pixels).logits, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("reduces", [ReductionConfig("fastv", [1], keep=0.5), ReductionConfig("vtw", [1])])
-def test_methods_within_the_language_model_work_on_features(llava, processor, few, tmp_path, reduces):
-    config = Config(data=ShapesData(name="shapes"), reduction=reduces)
-    features = Features(tmp_path, llava, processor, few)
-    samples = list(few.samples)[:3]
-    given, pixels = batch(processor, samples, features), batch(processor, samples)
-    with torch.no_grad(), features.given(), in_answering(config)(llava, given):
-        found = llava(**given).logits
-    rounded(llava)
-    with torch.no_grad(), in_answering(config)(llava, pixels):
-        torch.testing.assert_close(found, llava(**pixels).logits, atol=1e-3, rtol=1e-3)
+@pytest.mark.parametrize("reduction", [ReductionConfig("fastv", [1], keep=0.5), ReductionConfig("vtw", [1])])
+def test_token_droppers_work_on_cached_features(llava, processor, shapes_split, tmp_path, reduction):
+    config = Config(data=ShapesData(name="shapes"), reduction=reduction)
+    features = VisionFeatureCache(tmp_path, llava, processor, shapes_split)
+    samples = list(shapes_split.samples)[:3]
+    cached, pixels = collate(processor, samples, features), collate(processor, samples)
+    with torch.no_grad(), features.as_pixel_values(), token_dropper_for_inference(config)(llava, cached):
+        logits = llava(**cached).logits
+    round_vision_features(llava)
+    with torch.no_grad(), token_dropper_for_inference(config)(llava, pixels):
+        torch.testing.assert_close(logits, llava(**pixels).logits, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("condition", [list, blank, shuffled])
-def test_questions_with_features_are_about_the_same_pictures(mini, mini_processor, few, tmp_path, condition):
-    samples = condition(list(few.samples))
-    features = Features(tmp_path, mini, mini_processor, few)
-    with_features = Questions(samples, mini_processor, 4, CPU, features)
-    with_pixels = Questions(samples, mini_processor, 4, CPU)
-    for given, pixels in zip(with_features.batches(""), with_pixels.batches(""), strict=True):
-        run = mini.model.vision_tower(pixels["pixel_values"], output_hidden_states=True)
-        expected = run.hidden_states[mini.config.vision_feature_layer]
-        torch.testing.assert_close(given["pixel_values"][:, 0].float(), expected, atol=2e-2, rtol=1e-2)
-        assert torch.equal(given["input_ids"], pixels["input_ids"])
+@pytest.mark.parametrize("control", [list, blank_images, shuffled_images])
+def test_encoded_questions_with_features_hold_the_same_images(mini, mini_processor, shapes_split, tmp_path, control):
+    samples = control(list(shapes_split.samples))
+    features = VisionFeatureCache(tmp_path, mini, mini_processor, shapes_split)
+    with_features = EncodedQuestions(samples, mini_processor, 4, CPU, features)
+    with_pixels = EncodedQuestions(samples, mini_processor, 4, CPU)
+    for cached, pixels in zip(with_features.batches(""), with_pixels.batches(""), strict=True):
+        output = mini.model.vision_tower(pixels["pixel_values"], output_hidden_states=True)
+        expected = output.hidden_states[mini.config.vision_feature_layer]
+        torch.testing.assert_close(cached["pixel_values"][:, 0].float(), expected, atol=2e-2, rtol=1e-2)
+        assert torch.equal(cached["input_ids"], pixels["input_ids"])
 
 
-def test_what_cannot_be_kept(llava, mini, processor, mini_processor, few, tmp_path):
+def test_open_feature_cache_returns_none_or_raises_where_features_cannot_be_cached(
+    llava, mini, processor, mini_processor, shapes_split, tmp_path
+):
     config = Config(data=ShapesData(name="shapes"), results=str(tmp_path), keep_features=True)
-    assert keep_features(dataclasses.replace(config, keep_features=False), llava, processor, few) is None
-    assert keep_features(config, llava, processor, None) is None
-    assert keep_features(config, llava, processor, few).path.parent == tmp_path / "shared"
-    assert keep_features(config, mini, mini_processor, few) is not None
+    assert open_feature_cache(dataclasses.replace(config, keep_features=False), llava, processor, shapes_split) is None
+    assert open_feature_cache(config, llava, processor, None) is None
+    assert open_feature_cache(config, llava, processor, shapes_split).path.parent == tmp_path / "shared"
+    assert open_feature_cache(config, mini, mini_processor, shapes_split) is not None
     mini.model.compressor.needs = ("text", "text_mask")
-    assert keep_features(config, mini, mini_processor, few) is not None
+    assert open_feature_cache(config, mini, mini_processor, shapes_split) is not None
     mini.model.compressor.needs = ("saliency",)
-    assert keep_features(config, mini, mini_processor, few) is None
+    assert open_feature_cache(config, mini, mini_processor, shapes_split) is None
     with pytest.raises(ValueError, match=r"train\.train_vision") as error:
         dataclasses.replace(config, train=TrainConfig(train_vision=True))
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="only a LLaVA's features are kept, and this model is a CLIPVisionModel"):
-        keep_features(config, llava.model.vision_tower, processor, few)
+    with pytest.raises(ValueError, match=r"keep_features: .*CLIPVisionModel"):
+        open_feature_cache(config, llava.model.vision_tower, processor, shapes_split)

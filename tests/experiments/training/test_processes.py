@@ -1,4 +1,4 @@
-"""Several processes that train together, through the command that a user types."""
+"""Distributed training, started by the command line."""
 
 import json
 import os
@@ -11,14 +11,21 @@ from typing import Any
 import psutil
 import pytest
 
-from experiments.training.trainer import last_checkpoint
+from experiments.training.trainer import latest_complete_checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
-TRAINING = ["model=tiny", "device=cpu", "data.train=40", "data.test=6", "train.batch_size=4", "train.warmup=2"]
+TRAINING = [
+    "model=tiny",
+    "device=cpu",
+    "data.train_samples=40",
+    "data.test_samples=6",
+    "train.batch_size=4",
+    "train.warmup_steps=2",
+]
 
 
 def start(results: Path, processes: int, *overrides: str) -> subprocess.Popen[str]:
-    """A cell, trained by one process or by several."""
+    """Start a cell that one or several processes train."""
     launch = (
         ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"] if processes > 1 else []
     )
@@ -34,11 +41,11 @@ def start(results: Path, processes: int, *overrides: str) -> subprocess.Popen[st
     )
 
 
-def trained(results: Path, processes: int, *overrides: str) -> dict[str, Any]:
-    """The one record that a cell leaves."""
+def train_cell(results: Path, processes: int, *overrides: str) -> dict[str, Any]:
+    """Train a cell, and return its one record."""
     process = start(results, processes, *overrides)
-    said, _ = process.communicate()
-    assert process.returncode == 0, said
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
     (path,) = (results / "records").glob("*.json")
     assert not list((results / "work").glob("*"))
     return json.loads(path.read_text())
@@ -48,47 +55,47 @@ def trained(results: Path, processes: int, *overrides: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["train.steps=20"],
-        # 40 rows make ten whole steps an epoch: no process has to make up for missing ones
+        ["train.max_steps=20"],
+        # 40 rows make ten full steps per epoch, so no process has to repeat rows
         [
             "compressor=query",
             "prefusion.layers=1",
-            "train.epochs=2",
+            "train.num_train_epochs=2",
             "train.group_by_length=true",
-            "train.micro_batch=1",
+            "train.per_device_train_batch_size=1",
         ],
-        ["compressor=query", "prefusion.layers=1", "train.steps=20", "train.lora=2"],
+        ["compressor=query", "prefusion.layers=1", "train.max_steps=20", "train.lora_rank=2"],
     ],
     ids=["llava", "mini", "adapters"],
 )
-def test_two_processes_learn_as_one_with_twice_the_rows(tmp_path, overrides):
-    """`batch_size` counts the rows of a step over all processes: half of them each."""
-    one, two = (trained(tmp_path / str(n), n, *overrides) for n in (1, 2))
+def test_training_with_two_processes_equals_one_with_twice_the_rows(tmp_path, overrides):
+    """`batch_size` counts the rows of a step over all processes, so each takes half of them."""
+    one, two = (train_cell(tmp_path / str(n), n, *overrides) for n in (1, 2))
     assert one["id"] == two["id"]
     losses, expected = ([log["loss"] for log in record["train"]["log"] if "loss" in log] for record in (two, one))
-    assert len(expected) == 3  # of the first step, the tenth and the twentieth
+    assert len(expected) == 3  # after steps 1, 10 and 20
     assert expected[1] > expected[2]
     assert losses == pytest.approx(expected, rel=1e-5)
     assert two["accuracy"] == one["accuracy"]
 
 
 @pytest.mark.slow
-def test_killed_within_an_epoch_and_resumed(tmp_path):
-    """Two processes go on through the rows of the epoch that they were killed in, and end with the same weights."""
-    overrides = ["train.epochs=10", "train.save_every=14"]  # of ten steps each
-    whole = trained(tmp_path / "whole", 2, *overrides, f"save={tmp_path / 'model'}")
-    killed = start(tmp_path / "cut", 2, *overrides)
-    while not list((tmp_path / "cut" / "work").glob("*/checkpoint-14/trainer_state.json")):
+def test_training_killed_within_an_epoch_resumes_to_the_same_weights(tmp_path):
+    """Two processes resume in the middle of the epoch in which they were killed."""
+    overrides = ["train.num_train_epochs=10", "train.save_steps=14"]  # of ten steps per epoch
+    uninterrupted = train_cell(tmp_path / "uninterrupted", 2, *overrides, f"save={tmp_path / 'model'}")
+    killed = start(tmp_path / "interrupted", 2, *overrides)
+    while not list((tmp_path / "interrupted" / "work").glob("*/checkpoint-14/trainer_state.json")):
         assert killed.poll() is None
         time.sleep(0.05)
     launcher = psutil.Process(killed.pid)
     for process in [*launcher.children(recursive=True), launcher]:
         process.kill()
     killed.wait()
-    (work,) = (tmp_path / "cut" / "work").glob("*")
-    found = last_checkpoint(work)
-    assert found in (work / "checkpoint-14", work / "checkpoint-28")
-    resumed = trained(tmp_path / "cut", 2, *overrides, f"save={tmp_path / 'again'}")
-    assert resumed["id"] == whole["id"]
-    weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("model", "again")]
+    (work,) = (tmp_path / "interrupted" / "work").glob("*")
+    checkpoint = latest_complete_checkpoint(work)
+    assert checkpoint in (work / "checkpoint-14", work / "checkpoint-28")
+    resumed = train_cell(tmp_path / "interrupted", 2, *overrides, f"save={tmp_path / 'again'}")
+    assert resumed["id"] == uninterrupted["id"]
+    weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("model", "resumed")]
     assert weights[0] == weights[1]
