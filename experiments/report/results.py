@@ -18,7 +18,7 @@ from experiments.report.experiment_specs import ExperimentSpec, load_specs
 from experiments.report.figure_entries import FigureEntry, figure_entries
 from experiments.report.request import ReportRequest, parse_request
 from experiments.report.run_groups import RunGroup, compare_with_baselines, group_runs
-from experiments.report.tables import ablation, blind_controls, fusion_depth, provenance, question_types
+from experiments.report.tables import ablation, blind_controls, fusion_depth, provenance, question_types, writers
 from experiments.report.tables.table import Table
 from experiments.report.verdict import (
     CLAIM_RULE,
@@ -114,6 +114,14 @@ class Report:
             'Fusion depth of every probed model.'
         """
         return _look_up("table", name, self.tables)
+
+    def latex(self, name: str) -> str:
+        r"""Return a table as LaTeX with booktabs rules, ready for \input.
+
+        Raises:
+            ValueError: if the report has no such table.
+        """
+        return writers.latex(self.table(name))
 
     def figure(self, name: str) -> Figure:
         """Draw a figure by the stem of its files. Jupyter displays it.
@@ -231,7 +239,7 @@ def load(folder: Path | str, *request: str) -> Report:
             "experiment=table6_prefusion" or "train.steps=60".
 
     Returns:
-        The report: `frame()`, `table(name)`, `figure(name)`, `claims()` and `records`.
+        The report: `frame()`, `table(name)`, `latex(name)`, `figure(name)`, `claims()` and `records`.
 
     Raises:
         FileNotFoundError: if the folder holds no records.

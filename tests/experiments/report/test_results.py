@@ -13,6 +13,7 @@ import pytest
 
 from experiments.report import load
 from experiments.report.results import Report
+from experiments.report.tables import writers
 from experiments.report.verdict import CLAIM_RULE
 
 RecordList = list[dict[str, Any]]
@@ -89,6 +90,10 @@ def test_table_is_displayed_with_caption_notes_and_bold_cells(report: Report) ->
     assert html.count("<tr>") == len(table.text) + 1
     assert "&lt; 0.001" in html
     assert "<script" not in html
+
+
+def test_latex_is_the_written_table(report: Report) -> None:
+    assert report.latex("sight") == writers.latex(report.table("sight"))
 
 
 def test_figure_is_drawn_and_displayed(report: Report) -> None:
