@@ -9,7 +9,8 @@ from typing import Any, get_args, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
 
-from experiments.config.schema import DATA, MODELS, BenchConfig, Config, CostConfig, TrainConfig
+from experiments.config.benchmark_schema import BenchConfig, CostConfig
+from experiments.config.schema import DATA, MODELS, Config, TrainConfig
 
 _ALTERNATIVES: dict[str, dict[str, type]] = {"model": MODELS, "data": DATA}
 

@@ -6,11 +6,13 @@ made from the help texts here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import MISSING
+
+from experiments.config.benchmark_schema import BenchConfig, CostConfig
+from experiments.config.fields import group, require_at_least, setting
 
 TRAIN_CHOICES = {
     "trainable": ("all", "projector"),
@@ -19,41 +21,6 @@ TRAIN_CHOICES = {
 }
 REDUCTIONS = ("none", "fastv", "vtw", "pyramid_drop")
 PREFUSION_LOCATIONS = ("outside", "inside")
-
-
-def setting(default: Any, help: str) -> Any:
-    """Return a dataclass field with a help text, as transformers' HfArgumentParser has them.
-
-    Args:
-        default: The default value. A list is copied for each configuration; `MISSING` marks a required setting.
-        help: One line that says what the setting is, with its unit.
-    """
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
-def group(config: type, help: str) -> Any:
-    """Return a dataclass field that holds a group of settings with their defaults."""
-    return field(default_factory=config, metadata={"help": help})
-
-
-def require_at_least(prefix: str, config: Any, bounds: Mapping[str, float]) -> None:
-    """Check lower bounds of settings.
-
-    Args:
-        prefix: The settings' group, for the message: "train".
-        config: The object that holds them.
-        bounds: The least value of each setting. A list is checked entry by entry; a missing value is not checked.
-
-    Raises:
-        ValueError: If a value is below its bound.
-    """
-    for name, bound in bounds.items():
-        value = getattr(config, name)
-        for number in value if isinstance(value, list) else [value]:
-            if number != MISSING and not number >= bound:
-                raise ValueError(f"{prefix}.{name}: must be at least {bound}, found {number}")
 
 
 @dataclass
@@ -306,59 +273,6 @@ class ProbeConfig:
         False, "accuracy of a linear probe for the answer on the question's hidden states, by layer"
     )
     lens: bool = setting(False, "logit lens: rank and log-probability of the answer's first token, by layer")
-
-
-@dataclass
-class BenchModel:
-    """The shape of a Llama. Only `layers` of its `of_layers` layers are built."""
-
-    name: str = setting(MISSING, "name in tables")
-    heads: int = setting(MISSING, "attention heads")
-    head_width: int = setting(MISSING, "width of a head")
-    mlp: int = setting(MISSING, "width of the MLP")
-    layers: int = setting(MISSING, "layers that are built")
-    of_layers: int = setting(MISSING, "layers of the whole model, to which times are scaled")
-
-
-@dataclass
-class BenchConfig:
-    """The benchmark of attention recording (experiments/benchmarks/probe_overhead)."""
-
-    modes: list[str] = setting(MISSING, "what is compared: plain, text, all, output_attentions, hooks, nnsight, bridge")
-    visual: list[int] = setting(MISSING, "numbers of visual tokens")
-    models: list[BenchModel] = setting(MISSING, "shapes of language models")
-    text: int = setting(64, "text tokens")
-    vocabulary: int = setting(32000, "tokens of the vocabulary")
-    dtype: str = setting("float32", "torch dtype of the weights")
-    repeats: int = setting(5, "rounds; the modes take turns in each")
-    threads: int = setting(0, "CPU threads; 0 for torch's own choice")
-    limit_gib: float = setting(8.0, "modes whose attention matrices need more GiB than this are left out")
-
-
-@dataclass
-class CostConfig:
-    """The benchmark of LLaVA and LLaVA-Mini with random weights (experiments/benchmarks/model_cost).
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
-
-    geometry: str = setting(MISSING, "an architecture of experiments/cost/architectures.py, or the folder of a LLaVA")
-    sizes: list[int] = setting(MISSING, "values of C: a LLaVA-Mini with C x C tokens per frame for each")
-    frames: list[int] = setting(MISSING, "numbers of frames")
-    tiles: int = setting(1, "tiles per side of a frame; 2 adds four tiles to the whole frame (LLaVA takes five images)")
-    prefusion: int = setting(0, "pre-fusion layers; 0 for an eighth of the language model's, as the paper's 4 of 32")
-    text: int = setting(60, "text tokens of the question")
-    answer: int = setting(16, "generated tokens")
-    dtype: str = setting("float32", "torch dtype of the weights: float32, bfloat16 or float16")
-    repeats: int = setting(5, "rounds; the models take turns in each")
-    threads: int = setting(0, "CPU threads; 0 for torch's own choice")
-
-    def __post_init__(self) -> None:
-        bounds = dict.fromkeys(("sizes", "frames", "tiles", "text", "repeats"), 1)
-        require_at_least("cost", self, bounds | {"answer": 2, "prefusion": 0, "threads": 0})
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"cost.dtype: unknown '{self.dtype}'; use float32, bfloat16 or float16")
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, LlavaConfig, PreTrainedModel
 
-from experiments.config.schema import CostConfig
+from experiments.config.benchmark_schema import CostConfig
 from experiments.cost.architectures import llava_config, llava_mini_config
 from experiments.cost.estimate import CostEstimate, CostModel, Prompt
 from llava_mini import LlavaMiniConfig

@@ -39,7 +39,8 @@ from experiments.benchmarks.model_cost.models import (
 )
 from experiments.benchmarks.model_cost.record_markdown import cost_record_markdown
 from experiments.benchmarks.model_cost.records import group_by_setting
-from experiments.config.schema import Config, CostConfig
+from experiments.config.benchmark_schema import CostConfig
+from experiments.config.schema import Config
 from experiments.cost.architectures import llava_config
 from experiments.cost.estimate import CostEstimate
 from experiments.devices import select_device

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from experiments.config.schema import BenchConfig, BenchModel
+from experiments.config.benchmark_schema import BenchConfig, BenchModel
 from probes import TokenMap
 from probes.attention.recording import record_attention
 

@@ -22,7 +22,8 @@ from experiments.benchmarks.harness import (
 )
 from experiments.benchmarks.probe_overhead import modes
 from experiments.benchmarks.probe_overhead.report import draw_overhead, overhead_markdown
-from experiments.config.schema import BenchConfig, BenchModel, Config
+from experiments.config.benchmark_schema import BenchConfig, BenchModel
+from experiments.config.schema import Config
 from experiments.devices import select_device
 from experiments.provenance import provenance
 

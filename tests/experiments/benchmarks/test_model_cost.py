@@ -29,7 +29,8 @@ from experiments.benchmarks.model_cost.records import (
     time_ratios,
 )
 from experiments.benchmarks.model_cost.run import measure_answer, run_cost_benchmark
-from experiments.config.schema import Config, CostConfig
+from experiments.config.benchmark_schema import CostConfig
+from experiments.config.schema import Config
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")

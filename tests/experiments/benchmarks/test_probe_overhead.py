@@ -11,7 +11,8 @@ import torch
 
 from experiments.benchmarks.probe_overhead import modes, run_overhead_benchmark
 from experiments.benchmarks.probe_overhead.report import overhead_markdown, overhead_ratios
-from experiments.config.schema import BenchConfig, BenchModel, Config
+from experiments.config.benchmark_schema import BenchConfig, BenchModel
+from experiments.config.schema import Config
 
 ROOT = Path(__file__).resolve().parents[3]
 TINY = "bench.models=[{name: tiny, heads: 2, head_width: 16, mlp: 64, layers: 2, of_layers: 4}]"
