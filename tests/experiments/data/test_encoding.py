@@ -164,10 +164,10 @@ def test_collator_pads_and_masks_each_row(processor, shapes_split, side):
     batch = Collator(processor, side)([encoder(s) for s in samples])
     assert batch["pixel_values"].shape == (2, 3, 48, 48)
     for row, sample in enumerate(samples):
-        kept = batch["attention_mask"][row].bool()
-        assert batch["input_ids"][row][kept].tolist() == encoder(sample)["input_ids"]
-        assert (batch["labels"][row][~kept] == IGNORE_INDEX).all()
-        assert (batch["input_ids"][row][~kept] == processor.tokenizer.pad_token_id).all()
+        not_padding = batch["attention_mask"][row].bool()
+        assert batch["input_ids"][row][not_padding].tolist() == encoder(sample)["input_ids"]
+        assert (batch["labels"][row][~not_padding] == IGNORE_INDEX).all()
+        assert (batch["input_ids"][row][~not_padding] == processor.tokenizer.pad_token_id).all()
     first = batch["attention_mask"][1, 0]
     assert torch.equal(first, torch.tensor(0 if side == "left" else 1))
 

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from experiments.data.llava_json import load_llava_json
+from experiments.data.samples import llava_conversation
 from experiments.data.shapes import load_shapes
 
 TURNS = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a cat"}]
@@ -155,3 +156,17 @@ def test_load_llava_json_fingerprint_depends_on_frames_only_with_videos(folder, 
         assert (two == four) == (name == "image")
     with pytest.raises(ValueError, match=r"data\.frames: .*0"):
         load_llava_json(path, str(folder), "test", frames=0)
+
+
+def test_load_llava_json_indexes_images_over_all_entries(shapes_split, tmp_path):
+    turns = [("what colour is at row 1 column 2?", "red")]
+    rows = []
+    for entry, images in enumerate((1, 0, 2, 1)):
+        names = [f"{entry}-{i}.png" for i in range(images)]
+        for name in names:
+            shapes_split.samples[0].image.save(tmp_path / name)
+        rows.append({"image": names, "conversations": llava_conversation(turns, ["<image>"] * images)})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    split = load_llava_json(str(tmp_path / "rows.json"), str(tmp_path), "train")
+    assert [[load.index for load in sample.loaders] for sample in split.samples] == [[0], [], [1, 2], [3]]
+    assert split.image_count == 4

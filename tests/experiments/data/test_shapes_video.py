@@ -24,7 +24,7 @@ def test_clip_existence_questions_cover_all_colours_and_shapes():
     pairs = dict(clip_existence_questions(OBJECTS))
     assert len(pairs) == 20
     assert sorted(q for q, a in pairs.items() if a == "yes") == [
-        f"is there ever a {thing}?" for thing in ("blue cross", "blue ring", "green square", "red ring")
+        f"is there ever a {name}?" for name in ("blue cross", "blue ring", "green square", "red ring")
     ]
 
 

@@ -1,20 +1,15 @@
 """The feature cache: it holds the vision tower's features, computes each once, and recovers from faults."""
 
 import dataclasses
-import errno
-import json
-import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from experiments.config.schema import Config, ReductionConfig, ShapesData, TrainConfig
 from experiments.data.encoding import Collator, SampleEncoder
-from experiments.data.llava_json import load_llava_json
 from experiments.data.samples import IndexedImageLoader, Sample, llava_conversation
 from experiments.data.shapes import load_shapes
 from experiments.evaluation.accuracy import blank_images, shuffled_images
@@ -22,32 +17,10 @@ from experiments.evaluation.questions import EncodedQuestions
 from experiments.models.feature_cache import VisionFeatureCache, open_feature_cache
 from experiments.models.token_reduction import token_dropper_for_inference
 from experiments.training.trainer import train_llava
-from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
+from llava_mini import LlavaMiniForConditionalGeneration
 from llava_mini.video import Video
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def mini(llava):
-    torch.manual_seed(1)
-    return LlavaMiniForConditionalGeneration.from_llava(llava, compressor_size=2, prefusion_layers=1).eval()
-
-
-@pytest.fixture
-def mini_processor(processor, mini):
-    return LlavaMiniProcessor.from_llava(processor, mini.config)
-
-
-@pytest.fixture
-def tower_runs(llava, mini):
-    """One entry for each run of a vision tower."""
-    runs = []
-    for model in (llava, mini):
-        model.model.vision_tower.encoder.register_forward_hook(
-            lambda _, args, kwargs, out: runs.append(1), with_kwargs=True
-        )
-    return runs
 
 
 def round_vision_features(model) -> None:
@@ -162,103 +135,6 @@ def test_path_differs_by_vision_tower_layers_images_and_processing(
     assert len(set(names)) == len(names)
 
 
-def _corrupt_a_row(path):
-    with path.open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        file.write(b"\x55")
-
-
-def _truncate(path):
-    os.truncate(path, path.stat().st_size - 100)
-
-
-def _corrupt_all(path):
-    path.write_bytes(np.random.default_rng(0).bytes(path.stat().st_size))
-
-
-def _lose_a_checksum(path):  # a kill between a row and its checksum
-    with path.open("r+b") as file:
-        file.seek(8 * 7)
-        file.write(bytes(8))
-
-
-def _write_half_a_row(path):  # by an interrupted writer, with the checksum of the whole row
-    with path.open("r+b") as file:
-        file.seek(-600, os.SEEK_END)
-        file.write(bytes(600))
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        _corrupt_a_row,
-        _truncate,
-        _corrupt_all,
-        _lose_a_checksum,
-        _write_half_a_row,
-        os.unlink,
-        lambda path: os.truncate(path, 0),
-    ],
-)
-def test_get_after_a_file_fault_computes_the_same_features_and_stores_them(
-    llava, processor, shapes_split, tmp_path, tower_runs, fault
-):
-    loads = [sample.loaders[0] for sample in shapes_split.samples]
-    features = VisionFeatureCache(tmp_path, llava, processor, shapes_split)
-    expected = [features.get(load) for load in loads]
-    fault(features.path)
-    recomputing = VisionFeatureCache(tmp_path, llava, processor, shapes_split)
-    assert all(torch.equal(recomputing.get(load), row) for load, row in zip(loads, expected, strict=True))
-    tower_runs.clear()
-    repaired = VisionFeatureCache(tmp_path, llava, processor, shapes_split)
-    assert all(torch.equal(repaired.get(load), row) for load, row in zip(loads, expected, strict=True))
-    assert len(tower_runs) == 1
-
-
-@pytest.mark.parametrize("failure", ["at once", "half way", "no folder"])
-def test_get_without_a_writable_file_computes_the_features(
-    llava, processor, shapes_split, tmp_path, monkeypatch, caplog, failure
-):
-    pwrite = os.pwrite
-
-    def pwrite_on_a_full_disk(file, data, offset):
-        if failure == "half way" and len(data) > 8:
-            return pwrite(file, data[: len(data) // 2], offset)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    loads = [sample.loaders[0] for sample in shapes_split.samples]
-    expected = [VisionFeatureCache(tmp_path / "other", llava, processor, shapes_split).get(load) for load in loads]
-    folder = tmp_path / "here"
-    if failure == "no folder":
-        folder.write_text("a file")
-    monkeypatch.setattr(os, "pwrite", pwrite_on_a_full_disk)
-    features = VisionFeatureCache(folder, llava, processor, shapes_split)
-    for _ in range(2):
-        assert all(torch.equal(features.get(load), row) for load, row in zip(loads, expected, strict=True))
-    if failure != "half way":
-        assert len(caplog.messages) == 1
-        assert "computed and not cached" in caplog.text
-    if failure == "no folder":
-        return
-    monkeypatch.undo()
-    writable = VisionFeatureCache(folder, llava, processor, shapes_split)
-    assert all(torch.equal(writable.get(load), row) for load, row in zip(loads, expected, strict=True))
-
-
-def test_load_llava_json_indexes_images_over_all_entries(shapes_split, tmp_path):
-    turns = [("what colour is at row 1 column 2?", "red")]
-    rows = []
-    for entry, images in enumerate((1, 0, 2, 1)):
-        names = [f"{entry}-{i}.png" for i in range(images)]
-        for name in names:
-            shapes_split.samples[0].image.save(tmp_path / name)
-        rows.append({"image": names, "conversations": llava_conversation(turns, ["<image>"] * images)})
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    split = load_llava_json(str(tmp_path / "rows.json"), str(tmp_path), "train")
-    assert [[load.index for load in sample.loaders] for sample in split.samples] == [[0], [], [1, 2], [3]]
-    assert split.image_count == 4
-
-
 FILL_CACHE = """
 import sys
 from pathlib import Path
@@ -298,7 +174,7 @@ def test_as_pixel_values_restores_the_vision_tower_and_checkpoints_hold_it(
     mini, mini_processor, shapes_split, tmp_path
 ):
     start = {name: value.clone() for name, value in mini.state_dict().items()}
-    features = VisionFeatureCache(tmp_path / "kept", mini, mini_processor, shapes_split)
+    features = VisionFeatureCache(tmp_path / "features", mini, mini_processor, shapes_split)
     config = TrainConfig(max_steps=2, batch_size=4, warmup_steps=0, save_steps=1)
     train_llava(mini, mini_processor, shapes_split.samples, config, tmp_path / "work", 0, CPU, features=features)
     saved = LlavaMiniForConditionalGeneration.from_pretrained(tmp_path / "work" / "checkpoint-2").state_dict()

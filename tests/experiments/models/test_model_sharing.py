@@ -13,14 +13,7 @@ import torch
 from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 
-from experiments.config.schema import (
-    CheckpointModel,
-    CompressorConfig,
-    Config,
-    LlavaJsonData,
-    PrefusionConfig,
-    ShapesData,
-)
+from experiments.config.schema import CheckpointModel, CompressorConfig, Config, LlavaJsonData, PrefusionConfig, ShapesData
 from experiments.data.load import load_data
 from experiments.data.samples import TextOnlyBaseline
 from experiments.models import build
@@ -171,11 +164,11 @@ def test_run_if_needed_gives_the_same_record_in_any_process(compose_config, tmp_
     keep, here = "keep_features=true", f"results={tmp_path / 'here'}"
     for overrides in ([*OVERRIDES, *MINI, "seed=8", keep], [*cell, keep], cell):
         run(compose_config(*overrides, here))
-    kept, pixels = read_record(tmp_path / "there", True), read_record(tmp_path / "there", False)
-    assert read_record(tmp_path / "here", True) == kept
-    assert read_record(tmp_path / "here", False) == pixels
-    losses = [cell["train"]["log"][0]["loss"] for cell in (kept, pixels)]
+    from_features, from_pixels = read_record(tmp_path / "there", True), read_record(tmp_path / "there", False)
+    assert read_record(tmp_path / "here", True) == from_features
+    assert read_record(tmp_path / "here", False) == from_pixels
+    losses = [cell["train"]["log"][0]["loss"] for cell in (from_features, from_pixels)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     shutil.rmtree(tmp_path / "here" / "records")
     run(compose_config(*cell, keep, here))
-    assert read_record(tmp_path / "here", True) == kept
+    assert read_record(tmp_path / "here", True) == from_features

@@ -27,21 +27,14 @@ from safetensors import safe_open
 from transformers import set_seed
 
 from experiments.config import registry as configuration
-from experiments.config.schema import (
-    CheckpointModel,
-    CompressorConfig,
-    Config,
-    PrefusionConfig,
-    ShapesData,
-    TrainConfig,
-)
+from experiments.config.schema import CheckpointModel, CompressorConfig, Config, PrefusionConfig, ShapesData, TrainConfig
 from experiments.data.encoding import Collator, SampleEncoder
 from experiments.data.llava_json import load_llava_json
 from experiments.data.samples import Sample, llava_conversation
 from experiments.models import lora
 from experiments.models.build import build_model
 from experiments.models.from_parts import multimodal_chat_template
-from experiments.training.trainer import ConversationDataset, latest_complete_checkpoint, split_batch, train_llava
+from experiments.training.trainer import ConversationDataset, latest_complete_checkpoint, train_llava
 from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
 from llava_mini.video import Video
 
@@ -249,30 +242,6 @@ def test_train_llava_step_has_the_configured_rows(mini, mini_processor, mixed_sa
             torch.testing.assert_close(other_weights[name], value, atol=1e-5, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "rows_per_pass", "processes", "expected"),
-    [(256, 0, 1, (256, 1)), (256, 16, 1, (16, 16)), (256, 16, 8, (16, 2)), (256, 64, 8, (32, 1)), (2, 0, 2, (1, 1))],
-)
-def test_split_batch_of_divisible_rows(batch_size, rows_per_pass, processes, expected):
-    assert (
-        split_batch(TrainConfig(batch_size=batch_size, per_device_train_batch_size=rows_per_pass), processes)
-        == expected
-    )
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "rows_per_pass", "processes", "message"),
-    [
-        (10, 0, 4, r"train\.batch_size: 10 .* 4 processes"),
-        (1, 0, 2, r"train\.batch_size: 1 .* 2 processes"),
-        (12, 4, 2, r"train\.per_device_train_batch_size: 4 .* 6 rows"),
-    ],
-)
-def test_split_batch_of_indivisible_rows_raises(batch_size, rows_per_pass, processes, message):
-    with pytest.raises(ValueError, match=message):
-        split_batch(TrainConfig(batch_size=batch_size, per_device_train_batch_size=rows_per_pass), processes)
-
-
 def test_train_llava_by_length_sorts_within_steps_and_reshuffles_each_epoch(llava, processor, shapes_split, tmp_path):
     class RecordingList(list):
         def __getitem__(self, index):
@@ -381,36 +350,3 @@ def test_train_llava_with_lora_without_peft_raises(llava, processor, shapes_spli
         train_llava(
             llava, processor, shapes_split.samples, dataclasses.replace(ONE_STEP, lora_rank=2), tmp_path, 0, CPU
         )
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        *(
-            ({name: -1}, rf"train\.{name}: .*at least 0, found -1")
-            for name in ("max_steps", "num_train_epochs", "lora_rank", "per_device_train_batch_size")
-        ),
-        *(
-            ({name: -0.1}, rf"train\.{name}: .*at least 0, found -0\.1")
-            for name in ("warmup_steps", "weight_decay", "max_grad_norm")
-        ),
-        ({"batch_size": 0}, r"train\.batch_size: .*at least 1, found 0"),
-        ({"save_steps": 0}, r"train\.save_steps: .*at least 1, found 0"),
-        ({"learning_rate": 0.0}, r"train\.learning_rate: .*found 0\.0"),
-        ({"projector_learning_rate": float("nan")}, r"train\.projector_learning_rate: .*found nan"),
-        ({"prefusion_learning_rate": -1e-4}, r"train\.prefusion_learning_rate: .*found -0\.0001"),
-        ({"adam_beta2": 1.0}, r"train\.adam_beta2: .*found 1\.0"),
-        ({"optim": "sgd"}, r"train\.optim: .*'sgd'.*adamw or muon"),
-        ({"trainable": "tower"}, r"train\.trainable: .*'tower'.*all or projector"),
-        ({"lr_scheduler_type": "cosin"}, r"train\.lr_scheduler_type: .*'cosin'.*cosine or"),
-        ({"trainable": "projector", "lora_rank": 8}, r"train\.trainable: 'projector' .*lora_rank"),
-        ({"trainable": "projector", "train_vision": True}, r"train\.trainable: 'projector' .*train_vision"),
-        ({"train_vision": True, "lora_rank": 8}, r"train\.lora_rank: .*leave out train_vision"),
-        ({"optim": "muon", "projector_learning_rate": 1e-5}, r"train\.projector_learning_rate: .*muon"),
-        ({"optim": "muon", "prefusion_learning_rate": 1e-5}, r"train\.prefusion_learning_rate: .*muon"),
-    ],
-)
-def test_train_config_with_a_wrong_field_raises_one_line(settings, message):
-    with pytest.raises(ValueError, match=message) as error:
-        TrainConfig(**settings)
-    assert "\n" not in str(error.value)
