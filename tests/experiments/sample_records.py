@@ -1,4 +1,4 @@
-"""Records made by a seeded generator: an ablation of 7 cells x 2 seeds (one failed) and one probed LLaVA."""
+"""Sample records from a seeded generator: an ablation of 7 cells x 2 seeds (one failed) and one probed LLaVA."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PAIRS = [["instruction", "vision"], ["response", "vision"], ["response", "instru
 
 
 def draw(rng: np.random.Generator, skill: np.ndarray, rate: float) -> str:
-    """Right where an example's ease (uniform) is below `rate`, with a little noise."""
+    """Draw outcomes: right if an example's noisy difficulty (uniform from 0 to 1) is below `rate`."""
     return "".join("1" if right else "0" for right in skill + rng.normal(0, 0.08, len(skill)) < rate)
 
 
@@ -52,10 +52,17 @@ def base(identity: str, experiment: str, name: str, config: dict[str, Any]) -> d
 
 
 def finished(
-    identity: str, experiment: str, name: str, compressor: str, size: int, layers: int, seed: int, ease: np.ndarray
+    identity: str,
+    experiment: str,
+    name: str,
+    compressor: str,
+    size: int,
+    layers: int,
+    seed: int,
+    difficulty: np.ndarray,
 ) -> dict[str, Any]:
     rng = np.random.default_rng([seed, size, layers, len(compressor)])
-    examples = len(ease)
+    examples = len(difficulty)
     tokens = 36 if compressor == "none" else size**2
     rate = 0.62 + 0.05 * np.log2(tokens) + 0.04 * layers - 0.03 * (compressor == "average")
     config = {
@@ -94,7 +101,7 @@ def finished(
             "guess_note": "most frequent training answer to the same question text",
         },
         "accuracy": {
-            "image": draw(rng, ease, rate),
+            "image": draw(rng, difficulty, rate),
             "blank": draw(rng, rng.random(examples), 0.37),
             "shuffled": draw(rng, rng.random(examples), 0.33),
         },
@@ -107,13 +114,13 @@ def finished(
     }
 
 
-def probes(record: dict[str, Any], ease: np.ndarray, samples: int) -> dict[str, Any]:
-    """A model that reads the picture in its first two layers."""
+def probes(record: dict[str, Any], difficulty: np.ndarray, samples: int) -> dict[str, Any]:
+    """Add probes of a model that takes in the image in its first two layers."""
     rng = np.random.default_rng(11)
-    onward = [draw(rng, ease, rate) for rate in (0.36, 0.58, 0.81, 0.86, 0.87, 0.87)]
+    onward = [draw(rng, difficulty, rate) for rate in (0.36, 0.58, 0.81, 0.86, 0.87, 0.87)]
     intact = record["accuracy"]["image"]
-    inside = [draw(rng, ease, rate) for rate in (0.45, 0.66, 0.84, 0.86, 0.87, 0.87)]
-    random = [draw(rng, ease, rate) for rate in (0.84, 0.85, 0.86, 0.86, 0.87, 0.87)]
+    inside = [draw(rng, difficulty, rate) for rate in (0.45, 0.66, 0.84, 0.86, 0.87, 0.87)]
+    random = [draw(rng, difficulty, rate) for rate in (0.84, 0.85, 0.86, 0.86, 0.87, 0.87)]
     one = [{"layers": [layer], "correct": correct} for layer, correct in enumerate(inside)]
     tails = [{"layers": list(range(k, LAYERS)), "correct": c} for k, c in enumerate([*onward, intact])]
     shape = np.array(
@@ -126,10 +133,10 @@ def probes(record: dict[str, Any], ease: np.ndarray, samples: int) -> dict[str, 
     missing: list[Any] = np.round(mass, 4).tolist()
     missing[1][0][0] = None
     windows = [[], *([layer for layer in (end - 1, end) if 0 <= layer < LAYERS] for end in range(LAYERS + 1))]
-    blocked = [draw(rng, ease, rate) for rate in (0.5, 0.4, 0.62, 0.84, 0.86, 0.87, 0.87)]
-    readable = [draw(rng, ease[: len(ease) - 3], rate) for rate in (0.34, 0.6, 0.78, 0.8, 0.8, 0.79, 0.7)]
-    chance = [draw(rng, rng.random(len(ease) - 3), 0.3) for _ in readable]
-    worded = [draw(rng, ease, rate) for rate in (0.05, 0.1, 0.2, 0.4, 0.7, 0.8, 0.87)]
+    blocked = [draw(rng, difficulty, rate) for rate in (0.5, 0.4, 0.62, 0.84, 0.86, 0.87, 0.87)]
+    readable = [draw(rng, difficulty[: len(difficulty) - 3], rate) for rate in (0.34, 0.6, 0.78, 0.8, 0.8, 0.79, 0.7)]
+    chance = [draw(rng, rng.random(len(difficulty) - 3), 0.3) for _ in readable]
+    worded = [draw(rng, difficulty, rate) for rate in (0.05, 0.1, 0.2, 0.4, 0.7, 0.8, 0.87)]
     depth = {"threshold": 0.9, "layers": LAYERS, "level": 0.95, "curve": [0.0] * LAYERS}
     return record | {
         "removal": {
@@ -162,37 +169,37 @@ def probes(record: dict[str, Any], ease: np.ndarray, samples: int) -> dict[str, 
         },
         "readout": {
             "label": "the right answer",
-            "samples": len(ease) - 3,
+            "samples": len(difficulty) - 3,
             "depths": [{"correct": c, "control": d} for c, d in zip(readable, chance, strict=True)],
         },
         "lens": {
             "label": "the right answer's first token",
-            "samples": len(ease),
+            "samples": len(difficulty),
             "depths": [{"correct": right, "logprob": -4.5 + 0.7 * k} for k, right in enumerate(worded)],
         },
         "fusion": {
             "knockout": {**depth, "kind": "knockout", "depth": 2, "low": 2, "high": 2, "samples": 120, "reads": (1, 2)},
             "readout": {**depth, "kind": "readout", "depth": None, "low": None, "high": None, "samples": 117},
-            "removal": {**depth, "kind": "removal", "depth": 2, "low": 2, "high": 3, "samples": len(ease)},
+            "removal": {**depth, "kind": "removal", "depth": 2, "low": 2, "high": 3, "samples": len(difficulty)},
             "attention": {**depth, "kind": "attention", "depth": 5, "low": 5, "high": 5, "samples": samples},
         },
     }
 
 
 def make_records(examples: int = 120, samples: int = 40) -> list[dict[str, Any]]:
-    """All records of the small study, in a fixed order."""
-    ease = np.random.default_rng(5).random(examples)
+    """Return all records of the sample study, in a fixed order."""
+    difficulty = np.random.default_rng(5).random(examples)
     records = []
     for index, (compressor, size, layers) in enumerate(CELLS):
         for seed in (0, 1):
             name = f"tiny | {compressor} {size}x{size}, {layers} pre-fusion layers"
-            record = finished(f"{index:015x}{seed}", "ablation", name, compressor, size, layers, seed, ease)
+            record = finished(f"{index:015x}{seed}", "ablation", name, compressor, size, layers, seed, difficulty)
             if (compressor, size, layers, seed) == FAILED:
                 kept = {key: record[key] for key in ("schema", "id", "experiment", "name", "config", "provenance")}
                 record = {**kept, "status": "failed", "error": "RuntimeError: out of memory\n at step 12_000"}
             records.append(record)
-    llava = finished("a" * 16, "attention", "tiny | LLaVA", "none", 6, 0, 0, ease)
-    return [*records, probes(llava, ease, samples)]
+    llava = finished("a" * 16, "attention", "tiny | LLaVA", "none", 6, 0, 0, difficulty)
+    return [*records, probes(llava, difficulty, samples)]
 
 
 def write(results: Path, records: list[dict[str, Any]]) -> Path:
@@ -221,7 +228,7 @@ def write_records(tmp_path: Path) -> Callable[[list[dict[str, Any]]], Path]:
 
 @pytest.fixture(scope="session")
 def make_results() -> Callable[[Path], Path]:
-    """Writes the whole small study into a results folder."""
+    """Return a function that writes the whole sample study into a results folder."""
     return lambda results: write(results, make_records())
 
 
@@ -245,11 +252,11 @@ rows:
 def table_record(
     compressor: str, size: int, layers: int, seed: int, experiment: str = "table60_mixed"
 ) -> dict[str, Any]:
-    """A record of a model with 6 x 6 patches, right as often as `finished` says."""
+    """Make a record of a model with 6 x 6 patches; `finished` sets its accuracy."""
     identity = f"{hash_of(compressor, size, layers, seed):016x}"
     name = f"tiny, {size}x{size} {compressor}, {layers} layers"
-    ease = np.random.default_rng(5).random(120)
-    record = finished(identity, experiment, name, compressor, size, layers, seed, ease)
+    difficulty = np.random.default_rng(5).random(120)
+    record = finished(identity, experiment, name, compressor, size, layers, seed, difficulty)
     record["config"]["model"]["grid"] = 6
     record["config"]["name"] = experiment
     return record
@@ -260,15 +267,17 @@ def hash_of(*parts: object) -> int:
 
 
 def fail(record: dict[str, Any]) -> dict[str, Any]:
-    """The record of a cell that raised."""
+    """Turn a record into that of a cell that raised an error."""
     kept = {key: record[key] for key in ("schema", "id", "experiment", "name", "config", "provenance")}
     return {**kept, "status": "failed", "error": "RuntimeError: out of memory\n at step 12_000"}
 
 
 @pytest.fixture
 def table_records() -> list[dict[str, Any]]:
-    """Of the table above: two rows that coincide, one that was not run, one with a failed and an absent seed, one of
-    which all failed."""
+    """Records of the table above.
+
+    Two rows have the same settings, one row was not run, one has a failed and a missing seed, and one failed in all seeds.
+    """
     found = [
         table_record(*settings, seed)
         for settings in (("none", 6, 0), ("query", 1, 0), ("query", 2, 0))

@@ -1,3 +1,5 @@
+"""Tests of `python -m experiments.report`: files, page, terminal output and errors."""
+
 from __future__ import annotations
 
 import json

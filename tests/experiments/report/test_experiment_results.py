@@ -1,3 +1,5 @@
+"""Tests of matching records to table rows, and of comparing rows."""
+
 from __future__ import annotations
 
 import copy

@@ -1,3 +1,5 @@
+"""Tests of reading experiment specs from conf/experiment/."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Tests of the figures of a report and of their list."""
+
 from __future__ import annotations
 
 import copy

@@ -1,3 +1,5 @@
+"""Tests of report requests."""
+
 from __future__ import annotations
 
 import re

@@ -1,3 +1,5 @@
+"""Tests of grouping records over seeds, and of comparing groups with baselines."""
+
 from __future__ import annotations
 
 import copy

@@ -1,3 +1,5 @@
+"""Tests of bootstrap intervals and paired tests against independent computations."""
+
 from __future__ import annotations
 
 import numpy as np

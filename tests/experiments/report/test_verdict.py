@@ -1,3 +1,5 @@
+"""Tests of the verdict on shallow-layer fusion."""
+
 from __future__ import annotations
 
 import copy
