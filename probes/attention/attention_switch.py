@@ -1,7 +1,7 @@
-"""Lead attention modules to another attention function.
+"""Redirection of attention modules to another attention function.
 
-This is the only place that touches transformers' attention settings: one name is registered with its attention interface,
-and calls are dispatched by module.
+This is the only file that changes transformers' attention settings. It registers one name with the attention interface,
+and dispatches calls by module.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import AttentionInterface, PretrainedConfig
 AttentionFunction = Callable[..., tuple[Tensor, "Tensor | None"]]
 
 SWITCHED = "probes_recording"
-"""The name of the attention implementation of a module that is led elsewhere."""
+"""Name of the attention implementation of a redirected module."""
 
 _FUNCTIONS: WeakKeyDictionary[nn.Module, AttentionFunction] = WeakKeyDictionary()
 
@@ -30,14 +30,14 @@ AttentionInterface.register(SWITCHED, _dispatch)
 
 
 def is_switched(module: nn.Module) -> bool:
-    """Return whether an attention module is led to another function already."""
+    """Return whether an attention module is redirected to another function already."""
     return getattr(getattr(module, "config", None), "_attn_implementation", None) == SWITCHED
 
 
 class AttentionSwitch:
     """Make attention modules call a function instead of the model's own, until `restore`.
 
-    Each module gets a copy of its configuration, so other modules of the same configuration are unchanged.
+    Each module gets a copy of its configuration, so other modules that share the configuration are unchanged.
 
     Args:
         modules: The attention modules. Each has the `config` that names its implementation.
@@ -52,14 +52,26 @@ class AttentionSwitch:
         self._switched_configs: dict[nn.Module, PretrainedConfig] = {}
         for module, config in self.own_configs.items():
             switched = copy.copy(config)
-            # The public setter checks the name against the model's class, which knows nothing of this one.
+            # The public setter would reject the name, since the model's class does not list it.
             switched._attn_implementation_internal = SWITCHED
             self._switched_configs[module] = switched
             _FUNCTIONS[module] = function
             module.config = switched  # type: ignore[assignment]
 
     def call_own(self, module: nn.Module, function: AttentionFunction, *args: Any, **kwargs: Any) -> Any:
-        """Call a function for a module while the module has its own configuration, by which flash attention chooses."""
+        """Call a function for a module that has its own configuration back during the call.
+
+        Flash attention chooses its kernel by that configuration.
+
+        Args:
+            module: One of the modules.
+            function: The attention function.
+            args: Further positional arguments of the function.
+            kwargs: Keyword arguments of the function.
+
+        Returns:
+            The function's output.
+        """
         module.config = self.own_configs[module]  # type: ignore[assignment]
         try:
             return function(module, *args, **kwargs)

@@ -36,9 +36,9 @@ def record_attention(
     rows that have ended.
 
     While recording, the attention modules of these layers have a config of their own. It names an implementation that
-    is registered for this record only. On leaving, also by an exception, they get their old config back, and the name
-    is removed from transformers' registry. Several models may be recorded at the same time, in one thread or in
-    several, and so may the two stacks of one model.
+    calls this record (see `probes.attention.attention_switch`). On leaving, also by an exception, they get their old
+    config back. Several models may be recorded at the same time, in one thread or in several, and so may the two stacks
+    of one model.
 
     Args:
         model: A transformers model whose decoder uses the attention interface.

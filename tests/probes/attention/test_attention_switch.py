@@ -8,7 +8,7 @@ from transformers import AttentionInterface
 from probes.attention.attention_switch import SWITCHED, AttentionSwitch, is_switched
 
 
-def test_attention_switch_leads_its_modules_to_a_function_and_restores_them(make_llava, make_inputs):
+def test_attention_switch_redirects_modules_to_function_and_restores_them(make_llava, make_inputs):
     model, inputs = make_llava(), make_inputs()
     first, *others = [layer.self_attn for layer in model.get_decoder().layers]
     own_config, settings = first.config, copy.deepcopy(first.config.to_dict())
@@ -34,7 +34,7 @@ def test_attention_switch_leads_its_modules_to_a_function_and_restores_them(make
         assert torch.equal(model(**inputs).logits, expected)
 
 
-def test_attention_switch_keeps_two_models_apart(make_llava, make_inputs):
+def test_attention_switch_dispatches_two_models_separately(make_llava, make_inputs):
     """One registered name serves both: calls are dispatched by module."""
     models, inputs, called = [make_llava(seed=0), make_llava(seed=1)], make_inputs(), []
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
     LlavaForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
@@ -19,6 +20,7 @@ from transformers import (
 
 from probes import TokenMap, record_attention
 from probes.attention import layout
+from probes.attention.attention_switch import SWITCHED
 from tests.probes.attention_reference import check_record, expected_statistics, label_responses
 
 Model = LlavaForConditionalGeneration
@@ -278,6 +280,9 @@ def test_attention_record_frame_has_row_for_each_entry(
 
 
 def test_import_probes_does_not_import_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A second import registers the dispatch of attention calls again: restore that of the first import afterwards.
+    dispatch = AttentionInterface._global_mapping[SWITCHED]
+    monkeypatch.setitem(AttentionInterface._global_mapping, SWITCHED, dispatch)
     for name in list(sys.modules):
         if name.partition(".")[0] in ("probes", "pandas"):
             monkeypatch.delitem(sys.modules, name)
