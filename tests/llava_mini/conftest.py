@@ -1,4 +1,4 @@
-"""Tiny models, and the checkpoint that the official code was run on, made anew from its recipe of seeded numbers."""
+"""Fixtures: tiny models, and the checkpoint that the official code was run on, rebuilt from its seeded numbers."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ CHAT_TEMPLATE = (
 
 @pytest.fixture
 def tiny_llava():
-    """Factory of LLaVAs with 16 patches an image, in evaluation mode, with weights large enough to matter."""
+    """Return a factory of LLaVAs with 16 patches an image, in evaluation mode, with weights that affect the output."""
 
     def build(text="llama", vision="clip", seed=0, attention="eager") -> LlavaForConditionalGeneration:
         torch.manual_seed(seed)
@@ -92,7 +92,7 @@ def tiny_llava():
 
 @pytest.fixture
 def tiny_mini(tiny_llava):
-    """Factory of LLaVA-Minis on `tiny_llava`: C = 2 and two pre-fusion layers unless told otherwise."""
+    """Return a factory of LLaVA-Minis on `tiny_llava`, by default with C = 2 and two pre-fusion layers."""
 
     def build(text="llama", vision="clip", seed=0, attention="eager", **fields) -> LlavaMiniForConditionalGeneration:
         fields = {"compressor_size": 2, "prefusion_layers": 2} | fields
@@ -103,6 +103,7 @@ def tiny_mini(tiny_llava):
 
 @pytest.fixture
 def llava_processor():
+    """Return a LLaVA processor with a vocabulary of a few words."""
     words = ["<pad>", "<s>", "</s>", "<unk>", "what", "is", "this", "user", "assistant", ":"]
     tokenizer = Tokenizer(
         WordLevel({word: i for i, word in enumerate(words)} | {"<image>": IMAGE_TOKEN}, unk_token="<unk>")
@@ -127,8 +128,10 @@ def llava_processor():
 
 @pytest.fixture
 def bare_tokenizer():
-    """Factory of tokenizers without a chat template that have exactly these words and cut text by `pieces`. Start and
-    end are Vicuna's where its words are among them, else Llama 3's."""
+    """Return a factory of tokenizers with exactly these words, split by `pieces`, without a chat template.
+
+    Start and end tokens are Vicuna's if its words are given, else Llama 3's.
+    """
 
     def build(words, pieces) -> PreTrainedTokenizerFast:
         tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
@@ -141,7 +144,7 @@ def bare_tokenizer():
 
 @pytest.fixture
 def sample():
-    """Factory of token ids with one image's placeholders after two text tokens, and of its pixels."""
+    """Return a factory of token ids, with one image's placeholders after two text tokens, and of its pixels."""
 
     def build(num_visual: int, text: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
@@ -154,14 +157,14 @@ def sample():
 
 @pytest.fixture(scope="session")
 def official() -> dict[str, torch.Tensor]:
-    """What the official code computed from `official_model(1, 4)`; see data/README.md."""
+    """Load the official code's outputs for the weights of `official_model`; see data/README.md."""
     with np.load(Path(__file__).parent / "data" / "official_c1p4.npz") as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 
 
 @pytest.fixture(scope="session")
 def official_model() -> LlavaMiniForConditionalGeneration:
-    """LLaVA-Mini, C = 1 and four pre-fusion layers, with the seeded numbers of the official checkpoint."""
+    """Build a LLaVA-Mini with C = 1, four pre-fusion layers and the seeded numbers of the official checkpoint."""
     config = LlavaMiniConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=1024,
@@ -194,14 +197,14 @@ def official_model() -> LlavaMiniForConditionalGeneration:
 
 
 def seeded(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """N(0, 0.05^2) numbers fixed by name and shape; one-dimensional weights are centred on 1."""
+    """Draw N(0, 0.05^2) numbers, seeded by the name. One-dimensional weights are centred on 1."""
     numbers = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, dtype=np.float32)
     numbers = numbers * np.float32(0.05)
     return torch.from_numpy(numbers + np.float32(1) if name.endswith(".weight") and len(shape) == 1 else numbers)
 
 
 def official_name(name: str) -> str:
-    """The name under which the official checkpoint, or its CLIP folder, holds our parameter `name`."""
+    """Return the name of our parameter `name` in the official checkpoint or in its CLIP folder."""
     for ours, official in (
         ("model.vision_tower.", "vision_model."),
         ("model.multi_modal_projector.linear_1.", "model.mm_projector.0."),
@@ -245,19 +248,21 @@ OFFICIAL_CONFIG = {
 }
 
 
-def official_weights(config: LlavaMiniConfig, tower: bool) -> dict[str, torch.Tensor]:
-    """The seeded numbers of the vision tower, or of all else, under their official names."""
+def official_weights(config: LlavaMiniConfig, vision_tower: bool) -> dict[str, torch.Tensor]:
+    """Return the seeded numbers of the vision tower, or of all other parts, by official name."""
     with torch.device("meta"):
         model = LlavaMiniForConditionalGeneration(config)
     names = {official_name(name): tuple(weight.shape) for name, weight in model.state_dict().items()}
-    return {name: seeded(name, shape) for name, shape in names.items() if name.startswith("vision_model.") == tower}
+    return {
+        name: seeded(name, shape) for name, shape in names.items() if name.startswith("vision_model.") == vision_tower
+    }
 
 
 @pytest.fixture(scope="session")
 def official_clip(official_model, tmp_path_factory) -> Path:
-    """Folder of the CLIPVisionModel that the official checkpoint sees with, in the names of CLIP's own releases."""
+    """Write the folder of the official checkpoint's CLIPVisionModel, with the weight names of CLIP's releases."""
     folder = tmp_path_factory.mktemp("clip")
-    save_file(official_weights(official_model.config, tower=True), folder / "model.safetensors")
+    save_file(official_weights(official_model.config, vision_tower=True), folder / "model.safetensors")
     official_model.config.vision_config.save_pretrained(folder)
     crop = {"height": 56, "width": 56}
     CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=crop, image_mean=[0.1] * 3).save_pretrained(folder)
@@ -266,12 +271,13 @@ def official_clip(official_model, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def official_checkpoint(official_model, official_clip, tmp_path):
-    """Factory of folders in the official layout, with the seeded numbers but for the given `edit` of them.
+    """Return a factory of folders in the official layout, with the seeded numbers.
 
-    Args:
+    Args of the factory:
         suffix: "safetensors" or "bin".
-        shards: Files that the weights are spread over; more than one have an index.
-        fields: Of config.json; None leaves one out.
+        shards: Number of weight files; several have an index.
+        edit: Function applied to the weights before they are written.
+        fields: Fields of config.json; None removes a field.
     """
 
     def write(suffix="safetensors", shards=1, edit=lambda weights: weights, **fields) -> Path:
@@ -279,7 +285,7 @@ def official_checkpoint(official_model, official_clip, tmp_path):
         ours = official_model.config.to_dict()
         ours |= {"compressor_size": values["compressor_size"] or 1}
         ours |= {"prefusion_layers": 4 if values["prefusion_layer_num"] is None else values["prefusion_layer_num"]}
-        weights = edit(official_weights(LlavaMiniConfig(**ours), tower=False))
+        weights = edit(official_weights(LlavaMiniConfig(**ours), vision_tower=False))
         folder = tmp_path / "official"
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))

@@ -1,4 +1,4 @@
-"""The program `python -m llava_mini.chat`, and transformers' pipeline, on a model saved with its processor."""
+"""`python -m llava_mini.chat` and transformers' pipeline, on a model saved with its processor."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from llava_mini import LlavaMiniProcessor, chat
 
 
 @pytest.fixture
-def saved(request, tiny_mini, llava_processor, tmp_path):
+def saved_model(request, tiny_mini, llava_processor, tmp_path):
     model = tiny_mini(**getattr(request, "param", {}))
-    model.generation_config.suppress_tokens = [0, 1, 2, 3, 99]  # so that what is said can be read back
+    model.generation_config.suppress_tokens = [0, 1, 2, 3, 99]  # the answer's text then contains every token
     model.generation_config.eos_token_id = None
     model.save_pretrained(tmp_path / "model")
     LlavaMiniProcessor.from_llava(llava_processor, model.config).save_pretrained(tmp_path / "model")
@@ -23,13 +23,13 @@ def saved(request, tiny_mini, llava_processor, tmp_path):
 
 
 @pytest.fixture
-def picture(tmp_path):
+def image_file(tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(path)
     return str(path)
 
 
-def expected(model, processor, messages, new=5) -> str:
+def expected_answer(model, processor, messages, new=5) -> str:
     inputs = processor.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
     )
@@ -37,44 +37,56 @@ def expected(model, processor, messages, new=5) -> str:
     return processor.decode(ids, skip_special_tokens=True)
 
 
-def user(*content) -> dict:
+def user_message(*content) -> dict:
     return {"role": "user", "content": [{"type": kind, kind: value} for kind, value in content]}
 
 
-def test_one_question(saved, picture, capsys):
-    folder, model = saved
-    arguments = [str(folder), "--image", picture, "--query", "what is this", "--max-new-tokens", "5", "--device", "cpu"]
+def test_main_with_a_query_prints_one_answer(saved_model, image_file, capsys):
+    folder, model = saved_model
+    arguments = [
+        str(folder),
+        "--image",
+        image_file,
+        "--query",
+        "what is this",
+        "--max-new-tokens",
+        "5",
+        "--device",
+        "cpu",
+    ]
     assert chat.main(arguments) == 0
     processor = LlavaMiniProcessor.from_pretrained(folder)
-    said = expected(model, processor, [user(("image", picture), ("text", "what is this"))])
-    assert capsys.readouterr().out.split() == said.split()
+    answer = expected_answer(model, processor, [user_message(("image", image_file), ("text", "what is this"))])
+    assert capsys.readouterr().out.split() == answer.split()
 
 
-@pytest.mark.parametrize("saved", [{}, {"compressor": "llama_vid"}], ids=["kept", "asked anew"], indirect=True)
-def test_turn_by_turn(saved, picture, capsys, monkeypatch):
-    """The second answer follows from the whole chat; the picture stands in its first turn."""
-    folder, model = saved
+@pytest.mark.parametrize(
+    "saved_model", [{}, {"compressor": "llama_vid"}], ids=["encoded once", "encoded every turn"], indirect=True
+)
+def test_main_without_a_query_answers_turn_by_turn(saved_model, image_file, capsys, monkeypatch):
+    """The second answer depends on the whole chat. Its first turn contains the image."""
+    folder, model = saved_model
     monkeypatch.setattr("sys.stdin", io.StringIO("what is\nis this\n"))
-    assert chat.main([str(folder), "--image", picture, "--max-new-tokens", "5", "--device", "cpu"]) == 0
+    assert chat.main([str(folder), "--image", image_file, "--max-new-tokens", "5", "--device", "cpu"]) == 0
     processor = LlavaMiniProcessor.from_pretrained(folder)
-    messages = [user(("image", picture), ("text", "what is"))]
-    first = expected(model, processor, messages)
-    messages += [{"role": "assistant", "content": [{"type": "text", "text": first}]}, user(("text", "is this"))]
-    second = expected(model, processor, messages)
+    messages = [user_message(("image", image_file), ("text", "what is"))]
+    first = expected_answer(model, processor, messages)
+    messages += [{"role": "assistant", "content": [{"type": "text", "text": first}]}, user_message(("text", "is this"))]
+    second = expected_answer(model, processor, messages)
     assert capsys.readouterr().out.replace("> ", "").split() == [*first.split(), *second.split()]
 
 
-def test_a_picture_is_encoded_once_for_all_turns(saved, picture, monkeypatch):
-    towers = []
+def test_main_without_a_query_encodes_an_image_once(saved_model, image_file, monkeypatch):
+    vision_tower_runs = []
     run = CLIPVisionModel.forward
-    monkeypatch.setattr(CLIPVisionModel, "forward", lambda *args, **kw: towers.append(1) or run(*args, **kw))
+    monkeypatch.setattr(CLIPVisionModel, "forward", lambda *args, **kw: vision_tower_runs.append(1) or run(*args, **kw))
     monkeypatch.setattr("sys.stdin", io.StringIO("what is\nis this\nwhat\n"))
-    assert chat.main([str(saved[0]), "--image", picture, "--max-new-tokens", "2", "--device", "cpu"]) == 0
-    assert len(towers) == 1
+    assert chat.main([str(saved_model[0]), "--image", image_file, "--max-new-tokens", "2", "--device", "cpu"]) == 0
+    assert len(vision_tower_runs) == 1
     monkeypatch.setattr(chat, "ENCODED_IMAGES_BYTES", 0)
     monkeypatch.setattr("sys.stdin", io.StringIO("what is\nis this\n"))
-    assert chat.main([str(saved[0]), "--image", picture, "--max-new-tokens", "2", "--device", "cpu"]) == 0
-    assert len(towers) == 1 + 1 + 2  # found too large, and then once a turn
+    assert chat.main([str(saved_model[0]), "--image", image_file, "--max-new-tokens", "2", "--device", "cpu"]) == 0
+    assert len(vision_tower_runs) == 1 + 1 + 2  # one run exceeds the limit, then there is one a turn
 
 
 @pytest.mark.parametrize(
@@ -85,25 +97,25 @@ def test_a_picture_is_encoded_once_for_all_turns(saved, picture, monkeypatch):
         (["--dtype", "floaty"], "no dtype 'floaty'"),
     ],
 )
-def test_what_is_wrong_is_one_line(saved, capsys, arguments, message):
-    assert chat.main([str(saved[0]), "--query", "what", "--device", "cpu", *arguments]) == 1
+def test_main_with_a_wrong_argument_prints_one_line(saved_model, capsys, arguments, message):
+    assert chat.main([str(saved_model[0]), "--query", "what", "--device", "cpu", *arguments]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
 
 
-def test_no_model(tmp_path, capsys):
+def test_main_without_the_model_prints_one_line(tmp_path, capsys):
     assert chat.main([str(tmp_path / "none"), "--query", "what", "--device", "cpu"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
 
 
-def test_pipeline(saved, picture):
-    folder, model = saved
+def test_pipeline_answers_as_generate(saved_model, image_file):
+    folder, model = saved_model
     run = pipeline("image-text-to-text", model=str(folder), device="cpu")
     assert type(run.model) is type(model)
-    messages = [user(("image", picture), ("text", "what is"))]
-    said = run(text=messages, max_new_tokens=5, do_sample=False, return_full_text=False)[0]["generated_text"]
-    assert said.split() == expected(model, run.processor, messages).split()
+    messages = [user_message(("image", image_file), ("text", "what is"))]
+    answer = run(text=messages, max_new_tokens=5, do_sample=False, return_full_text=False)[0]["generated_text"]
+    assert answer.split() == expected_answer(model, run.processor, messages).split()

@@ -1,3 +1,5 @@
+"""Fields of the configuration and their limits."""
+
 from __future__ import annotations
 
 import pytest
@@ -6,7 +8,7 @@ from transformers import AutoConfig
 from llava_mini import LlavaMiniConfig
 
 
-def test_round_trip_through_auto(tmp_path):
+def test_auto_config_loads_a_saved_config_unchanged(tmp_path):
     config = LlavaMiniConfig(
         compressor="average", compressor_size=3, prefusion_layers=2, prefusion_init="language_model"
     )
@@ -16,7 +18,7 @@ def test_round_trip_through_auto(tmp_path):
     assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict()
 
 
-def test_number_of_visual_tokens():
+def test_num_visual_tokens_follows_the_compressor():
     assert LlavaMiniConfig().num_visual_tokens(576) == 1
     assert LlavaMiniConfig(compressor_size=8).num_visual_tokens(576) == 64
     assert LlavaMiniConfig(compressor="none").num_visual_tokens(576) == 576
@@ -24,32 +26,38 @@ def test_number_of_visual_tokens():
 
 
 @pytest.mark.parametrize(("layers", "width"), [(-2, 1024), ([-2, -5], 2048)])
-def test_vision_width_counts_the_selected_layers(layers, width):
+def test_vision_width_concatenates_the_selected_layers(layers, width):
     assert LlavaMiniConfig(vision_feature_layer=layers).vision_width == width
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"compressor": "qurey"}, "compressor must be 'none' or one of .*query.*; got 'qurey'"),
-        ({"compressor_size": -1}, "compressor_size must be an integer of at least 0; got -1"),
-        ({"compressor_size": 0, "prefusion_layers": 0}, "leaves the picture no way to the language model"),
-        ({"compressor_attention": "eager"}, "compressor_attention must be one of multi_head, bare; got 'eager'"),
-        ({"compressor_heads": 0}, "compressor_heads must be an integer of at least 1; got 0"),
-        ({"prefusion_layers": -1}, "prefusion_layers must be an integer of at least 0; got -1"),
-        ({"prefusion_layers": "4"}, "prefusion_layers must be an integer of at least 0; got '4'"),
-        ({"keep_patches": True}, "keep_patches puts patches beside compressed tokens .* and prefusion_layers=0"),
-        ({"keep_patches": True, "prefusion_layers": 0, "compressor": "none"}, "give a compressor"),
-        ({"keep_patches": True, "prefusion_layers": 0, "compressor_size": 0}, "compressor_size of at least 1"),
-        ({"prefusion_init": "lm"}, "must be 'fresh', 'language_model', 'identity' or a .safetensors file; got 'lm'"),
-        ({"prefusion_init": "language_model", "prefusion_layers": 33}, "at most the language model's 32 layers"),
+        ({"compressor": "qurey"}, r"compressor .*query.*'qurey'"),
+        ({"compressor_size": -1}, "compressor_size .*at least 0.*-1"),
+        ({"compressor_size": 0, "prefusion_layers": 0}, "compressor_size=0 with prefusion_layers=0"),
+        ({"compressor_attention": "eager"}, "compressor_attention .*multi_head, bare.*'eager'"),
+        ({"compressor_heads": 0}, "compressor_heads .*at least 1.*0"),
+        ({"prefusion_layers": -1}, "prefusion_layers .*at least 0.*-1"),
+        ({"prefusion_layers": "4"}, "prefusion_layers .*at least 0.*'4'"),
+        ({"keep_patches": True}, "keep_patches=True needs .*prefusion_layers=4"),
+        (
+            {"keep_patches": True, "prefusion_layers": 0, "compressor": "none"},
+            "keep_patches=True needs .*compressor='none'",
+        ),
+        (
+            {"keep_patches": True, "prefusion_layers": 0, "compressor_size": 0},
+            "keep_patches=True needs .*compressor_size=0",
+        ),
+        ({"prefusion_init": "lm"}, "prefusion_init .*'language_model'.*'lm'"),
+        ({"prefusion_init": "language_model", "prefusion_layers": 33}, "'language_model' .*32 layers.*33"),
         (
             {"prefusion_init": "identity", "prefusion_layers": 33},
-            "'identity' copies at most the language model's 32 layers",
+            "'identity' .*32 layers.*33",
         ),
     ],
 )
-def test_a_wrong_value_is_one_line(fields, message):
+def test_config_with_a_wrong_value_raises_one_line(fields, message):
     with pytest.raises(ValueError, match=message) as error:
         LlavaMiniConfig(**fields)
     assert "\n" not in str(error.value)

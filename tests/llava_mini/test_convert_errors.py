@@ -1,4 +1,4 @@
-"""Faults of an official checkpoint: each is named, and nothing half-written is left."""
+"""Errors of the conversion: each names its cause, and no partial output remains."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from safetensors.torch import load_file, save_file
 
 from llava_mini import checkpoint
 from llava_mini.convert import check_official, convert_official, main
-from tests.llava_mini.edits import half, without
+from tests.llava_mini.checkpoint_edits import to_half, without
 
 
-def test_keys_that_do_not_fit_are_listed_together(official_checkpoint, tmp_path):
+def test_convert_official_lists_all_wrong_keys_in_one_error(official_checkpoint, tmp_path):
     def edit(weights):
         weights = without("model.norm.weight", "model.prefusion_layers.3.mlp.up_proj.weight")(weights)
         query = torch.zeros(4, 1024)
         return weights | {"model.compressor.query": query, "model.image_newline": torch.zeros(64)}
 
-    with pytest.raises(ValueError, match="are not those of its config") as caught:
+    with pytest.raises(ValueError, match=r"config\.json") as caught:
         convert_official(official_checkpoint(edit=edit), tmp_path / "ours")
     message = str(caught.value)
     assert "2 missing (model.norm.weight [64]; model.prefusion_layers.3.mlp.up_proj.weight [160, 64])" in message
@@ -29,29 +29,29 @@ def test_keys_that_do_not_fit_are_listed_together(official_checkpoint, tmp_path)
     assert not (tmp_path / "ours").exists()
 
 
-def test_long_lists_are_cut(official_checkpoint):
+def test_check_official_lists_three_wrong_keys_at_most(official_checkpoint):
     with pytest.raises(ValueError, match=r"9 unexpected \([^;]*; [^;]*; [^;]*; \.\.\.\)"):
         check_official(official_checkpoint(edit=lambda w: w | {f"model.x{i}": torch.ones(1) for i in range(9)}))
 
 
-def test_buffers_of_older_versions_are_dropped(official_checkpoint, tmp_path):
+def test_convert_official_drops_buffers_of_older_versions(official_checkpoint, tmp_path):
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     convert_official(official_checkpoint(edit=lambda weights: weights | extra), tmp_path / "ours")
     assert not any("inv_freq" in name for name in load_file(tmp_path / "ours" / "model.safetensors"))
 
 
-def test_another_dtype_is_refused(official_checkpoint, tmp_path):
+def test_convert_official_with_an_int8_weight_raises(official_checkpoint, tmp_path):
     src = official_checkpoint(edit=lambda weights: weights | {"lm_head.weight": torch.zeros(128, 64, dtype=torch.int8)})
     with pytest.raises(ValueError, match=r"1 of another dtype \(lm_head\.weight in model\.safetensors\)"):
         convert_official(src, tmp_path / "ours")
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-@pytest.mark.parametrize("left", [0, 5, 100_000])
-def test_a_truncated_file_is_one_line(official_checkpoint, tmp_path, capsys, suffix, left):
-    src = official_checkpoint(suffix, edit=half)
+@pytest.mark.parametrize("length", [0, 5, 100_000])
+def test_main_with_a_truncated_file_prints_one_line(official_checkpoint, tmp_path, capsys, suffix, length):
+    src = official_checkpoint(suffix, edit=to_half)
     file = next(src.glob(f"*.{suffix}"))
-    file.write_bytes(file.read_bytes()[:left])
+    file.write_bytes(file.read_bytes()[:length])
     before = sorted(path.name for path in tmp_path.iterdir())
     assert main([str(src), str(tmp_path / "ours")]) == 1
     error = capsys.readouterr().err
@@ -60,23 +60,23 @@ def test_a_truncated_file_is_one_line(official_checkpoint, tmp_path, capsys, suf
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_what_fails_while_writing_leaves_nothing(official_checkpoint, tmp_path, monkeypatch):
-    def full(*args, **kwargs):
+def test_convert_official_that_fails_while_writing_leaves_no_files(official_checkpoint, tmp_path, monkeypatch):
+    def raise_no_space(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    src = official_checkpoint(edit=half)
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    src = official_checkpoint(edit=to_half)
+    monkeypatch.setattr(checkpoint, "save_file", raise_no_space)
     with pytest.raises(OSError, match="No space left"):
         convert_official(src, tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["official"]
 
 
-def test_an_existing_folder_is_not_written_over(official_checkpoint, tmp_path, capsys):
-    src = official_checkpoint(edit=half)
+def test_main_with_an_existing_folder_does_not_overwrite_it(official_checkpoint, tmp_path, capsys):
+    src = official_checkpoint(edit=to_half)
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "precious").touch()
     assert main([str(src), str(tmp_path / "ours")]) == 1
-    assert "exists and is no empty folder" in capsys.readouterr().err
+    assert f"{tmp_path / 'ours'} exists" in capsys.readouterr().err
     (tmp_path / "ours" / "precious").unlink()
     assert main([str(src), str(tmp_path / "ours")]) == 0
 
@@ -89,16 +89,16 @@ def test_an_existing_folder_is_not_written_over(official_checkpoint, tmp_path, c
         (".", "config.json does not exist"),
     ],
 )
-def test_what_is_not_there_is_named(official_checkpoint, tmp_path, absent, message):
-    src = official_checkpoint(edit=half)
+def test_convert_official_with_a_missing_file_names_it(official_checkpoint, tmp_path, absent, message):
+    src = official_checkpoint(edit=to_half)
     shutil.rmtree(src) if absent == "." else (src / absent).unlink()
     with pytest.raises(FileNotFoundError, match=message):
         convert_official(src, tmp_path / "ours")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors.index.json"])
-def test_broken_files_are_named(official_checkpoint, tmp_path, capsys, name):
-    src = official_checkpoint(shards=2, edit=half)
+def test_main_with_a_broken_file_names_it(official_checkpoint, tmp_path, capsys, name):
+    src = official_checkpoint(shards=2, edit=to_half)
     (src / name).write_text("{")
     assert main([str(src), str(tmp_path / "ours")]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
@@ -106,19 +106,19 @@ def test_broken_files_are_named(official_checkpoint, tmp_path, capsys, name):
     assert not (tmp_path / "ours").exists()
 
 
-def test_a_shard_that_is_not_there(official_checkpoint, tmp_path):
-    src = official_checkpoint(shards=2, edit=half)
+def test_convert_official_with_a_missing_shard_names_it(official_checkpoint, tmp_path):
+    src = official_checkpoint(shards=2, edit=to_half)
     (src / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="names 1 files that do not exist, the first model-00002-of-00002"):
+    with pytest.raises(FileNotFoundError, match=r"index\.json names 1 .*model-00002-of-00002"):
         convert_official(src, tmp_path / "ours")
-    check_official(src)  # the index says what would be in it
+    check_official(src)  # the index names its weights
 
 
 # Dry run and command line
 
 
-def test_a_dry_run_checks_and_writes_nothing(official_checkpoint, tmp_path, capsys):
-    src = official_checkpoint(edit=half)
+def test_main_with_dry_run_checks_and_writes_nothing(official_checkpoint, tmp_path, capsys):
+    src = official_checkpoint(edit=to_half)
     assert main([str(src), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "compressor" in printed
@@ -130,15 +130,15 @@ def test_a_dry_run_checks_and_writes_nothing(official_checkpoint, tmp_path, caps
     assert "1 missing (lm_head.weight [128, 64])" in capsys.readouterr().err
 
 
-def test_a_dry_run_reads_the_names_from_an_index_alone(official_checkpoint):
-    src = official_checkpoint(shards=2, edit=lambda weights: half(without("model.norm.weight")(weights)))
+def test_check_official_without_shards_reads_the_names_from_the_index(official_checkpoint):
+    src = official_checkpoint(shards=2, edit=lambda weights: to_half(without("model.norm.weight")(weights)))
     for file in src.glob("*.safetensors"):
         file.unlink()
     with pytest.raises(ValueError, match=r"1 missing \(model\.norm\.weight \[64\]\)"):
         check_official(src)
 
 
-def test_a_destination_is_needed(official_checkpoint, capsys):
+def test_main_without_a_destination_exits(official_checkpoint, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["somewhere"])
     assert caught.value.code == 2

@@ -1,9 +1,9 @@
-"""Conformance 7: what the model computes costs what the paper prints, counted as the paper counts.
+"""Conformance 7: the model's FLOPs are those that the paper prints, counted as the paper counts them.
 
-The printed TFLOPs follow from 2 x (parameters of linear maps) x tokens, attention products left out, the language model's
-head on every token, and about 42.8 text tokens. They belong to the released code's order of things (compressed tokens run
-through pre-fusion, compression ahead of the projector): another order would cost visibly more or less. Here torch counts
-the operations of a Vicuna-7B layout on meta tensors.
+The printed TFLOPs are 2 x (parameters of linear maps) x tokens, without attention products. They include the language
+model's head on every token and about 42.8 text tokens. They belong to the order of the released code: compression comes
+ahead of the projector, and compressed tokens pass through pre-fusion. Another order has clearly different FLOPs. Here
+torch counts the operations of a Vicuna-7B architecture on meta tensors.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ def linear_flops(run) -> int:
 
 
 @cache
-def language_model(tokens: int) -> int:
+def language_model_flops(tokens: int) -> int:
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=32, **VICUNA))
     return linear_flops(lambda: model(inputs_embeds=torch.empty(1, tokens, 4096)))
 
 
 def teraflops(compressor: str, size: int, layers: int, tiles: int) -> float:
-    """Of a prompt with one picture and TEXT text tokens, a number that costs grow in proportion to."""
+    """Count the TFLOPs of a prompt with one image and TEXT text tokens, in which they grow linearly."""
     config = LlavaMiniConfig(
         vision_config=VISION,
-        text_config=LlamaConfig(num_hidden_layers=1, **VICUNA),  # pre-fusion layers are of its kind
+        text_config=LlamaConfig(num_hidden_layers=1, **VICUNA),  # pre-fusion layers have the same size
         compressor=compressor,
         compressor_size=size,
         prefusion_layers=layers,
@@ -73,8 +73,8 @@ def teraflops(compressor: str, size: int, layers: int, tiles: int) -> float:
 
     def flops(text: int) -> int:
         prefusion = linear_flops(lambda: fuse(text)) if layers else 0
-        seen = tokens.shape[1] + text
-        return prefusion + language_model(1) + (seen - 1) * (language_model(2) - language_model(1))
+        length = tokens.shape[1] + text
+        return prefusion + language_model_flops(1) + (length - 1) * (language_model_flops(2) - language_model_flops(1))
 
     less, more = flops(42), flops(43)
     return (linear_flops(lambda: model.encode(pixels)) + less + (TEXT - 42) * (more - less)) / 1e12
@@ -90,7 +90,7 @@ def teraflops(compressor: str, size: int, layers: int, tiles: int) -> float:
         ("query", 12, 0, 1, 2.85),
         ("query", 1, 1, 1, 1.21),  # with 1 to 4 layers
         ("query", 1, 2, 1, 1.46),
-        ("query", 1, 3, 1, 1.71),  # printed 1.81, which no row beside it allows
+        ("query", 1, 3, 1, 1.71),  # printed as 1.81, which contradicts the neighbouring rows
         ("query", 1, 4, 1, 1.96),
         ("query", 2, 4, 1, 2.01),  # Fig. 7
         ("query", 4, 4, 1, 2.19),
@@ -99,7 +99,7 @@ def teraflops(compressor: str, size: int, layers: int, tiles: int) -> float:
         ("query", 8, 4, 2, 8.13),  # 672 pixels, section 5
     ],
 )
-def test_printed_flops(compressor, size, layers, tiles, printed):
+def test_flops_are_those_of_the_paper(compressor, size, layers, tiles, printed):
     if compressor == "query" and not layers:
-        printed -= 0.024  # the released code projects the patches where nothing reads them, too
+        printed -= 0.024  # the released code also projects patches that nothing reads
     assert teraflops(compressor, size, layers, tiles) == pytest.approx(printed, abs=0.011)

@@ -1,4 +1,4 @@
-"""Patches beside compressed tokens in the language model, for pre-fusion within its own layers."""
+"""`keep_patches`: patches and compressed tokens in the language model, for pre-fusion within its own layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FIELDS = {"compressor_size": 2, "prefusion_layers": 0, "keep_patches": True}
 
 @torch.no_grad()
 @pytest.mark.parametrize("first", [True, False], ids=["compress first", "project first"])
-def test_the_language_model_gets_both(tiny_mini, sample, first):
+def test_fuse_with_keep_patches_returns_patches_and_compressed_tokens(tiny_mini, sample, first):
     model = tiny_mini(compress_before_projection=first, **FIELDS)
     ids, pixels = sample(16 + 4, text=5)
     embeds, visual = model.model.fuse(ids[None], pixels[None])
@@ -31,7 +31,7 @@ def test_the_language_model_gets_both(tiny_mini, sample, first):
 
 @pytest.mark.parametrize("tiles", [1, 2])
 @torch.no_grad()
-def test_processor_and_model_agree_and_are_saved(tiny_mini, llava_processor, tmp_path, tiles):
+def test_processor_with_keep_patches_matches_the_model_after_saving(tiny_mini, llava_processor, tmp_path, tiles):
     model = tiny_mini(compressor_heads=4, **FIELDS)
     processor = LlavaMiniProcessor.from_llava(llava_processor, model.config, tiles=tiles)
     inputs = processor(images=Image.new("RGB", (24, 24), (200, 30, 90)), text="what <image> is", return_tensors="pt")
@@ -39,8 +39,8 @@ def test_processor_and_model_agree_and_are_saved(tiny_mini, llava_processor, tmp
     logits = model(**inputs).logits
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    again = LlavaMiniForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    same = LlavaMiniProcessor.from_pretrained(tmp_path)
-    assert torch.equal(again(**inputs).logits, logits)
-    assert same.keep_patches
-    assert same.num_visual_tokens == 4
+    loaded = LlavaMiniForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    loaded_processor = LlavaMiniProcessor.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**inputs).logits, logits)
+    assert loaded_processor.keep_patches
+    assert loaded_processor.num_visual_tokens == 4

@@ -1,3 +1,5 @@
+"""Pre-fusion layers, against the decoder that they are built from."""
+
 from __future__ import annotations
 
 import pytest
@@ -29,14 +31,14 @@ def prefusion(decoder):
     return module
 
 
-def tokens(count, seed):
+def random_tokens(count, seed):
     return torch.randn(2, count, 16, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
-def test_it_is_the_decoder_without_its_norm(decoder, prefusion):
-    """With the decoder's own layers, what pre-fusion returns is the decoder's last state ahead of the final norm."""
-    visual, text = tokens(5, 1), tokens(4, 2)
+def test_prefusion_with_the_decoders_layers_equals_the_decoder_without_its_norm(decoder, prefusion):
+    """Its output is the decoder's last state ahead of the final norm."""
+    visual, text = random_tokens(5, 1), random_tokens(4, 2)
     fused = torch.cat(prefusion(visual, text, decoder.rotary_emb), dim=1)
     expected = decoder(inputs_embeds=torch.cat([visual, text], dim=1)).last_hidden_state
     torch.testing.assert_close(decoder.norm(fused), expected)
@@ -44,9 +46,9 @@ def test_it_is_the_decoder_without_its_norm(decoder, prefusion):
 
 
 @torch.no_grad()
-def test_what_comes_later_is_not_seen(decoder, prefusion):
-    visual, text = tokens(5, 1), tokens(4, 2)
-    other = torch.cat([text[:, :2], tokens(2, 3)], dim=1)
+def test_prefusion_output_does_not_depend_on_later_tokens(decoder, prefusion):
+    visual, text = random_tokens(5, 1), random_tokens(4, 2)
+    other = torch.cat([text[:, :2], random_tokens(2, 3)], dim=1)
     one, two = prefusion(visual, text, decoder.rotary_emb), prefusion(visual, other, decoder.rotary_emb)
     assert torch.equal(one[0], two[0])
     assert torch.equal(one[1][:, :2], two[1][:, :2])
@@ -55,52 +57,52 @@ def test_what_comes_later_is_not_seen(decoder, prefusion):
 
 @torch.no_grad()
 @pytest.mark.parametrize("unread", [0, 3, 5])
-def test_a_past_is_of_what_is_visual_alone(decoder, prefusion, unread):
-    """It may be filled at once or in parts, beside text or without, and holds for any text."""
-    visual, text, other = tokens(5, 1), tokens(4, 2), tokens(3, 3)
+def test_prefusion_with_a_past_reuses_the_visual_tokens_for_any_text(decoder, prefusion, unread):
+    """The past may be filled in one call or in parts, with text or without."""
+    visual, text, other = random_tokens(5, 1), random_tokens(4, 2), random_tokens(3, 3)
     rotary_emb = decoder.rotary_emb
     expected = [prefusion(visual, x, rotary_emb) for x in (text, other)]
     past = []
-    read, found = prefusion(visual, text, rotary_emb, unread=unread, past=past)
+    read, fused_text = prefusion(visual, text, rotary_emb, unread=unread, past=past)
     torch.testing.assert_close(read, expected[0][0][:, unread:])
-    torch.testing.assert_close(found, expected[0][1])
+    torch.testing.assert_close(fused_text, expected[0][1])
     parts = []
     prefusion(visual[:, :2], text[:, :0], rotary_emb, unread=2, past=parts)
     prefusion(visual[:, 2:], text, rotary_emb, unread=max(unread - 2, 0), past=parts)
-    for held in (past, parts):
-        assert {states.shape for pair in held for states in pair} == {(2, 2, 5, 8)}
+    for filled_past in (past, parts):
+        assert {states.shape for pair in filled_past for states in pair} == {(2, 2, 5, 8)}
         for x, (_, fused) in zip((text, other), expected, strict=True):
-            torch.testing.assert_close(prefusion(visual[:, :0], x, rotary_emb, past=held)[1], fused)
+            torch.testing.assert_close(prefusion(visual[:, :0], x, rotary_emb, past=filled_past)[1], fused)
 
 
 @torch.no_grad()
-def test_it_may_be_deeper_than_the_decoder():
-    """Qwen2's layers read their kind from a list as long as the decoder."""
+def test_prefusion_may_have_more_layers_than_the_decoder():
+    """Qwen2's layers look up their type in a list as long as the decoder."""
     fields = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     decoder = Qwen2Model(Qwen2Config(num_attention_heads=2, num_key_value_heads=2, **fields))
-    visual, text = Prefusion(decoder, 5)(tokens(5, 1), tokens(4, 2), decoder.rotary_emb)
+    visual, text = Prefusion(decoder, 5)(random_tokens(5, 1), random_tokens(4, 2), decoder.rotary_emb)
     assert (visual.shape, text.shape) == ((2, 5, 16), (2, 4, 16))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_windows_and_rotations_by_layer(attention):
-    """Gemma 3 alternates windows and full attention, each with its own rotation."""
+def test_prefusion_uses_windows_and_rotations_of_each_layer_type(attention):
+    """Gemma 3 alternates sliding windows and full attention, each with its own rotation."""
     torch.manual_seed(0)
     fields = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "head_dim": 8}
     fields |= {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 4, "initializer_range": 0.3}
-    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
-    config = Gemma3TextConfig(**fields, layer_types=kinds)
+    layer_types = ["sliding_attention", "sliding_attention", "full_attention"]
+    config = Gemma3TextConfig(**fields, layer_types=layer_types)
     decoder = Gemma3TextModel._from_config(config, attn_implementation=attention).eval()
     prefusion = Prefusion(decoder, 3).eval()
     prefusion.copy_layers(decoder.layers)
-    visual, text = tokens(5, 1), tokens(4, 2)
+    visual, text = random_tokens(5, 1), random_tokens(4, 2)
     fused = torch.cat(prefusion(visual, text, decoder.rotary_emb), dim=1)
     expected = decoder(inputs_embeds=torch.cat([visual, text], dim=1)).last_hidden_state
     torch.testing.assert_close(decoder.norm(fused), expected)
 
 
-def test_layers_from_a_file(decoder, tmp_path):
+def test_load_file_copies_every_parameter(decoder, tmp_path):
     source = Prefusion(decoder, 2)
     weights = {name: torch.randn_like(p) for name, p in source.layers.named_parameters()}
     save_file(weights, tmp_path / "layers.safetensors")
@@ -113,11 +115,14 @@ def test_layers_from_a_file(decoder, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda weights: weights.pop("1.mlp.up_proj.weight"), "holds no 1.mlp.up_proj.weight"),
-        (lambda weights: weights.update({"0.input_layernorm.weight": torch.ones(3)}), r"is \[3\], not \[16\]"),
+        (lambda weights: weights.pop("1.mlp.up_proj.weight"), r"holds no 1\.mlp\.up_proj\.weight"),
+        (
+            lambda weights: weights.update({"0.input_layernorm.weight": torch.ones(3)}),
+            r"0\.input_layernorm\.weight .* \[3\], not \[16\]",
+        ),
     ],
 )
-def test_a_wrong_file_is_refused(decoder, tmp_path, damage, message):
+def test_load_file_with_a_missing_or_misshapen_parameter_raises(decoder, tmp_path, damage, message):
     prefusion = Prefusion(decoder, 2)
     weights = dict(prefusion.layers.state_dict())
     damage(weights)
@@ -126,10 +131,10 @@ def test_a_wrong_file_is_refused(decoder, tmp_path, damage, message):
         prefusion.load_file(tmp_path / "layers.safetensors")
 
 
-def test_no_file_and_no_safetensors(decoder, tmp_path):
+def test_load_file_that_is_missing_or_not_safetensors_raises(decoder, tmp_path):
     prefusion = Prefusion(decoder, 1)
-    with pytest.raises(FileNotFoundError, match="no file"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*none\.safetensors"):
         prefusion.load_file(tmp_path / "none.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")
-    with pytest.raises(ValueError, match="no whole safetensors file"):
+    with pytest.raises(ValueError, match=r"text\.safetensors .*safetensors file"):
         prefusion.load_file(tmp_path / "text.safetensors")

@@ -1,4 +1,4 @@
-"""The paper's equations where the released code does something else, against the equations written out."""
+"""Presets: the paper's equations, written out, where they differ from the released code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llava_mini import PRESETS, LlavaMiniConfig
 from llava_mini.compressors.position_tables import sincos_table
 
 
-def test_the_code_is_the_default():
+def test_config_default_is_the_code_preset():
     config = LlavaMiniConfig()
     assert {name: getattr(config, name) for name in PRESETS["code"]} == PRESETS["code"]
     assert PRESETS["code"].keys() == PRESETS["paper"].keys()
@@ -17,9 +17,12 @@ def test_the_code_is_the_default():
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [1, 2])
-def test_paper(tiny_mini, sample, size):
-    """Equation 2: H projected, softmax((Q + PE)(H + PE)^T) H straight to the language model; equation 3: pre-fusion of
-    [H | text] gives the text."""
+def test_paper_preset_equals_equations_2_and_3(tiny_mini, sample, size):
+    """Check both equations.
+
+    Equation 2: H is projected, and softmax((Q + PE)(H + PE)^T) H is the language model's input. Equation 3: pre-fusion
+    of [H | text] returns the text.
+    """
     mini = tiny_mini(compressor_size=size, **PRESETS["paper"])
     ids, pixels = sample(size * size, 5)
     embeds, tokens = mini.model.fuse(ids[None], pixels[None])
@@ -41,7 +44,7 @@ def test_paper(tiny_mini, sample, size):
 
 
 @torch.no_grad()
-def test_each_switch_changes_the_output(tiny_mini, sample):
+def test_each_field_of_the_paper_preset_changes_the_logits(tiny_mini, sample):
     ids, pixels = sample(4, 5)
     logits = [tiny_mini()(input_ids=ids[None], pixel_values=pixels[None]).logits]
     for name, value in PRESETS["paper"].items():
@@ -53,8 +56,8 @@ def test_each_switch_changes_the_output(tiny_mini, sample):
 
 
 @pytest.mark.parametrize("detach", [False, True])
-def test_text_embeddings_may_be_detached(tiny_mini, sample, detach):
-    """Conformance 4: in the released training code no gradient reaches the embeddings; in the paper all are trained."""
+def test_detach_embeddings_blocks_their_gradient(tiny_mini, sample, detach):
+    """Conformance 4: in the released training code no gradient reaches the embeddings; the paper trains them."""
     model = tiny_mini(detach_embeddings=detach).train()
     ids, pixels = sample(4, 8)
     labels = ids.clone()
@@ -65,7 +68,7 @@ def test_text_embeddings_may_be_detached(tiny_mini, sample, detach):
     assert (gradient is None or not gradient.any()) is detach
 
 
-def test_pre_fusion_may_start_from_a_file(tiny_mini, tmp_path):
+def test_prefusion_init_from_a_file_copies_it_and_saves_without_it(tiny_mini, tmp_path):
     from safetensors.torch import save_file
 
     weights = {name: torch.randn_like(p) for name, p in tiny_mini().model.prefusion.layers.named_parameters()}
@@ -75,4 +78,4 @@ def test_pre_fusion_may_start_from_a_file(tiny_mini, tmp_path):
         assert torch.equal(parameter, weights[name])
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "layers.safetensors").unlink()
-    assert type(model).from_pretrained(tmp_path / "model")  # what is saved does not need the file
+    assert type(model).from_pretrained(tmp_path / "model")  # the saved model does not need the file

@@ -1,4 +1,4 @@
-"""LLaVA-Mini as a TransformerBridge: against the model itself under eager attention, and hook by hook."""
+"""LLaVA-Mini as a TransformerBridge, against the model itself under eager attention."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 import llava_mini.transformer_lens  # noqa: F401
 from llava_mini import PRESETS
 
-HIDDEN = (
-    r".*\.attn\.hook_(hidden_states|[qk]_normed)"  # that transformer-lens 4.3 never calls, for models without norms
-)
+# Hooks that transformer-lens 4.3 never calls; those of the norms only for models without norms.
+UNCALLED_HOOKS = r".*\.attn\.hook_(hidden_states|[qk]_normed)"
 
 
 @pytest.fixture
 def make_bridge(tiny_mini):
-    """Factory of a bridge and of the same model without one."""
+    """Return a factory of a bridge and of the same model without a bridge."""
 
     def build(**fields):
         model = tiny_mini(**fields)
@@ -34,8 +33,8 @@ def make_bridge(tiny_mini):
 
 
 @pytest.fixture
-def batch(sample):
-    """Factory of two rows, the first padded on the left, and of a third without a picture."""
+def make_batch(sample):
+    """Return a factory of batches: two rows with an image, the first padded on the left, and one without."""
 
     def build(model) -> dict[str, torch.Tensor]:
         count = model.config.num_visual_tokens(16)
@@ -55,24 +54,24 @@ def batch(sample):
     return build
 
 
-def eager_weights(module, call):
-    """What the attention module returns as its weights while `call` runs, one tensor for each time."""
-    seen: list[torch.Tensor] = []
-    handle = module.register_forward_hook(lambda module, args, output: seen.append(output[1]))
+def record_weights(module, call):
+    """Return the attention weights that the module computes while `call` runs, one tensor for each forward."""
+    recorded: list[torch.Tensor] = []
+    handle = module.register_forward_hook(lambda module, args, output: recorded.append(output[1]))
     call()
     handle.remove()
-    return seen
+    return recorded
 
 
-def called(bridge, inputs, names):
-    """The value of each hook, which fires once."""
+def record_hooks(bridge, inputs, names):
+    """Return the value of each hook, and check that it fires once."""
     values: dict[str, torch.Tensor] = {}
 
-    def keep(tensor, hook):
+    def store(tensor, hook):
         assert hook.name not in values, f"{hook.name} fired twice"
         values[hook.name] = tensor.detach()
 
-    with bridge.hooks(fwd_hooks=[(name, keep) for name in names]):
+    with bridge.hooks(fwd_hooks=[(name, store) for name in names]):
         bridge.original_model(**inputs)
     return values
 
@@ -92,29 +91,29 @@ VARIANTS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
-def test_logits_are_the_models(make_bridge, batch, fields):
+def test_bridge_logits_equal_the_models(make_bridge, make_batch, fields):
     bridge, model = make_bridge(**fields)
-    inputs = batch(model)
+    inputs = make_batch(model)
     expected = model(**inputs).logits
     torch.testing.assert_close(bridge.original_model(**inputs).logits, expected, rtol=0, atol=0)
-    # The bridge's own call counts positions from the first token that is no padding.
-    own = bridge(**{"input" if name == "input_ids" else name: value for name, value in inputs.items()})
-    seen = inputs["attention_mask"].bool()
-    torch.testing.assert_close(own[seen], expected[seen], rtol=0, atol=1e-5)
+    # The bridge's own call counts positions from the first token after the padding.
+    bridge_logits = bridge(**{"input" if name == "input_ids" else name: value for name, value in inputs.items()})
+    is_token = inputs["attention_mask"].bool()
+    torch.testing.assert_close(bridge_logits[is_token], expected[is_token], rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
-def test_patterns_are_eager_attention(make_bridge, batch):
+def test_pattern_hooks_equal_eager_attention(make_bridge, make_batch):
     bridge, model = make_bridge()
-    inputs = batch(model)
+    inputs = make_batch(model)
     names = [f"{stack}.{layer}.attn.hook_pattern" for stack in ("prefusion", "blocks") for layer in range(2)]
     names += [f"compressor.{name}" for name in ("hook_in", *(f"attn.hook_{x}" for x in ("q", "k", "v", "pattern")))]
-    values = called(bridge, inputs, names)
+    values = record_hooks(bridge, inputs, names)
     for layer in range(2):
         for stack, layers in (("prefusion", model.model.prefusion.layers), ("blocks", model.get_decoder().layers)):
-            (weights,) = eager_weights(layers[layer].self_attn, lambda: model(**inputs))
+            (weights,) = record_weights(layers[layer].self_attn, lambda: model(**inputs))
             assert torch.equal(values[f"{stack}.{layer}.attn.hook_pattern"], weights)
-    # two frames of 16 patches, 4 tokens and at most 7 words of text
+    # Two frames have 16 patches, 4 tokens and at most 7 words of text.
     assert values["prefusion.0.attn.hook_pattern"].shape == (2, 4, 27, 27)
 
     compressor = model.model.compressor
@@ -132,10 +131,10 @@ def test_patterns_are_eager_attention(make_bridge, batch):
 
 
 @torch.no_grad()
-def test_the_papers_pattern_is_equation_2(make_bridge, batch):
+def test_pattern_hook_of_the_paper_preset_is_equation_2(make_bridge, make_batch):
     bridge, model = make_bridge(**PRESETS["paper"])
-    values = called(
-        bridge, batch(model), [f"compressor.{name}" for name in ("hook_in", "hook_out", "attn.hook_pattern")]
+    values = record_hooks(
+        bridge, make_batch(model), [f"compressor.{name}" for name in ("hook_in", "hook_out", "attn.hook_pattern")]
     )
     features, compressor = values["compressor.hook_in"], model.model.compressor
     query_positions, patch_positions = compressor.positions(4)
@@ -146,46 +145,48 @@ def test_the_papers_pattern_is_equation_2(make_bridge, batch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
-def test_every_hook_fires(make_bridge, batch, fields):
+def test_every_hook_of_compressor_and_prefusion_fires(make_bridge, make_batch, fields):
     bridge, model = make_bridge(**fields)
-    ours = {
+    names = {
         hook_point.name
         for name, hook_point in bridge.hook_dict.items()
         if name.startswith(("compressor.", "prefusion.")) and bridge._gated_hook_reason(hook_point.name) is None
     }
-    assert any(name.startswith("prefusion.1.") for name in ours) == ("prefusion_layers" not in fields)
-    assert any(name.startswith("compressor.") for name in ours) == (
+    assert any(name.startswith("prefusion.1.") for name in names) == ("prefusion_layers" not in fields)
+    assert any(name.startswith("compressor.") for name in names) == (
         fields.get("compressor") != "none" and fields.get("compressor_size") != 0
     )
-    norms = fields.get("text") == "qwen3"
-    silent = {name for name in ours if re.fullmatch(HIDDEN, name) and not (norms and name.endswith("normed"))}
-    assert set(called(bridge, batch(model), ours)) == ours - silent
+    has_norms = fields.get("text") == "qwen3"
+    silent = {
+        name for name in names if re.fullmatch(UNCALLED_HOOKS, name) and not (has_norms and name.endswith("normed"))
+    }
+    assert set(record_hooks(bridge, make_batch(model), names)) == names - silent
 
 
 @torch.no_grad()
-def test_shapes_of_the_compressors_hooks(make_bridge, batch):
+def test_compressor_hooks_have_the_documented_shapes(make_bridge, make_batch):
     bridge, model = make_bridge()
     frames, tokens, patches, width, heads = 2, 4, 16, 32, 8
     names = ["hook_in", "hook_out", *(f"attn.hook_{x}" for x in ("in", "out", "q", "k", "v", "z", "attn_scores"))]
-    values = called(bridge, batch(model), [f"compressor.{name}" for name in names])
-    of_query, of_patches = (frames, tokens, heads, width // heads), (frames, patches, heads, width // heads)
+    values = record_hooks(bridge, make_batch(model), [f"compressor.{name}" for name in names])
+    query_shape, patches_shape = (frames, tokens, heads, width // heads), (frames, patches, heads, width // heads)
     assert [tuple(value.shape) for value in map(values.get, (f"compressor.{name}" for name in names))] == [
         (frames, patches, width),
         (frames, tokens, width),
         (frames, tokens, width),
         (frames, tokens, width),
-        of_query,
-        of_patches,
-        of_patches,
-        of_query,
+        query_shape,
+        patches_shape,
+        patches_shape,
+        query_shape,
         (frames, heads, tokens, patches),
     ]
 
 
 @torch.no_grad()
-def test_what_a_hook_returns_counts(make_bridge, batch):
+def test_hook_that_returns_a_tensor_changes_the_output(make_bridge, make_batch):
     bridge, model = make_bridge()
-    inputs = batch(model)
+    inputs = make_batch(model)
     bias = bridge.compressor.attn.original_component.out_proj.bias
     nn.init.normal_(bias)
     tokens: list[torch.Tensor] = []
@@ -195,13 +196,13 @@ def test_what_a_hook_returns_counts(make_bridge, batch):
     ]
     with bridge.hooks(fwd_hooks=hooks):
         bridge.original_model(**inputs)
-    assert torch.equal(tokens[0], bias.expand_as(tokens[0]))  # no patch reaches the tokens
+    assert torch.equal(tokens[0], bias.expand_as(tokens[0]))  # the tokens contain no patch
 
     bridge, model = make_bridge()
     with bridge.hooks(fwd_hooks=[("prefusion.1.hook_out", lambda tensor, hook: tensor * 0)]):
-        blind = bridge.original_model(**inputs).logits
+        hooked_logits = bridge.original_model(**inputs).logits
     model.model.prefusion.layers[1].register_forward_hook(lambda module, args, output: output * 0)
-    torch.testing.assert_close(blind, model(**inputs).logits, rtol=0, atol=0)
+    torch.testing.assert_close(hooked_logits, model(**inputs).logits, rtol=0, atol=0)
 
 
 @torch.no_grad()
@@ -215,7 +216,7 @@ def test_what_a_hook_returns_counts(make_bridge, batch):
         ({}, "prefusion.2.hook_out"),
     ],
 )
-def test_hooks_of_what_is_not_there_are_refused(make_bridge, fields, name):
+def test_hook_of_a_missing_component_raises(make_bridge, fields, name):
     bridge, _ = make_bridge(**fields)
     hooks = [(name, lambda tensor, hook: tensor)]
     with pytest.raises(KeyError, match=f"{re.escape(name)}.*does not exist"), bridge.hooks(fwd_hooks=hooks):
@@ -223,7 +224,7 @@ def test_hooks_of_what_is_not_there_are_refused(make_bridge, fields, name):
 
 
 @torch.no_grad()
-def test_a_video_in_chunks_is_in_one_cache(make_bridge, sample):
+def test_run_with_cache_of_a_video_holds_all_frames(make_bridge, sample):
     bridge, model = make_bridge(frames_per_chunk=1)
     words, _ = sample(12, 6)
     inputs = {
@@ -232,7 +233,7 @@ def test_a_video_in_chunks_is_in_one_cache(make_bridge, sample):
         "visual_layout": torch.tensor([[0, 3, 1]]),
     }
     expected = [
-        torch.cat(eager_weights(layer.self_attn, lambda: model(**inputs))) for layer in model.model.prefusion.layers
+        torch.cat(record_weights(layer.self_attn, lambda: model(**inputs))) for layer in model.model.prefusion.layers
     ]
     _, cache = bridge.run_with_cache(
         inputs["input_ids"],
@@ -245,28 +246,28 @@ def test_a_video_in_chunks_is_in_one_cache(make_bridge, sample):
 
 
 @torch.no_grad()
-def test_generation(make_bridge, batch):
+def test_generate_through_the_bridge_is_the_same(make_bridge, make_batch):
     bridge, model = make_bridge()
-    inputs, fired = batch(model), Counter()
+    inputs, fired = make_batch(model), Counter()
     hooks = [
         (name, lambda tensor, hook: fired.update([hook.name])) for name in ("compressor.hook_out", "blocks.0.hook_out")
     ]
-    told = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     with bridge.hooks(fwd_hooks=hooks):
-        answer = bridge.original_model.generate(**inputs, **told)
-    assert torch.equal(answer, model.generate(**inputs, **told))
+        answer = bridge.original_model.generate(**inputs, **options)
+    assert torch.equal(answer, model.generate(**inputs, **options))
     assert fired == {"compressor.hook_out": 1, "blocks.0.hook_out": 4}
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"vision": "dinov2"}, "not with dinov2"), ({"text": "gemma3"}, "gemma3_text has four")],
+    [({"vision": "dinov2"}, "vision towers.*dinov2"), ({"text": "gemma3"}, "gemma3_text has four norms")],
 )
-def test_parts_that_the_llava_adapter_misreads(make_bridge, fields, message):
+def test_bridge_of_an_unsupported_model_raises(make_bridge, fields, message):
     with pytest.raises(ValueError, match=message):
         make_bridge(**fields)
 
 
-def test_the_model_comes_without_it():
+def test_import_llava_mini_does_not_import_transformer_lens():
     code = "import llava_mini, sys; sys.exit('transformer_lens' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Which pictures belong to which rows, chosen anew and taken in chunks."""
+"""Visual layout: selection of rows, and iteration in chunks of frames."""
 
 from __future__ import annotations
 
@@ -10,25 +10,23 @@ from llava_mini.visual_layout import VisualLayout, crops_per_frame
 
 
 @given(st.data())
-def test_selections(data):
+def test_select_gives_each_row_the_visual_inputs_of_its_source(data):
     rows = data.draw(st.integers(1, 4))
-    pictures = data.draw(
-        st.lists(st.tuples(st.integers(0, rows - 1), st.integers(1, 3), st.integers(1, 2)), max_size=5)
-    )
-    pictures.sort(key=lambda picture: picture[0])
+    inputs = data.draw(st.lists(st.tuples(st.integers(0, rows - 1), st.integers(1, 3), st.integers(1, 2)), max_size=5))
+    inputs.sort(key=lambda visual_input: visual_input[0])
     chosen = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=5))
-    layout = VisualLayout(*torch.tensor(pictures, dtype=torch.long).reshape(-1, 3).unbind(dim=1))
+    layout = VisualLayout(*torch.tensor(inputs, dtype=torch.long).reshape(-1, 3).unbind(dim=1))
     selected, frame = layout.select(torch.tensor(chosen))
-    found = torch.stack([selected.row, selected.frames, selected.tiles], dim=1).tolist()
-    expected = [[i, n, t] for i, row in enumerate(chosen) for r, n, t in pictures if r == row]
-    assert found == expected
-    numbers = [(r, k) for r, n, _ in pictures for k in range(n)]
-    of_rows = {row: [i for i, (r, _) in enumerate(numbers) if r == row] for row in range(rows)}
-    assert frame.tolist() == [i for row in chosen for i in of_rows[row]]
+    columns = torch.stack([selected.row, selected.frames, selected.tiles], dim=1).tolist()
+    expected = [[i, n, t] for i, row in enumerate(chosen) for r, n, t in inputs if r == row]
+    assert columns == expected
+    frames = [(r, k) for r, n, _ in inputs for k in range(n)]
+    row_frames = {row: [i for i, (r, _) in enumerate(frames) if r == row] for row in range(rows)}
+    assert frame.tolist() == [i for row in chosen for i in row_frames[row]]
 
 
 @given(st.data())
-def test_chunks_from_a_frame_on(data):
+def test_chunks_from_any_first_frame_hold_the_remaining_frames(data):
     tiles = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=6))
     first, size = data.draw(st.integers(0, len(tiles))), data.draw(st.integers(1, 4))
     row = torch.zeros(len(tiles), dtype=torch.long)
