@@ -7,8 +7,8 @@ import re
 import sys
 from typing import NoReturn
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from experiments.config.renamed_keys import current_name
 
@@ -31,9 +31,15 @@ def exit_with_error(error: BaseException | str) -> NoReturn:
 def one_line(error: BaseException | str) -> str:
     """Return an error's message as one line.
 
-    Hydra and OmegaConf need several lines for a setting that does not exist, and a missing launcher needs a hint.
+    Hydra and OmegaConf need several lines for a setting that is required or does not exist, and a missing launcher needs
+    a hint.
     """
     causes = (error, error.__cause__) if isinstance(error, HydraException) else (error,)
+    for cause in causes:
+        if isinstance(cause, MissingMandatoryValue):
+            return f"{cause.full_key}: required; add {cause.full_key}=VALUE"
+        if isinstance(cause, OverrideParseException) and cause.override not in str(cause):
+            return f"{cause.override}: {' '.join(str(cause).split())}"
     texts = [str(cause) for cause in causes if cause is not None]
     if key := _unknown_setting("\n".join(texts)):
         return no_such_setting(key)
@@ -56,8 +62,9 @@ def _unknown_setting(text: str) -> str | None:
     """Return the dotted setting that OmegaConf does not know, if this is its message."""
     if not re.search(r"Key '[^']*' (is )?not in ", text):
         return None
-    named = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
-    return named[1] if named else None
+    # A mapping (`train={steps: 5}`) is overridden as a whole, and a whole group may be unknown: the longer name is complete.
+    names = re.findall(r"Could not override '([^']+)'", text) + re.findall(r"full_key: (\S+)", text)
+    return max(names, key=len, default=None)
 
 
 def _launcher_hint(text: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydra._internal.hydra import Hydra
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.cell import Cell
@@ -40,7 +41,7 @@ def is_benchmark(config: DictConfig) -> bool:
     return config.bench is not None or config.cost is not None
 
 
-def identify_cell(config: DictConfig, overrides: Sequence[str]) -> Cell:
+def identify_cell(config: DictConfig, overrides: Sequence[str] = ()) -> Cell:
     """Return the cell of a composed configuration.
 
     Args:
@@ -82,7 +83,7 @@ def expand_sweep(hydra: Hydra, overrides: Sequence[str]) -> tuple[DictConfig, li
     return sweep, expanded
 
 
-def select_row(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+def select_row(config: DictConfig, overrides: Sequence[str] = ()) -> DictConfig:
     """Return a configuration with the settings of its table row, and with those that its FLOPs budget chooses.
 
     Args:
@@ -117,24 +118,28 @@ def _apply(config: DictConfig, settings: Mapping[str, Any], overrides: Sequence[
     """Set the settings of a row or a budget in place, unless an override asks for something else."""
     for override in parse_overrides(overrides):
         for key, value in settings.items():
-            if _contradicts(override.key_or_group, config, key, value):
+            if _contradicts(override, config, key, value):
                 raise ValueError(f"{override.input_line}: {source} sets {key}={value}; leave out one of the two")
     for key, value in settings.items():
         OmegaConf.update(config, key, value)
 
 
-def _contradicts(overridden: str, config: DictConfig, key: str, value: Any) -> bool:
+def _contradicts(override: Override, config: DictConfig, key: str, value: Any) -> bool:
     """Return whether an override asks for another value of a setting.
 
     A group's option (`compressor=average`) asks for its name, and for those of its settings that it changes from their
-    defaults.
+    defaults. A mapping (`compressor={size: 1}`) asks for the settings that it names.
     """
+    overridden = override.key_or_group
     if overridden != key and not key.startswith(f"{overridden}."):
         return False
     requested = OmegaConf.select(config, key)
     if requested == value:
         return False
-    if overridden == key or key == f"{overridden}.name":
+    name = key.removeprefix(f"{overridden}.")
+    if isinstance(mapping := override.value(), dict):
+        return OmegaConf.select(OmegaConf.create(mapping), name) is not None
+    if overridden == key or name == "name":
         return True
     schema = OmegaConf.structured(OmegaConf.get_type(config, overridden))
-    return requested != OmegaConf.select(schema, key.removeprefix(f"{overridden}."))
+    return requested != OmegaConf.select(schema, name)

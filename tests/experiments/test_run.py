@@ -1,7 +1,8 @@
-"""The command line as a user meets it: what works, and how each kind of bad input ends."""
+"""The command line `python -m experiments.run`: shipped experiments and options, and one line for each wrong input."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,94 +14,214 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from experiments.config import plain, schema
-from experiments.errors import one_line
+from experiments import run
+from experiments.config.documentation import settings
+from experiments.config.plain import to_plain
+from experiments.config.schema import Config
+from experiments.errors import FULL_ERROR_VARIABLE, one_line
 from experiments.files import ASSETS
-from tests.experiments.conftest import required
+from tests.experiments.conftest import required_overrides
+from tests.experiments.sweeps.run_sweep import restored_logging
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+TABLE = ("experiment=table6_prefusion",)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "experiments.run", *arguments]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """A function that runs the command line in this process and returns exit status, standard output and error."""
+    monkeypatch.setenv(FULL_ERROR_VARIABLE, "")  # the program sets it; the test's end restores it
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def call(*arguments: str) -> tuple[object, str, str]:
+        monkeypatch.setattr(sys, "argv", ["run", *arguments])
+        status: object = 0
+        try:
+            run.main()
+        except SystemExit as ended:
+            status = ended.code
+        return status, *capsys.readouterr()
+
+    with restored_logging():
+        yield call
+
+
+@pytest.fixture
+def assert_refused(command, tmp_path):
+    """A function that asserts that a command line ends with one error line, status 1 and no record; returns the line."""
+
+    def check(arguments: list[str], message: str) -> str:
+        results = [] if any(a.startswith("results=") for a in arguments) else [f"results={tmp_path / 'results'}"]
+        status, _, error = command(*arguments, *results)
+        assert status == 1
+        *_, last = error.strip().splitlines()
+        assert last.startswith("error: ")
+        assert message in last
+        assert "Traceback" not in error
+        assert "Error executing job" not in error  # Hydra's own line
+        assert not list((tmp_path / "results").rglob("*.json"))
+        return last
+
+    return check
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_composes_and_is_typed(composed, experiment):
-    config = OmegaConf.to_object(composed(f"experiment={experiment}", *required("experiment", experiment)))
-    assert isinstance(config, schema.Config)
+def test_experiment_composes_to_typed_config(compose_config, experiment):
+    overrides = [f"experiment={experiment}", *required_overrides("experiment", experiment)]
+    config = OmegaConf.to_object(compose_config(*overrides))
+    assert isinstance(config, Config)
     assert config.name == experiment
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_every_option_composes(composed, path):
-    resolved = plain.resolved(composed(f"{path.parent.name}={path.stem}", *required(path.parent.name, path.stem)))
-    assert yaml.safe_dump(resolved)
+def test_option_composes_to_plain_config(compose_config, path):
+    group, option = path.parent.name, path.stem
+    assert yaml.safe_dump(to_plain(compose_config(f"{group}={option}", *required_overrides(group, option))))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        (["seeed=1"], "seeed"),
-        (["train.steps=many"], "many"),
-        (["model=none"], "model"),
+        (["seeed=1"], "seeed: no such setting"),
+        (["seed=1=2"], "seed=1=2: "),
+        (["seed"], "'seed'"),
+        (["train.max_steps=many"], "many"),
+        (["model=none"], "model/none"),
         (["model=checkpoint"], "model.path"),
-        (["model=checkpoint", "model.path=./no/such/folder"], "no folder './no/such/folder'"),
+        (["model=checkpoint", "model.path=./no/such/folder"], "model.path: no folder './no/such/folder'"),
         (["data=llava_json", "data.path=none.json", "data.images=."], "data.path: no file 'none.json'"),
-        (["results=/proc/results"], "results folder '/proc/results' cannot be written"),
-        (["model.dtype=int8"], "'int8' is no floating type"),
-        (["probe.block=99"], "99 layers at once in a model of 6; use 1 to 6"),
+        (["results=/proc/results"], "'/proc/results'"),
+        (["model.dtype=int8"], "model.dtype: 'int8'"),
+        (["probe.removal_block_size=99"], "probe.removal_block_size: 99 "),
     ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
-def test_bad_input_ends_with_one_line_and_writes_nothing(tmp_path, arguments, said):
-    results = [] if any(a.startswith("results=") for a in arguments) else [f"results={tmp_path / 'results'}"]
-    refused(run(*arguments, "data.test=1", *results), said)
-    assert not list((tmp_path / "results").rglob("*.json"))
-
-
-def refused(ended: subprocess.CompletedProcess[str], said: str) -> None:
-    assert ended.returncode == 1
-    *_, last = ended.stderr.strip().splitlines()
-    assert last.startswith("error: ")
-    assert said in last
-    assert "Traceback" not in ended.stderr
-    assert "Error executing job" not in ended.stderr  # Hydra's own line
-
-
-CHAT = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "this"}]
+def test_main_with_wrong_setting_ends_with_one_line_and_writes_nothing(assert_refused, arguments, message):
+    assert_refused([*arguments, "data.test_samples=1"], message)
 
 
 @pytest.mark.parametrize(
-    ("entries", "said"),
+    "arguments",
     [
-        ([{"id": "1", "image": "broken.png", "conversations": CHAT}], "broken.png cannot be read as an image"),
-        ([{"id": "1", "image": "none.png", "conversations": CHAT}], "none.png"),
-        ({"a": 1}, "expected a list of conversations"),
+        ["train.steps=5"],
+        ["+train.steps=5"],
+        ["++train.steps=5"],
+        ["-m", "train.steps=5,6"],
+        ["-m", "+train.steps=5,6"],
+        ["-m", "++train.steps=5,6"],
+        ["experiment=cost", "+train.steps=5"],
+    ],
+    ids=" ".join,
+)
+def test_main_with_renamed_setting_ends_with_old_and_new_name(assert_refused, arguments):
+    assert_refused(arguments, "error: train.steps: renamed; use train.max_steps")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (["+seeed=1"], "seeed"),
+        (["++train.foo=1"], "train.foo"),
+        (["-m", "+seeed=1,2"], "seeed"),
+        (["-m", "++train.foo=1,2"], "train.foo"),
+        (["experiment=cost", "+cost.foo=1"], "cost.foo"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_main_with_unknown_setting_added_ends_with_its_name(assert_refused, arguments, key):
+    assert_refused(arguments, f"error: {key}: no such setting")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "override", "row", "setting"),
+    [
+        ([*TABLE, "row=1", "compressor.size=4"], "compressor.size=4", "row 1 ('1 token')", "compressor.size=1"),
+        ([*TABLE, "row=1", "compressor=average"], "compressor=average", "row 1 ('1 token')", "compressor.name=query"),
+        (["-m", *TABLE, "prefusion=paper"], "prefusion=paper", "row 0 ('LLaVA')", "prefusion.layers=0"),
+        (["-m", *TABLE, "row=6", "prefusion.layers=2,3"], "prefusion.layers=3", "row 6", "prefusion.layers=2"),
+        (
+            ["experiment=table10_equal_flops", "row=1", "compressor.size=4"],
+            "compressor.size=4",
+            "FLOPs budget of table10_equal_flops",
+            "compressor.size=3",
+        ),
+    ],
+    ids=["setting", "group option", "sweep, group option", "sweep, setting", "FLOPs budget"],
+)
+def test_main_with_override_that_row_would_undo_is_refused(assert_refused, arguments, override, row, setting):
+    line = assert_refused(arguments, f"error: {override}: ")
+    assert row in line
+    assert f" sets {setting};" in line
+
+
+CONVERSATION = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "this"}]
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([{"id": "1", "image": "broken.png", "conversations": CONVERSATION}], "broken.png"),
+        ([{"id": "1", "image": "none.png", "conversations": CONVERSATION}], "none.png"),
+        ({"a": 1}, "list of conversations"),
         ([{"id": "1", "text": "hello"}], "entry 0"),
     ],
+    ids=["broken image", "no image", "no list", "no conversation"],
 )
-def test_bad_data_ends_with_one_line_and_writes_nothing(tmp_path, entries, said):
+def test_main_with_wrong_data_file_ends_with_one_line_and_writes_nothing(assert_refused, tmp_path, entries, message):
     (tmp_path / "broken.png").write_text("no image")
     (tmp_path / "data.json").write_text(json.dumps(entries))
-    data = ["data=llava_json", f"data.path={tmp_path / 'data.json'}", f"data.images={tmp_path}"]
-    refused(run(*data, f"results={tmp_path / 'results'}"), said)
-    assert not list((tmp_path / "results").rglob("*.json"))
+    assert_refused(["data=llava_json", f"data.path={tmp_path / 'data.json'}", f"data.images={tmp_path}"], message)
 
 
-def test_lost_weights_end_with_one_line(tmp_path):
+def test_main_with_checkpoint_that_lacks_weights_ends_with_one_line(assert_refused, tmp_path):
     shutil.copytree(ASSETS / "tiny", tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
-    lost = next(name for name in weights if "layers.3.mlp.up_proj" in name)
-    del weights[lost]
+    missing = next(name for name in weights if "layers.3.mlp.up_proj" in name)
+    del weights[missing]
     save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     model = ["model=checkpoint", f"model.path={tmp_path / 'model'}"]
-    refused(run(*model, "data.test=1", f"results={tmp_path / 'results'}"), "lacks 1 weights, the first is")
+    assert_refused([*model, "data.test_samples=1"], "lacks 1 weights, the first is")
 
 
-def test_one_line_keeps_what_is_wrong():
+@pytest.mark.parametrize(("value", "has_traceback"), [("", False), ("1", True)])
+def test_program_with_wrong_input_shows_traceback_only_with_hydra_full_error(value, has_traceback):
+    words = [sys.executable, "-m", "experiments.run", "seeed=1"]
+    environment = {**os.environ, FULL_ERROR_VARIABLE: value}
+    ended = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "seeed" in ended.stderr
+    assert ("Traceback" in ended.stderr) == has_traceback
+    if not has_traceback:
+        assert ended.stderr == "error: seeed: no such setting; `python -m experiments.run --help` lists all\n"
+
+
+def test_help_lists_every_setting_option_and_flag(command):
+    status, text, _ = command("--retry-failed", "--help")
+    assert status == 0
+    lines = text.splitlines()
+    for entry in settings():
+        assert any(line.startswith(f"{entry.key}={entry.default}  # {entry.help}") for line in lines), entry.key
+    assert re.search(r"^experiment: .*table6_prefusion", text, re.MULTILINE)
+    assert "--retry-failed" in text
+    assert "retry_failed: true" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("-m a=1 --retry-failed b=2", "-m retry_failed=true a=1 b=2"),
+        ("--retry-failed --cfg job a=1", "--cfg job retry_failed=true a=1"),
+        ("a=1 --cfg job --retry-failed", "retry_failed=true a=1 --cfg job"),
+        ("--retry-failed", "retry_failed=true"),
+        ("-m a=1", "-m a=1"),
+    ],
+)
+def test_with_retry_override_replaces_flag_by_override(arguments, expected):
+    assert run._with_retry_override(arguments.split()) == expected.split()
+
+
+def test_one_line_of_hydra_error_keeps_message_and_cause():
     error = HydraException("a\n  b")
     error.__cause__ = KeyError("c")
     assert one_line(error) == "a b 'c'"

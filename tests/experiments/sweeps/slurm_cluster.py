@@ -1,4 +1,4 @@
-"""A SLURM of one node in a folder of its own: munged, slurmctld and slurmd, which end with the block that starts them."""
+"""A SLURM of one node in a temporary folder: munged, slurmctld and slurmd, which end with the block that starts them."""
 
 import os
 import secrets
@@ -39,17 +39,21 @@ PartitionName=all Nodes=ALL Default=YES
 """
 
 
-def missing() -> list[str]:
-    """The commands that a cluster takes and this machine has not."""
+def missing_commands() -> list[str]:
+    """Return the commands that a cluster needs and this machine lacks."""
     return [command for command in COMMANDS if shutil.which(command, path=_PATH) is None]
 
 
 @contextmanager
 def cluster(cpus: int = 2) -> Iterator[dict[str, str]]:
-    """Gives the environment in which sbatch finds it.
+    """Run a cluster inside the block, and yield the environment variables with which sbatch finds it.
+
+    Args:
+        cpus: CPUs of its node.
 
     Raises:
-        RuntimeError: if it does not start, or does not stop its jobs, within a minute; the daemons' logs are in the message.
+        RuntimeError: If it does not start, or does not stop its jobs, within a minute. The message holds the logs of the
+            daemons.
     """
     host = socket.gethostname()
     with ExitStack() as stack:
@@ -68,24 +72,24 @@ def cluster(cpus: int = 2) -> Iterator[dict[str, str]]:
             ).lstrip()
         )
         environment = {"SLURM_CONF": str(configuration), "PATH": _PATH}
-        pid, seed, reached = (folder / f"munge.{name}" for name in ("pid", "seed", "socket"))
+        pid, seed, munge_socket = (folder / f"munge.{name}" for name in ("pid", "seed", "socket"))
         munged = ["munged", "--foreground", f"--key-file={key}", f"--pid-file={pid}", f"--seed-file={seed}"]
         start = partial(_daemon, folder=folder, environment=environment)
-        stack.enter_context(start([*munged, f"--socket={reached}"]))
-        _until(reached.is_socket, folder)
+        stack.enter_context(start([*munged, f"--socket={munge_socket}"]))
+        _wait_for(munge_socket.is_socket, folder)
         stack.enter_context(start(["slurmctld", "-D"]))
         stack.enter_context(start(["slurmd", "-D", "-N", host]))
         stack.callback(_cancel_all, folder, environment)
-        _until(lambda: _said(["sinfo", "--noheader", "--format=%t"], environment) == "idle", folder)
+        _wait_for(lambda: _output(["sinfo", "--noheader", "--format=%t"], environment) == "idle", folder)
         yield environment
 
 
 def _free_ports(count: int) -> list[int]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for opened in sockets:
-            opened.bind(("127.0.0.1", 0))
-        return [opened.getsockname()[1] for opened in sockets]
+        for unbound in sockets:
+            unbound.bind(("127.0.0.1", 0))
+        return [bound.getsockname()[1] for bound in sockets]
 
 
 @contextmanager
@@ -105,19 +109,19 @@ def _daemon(command: list[str], folder: Path, environment: dict[str, str]) -> It
 
 
 def _cancel_all(folder: Path, environment: dict[str, str]) -> None:
-    """A job outlives the daemons that started it, so none may be left when they end."""
-    _said(["scancel", f"--user={getuser()}"], environment)
-    _until(lambda: not _said(["squeue", "--noheader"], environment), folder)
+    """Cancel all jobs and wait until they end: a job outlives the daemons that started it."""
+    _output(["scancel", f"--user={getuser()}"], environment)
+    _wait_for(lambda: not _output(["squeue", "--noheader"], environment), folder)
 
 
-def _said(command: list[str], environment: dict[str, str]) -> str:
+def _output(command: list[str], environment: dict[str, str]) -> str:
     ended = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     return ended.stdout.strip()
 
 
-def _until(true: Callable[[], bool], folder: Path) -> None:
+def _wait_for(condition: Callable[[], bool], folder: Path) -> None:
     for _ in range(600):
-        if true():
+        if condition():
             return
         time.sleep(0.1)
     logs = "\n".join(f"{log.name}:\n{log.read_text()}" for log in sorted(folder.glob("*.log")))

@@ -1,4 +1,4 @@
-"""The setting that costs as much as asked, against what torch counts as each setting of a small model runs."""
+"""The most costly setting within a FLOPs budget, against the FLOPs that torch counts for each setting of a small model."""
 
 from __future__ import annotations
 
@@ -8,65 +8,68 @@ import torch
 from experiments.config.schema import Config, ReductionConfig
 from experiments.data.samples import single_questions
 from experiments.evaluation.flops import forward_cost
-from experiments.evaluation.questions import Questions
-from experiments.models.token_reduction import in_answering
-from experiments.sweeps.budget import within
+from experiments.evaluation.questions import EncodedQuestions
+from experiments.models.token_reduction import token_dropper_for_inference
+from experiments.sweeps.budget import most_costly_within
 from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
 
-# Of a model of 4 layers and 9 patches: all settings that differ, cheapest first.
-STEPS = sorted({round((kept / 9) ** (1 / stage), 12) for kept in range(9) for stage in (1, 2, 3)})
+# All different settings of a model of 4 layers and 9 patches, cheapest first.
+PYRAMID_SHARES = sorted({round((kept / 9) ** (1 / stage), 12) for kept in range(9) for stage in (1, 2, 3)})
 SETTINGS = {
     "fastv": [ReductionConfig("fastv", [1], keep=kept / 9) for kept in range(9)],
     "vtw": [ReductionConfig("vtw", [layer]) for layer in range(4)],
-    "pyramid_drop": [ReductionConfig("pyramid_drop", [1, 2, 3], keep=step) for step in STEPS],
+    "pyramid_drop": [ReductionConfig("pyramid_drop", [1, 2, 3], keep=share) for share in PYRAMID_SHARES],
 }
 
 
 @pytest.mark.parametrize("method", SETTINGS)
 @pytest.mark.parametrize("number", [0, 1, -2])
-def test_the_next_dearer_reduction_is_too_dear(deep, questions, method, number):
-    plain, least, dearer = (
-        forward_cost(deep, questions, in_answering(Config(reduction=each)))
-        for each in (ReductionConfig(), SETTINGS[method][number], SETTINGS[method][number:][1])
+def test_most_costly_within_for_reduction_takes_the_last_setting_below_the_budget(
+    deep_llava, questions, method, number
+):
+    """The budget lies halfway between the FLOPs of a setting and those of the next more costly one."""
+    full, chosen, next_one = (
+        forward_cost(deep_llava, questions, token_dropper_for_inference(Config(reduction=reduction)))
+        for reduction in (ReductionConfig(), SETTINGS[method][number], SETTINGS[method][number:][1])
     )
-    share = (least["flops"] + dearer["flops"]) / 2 / plain["flops"]
-    found = within(deep.config, method, share, plain["text_tokens"])
-    assert found.flops == pytest.approx(least["flops"], rel=0.005)
-    assert found.share == pytest.approx(least["flops"] / plain["flops"], rel=0.005)
-    given = {key.removeprefix("reduction."): value for key, value in found.settings.items()}
-    chosen, wanted = ReductionConfig(**given), SETTINGS[method][number]
-    assert (chosen.name, chosen.layers, chosen.of) == (wanted.name, wanted.layers, 0)
-    assert chosen.keep == pytest.approx(wanted.keep)
+    share = (chosen["flops"] + next_one["flops"]) / 2 / full["flops"]
+    result = most_costly_within(deep_llava.config, method, share, full["text_tokens"])
+    assert result.flops == pytest.approx(chosen["flops"], rel=0.005)
+    assert result.share == pytest.approx(chosen["flops"] / full["flops"], rel=0.005)
+    settings = {key.removeprefix("reduction."): value for key, value in result.settings.items()}
+    actual, expected = ReductionConfig(**settings), SETTINGS[method][number]
+    assert (actual.name, actual.layers, actual.reference_depth) == (expected.name, expected.layers, 0)
+    assert actual.keep == pytest.approx(expected.keep)
 
 
-def test_no_size_comes_nearer(deep, processor, questions, few):
-    plain = forward_cost(deep, questions)
-    costs = {}
+def test_most_costly_within_for_compressor_takes_the_largest_size_below_the_budget(
+    deep_llava, processor, questions, shapes_split
+):
+    full = forward_cost(deep_llava, questions)
+    shares = {}
     for size in (1, 2, 3):
         model = LlavaMiniForConditionalGeneration.from_llava(
-            deep, compressor="average", compressor_size=size, prefusion_layers=0
+            deep_llava, compressor="average", compressor_size=size, prefusion_layers=0
         )
         mini = LlavaMiniProcessor.from_llava(processor, model.config)
-        some = Questions(list(single_questions(few.samples))[:1], mini, 1, torch.device("cpu"))
-        costs[size] = forward_cost(model, some)["flops"] / plain["flops"]
+        question = EncodedQuestions(list(single_questions(shapes_split.samples))[:1], mini, 1, torch.device("cpu"))
+        shares[size] = forward_cost(model, question)["flops"] / full["flops"]
     for size in (1, 2):
-        found = within(deep.config, "average", (costs[size] + costs[size + 1]) / 2, plain["text_tokens"])
-        assert found.settings == {"compressor.name": "average", "compressor.size": size}
-        assert found.share == pytest.approx(costs[size], rel=0.005)
+        budget = (shares[size] + shares[size + 1]) / 2
+        result = most_costly_within(deep_llava.config, "average", budget, full["text_tokens"])
+        assert result.settings == {"compressor.name": "average", "compressor.size": size}
+        assert result.share == pytest.approx(shares[size], rel=0.005)
 
 
 @pytest.mark.parametrize(
-    ("method", "share", "said"),
+    ("method", "share", "message"),
     [
-        (
-            "fastv",
-            0.2,
-            r"fastv cannot get down to 20.0% of LLaVA's FLOPs: its least is \d\d.\d%, with .*reduction.keep=0",
-        ),
-        ("query", 0.01, r"query cannot get down to 1.0% .* its least is \d\d.\d%, with .*compressor.size=1"),
-        ("fastvv", 0.5, "no method 'fastvv' that fits into a budget; use fastv, vtw, pyramid_drop, average"),
+        ("fastv", 0.2, r"budget\.share: fastv .*\d\d\.\d%.*reduction\.keep=0.*20\.0%"),
+        ("query", 0.01, r"budget\.share: query .*\d\d\.\d%.*compressor\.size=1.* 1\.0%"),
+        ("fastvv", 0.5, r"budget\.method: .*'fastvv'.*fastv, vtw, pyramid_drop, average"),
     ],
+    ids=["reduction", "compressor", "unknown method"],
 )
-def test_what_cannot_be_had(deep, method, share, said):
-    with pytest.raises(ValueError, match=said):
-        within(deep.config, method, share, 20)
+def test_most_costly_within_with_unknown_method_or_too_small_budget_raises(deep_llava, method, share, message):
+    with pytest.raises(ValueError, match=message):
+        most_costly_within(deep_llava.config, method, share, 20)

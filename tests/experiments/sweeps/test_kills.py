@@ -1,4 +1,4 @@
-"""A sweep that is killed again and again, and whose records are harmed, ends with the table of one left in peace."""
+"""A sweep that is killed many times, and whose records are damaged, ends with the tables of an uninterrupted sweep."""
 
 import json
 import os
@@ -13,126 +13,143 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-TABLE = ["experiment=table6_prefusion", "row=0,1,5", "seed=0,1"]
-CELLS = [
-    *TABLE,
-    "train.steps=12",
-    "train.save_every=2",
+STEPS = 12
+SIX_CELLS = [
+    "experiment=table6_prefusion",
+    "row=0,1,5",
+    "seed=0,1",
+    f"train.max_steps={STEPS}",
+    "train.save_steps=2",
     "train.batch_size=4",
-    "data.train=60",
-    "data.test=20",
+    "data.train_samples=60",
+    "data.test_samples=20",
     "device=cpu",
 ]
 KILLS = 24
-HARMS = ("truncated", "garbled", "changed")  # what is done to a record after every fifth kill, if there is one
-LONGEST = 3.0  # seconds between a process's sign of work and its end
+DAMAGES = ("truncated", "garbled", "changed")  # one is done to a record after every fifth kill, if there is a record
+LONGEST_DELAY = 3.0  # seconds between the event that a kill waits for and the kill
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def start(results: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "experiments.run", "-m", *CELLS, f"results={results}"]
+def start_sweep(results: Path) -> subprocess.Popen[str]:
+    """Start the sweep in a process group of its own. Its output goes to a file beside the results folder."""
+    command = [sys.executable, "-m", "experiments.run", "-m", *SIX_CELLS, f"results={results}"]
     log = (results.parent / f"{results.name}.err").open("a")
     return subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log, text=True, start_new_session=True
     )
 
 
-def tables(results: Path) -> dict[str, bytes]:
-    """The report's tables, and the figures' pictures, but for the one table of times and places."""
+def report_files(results: Path) -> dict[str, bytes]:
+    """Return the report's tables and figures, without the table of provenance, which holds times."""
     command = [sys.executable, "-m", "experiments.report", "--results", str(results)]
     subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
     files = [path for path in (results / "report").rglob("*") if path.suffix in (".md", ".csv", ".tex", ".png")]
     return {str(p.relative_to(results / "report")): p.read_bytes() for p in files if p.stem != "provenance"}
 
 
-def contents(results: Path) -> dict[str, dict]:
+def records_without_times(results: Path) -> dict[str, dict]:
+    """Return the records by file name, without the parts that depend on when and where they were made."""
     records = {path.name: json.loads(path.read_text()) for path in (results / "records").glob("*.json")}
     for record in records.values():
         del record["provenance"], record["digest"], record["config"]["results"]
     return records
 
 
-def phase(results: Path) -> str:
-    """What the killed process was at."""
-    done = len(list((results / "records").glob("*.json")))
-    held = [path.name for path in (results / "locks").glob("[!.]*") if any(path.iterdir())]
-    if not held:
-        return f"between cells, {done} recorded"
-    steps = [
-        int(found[1])
-        for path in results.glob(f"work/{held[0]}/checkpoint-*")
-        if (found := re.search(r"-(\d+)$", path.name))
-    ]
+def phase_at_kill(results: Path) -> str:
+    """Return in words what the killed process was doing."""
+    recorded = len(list((results / "records").glob("*.json")))
+    locked = [path.name for path in (results / "locks").glob("[!.]*") if any(path.iterdir())]
+    if not locked:
+        return f"between cells, {recorded} recorded"
+    checkpoints = results.glob(f"work/{locked[0]}/checkpoint-*")
+    steps = [int(match[1]) for path in checkpoints if (match := re.search(r"-(\d+)$", path.name))]
     if not steps:
-        return f"building or in the first steps, {done} recorded"
-    whole = (results / "work" / held[0] / f"checkpoint-{max(steps)}" / "trainer_state.json").is_file()
-    where = "testing or writing" if max(steps) == 12 and whole else "training"
-    return f"{where}, checkpoint of step {max(steps)}{'' if whole else ' half written'}, {done} recorded"
+        return f"building or in the first steps, {recorded} recorded"
+    complete = (results / "work" / locked[0] / f"checkpoint-{max(steps)}" / "trainer_state.json").is_file()
+    activity = "testing or writing" if max(steps) == STEPS and complete else "training"
+    return f"{activity}, checkpoint of step {max(steps)}{'' if complete else ' half written'}, {recorded} recorded"
 
 
-def harm(results: Path, how: str, chance: random.Random) -> str:
-    path = chance.choice(sorted((results / "records").glob("*.json")))
-    text = path.read_bytes()
-    at = chance.randrange(1, len(text))
-    if how == "truncated":
-        path.write_bytes(text[:at])
-    elif how == "garbled":
-        path.write_bytes(text[:at] + chance.randbytes(50) + text[at + 50 :])
+def damage_a_record(results: Path, damage: str, rng: random.Random) -> str:
+    """Damage a random record in place.
+
+    Args:
+        results: The results folder.
+        damage: One of DAMAGES.
+        rng: Chooses the record and where it is damaged.
+
+    Returns:
+        The record's file name and the damage.
+    """
+    path = rng.choice(sorted((results / "records").glob("*.json")))
+    content = path.read_bytes()
+    position = rng.randrange(1, len(content))
+    if damage == "truncated":
+        path.write_bytes(content[:position])
+    elif damage == "garbled":
+        path.write_bytes(content[:position] + rng.randbytes(50) + content[position + 50 :])
     else:
-        path.write_bytes(
-            re.sub(rb'"image":"[01]+"', lambda found: found[0].translate(bytes.maketrans(b"01", b"10")), text)
-        )
-    return f"{path.name} {how}"
+        swap = bytes.maketrans(b"01", b"10")
+        path.write_bytes(re.sub(rb'"image":"[01]+"', lambda match: match[0].translate(swap), content))
+    return f"{path.name} {damage}"
 
 
-def killed(results: Path, chance: random.Random) -> str | None:
-    """Start the sweep and kill it within `LONGEST` seconds of its start, of taking up a cell or (mostly) of a checkpoint.
-    None if it ends first."""
-    process = start(results)
-    wait, begun = chance.uniform(0, LONGEST), time.monotonic()
-    sign = chance.choice([None, "locks/*/*", "work/*/*", "work/*/*", "work/*/*"])
-    if sign:
-        before = set(results.glob(sign))
-        while process.poll() is None and set(results.glob(sign)) <= before:
+def start_and_kill(results: Path, rng: random.Random) -> str | None:
+    """Start the sweep and kill it within `LONGEST_DELAY` seconds of an event.
+
+    The event is its start, a lock that it takes or, most often, a file that it writes while it trains.
+
+    Returns:
+        When it was killed and what it was doing, None if it finished first.
+    """
+    process = start_sweep(results)
+    delay, started = rng.uniform(0, LONGEST_DELAY), time.monotonic()
+    pattern = rng.choice([None, "locks/*/*", "work/*/*", "work/*/*", "work/*/*"])
+    if pattern:
+        before = set(results.glob(pattern))
+        while process.poll() is None and set(results.glob(pattern)) <= before:
             time.sleep(0.02)
     try:
-        process.wait(wait)
+        process.wait(delay)
         assert process.returncode == 0
         return None
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    return f"after {time.monotonic() - begun:5.1f} s, {phase(results)}"
+    return f"after {time.monotonic() - started:5.1f} s, {phase_at_kill(results)}"
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_a_sweep_ends_with_the_same_table(tmp_path):
-    chance = random.Random(0)
-    log, ended, round_, harms = [], [], 1, list(HARMS)
+def test_sweep_that_is_killed_many_times_ends_with_the_records_and_report_of_an_uninterrupted_one(tmp_path):
+    rng = random.Random(0)
+    log, finished, number, damages = [], [], 1, list(DAMAGES)
     while len(log) < KILLS:
-        results = tmp_path / f"killed{round_}"
-        told = killed(results, chance)
-        if told is None:
-            ended.append(results)
-            round_ += 1
+        results = tmp_path / f"killed{number}"
+        kill = start_and_kill(results, rng)
+        if kill is None:
+            finished.append(results)
+            number += 1
             continue
-        log.append(f"kill {len(log) + 1:2}, sweep {round_}: {told}")
-        if len(log) % 5 == 0 and harms and list((results / "records").glob("*.json")):
-            log[-1] += f"; then {harm(results, harms.pop(0), chance)}"
-    assert not harms
-    assert sum("checkpoint" in line for line in log) > KILLS / 3  # they hit what they should
-    if results not in ended:
-        assert start(results).wait() == 0
-        ended.append(results)
-    assert start(tmp_path / "peace").wait() == 0
-    expected, records = tables(tmp_path / "peace"), contents(tmp_path / "peace")
-    assert len(records) == 6
-    for results in ended:
-        assert contents(results) == records
-        found = tables(results)
-        assert found == expected
+        log.append(f"kill {len(log) + 1:2}, sweep {number}: {kill}")
+        if len(log) % 5 == 0 and damages and list((results / "records").glob("*.json")):
+            log[-1] += f"; then {damage_a_record(results, damages.pop(0), rng)}"
+    assert not damages
+    assert sum("checkpoint" in line for line in log) > KILLS / 3  # enough kills hit a cell that trains
+    if results not in finished:
+        assert start_sweep(results).wait() == 0
+        finished.append(results)
+    uninterrupted = tmp_path / "uninterrupted"
+    assert start_sweep(uninterrupted).wait() == 0
+    expected_report, expected_records = report_files(uninterrupted), records_without_times(uninterrupted)
+    assert len(expected_records) == 6
+    for results in finished:
+        assert records_without_times(results) == expected_records
+        report = report_files(results)
+        assert report == expected_report
         assert not [*results.glob("locks/[!.]*"), *results.glob("work/*")]
         log.append(
-            f"{results.name}: {len(found)} files of the report and {len(records)} records as in peace, byte for byte"
+            f"{results.name}: {len(report)} report files and {len(expected_records)} records equal those of the "
+            "uninterrupted sweep, byte for byte"
         )
     (tmp_path / "kills.log").write_text("\n".join(log) + "\n")
