@@ -189,8 +189,8 @@ class Prefusion(nn.Module):
                 Rotary position embedding of the language model.
             unread (`int`, *optional*, defaults to 0):
                 Number of leading visual tokens whose output is not returned. The last layer then computes only their
-                keys and values. It processes them in full, with the same result, if it or a module in it has a forward
-                hook, if it is checkpointed, or if its attention is not in SUPPORTED_ATTENTION.
+                keys and values. It processes them in full, with the same result, if one of these holds: a forward hook
+                on the layer or a module in it, checkpointing, or attention that is not in SUPPORTED_ATTENTION.
             past (`PastKeyValues`, *optional*):
                 Keys and values of earlier visual tokens: an empty list, or one that an earlier call filled. This call
                 appends those of `visual`, as new tensors in place of the old. It never appends those of `text`.
