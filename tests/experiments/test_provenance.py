@@ -1,4 +1,4 @@
-"""Which edits make a finished cell new: those that change a computation, and no others."""
+"""The code version: an edit that changes a computation changes it, and any other edit leaves it."""
 
 import ast
 import shutil
@@ -7,8 +7,8 @@ import pytest
 
 from experiments.provenance import RECORD_SOURCES, ROOT, code_version
 
-# Modules that a cell imports and that cannot change what its record holds.
-HELPERS = {"experiments/files.py", "experiments/provenance.py"}
+# Modules that a cell imports and that cannot change the values in its record.
+WITHOUT_EFFECT = {"experiments/errors.py", "experiments/files.py", "experiments/provenance.py"}
 
 
 @pytest.fixture
@@ -59,15 +59,15 @@ def test_code_version_after_a_changed_computation_differs(sources, name):
     assert code_version(sources) not in (changed, code_version())
 
 
-def test_code_version_of_an_edited_docstring_like_return_value_differs(sources):
-    """Only bare strings are left out: a string that the code uses counts."""
+def test_code_version_after_an_edited_string_value_differs(sources):
+    """Only bare strings are left out. A string that the code uses counts."""
     file = next(file for file in sources.rglob("*.py") if '= "' in file.read_text())
     file.write_text(file.read_text().replace('= "', '= "x', 1))
     assert code_version(sources) != code_version()
 
 
-def imports(file):
-    """The project's own modules that a file imports, as paths; type-only imports included."""
+def imported_files(file):
+    """Yield the files of the project's own modules that a file imports, type-only imports included."""
     package = list(file.relative_to(ROOT).parent.parts)
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -84,16 +84,16 @@ def imports(file):
                     yield path
 
 
-def test_record_sources_cover_all_that_a_cell_imports():
+def test_record_sources_cover_every_module_that_a_cell_imports():
     """Follow every import from the function that runs a cell."""
-    seen, todo = set(), [ROOT / "experiments" / "run_cell.py"]
-    while todo:
-        file = todo.pop()
-        if file not in seen:
-            seen.add(file)
-            todo += imports(file)
-    names = {
-        file.relative_to(ROOT).as_posix() for file in seen if file.name != "__init__.py" or file.stat().st_size > 200
-    }
+    visited, to_visit = set(), [ROOT / "experiments" / "run_cell.py"]
+    while to_visit:
+        file = to_visit.pop()
+        if file not in visited:
+            visited.add(file)
+            to_visit += imported_files(file)
+    # An __init__.py of a few bytes holds a docstring only.
+    with_code = [file for file in visited if file.name != "__init__.py" or file.stat().st_size > 200]
+    names = {file.relative_to(ROOT).as_posix() for file in with_code}
     covered = {name for name in names if any(name == s or name.startswith(f"{s}/") for s in RECORD_SOURCES)}
-    assert names - covered == HELPERS
+    assert names - covered == WITHOUT_EFFECT

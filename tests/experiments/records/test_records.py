@@ -1,3 +1,5 @@
+"""Records: reading files and folders of them, the schema, and old names of settings."""
+
 from __future__ import annotations
 
 import copy
@@ -61,13 +63,19 @@ def test_load_records_fills_in_settings_younger_than_a_record(
     older["config"]["train"].pop("prefusion_learning_rate", None)
     same["config"]["train"]["prefusion_learning_rate"] = None
     other["config"]["train"]["prefusion_learning_rate"] = 1e-4
-    strange = copy.deepcopy(records[0])
-    strange["id"], strange["config"]["train"] = "d" * 16, None
-    loaded = load_records(write_records([older, same, other, strange]) / "records")
-    assert [record["id"] for record in loaded.finished] == [same["id"], other["id"], strange["id"]]
+    without_train = copy.deepcopy(records[0])
+    without_train["id"], without_train["config"]["train"] = "d" * 16, None
+    loaded = load_records(write_records([older, same, other, without_train]) / "records")
+    assert [record["id"] for record in loaded.finished] == [same["id"], other["id"], without_train["id"]]
 
 
-def remove(path: str) -> Callable[[dict[str, Any]], None]:
+def without_field(path: str) -> Callable[[dict[str, Any]], None]:
+    """Return a function that removes a field of a record.
+
+    Args:
+        path: Its dotted name.
+    """
+
     def change(record: dict[str, Any]) -> None:
         *parents, last = path.split(".")
         for key in parents:
@@ -77,7 +85,14 @@ def remove(path: str) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+def with_value(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """Return a function that sets a field of a record.
+
+    Args:
+        path: Its dotted name.
+        value: The new value.
+    """
+
     def change(record: dict[str, Any]) -> None:
         *parents, last = path.split(".")
         for key in parents:
@@ -90,34 +105,37 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (put("schema", 2), "schema: .*2"),
-        (put("status", "running"), "status: .*'running'"),
-        (remove("status"), "status: .*None"),
-        (remove("config"), "config: is missing"),
-        (remove("model.layers"), "model.layers: is missing"),
-        (put("model.layers", "six"), "model.layers: .*'six'"),
-        (put("data.examples", True), "data.examples: .*True"),
-        (put("accuracy.image", "01"), "accuracy.image: .*2 outcomes for 120"),
-        (put("accuracy.blank", "x" * 120), "accuracy.blank: .*'xxx"),
-        (put("data.kinds", ["place"]), "data.kinds: .*1 entries for 120"),
-        (put("cost.flops", None), "cost.flops: .*None"),
-        (put("cost.cache_bytes", "12"), "cost.cache_bytes.*: .*'12'"),
-        (put("removal.onward", []), "removal.onward: .*\\[\\]"),
-        (put("removal.onward", [{"layers": [0], "correct": "1" * 120}]), "removal.onward: .*6 layers"),
-        (put("removal.inside", [{"layers": [9], "correct": "1" * 120}]), r"removal.inside\[0\].layers: \[9\].*6"),
-        (put("removal.inside", [{"layers": [], "correct": "1" * 120}]), r"removal.inside: .*without layers"),
-        (put("attention.mass", [[[0.1]]]), r"attention.mass: .*\(3, 6, 40\), found \(1, 1, 1\)"),
-        (put("attention.entropy", [[[1.0]], [[1.0, 2.0]]]), r"attention.entropy: .*\(3, 6, 40\)"),
-        (put("attention.entropy", [["a"]]), r"attention.entropy\[0\]\[0\]: .*'a'"),
-        (put("knockout.width", 1), "knockout.windows: .*windows of 1 of 6"),
-        (put("knockout.windows", [{"layers": [], "correct": "1" * 120}]), "knockout.windows: .*windows of 2"),
-        (put("readout.depths", []), "readout.depths: .*0 entries.*6 layers"),
-        (put("readout.samples", 5), r"readout.depths\[0\].correct: .*117 outcomes for 5"),
-        (put("lens.depths", []), "lens.depths: .*0 entries.*6 layers"),
-        (put("lens.samples", 5), r"lens.depths\[0\].correct: .*120 outcomes for 5"),
+        (with_value("schema", 2), "schema: .*2"),
+        (with_value("status", "running"), "status: .*'running'"),
+        (without_field("status"), "status: .*None"),
+        (without_field("config"), "config: is missing"),
+        (without_field("model.layers"), "model.layers: is missing"),
+        (with_value("model.layers", "six"), "model.layers: .*'six'"),
+        (with_value("data.examples", True), "data.examples: .*True"),
+        (with_value("accuracy.image", "01"), "accuracy.image: .*2 outcomes for 120"),
+        (with_value("accuracy.blank", "x" * 120), "accuracy.blank: .*'xxx"),
+        (with_value("data.kinds", ["place"]), "data.kinds: .*1 entries for 120"),
+        (with_value("cost.flops", None), "cost.flops: .*None"),
+        (with_value("cost.cache_bytes", "12"), "cost.cache_bytes.*: .*'12'"),
+        (with_value("removal.onward", []), "removal.onward: .*\\[\\]"),
+        (with_value("removal.onward", [{"layers": [0], "correct": "1" * 120}]), "removal.onward: .*6 layers"),
+        (
+            with_value("removal.inside", [{"layers": [9], "correct": "1" * 120}]),
+            r"removal.inside\[0\].layers: \[9\].*6",
+        ),
+        (with_value("removal.inside", [{"layers": [], "correct": "1" * 120}]), r"removal.inside: .*without layers"),
+        (with_value("attention.mass", [[[0.1]]]), r"attention.mass: .*\(3, 6, 40\), found \(1, 1, 1\)"),
+        (with_value("attention.entropy", [[[1.0]], [[1.0, 2.0]]]), r"attention.entropy: .*\(3, 6, 40\)"),
+        (with_value("attention.entropy", [["a"]]), r"attention.entropy\[0\]\[0\]: .*'a'"),
+        (with_value("knockout.width", 1), "knockout.windows: .*windows of 1 of 6"),
+        (with_value("knockout.windows", [{"layers": [], "correct": "1" * 120}]), "knockout.windows: .*windows of 2"),
+        (with_value("readout.depths", []), "readout.depths: .*0 entries.*6 layers"),
+        (with_value("readout.samples", 5), r"readout.depths\[0\].correct: .*117 outcomes for 5"),
+        (with_value("lens.depths", []), "lens.depths: .*0 entries.*6 layers"),
+        (with_value("lens.samples", 5), r"lens.depths\[0\].correct: .*120 outcomes for 5"),
         (lambda record: record["lens"]["depths"][2].pop("logprob"), r"lens.depths\[2\].logprob: is missing"),
-        (remove("fusion.removal.layers"), "fusion.removal.layers: is missing"),
-        (put("fusion.removal.low", None), "fusion.removal: .*no interval"),
+        (without_field("fusion.removal.layers"), "fusion.removal.layers: is missing"),
+        (with_value("fusion.removal.low", None), "fusion.removal: .*no interval"),
     ],
 )
 def test_check_record_with_a_wrong_field_names_field_and_value(
@@ -132,7 +150,7 @@ def test_check_record_with_a_wrong_field_names_field_and_value(
 
 def test_check_record_without_optional_parts_passes(probed: dict[str, Any]) -> None:
     for path in ("removal.random_inside", "attention.control", "attention.uniform_mass", "data.guess", "cost"):
-        remove(path)(probed)
+        without_field(path)(probed)
     probed["accuracy"] = {"image": probed["accuracy"]["image"]}
     probed["fusion"]["attention"] = None
     check_record(probed)
@@ -160,7 +178,7 @@ def test_read_record_with_old_settings_returns_them_under_their_new_names(
 
 
 def test_json_schema_accepts_every_committed_record() -> None:
-    """The schema in the docs is what a record is checked with, in another implementation of JSON Schema."""
+    """jsonschema checks the records with the schema in the docs, independently of pydantic."""
     schema = json.loads((ROOT / "docs" / "record.schema.json").read_text())
     validator = jsonschema.Draft202012Validator(schema)
     paths = sorted((ROOT / "results").glob("**/records/*.json"))

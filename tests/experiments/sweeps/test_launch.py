@@ -169,7 +169,7 @@ def test_run_sweep_with_unwritable_results_folder_raises_before_any_cell_runs(sw
 
 
 def test_run_sweep_with_disk_that_fills_ends_at_that_cell(sweep, tmp_path, capsys, monkeypatch):
-    def fill_disk(cell, work):
+    def fill_disk(cell, work, *_):
         work.mkdir(parents=True)
         raise RuntimeError("a checkpoint could not be written") from OSError(errno.ENOSPC, "no space")
 
