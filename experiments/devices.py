@@ -8,14 +8,29 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedModel
 
+from experiments.errors import MissingDeviceError
+
 
 def select_device(name: str) -> torch.device:
-    """Return the device of a name. "auto" is the first that exists of CUDA, MPS and CPU."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """Return the device of a name. "auto" is the first that exists of CUDA, MPS and CPU.
+
+    Raises:
+        MissingDeviceError: If the name is not one of torch's, or this machine has no such device.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise MissingDeviceError(f"device: unknown '{name}'; use auto, cpu, cuda, cuda:1 or mps") from None
+    available = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    count = available.get(device.type, 0)
+    if (device.index or 0) >= count:
+        use = "auto, cpu" + "".join(f", {kind}" for kind in ("cuda", "mps") if available[kind])
+        raise MissingDeviceError(f"device: this machine has no '{name}'; use {use}")
+    return device
 
 
 @contextlib.contextmanager

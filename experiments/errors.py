@@ -16,6 +16,11 @@ FULL_ERROR_VARIABLE = "HYDRA_FULL_ERROR"
 INPUT_ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, ImportError)
 """What wrong input raises. Anything else is a bug, and keeps its traceback."""
 
+
+class MissingDeviceError(ValueError):
+    """This machine lacks a device. That is no failure of a cell, which may run on another machine."""
+
+
 # Read at import: `experiments.run` sets the variable afterwards, so that Hydra raises instead of printing.
 full_error_requested = os.environ.get(FULL_ERROR_VARIABLE) == "1"
 

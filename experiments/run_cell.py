@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from experiments.cell import Cell
 from experiments.config.schema import Config, ScratchModel
+from experiments.data.encoding import SampleEncoder
+from experiments.data.length_limit import LengthLimit
 from experiments.data.load import TEXT_BASELINE_SAMPLES, DataSplits
 from experiments.data.samples import Sample, single_questions
 from experiments.data.shapes import require_shape_samples
@@ -31,6 +34,7 @@ from experiments.evaluation.flops import forward_cost
 from experiments.evaluation.questions import EncodedQuestions
 from experiments.models.build import build_model
 from experiments.models.feature_cache import open_feature_cache
+from experiments.models.saved_models import check_save_folder, save_model
 from experiments.models.token_reduction import (
     check_token_reduction,
     token_dropper_for_inference,
@@ -42,16 +46,18 @@ from experiments.training.trainer import ADAPTER_FOLDER, latest_complete_checkpo
 from llava_mini import LlavaMiniConfig
 
 GUESS_NOTE = f"most frequent answer to the same question text in {TEXT_BASELINE_SAMPLES} training conversations"
+CHECKED_SAMPLES = 1000  # of the training split, before training starts; later ones are checked when they are read
 BLIND_CONTROLS = {"blank": blank_images, "shuffled": shuffled_images}  # by their names in records
 log = logging.getLogger(__name__)
 
 
-def run_cell(cell: Cell, work: Path) -> dict[str, Any] | None:
-    """Run a cell: build its model, train it, evaluate it, and make its record.
+def run_cell(cell: Cell, work: Path, write_record: Callable[[dict[str, Any]], object]) -> dict[str, Any] | None:
+    """Run a cell: build its model, train it, evaluate it, write its record, and save the model.
 
     Args:
         cell: The configuration and the data.
         work: Folder of the checkpoints, from which interrupted training resumes.
+        write_record: Called with the record, before the model is saved: a failed save loses no result.
 
     Returns:
         The record. None in all processes but the main one of a distributed training.
@@ -59,8 +65,11 @@ def run_cell(cell: Cell, work: Path) -> dict[str, Any] | None:
     Raises:
         FileNotFoundError: If a file that the configuration names is missing.
         ValueError: If the configuration does not fit the model or the data.
+        SaveError: If the model cannot be saved; before anything is computed, where that can be known.
     """
     config, data = cell.config, cell.data
+    if config.save:
+        check_save_folder(Path(config.save))
     torch.set_num_threads(config.threads)
     device = select_device(config.device)
     model, processor = _build(config, data, device)
@@ -83,8 +92,9 @@ def run_cell(cell: Cell, work: Path) -> dict[str, Any] | None:
         "provenance": {"train_seconds": train_seconds, **provenance(device)},
     }
     log.info("accuracy in percent, %s split:\n%s", data.test.name, accuracy_by_question_type(record))
+    write_record(record)
     if config.save:
-        _save(model, processor, work / ADAPTER_FOLDER, Path(config.save))
+        save_model(model, processor, work / ADAPTER_FOLDER, Path(config.save), cell.id)
     return record
 
 
@@ -115,6 +125,10 @@ def _train(
             f"train.{setting}={getattr(config.train, setting)}: data '{config.data.name}' has no training split; set "
             "data.test_path, and data.path becomes the training split"
         )
+    limit = LengthLimit.for_model(model.config, config.data.max_length)
+    encoder = SampleEncoder(processor, limit)
+    encoder.check(islice(data.train.samples, CHECKED_SAMPLES))
+    encoder.check(single_questions(data.test.samples))
     started = time.monotonic()
     if isinstance(config.model, ScratchModel) and latest_complete_checkpoint(work) is None:
         scenes = require_shape_samples(data.train)
@@ -129,6 +143,7 @@ def _train(
         device,
         drop_tokens=token_dropper_for_training(config),
         features=open_feature_cache(config, model, processor, data.train),
+        limit=limit,
     )
     model.eval()
     return training_log, round(time.monotonic() - started, 1)
@@ -140,10 +155,13 @@ def _evaluate(
     """Return the parts of the record that are measured: cost, data, accuracy and one for each analysis."""
     samples = list(single_questions(data.test.samples))
     features = open_feature_cache(config, model, processor, data.test)
-    questions = EncodedQuestions(samples, processor, config.batch_size, device, features)
+    limit = LengthLimit.for_model(model.config, config.data.max_length)
+    questions = EncodedQuestions(samples, processor, config.batch_size, device, features, limit)
     # With pixels: the vision tower is part of the measured cost, and has random weights in the attention control.
     pixel_questions = config.probe.attention_questions if config.probe.attention else 1
-    questions_with_pixels = EncodedQuestions(samples[:pixel_questions], processor, config.batch_size, device)
+    questions_with_pixels = EncodedQuestions(
+        samples[:pixel_questions], processor, config.batch_size, device, limit=limit
+    )
     return {
         "cost": forward_cost(model, questions_with_pixels, token_dropper_for_inference(config)),
         "data": _data_part(config, data, samples),
@@ -181,7 +199,12 @@ def _accuracy_part(
     if config.probe.controls:
         for name, replace_images in BLIND_CONTROLS.items():
             control = EncodedQuestions(
-                replace_images(questions.samples), processor, config.batch_size, device, questions.features
+                replace_images(questions.samples),
+                processor,
+                config.batch_size,
+                device,
+                questions.features,
+                LengthLimit.for_model(model.config, config.data.max_length),
             )
             part[name] = outcome_digits(correct_answers(model, control, f"accuracy, {name} images", drop_tokens))
     return part
@@ -208,19 +231,3 @@ def _model_part(model: PreTrainedModel, config: Config, cost: dict[str, Any]) ->
         "compressor": "+".join(methods) or "none",
         "parameters": model.num_parameters(),
     }
-
-
-def _save(model: PreTrainedModel, processor: ProcessorMixin, adapter: Path, folder: Path) -> None:
-    """Save the model, its processor and a trained adapter.
-
-    They are written to a temporary folder that is then renamed, so that an existing folder is always complete.
-    """
-    temporary = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    if adapter.is_dir():
-        shutil.copytree(adapter, temporary / ADAPTER_FOLDER)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)

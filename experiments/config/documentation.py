@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
@@ -77,7 +78,7 @@ def _settings_of_field(config: type, field: dataclasses.Field[Any], prefix: str)
     shown = "???" if default == MISSING else OmegaConf.to_yaml({"value": default}).removeprefix("value: ").strip()
     if isinstance(default, list):
         shown = f"[{', '.join(map(str, default))}]"
-    name = str(annotation) if get_args(annotation) else annotation.__name__
+    name = re.sub(r"[\w.]+\.(\w+)", r"\1", str(annotation)) if get_args(annotation) else annotation.__name__
     yield Setting(prefix + field.name, name, shown, field.metadata["help"])
 
 

@@ -61,9 +61,9 @@ def from_plain(plain: dict[str, Any]) -> Config:
     for group, classes in (("model", MODELS), ("data", DATA)):
         given = set(plain.get(group, {}))
         matching = (each for each in classes.values() if given <= {field.name for field in fields(each)})
-        schema[group] = next(matching, None)
-        if schema[group] is None:
+        if (config_class := next(matching, None)) is None:
             raise ValueError(f"{group}: no {group} configuration has the settings {', '.join(sorted(given))}")
+        schema[group] = config_class
     try:
         return OmegaConf.to_object(OmegaConf.merge(schema, plain))  # type: ignore[return-value]
     except OmegaConfBaseException as error:

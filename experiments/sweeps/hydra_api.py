@@ -10,6 +10,7 @@ import argparse
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from hydra import initialize_config_module
 from hydra._internal.callbacks import Callbacks
@@ -22,7 +23,7 @@ from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, configure_log
 from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 
 def parse_command_line() -> argparse.Namespace:
@@ -48,8 +49,11 @@ def compose_sweep(hydra: Hydra, overrides: Sequence[str]) -> DictConfig:
 
 def split_jobs(hydra: Hydra, sweep: DictConfig) -> list[list[str]]:
     """Return the overrides of each job, in the order of Hydra's basic sweeper."""
-    params = [f"{key}={value}" for key, value in (sweep.hydra.sweeper.params or {}).items()]
-    parsed = OverridesParser.create(hydra.config_loader).parse_overrides([*params, *sweep.hydra.overrides.task])
+    # not resolved: `data.seed=${seed}` has another value in each job
+    given = OmegaConf.to_container(sweep.hydra.sweeper, resolve=False).get("params") or {}  # type: ignore[union-attr]
+    params = [f"{key}={value}" for key, value in given.items()]
+    task: Any = OmegaConf.to_container(sweep.hydra.overrides.task, resolve=False)
+    parsed = OverridesParser.create(hydra.config_loader).parse_overrides([*params, *task])
     (jobs,) = BasicSweeper.split_arguments(parsed, None)
     return jobs
 

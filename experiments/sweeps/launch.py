@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from hydra._internal.hydra import Hydra
 from hydra.core.utils import JobStatus
 from omegaconf import DictConfig
 
 from experiments.errors import one_line
+from experiments.models.saved_models import check_save_folder
 from experiments.records.views import failure_reason
 from experiments.sweeps.distributed import is_distributed, is_main_process
 from experiments.sweeps.hydra_api import configure_logging, launch_jobs, open_hydra
 from experiments.sweeps.plan import SweepJob, expand_sweep
+from experiments.sweeps.runner import lacks_saved_model
 from experiments.sweeps.store import CellStatus, RecordStore
 
 log = logging.getLogger(__name__)
@@ -41,12 +45,16 @@ def run_sweep(overrides: Sequence[str], task: Callable[[DictConfig], None]) -> i
         sweep, jobs = expand_sweep(hydra, overrides)
         configure_logging(sweep)
         cells = {job.cell.id: job for job in jobs if job.cell}
+        _check_save_folders(jobs)
         before = cell_statuses(jobs)
         to_run = _unfinished(jobs, before)
         if cells and to_run:
             log.info("%s: %s", count_cells(len(cells)), summarise_states([status.state for status in before.values()]))
         if to_run:
             RecordStore(sweep.results).prepare()
+        for job in jobs if is_main_process() else ():
+            if job.cell and job.table:
+                job.table.keep(job.cell.config.results)
         errors = _launch(hydra, sweep, task, to_run) if to_run else []
         if not is_main_process():
             return 0
@@ -93,6 +101,23 @@ def launcher_failure(error: Exception) -> str | None:
     return f"{message}; its log is there too, and the same command runs what is missing" if has_log else message
 
 
+def _check_save_folders(jobs: Sequence[SweepJob]) -> None:
+    """Check that no two cells save their model to the same folder, and that all folders can be written.
+
+    Raises:
+        ValueError: If two cells share a folder.
+        SaveError: If a folder cannot be written.
+    """
+    saving = {job.cell.id: job.cell.config.save for job in jobs if job.cell and job.cell.config.save}
+    for folder, cells in Counter(saving.values()).items():
+        if cells > 1:
+            raise ValueError(
+                f"save: {cells} cells would be saved to '{folder}'; give each a folder of its own, as "
+                f"'save={folder}/${{seed}}'"
+            )
+        check_save_folder(Path(folder))
+
+
 def _unfinished(jobs: Sequence[SweepJob], statuses: Mapping[str, CellStatus]) -> list[list[str]]:
     """Return the overrides of the jobs to launch.
 
@@ -104,9 +129,15 @@ def _unfinished(jobs: Sequence[SweepJob], statuses: Mapping[str, CellStatus]) ->
             to_run[str(number)] = job.overrides
             continue
         state = statuses[job.cell.id].state
-        if state == "finished":
+        unsaved = state == "finished" and lacks_saved_model(job.cell)
+        if state == "finished" and not unsaved:
             RecordStore(job.cell.config.results).clean(job.cell.id)
-        if is_distributed() or state in ("missing", "running") or (state == "failed" and job.cell.config.retry_failed):
+        if (
+            unsaved
+            or is_distributed()
+            or state in ("missing", "running")
+            or (state == "failed" and job.cell.config.retry_failed)
+        ):
             to_run.setdefault(job.cell.id, job.overrides)
     return list(to_run.values())
 

@@ -19,7 +19,7 @@ from experiments.data.load import load_data
 from experiments.errors import no_such_setting
 from experiments.provenance import code_version
 from experiments.sweeps.hydra_api import compose_job, compose_sweep, parse_overrides, split_jobs
-
+from experiments.sweeps.kept_tables import KeptTable, table_of
 
 @dataclass(frozen=True)
 class SweepJob:
@@ -29,11 +29,13 @@ class SweepJob:
         overrides: Its overrides, those of the whole sweep included.
         name: Its table row, if it has one, and what else sets it apart from the sweep's other jobs.
         cell: Its cell, None for a benchmark.
+        table: The table that its cell is a row of, if it is one.
     """
 
     overrides: list[str]
     name: str
     cell: Cell | None
+    table: KeptTable | None = None
 
 
 def is_benchmark(config: DictConfig) -> bool:
@@ -76,10 +78,11 @@ def expand_sweep(hydra: Hydra, overrides: Sequence[str]) -> tuple[DictConfig, li
     for job in jobs:
         config = compose_job(hydra, sweep, job, composed)
         cell = None if is_benchmark(config) else identify_cell(config, job)
+        table = table_of(config, job, sweep.hydra.runtime.config_sources) if cell else None
         distinct = [override for override in job if override not in shared]
         if cell and cell.row:
             distinct = [cell.row, *(override for override in distinct if not override.startswith("row="))]
-        expanded.append(SweepJob(job, ", ".join(distinct) or (cell.label if cell else config.name), cell))
+        expanded.append(SweepJob(job, ", ".join(distinct) or (cell.label if cell else config.name), cell, table))
     return sweep, expanded
 
 

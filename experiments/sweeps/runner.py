@@ -9,14 +9,16 @@ import time
 import traceback
 from contextlib import ExitStack
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from experiments.cell import Cell
-from experiments.errors import INPUT_ERRORS, one_line
+from experiments.errors import INPUT_ERRORS, MissingDeviceError, one_line
+from experiments.models.saved_models import SaveError, is_saved
 from experiments.provenance import ROOT, provenance
 from experiments.records.schema import SCHEMA
 from experiments.sweeps.distributed import broadcast_status, is_distributed, is_main_process
-from experiments.sweeps.store import CellStatus, RecordStore
+from experiments.sweeps.store import CellStatus, RecordStore, ResultsFolderError
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,8 @@ def run_if_needed(cell: Cell, record_input_errors: bool) -> CellStatus:
 
     Raises:
         ResultsFolderError: If the results folder cannot be written.
+        SaveError: If the model cannot be saved.
+        MissingDeviceError, ImportError: If this machine lacks a device or a package. Such an error is not recorded.
     """
     store = RecordStore(cell.config.results)
     with ExitStack() as held_lock:
@@ -49,26 +53,27 @@ def run_if_needed(cell: Cell, record_input_errors: bool) -> CellStatus:
         try:
             from experiments.run_cell import run_cell  # imports torch, which a finished cell does not need
 
-            record = run_cell(cell, store.work(cell.id))
+            record = run_cell(
+                cell, store.work(cell.id), lambda record: store.write(_with_times(record, started, clock))
+            )
+        except (ImportError, MissingDeviceError, SaveError, ResultsFolderError):
+            raise  # this machine lacks something, which is no result of the cell
         except Exception as error:
             if disk_full := store.disk_full_error(error):
                 raise disk_full from error
             if not is_main_process() or (isinstance(error, INPUT_ERRORS) and not record_input_errors):
                 raise
             record = _failure_record(cell, error)
+            store.write(_with_times(record, started, clock))
             if is_distributed():  # the other processes wait for this one, so all must end
-                store.write(_with_times(record, started, clock))
                 raise
-        if not is_main_process():
-            return CellStatus("running")
-        assert record  # the main process always has one
-        store.write(_with_times(record, started, clock))
-        if record["status"] == "finished":
-            store.clean(cell.id)
-        else:
             log.error("%s failed: %s", cell.label, record["error"])
             gc.collect()  # the next cell needs the failed model's memory
-        return CellStatus(record["status"], record)
+            return CellStatus("failed", record)
+        if not is_main_process():
+            return CellStatus("running")
+        store.clean(cell.id)
+        return CellStatus("finished", store.record(cell.id))
 
 
 def _claim(cell: Cell, store: RecordStore, held_lock: ExitStack) -> CellStatus | None:
@@ -89,9 +94,14 @@ def _settled_status(cell: Cell, store: RecordStore) -> CellStatus | None:
     """Return the status of a cell that needs no run, None for any other."""
     status = store.status(cell.id)
     if status.state == "finished":
-        return status
+        return None if lacks_saved_model(cell) else status
     record = status.record
     return None if record is None or cell.config.retry_failed else CellStatus("failed", record)
+
+
+def lacks_saved_model(cell: Cell) -> bool:
+    """Return whether a finished cell must run again because `save` names a folder that has not its model."""
+    return cell.config.save is not None and not is_saved(Path(cell.config.save), cell.id)
 
 
 def _failure_record(cell: Cell, error: Exception) -> dict[str, Any]:

@@ -1,9 +1,14 @@
 """Fixtures of the sweep tests."""
 
+from pathlib import Path
+
 import pytest
 
 from experiments.config.registry import register_configs
 from experiments.sweeps.hydra_api import open_hydra
+from experiments.sweeps.launch import run_sweep
+from experiments.task import run_job
+from tests.experiments.sweeps.run_sweep import TINY_CELL, restored_logging
 
 
 @pytest.fixture(scope="module")
@@ -12,3 +17,16 @@ def hydra():
     register_configs()
     with open_hydra() as opened:
         yield opened
+
+
+@pytest.fixture
+def sweep(tmp_path, capsys):
+    """A function that runs a sweep over the test's results folder and returns its exit status and its log lines."""
+    register_configs()
+
+    def run(*overrides: str, results: Path = tmp_path) -> tuple[int, list[str]]:
+        code = run_sweep([*TINY_CELL, *overrides, f"results={results}"], run_job)
+        return code, capsys.readouterr().err.strip().splitlines()
+
+    with restored_logging():
+        yield run

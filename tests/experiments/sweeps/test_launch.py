@@ -8,32 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from experiments.config.registry import register_configs
-from experiments.sweeps.launch import run_sweep
 from experiments.sweeps.runner import run_if_needed
 from experiments.sweeps.store import RecordStore, ResultsFolderError
-from experiments.task import run_job
 from tests.experiments.sweeps.run_sweep import (
     ROOT,
     TINY_CELL,
-    restored_logging,
     tiny_cell,
     write_minimal_record,
 )
 from tests.experiments.sweeps.test_locks import first_line, process_with_lock
-
-
-@pytest.fixture
-def sweep(tmp_path, capsys):
-    """A function that runs a sweep over the test's results folder and returns its exit status and its log lines."""
-    register_configs()
-
-    def run(*overrides: str, results: Path = tmp_path) -> tuple[int, list[str]]:
-        code = run_sweep([*TINY_CELL, *overrides, f"results={results}"], run_job)
-        return code, capsys.readouterr().err.strip().splitlines()
-
-    with restored_logging():
-        yield run
 
 
 @pytest.fixture

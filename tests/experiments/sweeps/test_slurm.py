@@ -39,9 +39,10 @@ def test_cell_that_slurm_preempts_resumes_from_its_checkpoint(tmp_path):
     with slurm_cluster.cluster() as environment, ThreadPoolExecutor() as pool:
         sweep = pool.submit(run_training_sweep, preempted, *cell, "hydra/launcher=slurm", **environment)
         wait_for(lambda: list(preempted.glob("work/*/checkpoint-10/trainer_state.json")))
-        command = partial(subprocess.run, env=os.environ | environment, check=True)
+        command = partial(subprocess.run, env=os.environ | environment, check=True, capture_output=True)
         command(["scancel", "--signal=USR2", f"--user={getuser()}"])
         wait_for(lambda: job_log(preempted, "out").count("Requeued job"))
+        wait_for(lambda: command(["squeue", "--noheader", "--states=PENDING"]).stdout)
         command(["scontrol", "update", "jobid=1", "starttime=now"])  # SLURM would wait two minutes
         assert sweep.result().returncode == 0
     assert "resuming from" in job_log(preempted, "err")
