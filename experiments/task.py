@@ -15,6 +15,7 @@ from experiments.config.rows import register_resolvers
 from experiments.config.schema import Config
 from experiments.errors import INPUT_ERRORS, exit_with_error, full_error_requested
 from experiments.sweeps.distributed import is_main_process
+from experiments.sweeps.kept_tables import table_of
 from experiments.sweeps.plan import identify_cell, is_benchmark, select_row
 from experiments.sweeps.runner import run_if_needed
 from experiments.sweeps.store import CellStatus, RecordStore, ResultsFolderError
@@ -39,6 +40,9 @@ def run_job(config: DictConfig) -> None:
             _run_benchmark(config, hydra.overrides.task)
         else:
             cell = identify_cell(config, hydra.overrides.task)
+            table = None if sweeping else table_of(config, hydra.overrides.task, hydra.runtime.config_sources)
+            if table and is_main_process():
+                table.keep(cell.config.results)
             status = run_if_needed(cell, record_input_errors=sweeping)
             if is_main_process() and not sweeping:
                 _report(cell, status)

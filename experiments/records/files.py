@@ -57,12 +57,10 @@ def load_records(folder: Path) -> Records:
         folder: The folder `records` of a results folder.
 
     Raises:
-        FileNotFoundError: If the folder does not exist or holds no `*.json` file.
-        ValueError: If the file of latencies is not one.
+        OSError: If the folder does not exist, cannot be read or holds no `*.json` file.
+        ValueError: If no file is a record, or the file of latencies is not one.
     """
-    paths = sorted(folder.glob("*.json"))
-    if not paths:
-        raise FileNotFoundError(f"no records in {folder}: run `python -m experiments.run` or name another folder")
+    paths = _record_paths(folder)
     latencies = load_latencies(folder.parent)
     newest: dict[str, Record] = {}
     unreadable, superseded = [], []
@@ -80,6 +78,12 @@ def load_records(folder: Path) -> Records:
             name = f"{record_label(older)} ({older['id']})"
             superseded.append(MissingEntry(name, f"replaced by the newer {record['id']}"))
         newest[key] = record
+    if not newest:
+        count = f"its {len(paths)} files" if len(paths) > 1 else "its one file"
+        raise ValueError(
+            f"no record in {folder} can be read, of {count}; {unreadable[0].name}: {unreadable[0].reason}; run "
+            "`python -m experiments.run` or name another folder"
+        )
     current = sorted(newest.values(), key=lambda record: record["id"])
     return Records(
         finished=tuple(record for record in current if record["status"] == "finished"),
@@ -124,6 +128,24 @@ def read_record(path: Path) -> Record:
         raise ValueError("changed since it was written; remove it and run its cell again")
     check_record(record)
     return record | {"config": migrate(record["config"])}
+
+
+def _record_paths(folder: Path) -> list[Path]:
+    """Return the `*.json` files of a folder, and raise an OSError in one line if there are none."""
+    advice = "run `python -m experiments.run` or name another folder"
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix == ".json")
+    except FileNotFoundError:
+        if not folder.parent.exists():
+            advice = f"there is no folder {folder.parent}; {advice}"
+        elif any(folder.parent.glob("*.json")):
+            advice = f"name the folder that holds {folder.name}/, not one inside it"
+        raise FileNotFoundError(f"no records in {folder}: {advice}") from None
+    except OSError as error:
+        raise OSError(f"records in {folder} cannot be read ({error.strerror}): {advice}") from None
+    if not paths:
+        raise FileNotFoundError(f"no records in {folder}: {advice}")
+    return paths
 
 
 def _age(record: Record) -> tuple[str, str]:

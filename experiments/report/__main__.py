@@ -10,7 +10,8 @@ from pathlib import Path
 
 from experiments.records.files import Records, load_records
 from experiments.report.build import write_report
-from experiments.report.request import parse_request
+from experiments.report.experiment_specs import load_all_specs
+from experiments.report.request import parse_request, split_results
 from experiments.report.results import Report
 
 
@@ -25,23 +26,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__)
     parser.add_argument(
-        "--results", type=Path, default=Path("results"), help="folder that holds records/ (default: %(default)s)"
+        "--results", type=Path, help="folder that holds records/ (default: results); results=FOLDER is the same"
     )
-    parser.add_argument("--out", type=Path, default=None, help="folder to write to (default: RESULTS/report)")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder to write to (default: report in the folder of results)"
+    )
     parser.add_argument(
         "request",
         nargs="*",
         metavar="KEY=VALUE",
-        help="experiment=NAME,... limits the report to these tables; other settings, such as train.steps=60, select "
-        "among their records",
+        help="results=FOLDER names the folder, as for experiments.run; experiment=NAME,... limits the report to these "
+        "tables; other settings, such as train.max_steps=60, select among their records",
     )
     arguments = parser.parse_args(argv)
-    out = arguments.out or arguments.results / "report"
     try:
-        records = load_records(arguments.results / "records")
-        request = parse_request(arguments.request)
+        results, words = split_results(arguments.request, arguments.results)
+        request = parse_request(words)
+        records = load_records(results / "records")
+        report = Report(records, request, load_all_specs(results))
         _warn_unreadable(records)
-        write_report(Report(records, request), out)
+        write_report(report, arguments.out or results / "report")
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

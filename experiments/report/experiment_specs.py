@@ -10,12 +10,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.config import rows as table_rows
 
 SPEC_FOLDER = Path(str(resources.files("conf"))) / "experiment"
+KEPT_SPECS = "experiments"
+"""Folder in a results folder that keeps the rows of tables that the project does not ship."""
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 _SCALED_SIZE = re.compile(r"^\$\{scaled:\$\{model\.grid\}, *(\d+)(?:, *(\d+))?\}$")
 
@@ -146,15 +149,33 @@ def load_specs(folder: Path = SPEC_FOLDER) -> tuple[ExperimentSpec, ...]:
     Raises:
         ValueError: if the rows of an experiment are malformed.
     """
-    specs = []
-    for path in sorted(folder.glob("*.yaml"), key=_natural_sort_key):
-        text = path.read_text(encoding="utf-8")
-        if "\nrows:" in text:
-            plain = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
-            assert isinstance(plain, dict)
-            rows = table_rows.read_rows(path.stem, plain["rows"])
-            specs.append(ExperimentSpec(path.stem, _first_comment_sentence(text) or path.stem, tuple(rows)))
-    return tuple(specs)
+    specs = map(_read_spec, sorted(folder.glob("*.yaml"), key=_natural_sort_key))
+    return tuple(spec for spec in specs if spec is not None)
+
+
+@functools.cache
+def shipped_rows(name: str) -> tuple[table_rows.TableRow, ...] | None:
+    """Return the rows of an experiment of the project, None if it has none of this name or the experiment no rows."""
+    path = SPEC_FOLDER / f"{name}.yaml"
+    spec = _read_spec(path) if path.is_file() else None
+    return None if spec is None else spec.rows
+
+
+def load_all_specs(results: Path) -> tuple[ExperimentSpec, ...]:
+    """Read the project's experiments and those that a results folder keeps, in natural order.
+
+    A run keeps the rows of a table that the project does not ship in `experiments/` of its results folder. A kept table
+    replaces the project's of the same name, because the records belong to its rows.
+
+    Args:
+        results: A results folder.
+
+    Raises:
+        ValueError: if the rows of an experiment are malformed.
+        OSError: if a file cannot be read.
+    """
+    by_name = {spec.name: spec for folder in (SPEC_FOLDER, results / KEPT_SPECS) for spec in load_specs(folder)}
+    return tuple(sorted(by_name.values(), key=lambda spec: _natural_sort_key(Path(spec.name))))
 
 
 def join_labels(labels: Sequence[str]) -> str:
@@ -167,11 +188,25 @@ def join_labels(labels: Sequence[str]) -> str:
     return " ".join([" / ".join(" ".join(w) for w in words), *ending])
 
 
+def _read_spec(path: Path) -> ExperimentSpec | None:
+    text = path.read_text(encoding="utf-8")
+    if "\nrows:" not in text:
+        return None
+    try:
+        plain = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(plain, dict) or not plain.get("rows"):
+        raise ValueError(f"{path}: holds no rows")
+    rows = table_rows.read_rows(path.stem, plain["rows"])
+    return ExperimentSpec(path.stem, first_comment_sentence(text) or path.stem, tuple(rows))
+
+
 def _natural_sort_key(path: Path) -> list[str | int]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.stem)]
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name.removesuffix(".yaml"))]
 
 
-def _first_comment_sentence(text: str) -> str:
+def first_comment_sentence(text: str) -> str:
     """Return the first sentence of the comment at the top of an experiment's file."""
     lines = text.removeprefix("# @package _global_\n").splitlines()
     end = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
@@ -14,6 +15,8 @@ from experiments.config.renamed_keys import current_name
 from experiments.records.files import Records, select_records
 from experiments.records.views import flatten_config
 from experiments.report.experiment_specs import ExperimentSpec
+
+_RESULTS = "results="
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,38 @@ class ReportRequest:
                 recorded = f"; recorded values: {', '.join(values)}" if values else ""
                 raise ValueError(f"{name}={value}: no record has this setting{recorded}")
         return select_records(records, (record for record, _ in selected)) if self.settings else records
+
+
+def split_results(words: Sequence[str], option: Path | None) -> tuple[Path, list[str]]:
+    """Take results=FOLDER out of the words of a request.
+
+    Args:
+        words: One KEY=VALUE each. The folder may be quoted, and may hold interpolations such as ${oc.env:HOME}. Of several
+            the last counts.
+        option: The value of --results, None if it was not given.
+
+    Returns:
+        The results folder ("results" by default), and the other words.
+
+    Raises:
+        ValueError: if the folder is empty or cannot be resolved, or if both ways name different ones.
+    """
+    others = [word for word in words if not word.startswith(_RESULTS)]
+    given = [word.removeprefix(_RESULTS) for word in words if word.startswith(_RESULTS)]
+    if not given:
+        return option or Path("results"), others
+    text = given[-1].strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
+    try:
+        folder = str(OmegaConf.create({"folder": text})["folder"])
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{_RESULTS}{given[-1]}: {str(error).splitlines()[0]}") from None
+    if folder in ("", "null", "None"):
+        raise ValueError(f"'{_RESULTS}{given[-1]}' names no folder; write results=FOLDER")
+    if option is not None and option != Path(folder):
+        raise ValueError(f"--results {option} and results={folder} name two folders; leave out one of them")
+    return Path(folder), others
 
 
 def parse_request(words: Sequence[str]) -> ReportRequest:

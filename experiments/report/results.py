@@ -14,7 +14,7 @@ from experiments.records.files import Records, load_records, select_records
 from experiments.records.views import Record, is_attention_experiment, parse_outcomes, record_seed
 from experiments.report import tables
 from experiments.report.experiment_results import ExperimentResults, match_results
-from experiments.report.experiment_specs import ExperimentSpec, load_specs
+from experiments.report.experiment_specs import ExperimentSpec, load_all_specs, load_specs
 from experiments.report.figure_entries import FigureEntry, figure_entries
 from experiments.report.request import ReportRequest, parse_request
 from experiments.report.run_groups import RunGroup, compare_with_baselines, group_runs
@@ -45,14 +45,17 @@ class Report:
     Args:
         records: The records of a results folder.
         request: Experiments and settings that the report covers; all by default.
+        specs: Tables that the report may show; those of conf/experiment/ by default.
 
     Raises:
         ValueError: if the request names an experiment without records, or a setting that no record has.
     """
 
-    def __init__(self, records: Records, request: ReportRequest | None = None) -> None:
+    def __init__(
+        self, records: Records, request: ReportRequest | None = None, specs: Sequence[ExperimentSpec] | None = None
+    ) -> None:
         request = request or ReportRequest((), {})
-        self.specs: tuple[ExperimentSpec, ...] = load_specs()
+        self.specs: tuple[ExperimentSpec, ...] = load_specs() if specs is None else tuple(specs)
         self.records: Records = request.select_records(records)
         groups = group_runs(self.records)
         self.experiments: dict[str, ExperimentResults] = self._match_experiments(request, groups)
@@ -242,8 +245,8 @@ def load(folder: Path | str, *request: str) -> Report:
         The report: `frame()`, `table(name)`, `latex(name)`, `figure(name)`, `claims()` and `records`.
 
     Raises:
-        FileNotFoundError: if the folder holds no records.
-        ValueError: if a word of the request is malformed or selects nothing.
+        OSError: if the folder holds no records, or cannot be read.
+        ValueError: if no record can be read, or if a word of the request is malformed or selects nothing.
 
     Example:
         >>> from experiments.report import load
@@ -251,7 +254,8 @@ def load(folder: Path | str, *request: str) -> Report:
         >>> report.headline.title
         'Shallow-layer fusion does not reproduce here'
     """
-    return Report(load_records(Path(folder) / "records"), parse_request(request))
+    records = load_records(Path(folder) / "records")
+    return Report(records, parse_request(request), load_all_specs(Path(folder)))
 
 
 def _look_up(kind: str, name: str, known: dict):

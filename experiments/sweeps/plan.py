@@ -21,6 +21,7 @@ from experiments.provenance import code_version
 from experiments.sweeps.hydra_api import compose_job, compose_sweep, parse_overrides, split_jobs
 from experiments.sweeps.kept_tables import KeptTable, table_of
 
+
 @dataclass(frozen=True)
 class SweepJob:
     """One run of a sweep.

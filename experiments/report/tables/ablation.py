@@ -18,9 +18,21 @@ from experiments.report.formatting import (
 )
 from experiments.report.run_groups import RunGroup
 from experiments.report.statistics import accuracy_interval
-from experiments.report.tables.table import LATENCY_COLUMN, Table, group_name, interval_columns, shorten_reason
+from experiments.report.tables.table import (
+    LATENCY_COLUMN,
+    Table,
+    data_frame,
+    group_name,
+    interval_columns,
+    shorten_reason,
+)
 
 _AFTER_ACCURACY = ("n", "Seeds", "Difference", "p", "FLOPs", LATENCY_COLUMN, "Parameters")
+_COLUMNS = (
+    *("model", "visual_tokens", "prefusion_layers", "compressor", "settings"),
+    *("accuracy", "accuracy_low", "accuracy_high", "examples", "seeds"),
+    *("difference", "difference_low", "difference_high", "p_holm", "flops", "cache_bytes", "parameters", "status"),
+)
 
 
 def ablation_table(groups: Sequence[RunGroup]) -> Table:
@@ -82,14 +94,14 @@ def ablation_table(groups: Sequence[RunGroup]) -> Table:
     for numbers, cells in _control_rows(groups):
         data.append({**numbers, "status": "control"})
         text.append(cells)
-    data_frame, text_frame = pd.DataFrame(data), pd.DataFrame(text)
+    numbers_frame, text_frame = data_frame(data, _COLUMNS), pd.DataFrame(text)
     if len(text_frame) and (text_frame["Settings"] == NONE).all():
         text_frame = text_frame.drop(columns="Settings")
     timed = [group for group in groups if group.latency > 0]
     if not timed:
-        data_frame, text_frame = (
+        numbers_frame, text_frame = (
             frame.drop(columns=[LATENCY_COLUMN, "latency_seconds"], errors="ignore")
-            for frame in (data_frame, text_frame)
+            for frame in (numbers_frame, text_frame)
         )
     conventions = sorted(
         {r["cost"].get("convention") or "unstated" for g in groups for r in g.finished if r.get("cost")}
@@ -108,7 +120,7 @@ def ablation_table(groups: Sequence[RunGroup]) -> Table:
     )
     numeric = ("Tokens", "Pre-fusion", "Accuracy (%)", *_AFTER_ACCURACY)
     caption = "Ablation: accuracy and cost of every configuration."
-    return Table("ablation", caption, data_frame, text_frame, numeric, notes)
+    return Table("ablation", caption, numbers_frame, text_frame, numeric, notes)
 
 
 def _seed_count(group: RunGroup) -> str:

@@ -9,9 +9,13 @@ import pandas as pd
 from experiments.records.views import Record, parse_outcomes, record_label
 from experiments.report.formatting import format_interval, format_p_value
 from experiments.report.statistics import accuracy_interval, difference_interval, holm, paired_test
-from experiments.report.tables.table import Table, interval_columns
+from experiments.report.tables.table import Table, data_frame, interval_columns
 
 _CONTROLS = {"blank": "grey image", "shuffled": "another question\u2019s image", "guess": "text-only guess"}
+_COLUMNS = (
+    *("model", "control", "examples", "picture", "picture_low", "picture_high"),
+    *("without", "without_low", "without_high", "difference", "difference_low", "difference_high", "p_holm"),
+)
 
 
 def blind_controls_table(probed: Sequence[Record]) -> Table:
@@ -57,4 +61,4 @@ def blind_controls_table(probed: Sequence[Record]) -> Table:
     text_frame = pd.DataFrame(text, columns=columns)
     numeric = tuple(column for column in columns if column not in ("Model", "Control"))
     caption = "Blind controls: does the model use the image?"
-    return Table("sight", caption, pd.DataFrame(data), text_frame, numeric, notes)
+    return Table("sight", caption, data_frame(data, _COLUMNS), text_frame, numeric, notes)

@@ -8,8 +8,11 @@ import pandas as pd
 
 from experiments.records.views import Record, failure_reason, record_label, record_seed
 from experiments.report.formatting import NONE
-from experiments.report.tables.table import Table, format_optional, shorten_reason
+from experiments.report.tables.table import Table, data_frame, format_optional, shorten_reason
 from experiments.report.verdict import Verdict, depth_text, reported_curves
+
+_LABELS = ("model", "seed", "kind", "verdict")
+_DEPTH_KEYS = ("depth", "low", "high", "layers", "threshold", "samples")
 
 
 def fusion_depth_table(verdicts: Sequence[Verdict], failed: Sequence[Record]) -> Table:
@@ -29,8 +32,7 @@ def fusion_depth_table(verdicts: Sequence[Verdict], failed: Sequence[Record]) ->
                 reasons.append(f"{record_label(record)}, {curve}: {depth_text(record, curve)}.")
             depth = depth or {}
             row = {"model": record["name"], "seed": record_seed(record), "kind": curve, "verdict": verdict.answer}
-            keys = ("depth", "low", "high", "layers", "threshold", "samples")
-            data.append({**row, **{key: depth.get(key) for key in keys}})
+            data.append({**row, **{key: depth.get(key) for key in _DEPTH_KEYS}})
             text.append(
                 {
                     "Model": record["name"],
@@ -69,4 +71,4 @@ def fusion_depth_table(verdicts: Sequence[Verdict], failed: Sequence[Record]) ->
     columns = ["Model", "Seed", "Measured by", "Fusion depth", "95% CI", "Threshold", "n", "Verdict"]
     text_frame = pd.DataFrame(text, columns=columns)
     caption = "Fusion depth of every probed model."
-    return Table("fusion_depth", caption, pd.DataFrame(data), text_frame, ("Seed", "n"), notes)
+    return Table("fusion_depth", caption, data_frame(data, (*_LABELS, *_DEPTH_KEYS)), text_frame, ("Seed", "n"), notes)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pandas as pd
-
 from experiments.records.files import Records
 from experiments.records.views import record_seed
 from experiments.report.formatting import NONE
-from experiments.report.tables.table import Table
+from experiments.report.tables.table import Table, data_frame
 
 
 def provenance_table(records: Records) -> Table:
@@ -19,7 +17,7 @@ def provenance_table(records: Records) -> Table:
         row = {"record": record["id"], "name": record["name"], "seed": record_seed(record), "status": record["status"]}
         fingerprint = (record.get("data") or {}).get("fingerprint")
         data.append({**row, "data": fingerprint, **{key: provenance.get(key) for key in keys}})
-    frame = pd.DataFrame(data)
+    frame = data_frame(data, ("record", "name", "seed", "status", "data", *keys))
     text = frame.astype(object).where(frame.notna(), NONE).astype(str)
     for key in ("commit", "code", "data"):
         text[key] = text[key].str[:8] if len(text) else text[key]

@@ -12,7 +12,7 @@ from experiments.records.views import Record, parse_outcomes, record_label
 from experiments.report.formatting import NONE, format_interval
 from experiments.report.run_groups import RunGroup
 from experiments.report.statistics import accuracy_interval
-from experiments.report.tables.table import Table, group_name, interval_columns
+from experiments.report.tables.table import Table, data_frame, group_name, interval_columns
 
 _REMOVAL_COLUMNS = {
     "whole": "Vision in all layers",
@@ -20,6 +20,12 @@ _REMOVAL_COLUMNS = {
     "never": "Vision hidden in all layers",
 }
 """Column of the text by the CSV's column: accuracy with visual tokens removed from some layers."""
+
+_ACCURACY_COLUMNS = ("model", "input", "seeds", "all", "all_low", "all_high", "all_n")
+_REMOVAL_DATA_COLUMNS = (
+    *("model", "kind", "examples", "whole", "whole_low", "whole_high", "never", "never_low", "never_high"),
+    *("first", "first_low", "first_high", "depth", "low", "high", "layers"),
+)
 
 
 def question_type_table(groups: Sequence[RunGroup], probed: Sequence[Record]) -> Table:
@@ -60,7 +66,7 @@ def question_type_table(groups: Sequence[RunGroup], probed: Sequence[Record]) ->
     counts = {tuple((name, list(types).count(name)) for name in names) for *_, types, _ in rows}
     notes = tuple("Examples: " + ", ".join(f"{name} {n}" for name, n in count) + "." for count in sorted(counts))
     caption = "Accuracy (%) by question type, with 95% bootstrap intervals over examples and seeds."
-    return Table("accuracy_by_kind", caption, pd.DataFrame(data), pd.DataFrame(texts), numeric, notes)
+    return Table("accuracy_by_kind", caption, data_frame(data, _ACCURACY_COLUMNS), pd.DataFrame(texts), numeric, notes)
 
 
 def removal_by_question_type_table(probed: Sequence[Record]) -> Table:
@@ -108,4 +114,4 @@ def removal_by_question_type_table(probed: Sequence[Record]) -> Table:
     numeric = ("n", *_REMOVAL_COLUMNS.values(), "Fusion depth")
     text_frame = pd.DataFrame(text, columns=columns)
     caption = "Accuracy by question type with visual tokens removed."
-    return Table("removal_by_kind", caption, pd.DataFrame(data), text_frame, numeric, notes)
+    return Table("removal_by_kind", caption, data_frame(data, _REMOVAL_DATA_COLUMNS), text_frame, numeric, notes)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -82,6 +84,16 @@ def group_name(group: RunGroup) -> str:
         tokens = "token" if group.visual_tokens == 1 else "tokens"
         name = f"{group.label}, {group.compressor}, {group.visual_tokens} {tokens}, {group.prefusion_layers} pre-fusion"
     return f"{name}, {group.settings}" if group.settings else name
+
+
+def data_frame(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+    """Return rows of plain numbers as a DataFrame.
+
+    Args:
+        rows: The rows.
+        columns: The columns that a table without rows has, so that its CSV keeps a header.
+    """
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=list(columns))
 
 
 def interval_columns(name: str, interval: Interval | None) -> dict[str, float | None]:

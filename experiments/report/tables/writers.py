@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
+from experiments.report.tables.latex import escape, latex
 from experiments.report.tables.table import Table
 
-_LATEX_ESCAPES = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "\u2212": r"$-$",
-    "\u2192": r"$\to$",
-    "\u00d7": r"$\times$",
-}
+__all__ = ["csv", "escape", "latex", "markdown", "markdown_table"]
 
 
 def markdown(table: Table) -> str:
     """Return a table as GitHub-flavoured Markdown: caption, table, notes."""
-    rows = _format_cells(table, _markdown_cell, "**{}**")
+    rows = _format_cells(table)
     lines = markdown_table(list(table.text.columns), rows, table.numeric)
     return "\n".join([f"**{table.caption}**", "", lines, *(f"\n{note}" for note in table.notes)]) + "\n"
 
@@ -46,53 +29,17 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right_
     return "\n".join(f"| {' | '.join(row)} |" for row in (columns, rule, *rows))
 
 
-def latex(table: Table) -> str:
-    r"""Return a table as a LaTeX `table` environment with booktabs rules, ready for \input.
-
-    It needs the packages booktabs and graphicx; the latter shrinks a table that is wider than the line.
-    """
-    columns = "".join("r" if column in table.numeric else "l" for column in table.text.columns)
-    rows = _format_cells(table, escape, r"\textbf{{{}}}")
-    return "\n".join(
-        [
-            r"\begin{table}",
-            r"\centering",
-            r"\footnotesize",
-            r"\setlength{\tabcolsep}{4pt}",
-            rf"\caption{{{escape(table.caption)}}}",
-            rf"\label{{tab:{table.name.replace('_', '-')}}}",
-            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
-            rf"\begin{{tabular}}{{{columns}}}",
-            r"\toprule",
-            " & ".join(escape(column) for column in table.text.columns) + r" \\",
-            r"\midrule",
-            # LaTeX would read a "[" at the start of a row as the optional length of the preceding \\.
-            *(("{}" if row[0].startswith("[") else "") + " & ".join(row) + r" \\" for row in rows),
-            r"\bottomrule",
-            r"\end{tabular}}",
-            *(rf"\par\smallskip\raggedright {escape(note)}" for note in table.notes),
-            r"\end{table}",
-            "",
-        ]
-    )
-
-
 def csv(table: Table) -> str:
     """Return a table's plain numbers as CSV: fractions with six significant digits, empty if undefined."""
     return table.data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
 
 
-def escape(text: str) -> str:
-    """Escape every character that is special in LaTeX."""
-    return re.sub("|".join(map(re.escape, _LATEX_ESCAPES)), lambda match: _LATEX_ESCAPES[match.group()], text)
-
-
-def _format_cells(table: Table, write: Callable[[str], str], bold: str) -> list[list[str]]:
+def _format_cells(table: Table) -> list[list[str]]:
     columns = list(table.text.columns)
     rows = enumerate(table.text.itertuples(index=False, name=None))
     return [
         [
-            bold.format(write(cell)) if (i, column) in table.bold else write(cell)
+            f"**{_markdown_cell(cell)}**" if (i, column) in table.bold else _markdown_cell(cell)
             for column, cell in zip(columns, row, strict=True)
         ]
         for i, row in rows

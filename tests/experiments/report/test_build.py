@@ -227,7 +227,7 @@ def test_experiment_table_removes_its_groups_from_the_ablation(
     tables = results / "report" / "tables"
     assert (tables / "ablation.md").read_text() == (GOLDEN / "ablation.md").read_text()
     assert "| 16 tokens | query | 0 | 4 |" in (tables / "table6_prefusion.md").read_text()
-    assert (tables / "table6_prefusion_orderings.tex").read_text().startswith(r"\begin{table}")
+    assert (tables / "table6_prefusion_orderings.tex").read_text().startswith(r"\begin{table*}")
     assert not (tables / "table8_compression.md").exists()
     page = read(results)
     assert "Table 6: " in page.text
