@@ -6,16 +6,23 @@ Without --query the program reads one question a line from the standard input an
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer, logging
 
 import llava_mini  # noqa: F401 (registers the Auto classes)
 
+from .chat_messages import check_text
+from .checkpoint_files import MODEL_FILES, PROCESSOR_FILES, check_json_files
 from .encoded_images import Pictures
+from .images import to_rgb
+from .video import Video
 
 ENCODED_IMAGES_BYTES = 2**31  # memory limit of the encoded images that are reused from turn to turn
 
@@ -27,7 +34,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("model", help="a folder or a name on the model hub")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="may be given several times")
-    parser.add_argument("--video", action="append", default=[], metavar="FILE", help="may be given several times")
+    parser.add_argument(
+        "--video",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a video, an animated image or a folder of frames; may be given several times",
+    )
     parser.add_argument("--query", help="answer this question and exit; without it, chat until end of input (Ctrl-D)")
     parser.add_argument("--fps", type=float, help="frames a second sampled from a video (default: 1)")
     parser.add_argument("--num-frames", type=int, help="frames sampled from a video, instead of --fps")
@@ -58,8 +71,6 @@ def generate_answer(
         return_dict=True,
         return_tensors="pt",
         add_generation_prompt=True,
-        fps=options.fps,
-        num_frames=options.num_frames,
         stream=True,  # decode video frames one at a time while the model encodes them
     ).to(model.device)
     # A single query has no later turn. A compressor that reads the question must encode the images with every question.
@@ -75,22 +86,53 @@ def generate_answer(
     return processor.decode(output_ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True), pictures
 
 
+def check_options(options: argparse.Namespace) -> None:
+    """Check the parsed command line before anything is loaded.
+
+    Raises:
+        ValueError: If an option is out of range, has no effect or contradicts another.
+    """
+    if options.fps is not None and options.num_frames is not None:
+        raise ValueError(
+            f"--fps {options.fps:g} and --num-frames {options.num_frames} both set how many frames a video gives: "
+            "give one of them"
+        )
+    for name, value in (("--fps", options.fps), ("--num-frames", options.num_frames)):
+        if value is not None and not options.video:
+            raise ValueError(f"{name} {value:g} has no effect without --video")
+    if options.fps is not None and not 0 < options.fps < math.inf:
+        raise ValueError(f"--fps must be a positive number; got {options.fps:g}")
+    for name, value in (("--num-frames", options.num_frames), ("--max-new-tokens", options.max_new_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
+    if options.query is not None:
+        check_text(options.query, "--query")
+
+
 def run_chat(options: argparse.Namespace) -> None:
     """Load the model, then answer the query or every question of the standard input.
 
     Raises:
-        ValueError: If --dtype names no dtype, or an image, a video or the model cannot be read.
+        ValueError: If an option is wrong, or an image, a video or the model cannot be read.
         OSError: If a file or the model does not exist.
         ImportError: If a video is given and PyAV is not installed.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    check_options(options)
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype, None)
     if not (dtype == "auto" or isinstance(dtype, torch.dtype)):
         raise ValueError(f"--dtype: no dtype '{options.dtype}'; use auto, bfloat16, float16 or float32")
+    # Read the images and videos once before the model, which takes minutes to load.
+    for path in options.image:
+        to_rgb(path)
+    videos = [Video(path, fps=options.fps, frames=options.num_frames) for path in options.video]
+    # The Auto classes read these files before our classes can check them.
+    check_json_files(Path(options.model), MODEL_FILES + PROCESSOR_FILES)
     processor = AutoProcessor.from_pretrained(options.model)
     model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=dtype).to(options.device).eval()
-    visual_parts = [{"type": kind, kind: path} for kind in ("image", "video") for path in getattr(options, kind)]
+    visual_parts: list[dict[str, Any]] = [{"type": "image", "image": path} for path in options.image]
+    visual_parts += [{"type": "video", "video": video} for video in videos]
     chat: list[dict[str, Any]] = []
     pictures = None
     for query in [options.query] if options.query is not None else _read_queries():
@@ -114,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_arguments(argv)
     try:
         run_chat(options)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, TemplateError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

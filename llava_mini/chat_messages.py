@@ -34,11 +34,62 @@ def part_source(part: dict[str, Any]) -> Any:
     )
 
 
-def load_part_image(part: dict[str, Any]) -> Any:
-    """Return the image of a message part. Addresses and base64 are loaded here, as transformers does; paths are not."""
+def load_part_image(part: dict[str, Any], ignore_orientation: bool) -> Any:
+    """Return the image of a message part. Addresses and base64 are loaded here, as transformers does; paths are not.
+
+    Raises:
+        ValueError: If `ignore_orientation` is set for an address or base64, which transformers turns upright.
+    """
     source = part_source(part)
     is_remote = isinstance(source, str) and source.startswith(("http://", "https://", "data:image/"))
-    return load_image(source) if is_remote or "base64" in part else source
+    if not (is_remote or "base64" in part):
+        return source
+    if ignore_orientation:
+        raise ValueError(
+            f"ignore_orientation=True needs images as files or PIL images, because transformers turns others upright; "
+            f"got {source[:40]!r}"
+        )
+    return load_image(source)
+
+
+def check_text(text: Any, where: str) -> None:
+    """Check that a text can be tokenized.
+
+    A surrogate is half of a character. Strings have lone ones after a faulty decoding, for example of bytes that are not
+    UTF-8 on the command line.
+
+    Args:
+        text: The text. Other values than strings are not checked.
+        where: What the text is, for the error.
+
+    Raises:
+        ValueError: If the text has a surrogate.
+    """
+    try:
+        str(text).encode()
+    except UnicodeEncodeError as error:
+        character = ord(str(text)[error.start])
+        raise ValueError(
+            f"{where} has the surrogate U+{character:04X} at character {error.start} (counted from 0), which is no text: "
+            "decode it from valid UTF-8, or remove it"
+        ) from error
+
+
+def check_message_texts(chats: list[list[dict[str, Any]]]) -> None:
+    """Check the texts of all messages.
+
+    Raises:
+        ValueError: As [`check_text`]. It names the message, and the part if its content is a list.
+    """
+    for row, chat in enumerate(chats):
+        for index, message in enumerate(chat):
+            where = f"message {index}" + (f" of chat {row}" if len(chats) > 1 else "")
+            if isinstance(message.get("content"), list):
+                for i, part in enumerate(message["content"]):
+                    if isinstance(part, dict) and isinstance(part.get("text"), str):
+                        check_text(part["text"], f"{where}, part {i},")
+            elif isinstance(message.get("content"), str):
+                check_text(message["content"], where)
 
 
 def find_answer_spans(chat: list[dict[str, Any]], text: str, render: Callable[..., str]) -> CharacterSpans:
@@ -76,4 +127,13 @@ def shift_spans(spans: CharacterSpans, insertions: list[tuple[int, int]]) -> Cha
     return [(shift(start), shift(end)) for start, end in spans]
 
 
-__all__ = ["CharacterSpans", "find_answer_spans", "load_part_image", "message_parts", "part_source", "shift_spans"]
+__all__ = [
+    "CharacterSpans",
+    "check_message_texts",
+    "check_text",
+    "find_answer_spans",
+    "load_part_image",
+    "message_parts",
+    "part_source",
+    "shift_spans",
+]

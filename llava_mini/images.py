@@ -6,24 +6,29 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 # Exceptions that Pillow's readers raise on damaged files.
 IMAGE_READ_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
 
 
-def to_rgb(image: Image.Image | str | os.PathLike[str]) -> Image.Image:
-    """Convert an image, or the image file at a path, to RGB.
+def to_rgb(image: Image.Image | str | os.PathLike[str], ignore_orientation: bool = False) -> Image.Image:
+    """Convert an image, or the image file at a path, to RGB, and turn it upright.
 
     Transparent pixels are composited on white. 16-bit grey is scaled to 8 bits. The modes I and F do not define white:
     it is the smallest of 1 (F only), 255 and 65535 that no pixel exceeds. An image file with several frames gives its
-    current frame, the first unless the caller moved on. As in the official code, the EXIF orientation is ignored.
+    current frame, the first unless the caller moved on.
+
+    Cameras store how an image must be turned or mirrored in its EXIF or XMP data. The returned image has no such entry,
+    so a second call does not turn it again.
 
     Args:
         image: A PIL image or the path of an image file.
+        ignore_orientation: Whether to return the pixels as they are stored, as the official code does. Pillow itself
+            turns TIFF files, also in the official code.
 
     Returns:
-        The image in mode RGB, of the same size.
+        The image in mode RGB. Its size is that of the image, with width and height exchanged after a quarter turn.
 
     Raises:
         TypeError: If `image` is neither a PIL image nor a path.
@@ -45,19 +50,24 @@ def to_rgb(image: Image.Image | str | os.PathLike[str]) -> Image.Image:
         except IMAGE_READ_ERRORS as error:
             raise ValueError(f"{path} cannot be read as an image: {error}") from error
         with opened:
-            return to_rgb(opened)
+            return to_rgb(opened, ignore_orientation)
     if not isinstance(image, Image.Image):
         raise TypeError(f"expected a PIL image or the path of one; got {type(image).__name__}")
     name = getattr(image, "filename", "") or "image"
     if 0 in image.size:
         raise ValueError(f"{name} has no pixels: its size is {image.width} x {image.height}")
     try:
+        image.load()  # some formats store the orientation behind the pixels
+        if not ignore_orientation and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             image = to_grey(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        converted = image.convert("RGB")
+        converted.info = {}  # holds the orientation, which is settled now
+        return converted
     except IMAGE_READ_ERRORS as error:
         raise ValueError(f"{name} (mode {image.mode}) cannot be converted to RGB: {error}") from error
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, LlavaPreTrainedModel
 
+from .checkpoint_files import MODEL_FILES, name_damaged_file
 from .compressors import COMPRESSORS, Compressor
 from .compressors.attention import MultiHeadAttention
 from .configuration import COPYING_INITS, LlavaMiniConfig
@@ -63,7 +64,8 @@ class LlavaMiniPreTrainedModel(LlavaPreTrainedModel):
                 Whether to return a dictionary with missing, unexpected and mismatched keys as well.
 
         Raises:
-            ValueError: If the checkpoint lacks weights of the vision tower, the projector or the language model.
+            ValueError: If the checkpoint lacks weights of the vision tower, the projector or the language model, or one
+                of its files is damaged.
 
         Example:
             >>> mini.save_pretrained("mini")
@@ -75,9 +77,9 @@ class LlavaMiniPreTrainedModel(LlavaPreTrainedModel):
             kwargs["quantization_config"] = quantization = copy.copy(quantization)
             unquantised = ["model.compressor", "model.prefusion", "model.multi_modal_projector", "lm_head"]
             quantization.llm_int8_skip_modules = unquantised
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
+        name, subfolder = pretrained_model_name_or_path, kwargs.get("subfolder") or ""
+        with name_damaged_file(name, MODEL_FILES, subfolder):
+            loaded: Any = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
         model, info = loaded
         missing = sorted(key for key in info["missing_keys"] if not NEW_MODULE_NAMES.search(key))
         if missing:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,16 +14,21 @@ from transformers.processing_utils import MultiModalData
 
 from .chat_messages import (
     CharacterSpans,
+    check_message_texts,
+    check_text,
     find_answer_spans,
     load_part_image,
     message_parts,
     part_source,
     shift_spans,
 )
+from .checkpoint_files import PROCESSOR_FILES, name_damaged_file
 from .configuration import LlavaMiniConfig
 from .images import pad_to_square, to_rgb
+from .older_processors import complete_from_checkpoint, complete_from_config
 from .tiles import cut_into_tiles
 from .video import Video
+from .visual_inputs import FrameStream, VisualInput, as_video, flatten
 
 VIDEO_TOKEN = "<video>"  # replaced by image tokens, so it need not be in the vocabulary
 
@@ -44,6 +47,9 @@ class LlavaMiniProcessor(LlavaProcessor):
         fuse_answers (`bool`, *optional*, defaults to `False`):
             Whether pre-fusion fuses the assistant's earlier turns, as in the released code. Training never fuses
             answers, so by default `apply_chat_template` marks them in `answer_mask`.
+        ignore_orientation (`bool`, *optional*, defaults to `False`):
+            Whether images keep the pixels as stored, as in the released code. Otherwise they are turned upright by
+            their EXIF orientation, as in transformers. Videos are turned upright in either case, as in both.
         keep_patches (`bool`, *optional*, defaults to `False`):
             Whether a frame has one placeholder for each patch ahead of those for its compressed tokens.
         image_processor, tokenizer, patch_size, vision_feature_select_strategy, chat_template, image_token,
@@ -74,6 +80,7 @@ class LlavaMiniProcessor(LlavaProcessor):
         pad_to_square: bool = False,
         fuse_answers: bool = False,
         keep_patches: bool = False,
+        ignore_orientation: bool = False,
         **kwargs: Any,
     ):
         self.num_visual_tokens = num_visual_tokens
@@ -81,6 +88,7 @@ class LlavaMiniProcessor(LlavaProcessor):
         self.pad_to_square = pad_to_square
         self.fuse_answers = fuse_answers
         self.keep_patches = keep_patches
+        self.ignore_orientation = ignore_orientation
         super().__init__(
             image_processor=image_processor,
             tokenizer=tokenizer,
@@ -102,13 +110,13 @@ class LlavaMiniProcessor(LlavaProcessor):
             config ([`LlavaMiniConfig`]):
                 Configuration of the LLaVA-Mini.
             fields:
-                `tiles`, `pad_to_square` and `fuse_answers`.
+                `tiles`, `pad_to_square`, `fuse_answers` and `ignore_orientation`.
 
         Example:
             >>> LlavaMiniProcessor.from_llava(processor, mini.config, tiles=2).num_visual_tokens
             1
         """
-        return cls(
+        mini = cls(
             image_processor=processor.image_processor,
             tokenizer=processor.tokenizer,
             patch_size=processor.patch_size,
@@ -120,6 +128,30 @@ class LlavaMiniProcessor(LlavaProcessor):
             keep_patches=config.keep_patches,
             **fields,
         )
+        complete_from_config(mini, config)
+        return mini
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load a processor, as in transformers.
+
+        Processors that older versions of transformers saved lack `patch_size`, `vision_feature_select_strategy` and
+        `num_additional_image_tokens`. These are then read from the checkpoint's config.json.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                A folder, or a name on the model hub.
+            kwargs:
+                As in [`ProcessorMixin.from_pretrained`].
+
+        Raises:
+            ValueError: If a file of the checkpoint is damaged.
+        """
+        name, subfolder = pretrained_model_name_or_path, kwargs.get("subfolder") or ""
+        with name_damaged_file(name, PROCESSOR_FILES, subfolder):
+            loaded = super().from_pretrained(name, **kwargs)
+        complete_from_checkpoint(loaded[0] if isinstance(loaded, tuple) else loaded, name, kwargs)
+        return loaded
 
     def __call__(
         self,
@@ -161,12 +193,14 @@ class LlavaMiniProcessor(LlavaProcessor):
 
         Raises:
             FileNotFoundError: If the file of an image or a video does not exist.
-            ValueError: If an image or a video cannot be read, or the text has another number of `<image>` or `<video>`
-                tokens.
+            ValueError: If an image or a video cannot be read, the text has another number of `<image>` or `<video>`
+                tokens or a surrogate, or `fps` or `num_frames` is given for a [`Video`].
         """
         rows = [text] if isinstance(text, str) else list(text or [])
+        for i, row in enumerate(rows):
+            check_text(row, f"row {i} of the text" if len(rows) > 1 else "the text")
         visual_inputs = self._assign_rows(
-            rows, _flatten(images), [_as_video(video, fps, num_frames) for video in _flatten(videos)]
+            rows, flatten(images), [as_video(video, fps, num_frames) for video in flatten(videos)]
         )
         expanded = [
             self._expand_placeholders(row, [visual for visual in visual_inputs if visual.row == i])
@@ -241,6 +275,7 @@ class LlavaMiniProcessor(LlavaProcessor):
 
         is_single = isinstance(conversation[0], dict)
         chats = [conversation] if is_single else conversation
+        check_message_texts(chats)
         texts = [render(chat, **kwargs) for chat in chats]
         if not tokenize:
             return texts[0] if is_single else texts
@@ -250,7 +285,7 @@ class LlavaMiniProcessor(LlavaProcessor):
         bos = self.tokenizer.bos_token
         data = self(
             text=texts[0] if is_single else texts,
-            images=[load_part_image(part) for part in message_parts(chats, "image")],
+            images=[load_part_image(part, self.ignore_orientation) for part in message_parts(chats, "image")],
             videos=[part_source(part) for part in message_parts(chats, "video")],
             answer_spans=spans,
             # If the template writes the start token itself, the tokenizer must not add a second one.
@@ -282,7 +317,7 @@ class LlavaMiniProcessor(LlavaProcessor):
             >>> mini_processor.crops(image, squash=False).shape
             torch.Size([5, 3, 48, 48])
         """
-        picture = to_rgb(picture)
+        picture = to_rgb(picture, self.ignore_orientation)
         if self.pad_to_square:
             red, green, blue = (int(255 * x) for x in self.image_processor.image_mean)
             picture = pad_to_square(picture, (red, green, blue))
@@ -292,7 +327,7 @@ class LlavaMiniProcessor(LlavaProcessor):
             crops = [crop.resize((side, side), Image.Resampling.NEAREST) for crop in crops]
         return self.image_processor(crops, return_tensors="pt")["pixel_values"]
 
-    def _assign_rows(self, rows: list[str], images: list[Any], videos: list[Video]) -> list[_VisualInput]:
+    def _assign_rows(self, rows: list[str], images: list[Any], videos: list[Video]) -> list[VisualInput]:
         """Assign images and videos to the rows with their `<image>` and `<video>` tokens, in the order of the text."""
         matches = [(row, match[0]) for row, text in enumerate(rows) for match in self._visual_tokens.finditer(text)]
         tokens = [token for _, token in matches]
@@ -302,15 +337,15 @@ class LlavaMiniProcessor(LlavaProcessor):
                     f"the text has {tokens.count(token)} {token} tokens, but {len(given)} {name} are given"
                 )
         if not rows:  # without text every image and video is a row
-            return [_VisualInput(i, source) for i, source in enumerate([*images, *videos])]
+            return [VisualInput(i, source) for i, source in enumerate([*images, *videos])]
         sources = {self.image_token: iter(images), VIDEO_TOKEN: iter(videos)}
-        return [_VisualInput(row, next(sources[token])) for row, token in matches]
+        return [VisualInput(row, next(sources[token])) for row, token in matches]
 
     @property
     def _visual_tokens(self) -> re.Pattern[str]:
         return re.compile(f"{re.escape(self.image_token)}|{re.escape(VIDEO_TOKEN)}")
 
-    def _expand_placeholders(self, text: str, visual_inputs: list[_VisualInput]) -> tuple[str, list[tuple[int, int]]]:
+    def _expand_placeholders(self, text: str, visual_inputs: list[VisualInput]) -> tuple[str, list[tuple[int, int]]]:
         """Replace each `<image>` and `<video>` by one placeholder for each visual token.
 
         Returns:
@@ -331,6 +366,11 @@ class LlavaMiniProcessor(LlavaProcessor):
         num_compressed = self.num_visual_tokens
         if num_compressed is not None and not self.keep_patches:
             return num_compressed
+        if not isinstance(self.patch_size, int) or not self.vision_feature_select_strategy:
+            raise ValueError(
+                "the processor needs the model's patch_size and vision_feature_select_strategy to count patches; got "
+                f"{self.patch_size!r} and {self.vision_feature_select_strategy!r}: set them, or load it from a folder with config.json"
+            )
         pixels = self.image_processor(Image.new("RGB", (8, 8)), return_tensors="pt")["pixel_values"]
         patches = (pixels.shape[-2] // self.patch_size) * (pixels.shape[-1] // self.patch_size)
         extra = self.num_additional_image_tokens - (self.vision_feature_select_strategy == "default")
@@ -353,47 +393,6 @@ class LlavaMiniProcessor(LlavaProcessor):
             return MultiModalData()
         num_tokens = [self._num_tokens_per_frame()] * len(image_sizes)
         return MultiModalData(num_image_tokens=num_tokens, num_image_patches=[1] * len(image_sizes))
-
-
-@dataclass(frozen=True)
-class _VisualInput:
-    row: int
-    source: Any  # an image, a path, or a Video
-
-    @property
-    def num_frames(self) -> int:
-        return len(self.source) if isinstance(self.source, Video) else 1
-
-
-class FrameStream:
-    """Iterate over the crops of one frame at a time, through all images and videos of a batch.
-
-    Every iteration reads the files again.
-    """
-
-    def __init__(self, processor: LlavaMiniProcessor, visual_inputs: list[_VisualInput]) -> None:
-        self.processor, self.visual_inputs = processor, visual_inputs
-
-    def __iter__(self) -> Iterator[Float[Tensor, "crops channels height width"]]:
-        for visual in self.visual_inputs:
-            if isinstance(visual.source, Video):
-                for frame in visual.source:
-                    yield self.processor.crops(frame, squash=True)
-            else:
-                yield self.processor.crops(visual.source, squash=False)
-
-
-def _flatten(given: Any) -> list[Any]:
-    """Flatten one image or video, a list of them, or a list of lists."""
-    if given is None:
-        return []
-    if not isinstance(given, (list, tuple)):
-        return [given]
-    return [x for item in given for x in (item if isinstance(item, (list, tuple)) else [item])]
-
-
-def _as_video(source: Any, fps: float | None, num_frames: int | None) -> Video:
-    return source if isinstance(source, Video) else Video(source, fps=fps, frames=num_frames)
 
 
 __all__ = ["FrameStream", "LlavaMiniProcessor"]

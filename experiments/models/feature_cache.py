@@ -135,7 +135,10 @@ class VisionFeatureCache:
         config = {k: v for k, v in self.vision_tower.config.to_dict().items() if k not in _UNHASHED_CONFIG_FIELDS}
         image_processing = [
             self.processor.image_processor.to_dict(),
-            *(getattr(self.processor, name, default) for name, default in (("tiles", 1), ("pad_to_square", False))),
+            *(
+                getattr(self.processor, name, default)
+                for name, default in (("tiles", 1), ("pad_to_square", False), ("ignore_orientation", False))
+            ),
         ]
         computation = [
             self.vision_tower.config._attn_implementation,

@@ -109,14 +109,6 @@ def test_to_rgb_of_an_animation_gives_the_current_frame(file_format, tmp_path):
         assert animation.tell() == 2
 
 
-def test_to_rgb_ignores_the_exif_orientation(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    path = tmp_path / "turned.jpg"
-    coordinates(16, 8).save(path, exif=exif)
-    assert to_rgb(path).size == (16, 8)
-
-
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
 def test_to_rgb_of_a_truncated_file_names_it(file_format, share, tmp_path):

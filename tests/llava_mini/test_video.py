@@ -275,7 +275,7 @@ def invalid_files(tmp_path, monkeypatch):
     ("name", "error", "message"),
     [
         ("missing.mp4", FileNotFoundError, r"no video file at missing\.mp4"),
-        ("folder.mp4", ValueError, "folder.mp4 is a folder"),
+        ("folder.mp4", ValueError, "folder.mp4 is a folder without image files"),
         ("empty.mp4", ValueError, "empty.mp4 cannot be read as a video"),
         ("text.mp4", ValueError, "text.mp4 cannot be read as a video"),
         ("text.txt", ValueError, "text.txt has no video stream"),
