@@ -26,7 +26,7 @@ _SETTINGS = {
     "probe.block": "probe.removal_block_size",
 } | {f"{group}.{old}": f"{group}.{new}" for group in _TRAIN_GROUPS for old, new in _TRAIN.items()}
 # Records from before a setting existed were made as if it had had this value.
-_ADDED = {"train.prefusion_learning_rate": None}
+_ADDED = {"train.prefusion_learning_rate": None, "data.max_length": None}
 
 
 def current_name(key: str) -> str:

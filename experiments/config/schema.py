@@ -208,6 +208,11 @@ class DataConfig:
     train_samples: int = setting(0, "training samples (images with their questions); 0 for all of a finite set")
     test_samples: int = setting(0, "test samples, one question asked of each; 0 for all of a finite set")
     seed: int = setting(0, "seed of generated data")
+    max_length: int | None = setting(
+        None,
+        "tokens of a sample, as transformers' max_length: a longer one loses its last turns, then the end of its "
+        "question; none refuses samples that exceed the model's positions",
+    )
 
 
 @dataclass

@@ -134,6 +134,8 @@ def _check_entry(entry: Any, index: int, source: Path, folder: Path) -> dict[str
             raise ValueError(
                 f"{where}, turn {2 * i + 1}: an answer holds {match[0]}; images and videos belong to questions"
             )
+    if not any(turn["value"].strip() for turn in turns[1::2]):
+        raise ValueError(f"{where}: all its answers are empty, so that nothing can be trained on or measured")
     for kind, paths in files.items():
         for path in paths:
             if not (folder / path).is_file():

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from experiments.data.encoding import restrict_to_answers
 from experiments.devices import inference_mode
-from experiments.evaluation.questions import EncodedQuestions, instruction_token_map
+from experiments.evaluation.questions import EncodedQuestions, ModelInputs, instruction_token_map
 from probes import fusion_depth, record_attention
 
 TOKEN_GROUP_PAIRS = (  # (target, source)
@@ -81,16 +81,19 @@ def _select_pairs(
     )
 
 
-def uniform_attention(model: PreTrainedModel, questions: EncodedQuestions) -> dict[str, list[float]]:
+def uniform_attention(model: PreTrainedModel, questions: EncodedQuestions) -> dict[str, list[float] | None]:
     """Return mass and entropy of each pair for attention spread evenly over all visible positions.
 
     This entropy is the logarithm of the number of visible source tokens. It is the upper bound for any attention.
 
     Returns:
-        `uniform_mass` and `uniform_entropy` (nats), one mean over questions for each pair.
+        `uniform_mass` and `uniform_entropy` (nats), one mean over questions for each pair. None for a model that is not
+        causal, or whose windows are shorter than the questions: its layers differ in what is visible.
     """
     masses, entropies = [], []
     for inputs in questions.batches("uniform attention"):
+        if not _sees_all_earlier(model, inputs):
+            return {"uniform_mass": None, "uniform_entropy": None}
         tokens = instruction_token_map(model, inputs)
         visible = {group: tokens.mask(group).cumsum(1).float() for group in ("instruction", "response", "vision")}
         all_visible = sum(visible.values())
@@ -108,6 +111,14 @@ def uniform_attention(model: PreTrainedModel, questions: EncodedQuestions) -> di
         "uniform_mass": torch.cat(masses, 1).nanmean(1).tolist(),
         "uniform_entropy": torch.cat(entropies, 1).nanmean(1).tolist(),
     }
+
+
+def _sees_all_earlier(model: PreTrainedModel, inputs: ModelInputs) -> bool:
+    """Return whether every position attends to itself and to all earlier positions, and to no other."""
+    config, length = model.config.get_text_config(), inputs["input_ids"].shape[1]
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    # Processors give token types to models that attend both ways inside an image (Gemma 3) or a prefix (PaliGemma).
+    return "token_type_ids" not in inputs and all(window is None or window >= length for window in windows)
 
 
 def _nested_lists(values: np.ndarray) -> list[Any]:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from experiments.data.encoding import Collator, EncodedSample, SampleEncoder
+from experiments.data.length_limit import LengthLimit
 from experiments.data.samples import Sample
 from experiments.models.feature_cache import VisionFeatureCache
 from probes import TokenMap
@@ -39,6 +40,10 @@ class EncodedQuestions:
         batch_size: Questions of a batch.
         device: Device of the batches.
         features: Feature cache of the samples' split. With it, batches hold features as `pixel_values`.
+        limit: The longest question that the model accepts, with its image and answer.
+
+    Raises:
+        ValueError: If the processor cannot encode a sample, or if one is too long.
     """
 
     def __init__(
@@ -48,8 +53,9 @@ class EncodedQuestions:
         batch_size: int,
         device: torch.device,
         features: VisionFeatureCache | None = None,
+        limit: LengthLimit | None = None,
     ) -> None:
-        encode: Callable[[Sample], EncodedSample] = SampleEncoder(processor)
+        encode: Callable[[Sample], EncodedSample] = SampleEncoder(processor, limit)
         if features is not None:
             encode = partial(features.encode_sample, encode)
         self.samples, self.device, self.features = samples, device, features

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
-from experiments.data.encoding import Collator, SampleEncoder
+from experiments.data.encoding import Collator, SampleEncoder, hide_answers
+from experiments.data.length_limit import LengthLimit
 from experiments.data.llava_json import load_llava_json
 from experiments.data.samples import OneQuestionPerImage, Sample
 from experiments.data.shapes import load_shapes
@@ -34,7 +35,8 @@ def load_batch(
         The samples, and the inputs of the model (padded on the left) with `labels`.
 
     Raises:
-        ValueError: if only one of `path` and `images` is given, or the data set is malformed.
+        ValueError: If only one of `path` and `images` is given, the data set is malformed, or the processor cannot
+            encode a sample.
 
     Example:
         >>> from experiments.models.notebook import load_batch
@@ -48,6 +50,6 @@ def load_batch(
         load_shapes("test", count) if path is None or images is None else load_llava_json(path, images, "test", count)
     )
     samples = list(OneQuestionPerImage(split.samples))
-    encode, collate = SampleEncoder(processor), Collator(processor, side="left")
-    batch = collate([encode(sample) for sample in samples])
+    encode = SampleEncoder(processor, LengthLimit.for_model(model.config))
+    batch = hide_answers(Collator(processor, side="left")([encode(sample) for sample in samples]))
     return samples, {name: part.to(model.device) for name, part in batch.items()}

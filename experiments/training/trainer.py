@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from experiments.config.schema import TrainConfig
 from experiments.data.encoding import Collator, SampleEncoder, restrict_to_answers
+from experiments.data.length_limit import LengthLimit
 from experiments.data.samples import VIDEO_PLACEHOLDER, Sample
 from experiments.models import lora
 from experiments.models.feature_cache import VisionFeatureCache
@@ -180,6 +181,7 @@ def train_llava(
     device: torch.device,
     drop_tokens: TokenDropper = keep_all_tokens,
     features: VisionFeatureCache | None = None,
+    limit: LengthLimit | None = None,
 ) -> list[dict[str, float]]:
     """Train a LLaVA or LLaVA-Mini on conversations, in place.
 
@@ -195,11 +197,12 @@ def train_llava(
         device: Where to train.
         drop_tokens: Drops visual tokens in each forward call.
         features: Feature cache of the split of the samples. The vision tower then runs only for images that it lacks.
+        limit: The longest sample that the model accepts.
 
     Returns:
         Trainer's log, as `run_trainer`.
     """
-    dataset = ConversationDataset(samples, SampleEncoder(processor), features)
+    dataset = ConversationDataset(samples, SampleEncoder(processor, limit), features)
     sizes = dataset.sizes() if config.group_by_length else None
     set_trainable_parameters(model, config)
     adapted = lora.add_adapters(model, config.lora_rank) if config.lora_rank else None

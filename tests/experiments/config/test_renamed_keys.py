@@ -57,6 +57,13 @@ def test_current_name_renames_old_keys_only(key, expected):
     assert current_name(key) == expected
 
 
+@pytest.fixture
+def one_added_setting(monkeypatch):
+    """The table of added settings as it was first, so that later additions do not change these tests."""
+    monkeypatch.setattr(renamed_keys, "_ADDED", {"train.prefusion_learning_rate": None})
+
+
+@pytest.mark.usefixtures("one_added_setting")
 def test_migrate_nested_config_renames_keys_and_keeps_values():
     old = {
         "seed": 0,
@@ -70,7 +77,7 @@ def test_migrate_nested_config_renames_keys_and_keeps_values():
     }
     assert migrate(old) == {
         "seed": 0,
-        "data": {"name": "shapes", "train_samples": 8, "test_samples": 4},
+        "data": {"name": "shapes", "train_samples": 8, "test_samples": 4, "max_length": None},
         "train": {
             "max_steps": 60,
             "lr_scheduler_type": "linear",
@@ -90,10 +97,18 @@ def test_migrate_nested_config_renames_keys_and_keeps_values():
     assert old["train"]["steps"] == 60  # the argument is unchanged
 
 
+@pytest.mark.usefixtures("one_added_setting")
 def test_migrate_current_config_changes_nothing():
-    current = {"train": {"max_steps": 60, "prefusion_learning_rate": 1e-4}, "data": {"train_samples": 8}}
+    current = {"train": {"max_steps": 60, "prefusion_learning_rate": 1e-4}, "data": {"max_length": 99}}
     assert migrate(current) == current
     assert migrate(migrate({"train": {"steps": 3}})) == migrate({"train": {"steps": 3}})
+
+
+@pytest.mark.parametrize("key", renamed_keys._ADDED)
+def test_migrate_adds_younger_setting_and_keeps_a_given_one(key):
+    group, _, name = key.rpartition(".")
+    assert migrate({group: {}})[group][name] == renamed_keys._ADDED[key]
+    assert migrate({group: {name: 5}})[group][name] == 5
 
 
 @pytest.mark.parametrize("train", [None, "none"])

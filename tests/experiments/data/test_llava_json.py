@@ -170,3 +170,15 @@ def test_load_llava_json_indexes_images_over_all_entries(shapes_split, tmp_path)
     split = load_llava_json(str(tmp_path / "rows.json"), str(tmp_path), "train")
     assert [[load.index for load in sample.loaders] for sample in split.samples] == [[0], [], [1, 2], [3]]
     assert split.image_count == 4
+
+
+@pytest.mark.parametrize("answers", [[""], ["  ", "\n"]])
+def test_load_llava_json_of_empty_answers_raises(tmp_path, answers):
+    turns = [turn for answer in answers for turn in ({"from": "human", "value": "q"}, {"from": "gpt", "value": answer})]
+    entries = [
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"conversations": turns},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match=r"data\.json', entry 1: all its answers are empty"):
+        load_llava_json(str(tmp_path / "data.json"), str(tmp_path), "test")
