@@ -1,38 +1,128 @@
-"""The code cells of every notebook run in order, and the figures that they show can be drawn."""
+"""Every notebook runs in a Jupyter kernel: its figures are images, from any folder and with records of one's own."""
 
-import ast
 import json
+import re
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
+import nbclient
+import nbformat
 import pytest
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
+from experiments.report import load
+from experiments.report.notebook import shipped_results, show
+from tests.experiments.sample_records import records, write_records  # noqa: F401  fixtures
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+REPORT_NOTEBOOKS = ("ablation_tables", "smol_study")
 
 
+def run_notebook(path, folder, results=None):
+    """Run a notebook in a kernel with a working directory.
+
+    Args:
+        path: The notebook.
+        folder: The working directory.
+        results: Results folder to put in the line marked `# yours:`.
+
+    Returns:
+        The outputs of every code cell, as (source, output).
+    """
+    book = nbformat.read(path, 4)
+    for cell in book.cells:
+        if results is not None and cell.cell_type == "code" and "# yours:" in cell.source:
+            cell.source, count = re.subn(
+                r"(?m)^results = .*# yours:.*$", f"results = Path({str(results)!r})", cell.source
+            )
+            assert count == 1, cell.source
+    nbclient.NotebookClient(book, timeout=400, resources={"metadata": {"path": str(folder)}}).execute()
+    return [(cell.source, output) for cell in book.cells for output in cell.get("outputs", [])]
+
+
+def shown_figures(outputs):
+    """Return the data of every output that is a matplotlib figure."""
+    shown = [output.data for _, output in outputs if "data" in output]
+    return [data for data in shown if re.search(r"<\w*Figure size", data.get("text/plain", ""))]
+
+
+@pytest.fixture
+def kernel(monkeypatch, tmp_path):
+    """Let kernels use this project, and no display backend that pytest's environment names."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+
+
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_cells_run_and_draw_their_figures(path):
-    """All cells share one namespace."""
-    matplotlib.use("Agg")
-    namespace: dict = {}
-    for cell in json.loads(path.read_text())["cells"]:
-        if cell["cell_type"] != "code":
-            continue
-        assert not cell["outputs"], "notebooks are committed without outputs"
-        tree = ast.parse("".join(cell["source"]), path.name)
-        # Evaluate the last expression separately: a notebook shows its value.
-        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else ast.parse("None").body[0]
-        exec(compile(tree, path.name, "exec"), namespace)
-        value = eval(compile(ast.Expression(last.value), path.name, "eval"), namespace)
-        if hasattr(value, "_repr_png_"):
-            assert value._repr_png_(), "an image or figure that draws itself"
-    plt.close("all")
+def test_notebook_in_a_kernel_shows_every_figure_as_an_image(path, tmp_path):
+    figures = shown_figures(run_notebook(path, tmp_path))
+    drawn = {"ablation_tables": 1, "attention_analysis": 6, "smol_study": 8}
+    assert len(figures) == drawn[path.stem]
+    assert all("image/png" in data for data in figures)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_report_figure_after_pyplot_and_inline_backend_is_an_image(tmp_path):
+    setups = ("", "import matplotlib.pyplot", "%matplotlib inline", "import matplotlib; matplotlib.use('Agg')")
+    show_one = (
+        "from experiments.report import load\nfrom experiments.report.notebook import shipped_results\n"
+        "load(shipped_results('tiny')).figure('table8_compression')"
+    )
+    for setup in setups:
+        book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in (setup, show_one)])
+        nbclient.NotebookClient(book, timeout=400, resources={"metadata": {"path": str(tmp_path)}}).execute()
+        (output,) = book.cells[-1].outputs
+        assert "image/png" in output.data
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("name", REPORT_NOTEBOOKS)
+@pytest.mark.parametrize("parts", ["attention and ablation", "failed"])
+def test_notebook_with_own_records_runs_and_prints_what_is_missing(name, parts, records, write_records):  # noqa: F811
+    failed = [record for record in records if record["status"] == "failed"]
+    results = write_records(failed if parts == "failed" else records)
+    outputs = run_notebook(ROOT / "notebooks" / f"{name}.ipynb", results.parent, results)
+    assert all("image/png" in data for data in shown_figures(outputs))
+    missing = "".join(output.text for _, output in outputs if output.output_type == "stream")
+    assert "is not in this report" in missing
+
+
+@pytest.mark.parametrize("make_cwd", [lambda root: root, lambda root: root / "notebooks", lambda root: Path("/")])
+def test_shipped_results_from_any_folder_finds_them(make_cwd, monkeypatch):
+    monkeypatch.chdir(make_cwd(ROOT))
+    assert shipped_results("smol") == ROOT / "results" / "smol"
+
+
+def test_shipped_results_unknown_study_names_where_it_looked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"^results/huge: .*# yours:") as error:
+        shipped_results("huge")
+    assert "\n" not in str(error.value)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_shipped_results_of_a_copied_notebook_are_found_above_it(tmp_path, monkeypatch):
+    (tmp_path / "results" / "mine" / "records").mkdir(parents=True)
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert shipped_results("mine") == tmp_path / "results" / "mine"
+
+
+def test_show_prints_one_line_where_records_lack_a_measurement(capsys, tmp_path):
+    report = load(shipped_results("tiny"))
+    assert show(report.table, "sight") is report.table("sight")
+    for make, argument in ((report.table, "none"), (report.figure, "none"), (report.frame, "none"), (load, tmp_path)):
+        assert show(make, argument) is None
+        printed = capsys.readouterr().out
+        assert printed.count("\n") == 1
+        assert "none" in printed or str(tmp_path) in printed
 
 
 def test_notebook_marks_lines_to_change_for_own_model():
     marks = {"attention_analysis": ("# 7B:", 2), "ablation_tables": ("# yours:", 1), "smol_study": ("# yours:", 1)}
     for path in NOTEBOOKS:
         mark, count = marks[path.stem]
-        code = [cell["source"] for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
-        assert sum(mark in line for lines in code for line in lines) == count
+        cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        assert sum(mark in line for cell in cells for line in cell["source"]) == count
+        assert not any(cell["outputs"] for cell in cells), "notebooks are committed without outputs"

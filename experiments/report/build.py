@@ -18,7 +18,7 @@ from experiments.report.figure_entries import COST_SUFFIX, FIXED_STEMS
 from experiments.report.results import Report
 from experiments.report.tables import writers
 
-_WRITERS = {"md": writers.markdown, "tex": writers.latex, "csv": writers.csv}
+WRITERS = {"md": writers.markdown, "tex": writers.latex, "csv": writers.csv}
 
 
 def write_report(report: Report, out: Path) -> None:
@@ -41,7 +41,7 @@ def write_report(report: Report, out: Path) -> None:
     try:
         (temporary / "tables").mkdir()
         for table in tables.values():
-            for suffix, write in _WRITERS.items():
+            for suffix, write in WRITERS.items():
                 (temporary / "tables" / f"{table.name}.{suffix}").write_text(write(table), encoding="utf-8")
         entries = report.figures
         images = {e.stem: figures.save(e.draw(), temporary / "figures" / e.stem)[0] for e in entries if e.draw}
@@ -70,7 +70,7 @@ def _move_files(temporary: Path, out: Path, specs: Sequence[ExperimentSpec]) -> 
     names = [spec.name for spec in specs]
     stems = [*FIXED_STEMS, *(name + ending for name in names for ending in ("", COST_SUFFIX))]
     possible = {f"figures/{stem}.{suffix}" for stem in stems for suffix in ("png", "pdf")}
-    possible |= {f"tables/{name}{end}.{suffix}" for name in names for end in ("", "_orderings") for suffix in _WRITERS}
+    possible |= {f"tables/{name}{end}.{suffix}" for name in names for end in ("", "_orderings") for suffix in WRITERS}
     for stale in possible - {path.as_posix() for path in made}:
         (out / stale).unlink(missing_ok=True)
     for path in sorted(made, key=lambda path: path.name == "index.html"):
