@@ -9,7 +9,6 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreame
 import llava_mini  # noqa: F401 (registers the Auto classes)
 
 from .chat_messages import check_text
-from .checkpoint_files import MODEL_FILES, PROCESSOR_FILES, check_json_files
+from .checkpoint_files import MODEL_FILES, PROCESSOR_FILES, name_damaged_file
 from .encoded_images import Pictures
 from .images import to_rgb
 from .video import Video
@@ -128,9 +127,10 @@ def run_chat(options: argparse.Namespace) -> None:
         to_rgb(path)
     videos = [Video(path, fps=options.fps, frames=options.num_frames) for path in options.video]
     # The Auto classes read these files before our classes can check them.
-    check_json_files(Path(options.model), MODEL_FILES + PROCESSOR_FILES)
-    processor = AutoProcessor.from_pretrained(options.model)
-    model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=dtype).to(options.device).eval()
+    with name_damaged_file(options.model, MODEL_FILES + PROCESSOR_FILES):
+        processor = AutoProcessor.from_pretrained(options.model)
+        model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=dtype)
+    model = model.to(options.device).eval()
     visual_parts: list[dict[str, Any]] = [{"type": "image", "image": path} for path in options.image]
     visual_parts += [{"type": "video", "video": video} for video in videos]
     chat: list[dict[str, Any]] = []

@@ -30,11 +30,12 @@ PROCESSOR_FILES = (
     "added_tokens.json",
     "vocab.json",
     "chat_template.json",
+    "chat_template.jinja",
 )
 
 
 def check_json_files(folder: Path, files: tuple[str, ...]) -> None:
-    """Check that those of `files` that a checkpoint folder has hold a JSON object.
+    """Check that those of `files` that a checkpoint folder has and that end in .json hold a JSON object.
 
     transformers raises errors that do not name the file, and ignores a generation_config.json that it cannot parse.
 
@@ -42,7 +43,7 @@ def check_json_files(folder: Path, files: tuple[str, ...]) -> None:
         ValueError: If a file is not valid JSON or holds another value than an object.
     """
     for file in files:
-        if (folder / file).exists():
+        if file.endswith(".json") and (folder / file).exists():
             read_json(folder / file)
 
 
@@ -55,7 +56,7 @@ def name_damaged_file(
     Args:
         name: A checkpoint folder. The name of a model on the hub is not checked, nor is None, which stands for weights
             that are given themselves.
-        files: `MODEL_FILES` or `PROCESSOR_FILES`.
+        files: `MODEL_FILES`, `PROCESSOR_FILES` or both.
         subfolder: Folder within the folder that holds them.
 
     Raises:
@@ -77,9 +78,15 @@ def name_damaged_file(
                 except Exception as reason:
                     one_line = " ".join(str(reason).split()) or type(reason).__name__
                     raise ValueError(f"{folder / file} cannot be read: {one_line}") from error
-        if files is MODEL_FILES:
+        if set(MODEL_FILES) <= set(files):
             find_weights(folder)  # names a damaged file itself
         raise
+
+
+def _read_config(folder: Path) -> None:
+    values = read_json(folder / "config.json")
+    if values.get("model_type") in ("llava", LlavaMiniConfig.model_type):
+        LlavaMiniConfig.from_dict(values)
 
 
 def _read_image_processor(folder: Path) -> None:
@@ -87,11 +94,12 @@ def _read_image_processor(folder: Path) -> None:
         AutoImageProcessor.from_pretrained(folder, local_files_only=True)
 
 
-# Readers of files whose values can be wrong although they are valid JSON.
+# Readers of files that can be wrong although they are valid JSON, or that are not JSON.
 _READERS: dict[str, Callable[[Path], Any]] = {
-    "config.json": lambda folder: LlavaMiniConfig.from_dict(read_json(folder / "config.json")),
+    "config.json": _read_config,
     "generation_config.json": lambda folder: GenerationConfig.from_pretrained(folder, local_files_only=True),
     "tokenizer.json": lambda folder: Tokenizer.from_file(str(folder / "tokenizer.json")),
+    "chat_template.jinja": lambda folder: (folder / "chat_template.jinja").read_text(encoding="utf-8"),
     "processor_config.json": _read_image_processor,
     "preprocessor_config.json": lambda folder: AutoImageProcessor.from_pretrained(folder, local_files_only=True),
 }

@@ -49,7 +49,7 @@ def complete_from_checkpoint(processor: LlavaProcessor, name: Any, arguments: di
         return
     try:
         config = AutoConfig.from_pretrained(name, **{key: arguments[key] for key in HUB_ARGUMENTS if key in arguments})
-    except OSError:  # a processor alone; it raises once it needs a field that it lacks
+    except (OSError, ValueError):  # a processor without its model; it raises once it needs a field that it lacks
         return
     if isinstance(config, LlavaConfig):
         complete_from_config(processor, config)

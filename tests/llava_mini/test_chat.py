@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import CLIPVisionModel, pipeline
 
 from llava_mini import LlavaMiniProcessor, chat
+from llava_mini.video import Video
 
 
 @pytest.fixture
@@ -95,6 +96,17 @@ def test_main_without_a_query_encodes_an_image_once(saved_model, image_file, mon
         (["--image", "none.png"], "there is no image file at none.png"),
         (["--video", "none.mp4"], "none.mp4"),
         (["--dtype", "floaty"], "no dtype 'floaty'"),
+        (["--video", "none.mp4", "--fps", "2", "--num-frames", "8"], "--fps 2 and --num-frames 8"),
+        (["--fps", "2", "--num-frames", "8"], "--fps 2 and --num-frames 8"),
+        (["--fps", "0.5"], "--fps 0.5 has no effect without --video"),
+        (["--num-frames", "8"], "--num-frames 8 has no effect without --video"),
+        (["--video", "none.mp4", "--fps", "0"], "--fps must be a positive number; got 0"),
+        (["--video", "none.mp4", "--fps", "nan"], "got nan"),
+        (["--video", "none.mp4", "--num-frames", "-1"], "--num-frames must be at least 1; got -1"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1; got 0"),
+        (["--query", "what \udce9"], "--query has the surrogate U+DCE9 at character 5"),
+        (["--image", "."], "there is no image file at ."),
+        (["--device", "toaster"], "toaster"),
     ],
 )
 def test_main_with_a_wrong_argument_prints_one_line(saved_model, capsys, arguments, message):
@@ -103,6 +115,37 @@ def test_main_with_a_wrong_argument_prints_one_line(saved_model, capsys, argumen
     assert error.startswith("error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("options", "frames"), [([], 3), (["--fps", "2"], 6), (["--num-frames", "2"], 2)])
+def test_main_with_an_animation_samples_its_frames(saved_model, tmp_path, capsys, options, frames):
+    path = tmp_path / "a.gif"
+    images = [Image.new("RGB", (24, 24), (20 * i, 0, 0)) for i in range(12)]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=[100] * 6 + [400] * 6)
+    folder, model = saved_model
+    arguments = [str(folder), "--video", str(path), "--query", "what", "--max-new-tokens", "5", "--device", "cpu"]
+    assert chat.main([*arguments, *options]) == 0
+    sampled = Video(path, **({"frames": 2} if "--num-frames" in options else {"fps": frames / 3}))
+    assert len(sampled) == frames
+    messages = [user_message(("video", Video(list(sampled))), ("text", "what"))]
+    answer = expected_answer(model, LlavaMiniProcessor.from_pretrained(folder), messages)
+    assert capsys.readouterr().out.split() == answer.split()
+
+
+def test_main_with_a_folder_of_frames_takes_all(saved_model, tmp_path, capsys):
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    images = [Image.new("RGB", (24, 24), (20 * i, 0, 0)) for i in range(12)]
+    for i, image in enumerate(images):
+        image.save(frames / f"frame{i}.png")
+    folder, model = saved_model
+    arguments = [str(folder), "--video", str(frames), "--query", "what", "--max-new-tokens", "5", "--device", "cpu"]
+    assert chat.main(arguments) == 0
+    messages = [user_message(("video", Video(images)), ("text", "what"))]
+    answer = expected_answer(model, LlavaMiniProcessor.from_pretrained(folder), messages)
+    assert capsys.readouterr().out.split() == answer.split()
+    assert chat.main([*arguments, "--fps", "2"]) == 1
+    assert f"frame rate of {frames} is unknown" in capsys.readouterr().err
 
 
 def test_main_without_the_model_prints_one_line(tmp_path, capsys):

@@ -213,6 +213,48 @@ def test_apply_chat_template_that_rewrites_earlier_turns_raises(processor):
         processor.apply_chat_template(CHAT, **SETTINGS)
 
 
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("what \ud800 is", r"the text has the surrogate U\+D800 at character 5 "),
+        ("\udfff", r"U\+DFFF at character 0 "),
+        ("<image> what \udce9", r"U\+DCE9 at character 13 "),  # the text's position, not that of its placeholders
+        ("\ud83d\ude00", r"U\+D83D at character 0 "),  # two halves of an emoji that were not joined
+        (["what is", "this \udc80"], r"row 1 of the text .*U\+DC80 at character 5 "),
+    ],
+)
+def test_processor_of_a_text_with_a_surrogate_names_its_position(processor, text, where):
+    images = [random_image(1)] * str(text).count("<image>")
+    with pytest.raises(ValueError, match=where) as caught:
+        processor(text=text, images=images)
+    assert "\n" not in str(caught.value)
+    str(caught.value).encode()  # the message can be printed
+
+
+@pytest.mark.parametrize(
+    ("chats", "where"),
+    [
+        ([{"role": "user", "content": "is \ud800"}], r"message 0 .*U\+D800 at character 3 "),
+        ([*CHAT[:2], {"role": "user", "content": [{"type": "text", "text": "\udc00"}]}], r"message 2, part 0,.*DC00"),
+        ([CHAT[:1], [{"role": "system", "content": "a\udcff"}, *CHAT[:1]]], r"message 0 of chat 1 .*character 1 "),
+    ],
+)
+def test_apply_chat_template_of_a_text_with_a_surrogate_names_its_message(processor, chats, where):
+    for options in ({}, {"tokenize": True}):
+        with pytest.raises(ValueError, match=where):
+            processor.apply_chat_template(chats, **options)
+
+
+def test_processor_of_text_beyond_the_basic_plane_tokenizes_it(processor):
+    assert processor(text="what 😀 \u0000 is é")["input_ids"] == [[4, 3, 3, 5, 3]]
+
+
+def test_processor_with_fps_for_a_sampled_video_raises(processor):
+    for options in ({"fps": 2}, {"num_frames": 2}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}=2.*already sampled"):
+            processor(text="<video>", videos=Video([random_image(1)]), **options)
+
+
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     size=st.one_of(
