@@ -91,6 +91,12 @@ def relevancy(
     """
     unembed, decoder = Unembedding(model, tokens), find_decoder(model, mask_formats=MASK_FORMATS.values())
     layers = decoder_layers(decoder)
+    if hybrid := [number for number, layer in enumerate(layers) if not hasattr(layer, "self_attn")]:
+        raise ValueError(
+            f"layers {hybrid} of {type(decoder).__name__} have no attention weights to follow (no self_attn)"
+        )
+    if any(getattr(layer.self_attn, "is_kv_shared_layer", False) for layer in layers):
+        raise ValueError(f"layers of {type(decoder).__name__} share keys: gradients cannot be taken layer by layer")
     if model.training:
         raise ValueError("the model is in training mode, where dropout hides attention: call model.eval() first")
     if _has_open_probe(decoder):

@@ -67,7 +67,7 @@ def replay(
     layers = decoder_layers(decoder := find_decoder(model))
     start_layers = select_layers(decoder, {start for start in starts if start != len(layers)})
     subset = None if rows is None or not start_layers else SubsetRerun(decoder, start_layers[0], rows)
-    stored: dict[int, Any] = {}
+    stored: dict[int, tuple[Any, dict[str, Any]]] = {}
     first_call_done = False
 
     def mark_first_call_done(*call: Any) -> None:
@@ -78,7 +78,7 @@ def replay(
     def resume_from(start: int) -> Iterator[None]:
         with ExitStack() as stack:
             for layer in layers[:start] if first_call_done and start in stored else ():
-                override_forward(layer, partial(_return_stored, stored[start]), stack)
+                override_forward(layer, partial(_return_stored, *stored[start]), stack)
             if subset is not None and start in start_layers:
                 stack.enter_context(subset.rerun())
             yield
@@ -89,16 +89,18 @@ def replay(
         for start in start_layers:
             if start:
 
-                def store(layer: nn.Module, args: Any, output: Any, start: int = start) -> None:
-                    if not first_call_done:
-                        stored[start] = output
+                def store(layer: nn.Module, args: Any, kwargs: Any, output: Any, start: int = start) -> None:
+                    if not first_call_done:  # with the keys and values that layers of Gemma 3n and 4 share
+                        stored[start] = output, dict(kwargs.get("shared_kv_states") or {})
 
-                stack.callback(layers[start - 1].register_forward_hook(store).remove)
+                stack.callback(layers[start - 1].register_forward_hook(store, with_kwargs=True).remove)
         stack.callback(layers[-1].register_forward_hook(mark_first_call_done).remove)
         yield resume_from
 
 
-def _return_stored(output: Any, *args: Any, **kwargs: Any) -> Any:
+def _return_stored(output: Any, shared_keys: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     """Return the stored output in place of a layer's forward pass, after a check of the input's shape."""
+    if shared_keys:
+        kwargs["shared_kv_states"].update(shared_keys)
     check_same_shape(input_states(args, kwargs), output_states(output))
     return output

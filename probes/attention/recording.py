@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from probes.attention.record import AttentionRecord
 from probes.attention.recorder import AttentionRecorder
-from probes.hooks.decoder import MASK_FORMATS, find_decoder, select_layers
+from probes.hooks.decoder import MASK_FORMATS, find_decoder, select_attention_layers
 from probes.hooks.token_window import TokenWindow
 from probes.tokens.token_map import TokenMap
 
@@ -43,7 +43,7 @@ def record_attention(
     Args:
         model: A transformers model whose decoder uses the attention interface.
         tokens: Map of the inputs that the model will be called with.
-        layers: Layers of the stack to record; all by default.
+        layers: Layers of the stack to record; by default all that have softmax attention.
         targets: Groups whose queries to record; all but `pad` by default. Fewer groups cost less.
         heads: Query heads to record; all by default. Fewer heads cost less.
         backend: "nnsight" or "transformer_lens" to record the attention that these libraries report. Use it to check
@@ -81,7 +81,7 @@ def record_attention(
     for group in groups:
         tokens.index(group)
     selected_heads = _select_heads(decoder.config.num_attention_heads, heads)
-    record = AttentionRecord(tokens, select_layers(decoder, layers), selected_heads, groups)
+    record = AttentionRecord(tokens, select_attention_layers(decoder, layers), selected_heads, groups)
     if backend != "native":
         with record_with_backend(backend, model, tokens, record):
             yield record

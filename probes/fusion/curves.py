@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from probes.attention.recording import record_attention
-from probes.hooks.decoder import decoder_layers, find_decoder
+from probes.hooks.decoder import decoder_layers, find_decoder, select_attention_layers
 from probes.hooks.layer_io import input_states
 from probes.hooks.partial_call import can_run_subset
 from probes.interventions import BlockAttention, RemoveTokens, intervene
@@ -124,7 +124,8 @@ def removal_scores(
         (2, 1)
     """
     decoder = find_decoder(model)
-    how: Literal["drop", "mask"] = "drop" if can_run_subset(decoder) else "mask"
+    select_attention_layers(decoder, {layer for span in spans for layer in span})
+    how: Literal["drop", "mask"] = "drop" if can_run_subset(decoder, tokens.labels.shape[1]) else "mask"
     # Padding has no effect on the scores. If it stayed, one heavily padded row without an image would set the length
     # of all rows after the drop.
     removed = tokens.mask("vision") | tokens.mask("pad")
@@ -172,10 +173,11 @@ def knockout_curve(
     if width < 1:
         raise ValueError(f"width is {width}: windows hold at least 1 layer")
     layers = len(decoder_layers(find_decoder(model)))
+    select_attention_layers(find_decoder(model), range(layers))
     text_map = tokens.merge({"text": [group for group in tokens.groups if group not in ("pad", "vision")]})
     # Blocking changes no other position: visual tokens do not attend to the text after them. `replay` raises if they do.
     text_after_image = text_map.mask("text") & (text_map.mask("vision").cumsum(1) > 0)
-    rows = text_after_image if can_run_subset(find_decoder(model)) else None
+    rows = text_after_image if can_run_subset(find_decoder(model), tokens.labels.shape[1]) else None
     with replay(model, range(layers), rows) as resume_from:
         scores = [score(_logits_without_cache(model, inputs))]
         for last in range(layers + width - 1):

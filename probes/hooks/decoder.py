@@ -47,7 +47,7 @@ def mask_format(implementation: str | None) -> str | None:
 def find_decoder(
     model: PreTrainedModel, stack: str = "decoder", mask_formats: Collection[str] = WRITABLE_MASK_FORMATS
 ) -> PreTrainedModel:
-    """Return a stack of decoder layers: a module with a `config` and with `layers` that have a `self_attn` each.
+    """Return a stack of decoder layers: a module with a `config` and with `layers`, some or all with a `self_attn`.
 
     Args:
         model: A decoder language model, or a wrapper such as LLaVA that holds one.
@@ -62,7 +62,7 @@ def find_decoder(
         >>> decoder.config.num_hidden_layers
         6
     """
-    decoder = model.get_decoder()
+    decoder = _layer_stack(model.get_decoder())
     if stack == "prefusion":
         decoder = getattr(model.base_model, "prefusion", None)
         if decoder is None:
@@ -71,11 +71,23 @@ def find_decoder(
             )
     elif stack != "decoder":
         raise ValueError(f"unknown stack {stack!r} of a token map; choose decoder or prefusion")
-    if not hasattr(decoder, "layers") or not all(hasattr(layer, "self_attn") for layer in decoder_layers(decoder)):
-        raise ValueError(f"{type(decoder).__name__} cannot be probed: it has no decoder layers with a self_attn each")
+    if not hasattr(decoder, "layers") or not any(hasattr(layer, "self_attn") for layer in decoder_layers(decoder)):
+        raise ValueError(f"{type(decoder).__name__} cannot be probed: it has no decoder layers with a self_attn")
     implementation = decoder.config._attn_implementation
     if mask_format(implementation) not in mask_formats:
         raise ValueError(f"attention implementation {implementation!r} cannot be probed; load the model with 'sdpa'")
+    return decoder
+
+
+def _layer_stack(decoder: nn.Module) -> Any:
+    """Return the module with `layers` inside a causal language model, which Llama 4 and BLIP-2 name as the decoder."""
+    while not hasattr(decoder, "layers") and isinstance(decoder, PreTrainedModel):
+        # Llama 4's language model calls itself its decoder.
+        inner = next((part for part in (decoder.get_decoder(), decoder.base_model) if part is not decoder), None)
+        inner = getattr(decoder, "model", None) if inner is None else inner
+        if inner is None:
+            break
+        decoder = inner
     return decoder
 
 
@@ -120,4 +132,40 @@ def select_layers(decoder: nn.Module, layers: Iterable[int] | None) -> tuple[int
     outside = [layer for layer in selected if not 0 <= layer < count]
     if outside:
         raise ValueError(f"layers {outside} are outside the model; it has {count} layers, 0 to {count - 1}")
+    return selected
+
+
+def select_attention_layers(decoder: nn.Module, layers: Iterable[int] | None) -> tuple[int, ...]:
+    """Return layer indices as `select_layers` does, of layers with softmax attention only.
+
+    Args:
+        decoder: A stack from `find_decoder`.
+        layers: Layer indices from 0, or None for all layers that have a `self_attn`.
+
+    Raises:
+        ValueError: If an index is outside the model, or names a layer without a `self_attn`, as in hybrid models.
+
+    Example:
+        >>> select_attention_layers(find_decoder(model), None)
+        (0, 1, 2, 3, 4, 5)
+    """
+    modules = decoder_layers(decoder)
+    with_attention = tuple(number for number, layer in enumerate(modules) if hasattr(layer, "self_attn"))
+    selected = with_attention if layers is None else select_layers(decoder, layers)
+    if without := [layer for layer in selected if layer not in with_attention]:
+        names = (
+            ", ".join(
+                dict.fromkeys(
+                    name
+                    for layer in without
+                    for name, _ in modules[layer].named_children()
+                    if "attn" in name or "mixer" in name
+                )
+            )
+            or "no attention"
+        )
+        raise ValueError(
+            f"layers {without} of {type(decoder).__name__} have {names}, no self_attn: "
+            f"choose from the layers with softmax attention, {list(with_attention)}"
+        )
     return selected

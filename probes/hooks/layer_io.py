@@ -32,6 +32,10 @@ def component_module(layer: nn.Module, component: str) -> nn.Module:
     """
     if component not in COMPONENTS:
         raise ValueError(f"unknown component {component!r}; choose {', '.join(COMPONENTS)}")
+    if component == "residual" and hasattr(layer, "altup"):
+        raise ValueError(f"{type(layer).__name__} has several residual streams (AltUp): choose attention or mlp")
+    if component == "mlp" and getattr(layer, "enable_moe_block", False):
+        raise ValueError(f"{type(layer).__name__} adds experts beside its mlp: choose residual or attention")
     names = {"residual": "", "attention": "self_attn", "mlp": "mlp"}
     try:
         return layer.get_submodule(names[component])
@@ -70,7 +74,7 @@ def key_length(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     Raises:
         ValueError: If the mask is not [batch, 1, queries, keys], as for flash and flex attention.
     """
-    mask, query_count = kwargs["attention_mask"], input_states(args, kwargs).shape[1]
+    mask, query_count = kwargs["attention_mask"], input_states(args, kwargs).shape[-2]
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.ndim != 4:
             shape = list(getattr(mask, "shape", []))
@@ -79,8 +83,11 @@ def key_length(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
                 "[batch, 1, queries, keys]; load the model with 'sdpa' to intervene"
             )
         return mask.shape[-1]
+    attention = layer.get_submodule("self_attn")
+    if getattr(attention, "is_kv_shared_layer", False):  # Gemma 3n and 4: its keys are those of an earlier layer
+        return int(kwargs["shared_kv_states"][attention.layer_type][0].shape[-2])
     if (cache := kwargs.get(cache_name(kwargs))) is not None:
-        key_count, _ = cache.get_mask_sizes(query_count, layer.get_submodule("self_attn").layer_idx)
+        key_count, _ = cache.get_mask_sizes(query_count, attention.layer_idx)
         return int(key_count)
     return query_count
 
@@ -91,7 +98,7 @@ def materialize_mask(layer: nn.Module, mask: Tensor | None, hidden: Tensor, key_
     Args:
         layer: The decoder layer.
         mask: Its mask, or None, which SDPA interprets as causal from the first key on; a single query attends to all.
-        hidden: Its hidden states `[batch, queries, width]`.
+        hidden: Its hidden states `[..., queries, width]`.
         key_count: Number of keys.
 
     Returns:
@@ -100,7 +107,7 @@ def materialize_mask(layer: nn.Module, mask: Tensor | None, hidden: Tensor, key_
     """
     if mask is not None:
         return mask
-    query_count = hidden.shape[1]
+    query_count = hidden.shape[-2]
     blocked = torch.ones(1, 1, query_count, key_count, dtype=torch.bool, device=hidden.device)
     causal = query_count > 1 and getattr(layer.get_submodule("self_attn"), "is_causal", True)
     blocked = blocked.triu(1) if causal else ~blocked
@@ -135,8 +142,15 @@ def subset_arguments(subset: CallSubset, mask: Tensor | None, kwargs: dict[str, 
         "attention_mask": (
             None if mask is None else block_edges(subset.select_edges(mask), subset.key_filler[:, None, None, :])
         ),
-        "position_embeddings": tuple(subset.select_queries(part, -2) for part in kwargs["position_embeddings"]),
+        "position_embeddings": _select_embeddings(subset, kwargs["position_embeddings"]),
     }
     if isinstance(kwargs.get("position_ids"), Tensor):
         arguments["position_ids"] = subset.select_queries(kwargs["position_ids"], -1)
     return arguments
+
+
+def _select_embeddings(subset: CallSubset, embeddings: Any) -> Any:
+    """Return the position embeddings of the remaining queries: cosine and sine, or Llama 4's complex rotations."""
+    if isinstance(embeddings, Tensor):
+        return subset.select_queries(embeddings, -2)
+    return tuple(subset.select_queries(part, -2) for part in embeddings)

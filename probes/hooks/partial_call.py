@@ -109,11 +109,18 @@ def kept_indices(
     return order, torch.gather(removed, 1, order)
 
 
-def can_run_subset(decoder: nn.Module) -> bool:
+def can_run_subset(decoder: nn.Module, length: int) -> bool:
     """Return whether the layers of a stack can run on a subset of the tokens of a call.
 
-    They can if they receive position embeddings, and no per-token arguments beyond those known here.
+    They can if they receive position embeddings, and no per-token arguments beyond those known here. Llama 4 scales
+    queries by their index in the call if the call is long.
+
+    Args:
+        decoder: The stack.
+        length: Number of positions of the call.
     """
+    if any(_scales_by_index(layer, length) for layer in decoder_layers(decoder)):
+        return False
     # The forward of the class, because libraries that offload weights put a forward of their own on the module.
     signatures = [inspect.signature(type(layer).forward) for layer in decoder_layers(decoder)]
     argument_names = [
@@ -121,6 +128,12 @@ def can_run_subset(decoder: nn.Module) -> bool:
         for signature in signatures
     ]
     return all("position_embeddings" in names <= _KNOWN_ARGUMENTS for names in argument_names)
+
+
+def _scales_by_index(layer: nn.Module, length: int) -> bool:
+    attention = getattr(layer, "self_attn", None)
+    tuned = getattr(attention, "attn_temperature_tuning", False) and not getattr(attention, "use_rope", True)
+    return bool(tuned) and length >= attention.floor_scale  # type: ignore[union-attr, operator]
 
 
 def current_subset(layer: nn.Module) -> CallSubset | None:

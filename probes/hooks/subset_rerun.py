@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from probes.hooks.decoder import cache_name, decoder_layers
+from probes.hooks.decoder import cache_name, decoder_layers, select_attention_layers
 from probes.hooks.layer_io import (
     input_states,
     key_length,
@@ -46,9 +46,10 @@ class SubsetRerun:
     """
 
     def __init__(self, decoder: nn.Module, first: int, rows: Bool[Tensor, "batch positions"]) -> None:
-        if not can_run_subset(decoder):
+        if not can_run_subset(decoder, rows.shape[1]):
             raise ValueError(f"{type(decoder).__name__} cannot run its layers on some rows only; omit `rows`")
         layers = decoder_layers(decoder)
+        select_attention_layers(decoder, range(first, len(layers)))
         self.rows = rows
         self.layers = [_RerunLayer(number, layers[number], self) for number in range(first, len(layers))]
         self.subset: CallSubset | None = None
@@ -115,6 +116,10 @@ class _RerunLayer:
             for first, new in zip(self.key_values, (key, value), strict=True)
         ]
         return merged[0], merged[1]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Return the number of cached tokens before a call: none, as a call has all its positions."""
+        return 0
 
     def _first_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden, mask = input_states(args, kwargs), kwargs["attention_mask"]

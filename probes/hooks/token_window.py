@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from typing import Any
 
@@ -43,6 +44,8 @@ class TokenWindow:
         self._handles = [self.decoder.register_forward_pre_hook(hook, with_kwargs=True)]
         if is_prefusion:  # without a hook, its last layer skips positions that no later step reads
             self._handles.append(decoder_layers(self.decoder)[-1].register_forward_pre_hook(lambda *_: None))
+        if "logits_to_keep" in inspect.signature(type(self.decoder).forward).parameters:
+            self._handles.append(self.decoder.register_forward_pre_hook(_run_all_positions, with_kwargs=True))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -125,6 +128,11 @@ class TokenWindow:
         if self._thread not in (None, thread):
             raise RuntimeError("a second thread calls a model that is being probed; use one model per thread")
         self._thread = thread
+
+
+def _run_all_positions(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Make the last layers of Gemma 4 run on all positions of the call, not only on those whose logits are needed."""
+    return args, kwargs | {"logits_to_keep": 0}
 
 
 def _is_repeated(inputs: Tensor, copies: int) -> bool:

@@ -37,6 +37,10 @@ class Unembedding:
                 f"this token map describes the {tokens.stack} stack; only states of the decoder can be unembedded"
             )
         decoder, head = find_decoder(model, mask_formats=MASK_FORMATS.values()), model.get_output_embeddings()
+        if hasattr(decoder, "altup_unembed_projections"):
+            raise ValueError(
+                f"{type(decoder).__name__} has several residual streams (AltUp): they cannot be unembedded"
+            )
         norms = [name for name in FINAL_NORM_NAMES if isinstance(getattr(decoder, name, None), nn.Module)]
         if head is None or not norms:
             missing = (

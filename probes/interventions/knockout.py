@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from probes.attention.kernel_watch import KernelWatch
-from probes.hooks.decoder import decoder_layers, select_layers
+from probes.hooks.decoder import decoder_layers, select_attention_layers
 from probes.hooks.layer_io import block_edges, input_states, key_length, materialize_mask, visible_edges
 from probes.hooks.partial_call import current_subset
 from probes.hooks.token_window import TokenWindow
@@ -71,7 +71,7 @@ class BlockAttention:
             ValueError: An unknown layer, group or `when`, or a mask that does not fit the map.
         """
         check_when(self.when)
-        layers = select_layers(decoder, self.layers)
+        layers = select_attention_layers(decoder, self.layers)
         effect = Effect.before_calls(
             f"BlockAttention({selection_name(self.source)} -> {selection_name(self.target)})", layers
         )

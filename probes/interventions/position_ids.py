@@ -71,5 +71,7 @@ class PositionRenumbering:
             return False
 
 
-def _all_close(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
+def _all_close(first: Tensor | tuple[Tensor, ...], second: Tensor | tuple[Tensor, ...]) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):  # Llama 4's complex rotations
+        first, second = (first,), (second,)
     return all(a.shape == b.shape and torch.allclose(a, b) for a, b in zip(first, second, strict=True))

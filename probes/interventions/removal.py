@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from probes.hooks.decoder import decoder_layers, select_layers
+from probes.hooks.decoder import decoder_layers, select_attention_layers
 from probes.hooks.layer_io import (
     block_edges,
     component_module,
@@ -21,6 +21,7 @@ from probes.hooks.layer_io import (
     output_states,
     replace_output_states,
 )
+from probes.hooks.partial_call import can_run_subset
 from probes.hooks.token_window import TokenWindow
 from probes.interventions.effects import Effect
 from probes.interventions.removal_state import RemovalState
@@ -91,12 +92,15 @@ class RemoveTokens:
                 cannot be renumbered.
         """
         self._check()
-        layers = select_layers(decoder, self.layers)
+        layers = select_attention_layers(decoder, self.layers)
+        drops = self.how == "drop" and not self.keep_cache
+        if drops and not can_run_subset(decoder, window.tokens.labels.shape[1]):
+            raise ValueError(f"{type(decoder).__name__} cannot run its layers on some tokens only: use how='mask'")
         effect = Effect.before_calls(f"RemoveTokens({selection_name(self.group)})", layers)
         shared = RemovalState(decoder, window, self.group, self.when, self.positions, effect)
         for number in layers:
             layer = decoder_layers(decoder)[number]
-            if self.how == "drop" and not self.keep_cache:
+            if drops:
                 LayerDropping(number, layer, shared).install(stack)
             else:
                 _LayerMasking(number, layer, shared, cut_mlp=self.keep_cache).install(stack)

@@ -146,11 +146,10 @@ class TokenMap:
         model_type, places = model.config.model_type, None
         layout = LAYOUTS.get(model_type if stack == "decoder" else f"{model_type}/{stack}")
         has_pixels = any(name.startswith("pixel_values") and value is not None for name, value in inputs.items())
-        grids = (
-            layout(model.config, inputs, original_image_sizes(inputs, images), processor)
-            if layout and has_pixels
-            else None
-        )
+        vision_type = getattr(getattr(model.config, "vision_config", None), "model_type", None)
+        # Pixtral's `image_sizes` are those of the processed images.
+        sizes = original_image_sizes({} if vision_type == "pixtral" else inputs, images)
+        grids = layout(model.config, inputs, sizes, processor) if layout and has_pixels else None
         if grids is not None:
             places = Places.from_grids(vision, grids, samples)
         return cls(labels, places=places, model_type=model_type, stack=stack, samples=samples)

@@ -61,7 +61,13 @@ def wrap(model: PreTrainedModel) -> TransformerBridge:
             f"TransformerLens has no adapter for {architecture}: use backend='native', or import the module that "
             "registers one with its ArchitectureAdapterFactory"
         )
-    return build_bridge_from_module(model, architecture, hf_config=model.config)
+    try:
+        return build_bridge_from_module(model, architecture, hf_config=model.config)
+    except AttributeError as error:
+        raise ValueError(
+            f"TransformerLens has no adapter for this {architecture}, whose modules have other names ({error}): "
+            "use backend='native'"
+        ) from error
 
 
 def unwrap(bridge: Any) -> PreTrainedModel:

@@ -22,3 +22,13 @@ def tile_box(image: Box, rows: int, columns: int, tile: int) -> Box:
     row, column = divmod(tile, columns)
     across, down = (right - left) / columns, (bottom - top) / rows
     return (left + column * across, top + row * down, left + (column + 1) * across, top + (row + 1) * down)
+
+
+def closest_tile_boxes(box: Box, count: int) -> list[Box]:
+    """Return the boxes of `count` tiles, in the arrangement whose aspect ratio is closest to that of the image."""
+    _, _, width, height = box
+    shapes = [(count // columns, columns) for columns in range(1, count + 1) if count % columns == 0]
+    if not shapes:
+        return []
+    rows, columns = min(shapes, key=lambda shape: abs(width / height - shape[1] / shape[0]))
+    return [tile_box(box, rows, columns, tile) for tile in range(count)]

@@ -12,9 +12,9 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from probes.tokens.families.image_boxes import tile_box, whole_image_boxes
+from probes.tokens.families.image_boxes import closest_tile_boxes, whole_image_boxes
 from probes.tokens.families.image_runs import find_image_runs, texts_before_runs
-from probes.tokens.grid import Box, Grid
+from probes.tokens.grid import Grid
 from probes.tokens.layout_registry import register_layout
 from probes.tokens.model_inputs import ImageSizes
 
@@ -50,16 +50,6 @@ def internvl_layout(
     for run, frame in zip(runs, frames, strict=True):
         image += frame == 0
         tile_count = (run.stop - run.start) // tokens_per_tile
-        tile_boxes = [*_tile_boxes(boxes[image], tile_count - 1), boxes[image]]
+        tile_boxes = [*closest_tile_boxes(boxes[image], tile_count - 1), boxes[image]]
         grids += [Grid(image, side, side, box, frame, tile) for tile, box in enumerate(tile_boxes)]
     return grids
-
-
-def _tile_boxes(box: Box, count: int) -> list[Box]:
-    """Return the boxes of `count` tiles, in the arrangement whose aspect ratio is closest to that of the image."""
-    _, _, width, height = box
-    shapes = [(count // columns, columns) for columns in range(1, count + 1) if count % columns == 0]
-    if not shapes:
-        return []
-    rows, columns = min(shapes, key=lambda shape: abs(width / height - shape[1] / shape[0]))
-    return [tile_box(box, rows, columns, tile) for tile in range(count)]

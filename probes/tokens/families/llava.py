@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from probes.tokens.families.pixtral import pixtral_grids
 from probes.tokens.grid import Grid
 from probes.tokens.image_transform import processed_image
 from probes.tokens.layout_registry import register_layout
@@ -14,16 +15,14 @@ from probes.tokens.model_inputs import ImageSizes, require_pixels, size_of_image
 
 
 @register_layout("llava")
-def llava_layout(
-    config: PretrainedConfig, inputs: Mapping[str, Any], sizes: ImageSizes, processor: Any
-) -> list[Grid] | None:
-    """Return one grid per image, or None for a Pixtral vision tower, whose grid differs between images.
+def llava_layout(config: PretrainedConfig, inputs: Mapping[str, Any], sizes: ImageSizes, processor: Any) -> list[Grid]:
+    """Return one grid per image.
 
     With `vision_feature_select_strategy="full"`, the CLS token of the vision tower, if it has one, comes first. It
     covers no part of the image.
     """
     if config.vision_config.model_type == "pixtral":
-        return None
+        return pixtral_grids(inputs, sizes, config.vision_config.patch_size, processor)
     pixels, patch = require_pixels(inputs), config.vision_config.patch_size
     image_processor = getattr(processor, "image_processor", None)
     grids = []

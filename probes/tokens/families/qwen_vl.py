@@ -1,6 +1,6 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images of any size, patches merged 2 x 2, and video frames merged in pairs.
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: images of any size, patches merged 2 x 2, and video frames merged in pairs.
 
-Source: transformers' `qwen2_vl`, `qwen2_5_vl` and `qwen3_vl`. Their processors add `image_grid_thw` and
+Source: transformers' `qwen2_vl`, `qwen2_5_vl`, `qwen3_vl` and `qwen3_5`. Their processors add `image_grid_thw` and
 `video_grid_thw` (patches over time, height and width) to the inputs.
 """
 
@@ -18,14 +18,14 @@ from probes.tokens.layout_registry import register_layout
 from probes.tokens.model_inputs import ImageSizes, reading_order
 
 
-@register_layout("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+@register_layout("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 def qwen_vl_layout(
     config: PretrainedConfig, inputs: Mapping[str, Any], sizes: ImageSizes, processor: Any
 ) -> list[Grid]:
     """Return one grid per image, and one per temporal patch of a video, which `frame` counts.
 
-    A temporal patch covers `vision_config.temporal_patch_size` of the sampled frames. Qwen3-VL writes a timestamp
-    before each of them; these tokens are text. The processor resizes an image to whole patches without keeping its
+    A temporal patch covers `vision_config.temporal_patch_size` of the sampled frames. Qwen3-VL and Qwen3.5 write a
+    timestamp before each of them; these tokens are text. The processor resizes an image to whole patches without keeping its
     aspect ratio, so the tokens cover the whole image. `sizes` count images and videos together, in reading order.
     """
     merge = config.vision_config.spatial_merge_size

@@ -13,6 +13,15 @@ from PIL import Image
 from probes import TokenMap
 from tests.probes.tokens.families.build import TinyFamily
 
+# Ends of the names of the output projections of attention in vision towers.
+ATTENTION_OUTPUTS = (
+    "attn.proj",
+    "self_attn.out_proj",
+    "self_attn.o_proj",
+    "attention.o_proj",
+    "attention.projection_layer",
+)
+
 
 def coordinate_pixels(width: int, height: int, blue: int = 0) -> np.ndarray:
     """Return pixels whose red encodes the column and whose green encodes the row, from 0 to 255."""
@@ -48,7 +57,7 @@ def pixel_colours(family: TinyFamily, inputs: Any, tokens: TokenMap) -> np.ndarr
     """
     model, names = family.model(), [name for name in inputs if name.startswith("pixel_values")]
     for name, module in model.named_modules():
-        if family.vision in name and name.endswith(("attn.proj", "self_attn.out_proj", "attention.projection_layer")):
+        if family.vision in name and name.endswith(ATTENTION_OUTPUTS):
             torch.nn.init.zeros_(module.weight)
     pixels = [inputs[name].clone().requires_grad_() for name in names]
     embeddings: list[torch.Tensor] = []

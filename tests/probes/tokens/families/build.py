@@ -2,94 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import pytest
-import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import PretrainedConfig, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.models.smolvlm import processing_smolvlm
 
 from llava_mini import LlavaMiniConfig, LlavaMiniForConditionalGeneration, LlavaMiniProcessor
+from tests.probes.tokens.families.build_recent import RECENT_FAMILIES
+from tests.probes.tokens.families.tiny_family import LAYERS, TEXT, VISION, TinyFamily, tokenizer
 from tests.probes.tokens.families.video_processors import QwenFrames, WholeFrames, without_video_processor
 
-LAYERS = 3
-# Ten times the usual scale, so that attention is far from uniform.
-TEXT: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-VISION: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
-
-
-@dataclass(frozen=True)
-class TinyFamily:
-    """A model family in its smallest form.
-
-    Args:
-        architecture: The model class.
-        config: Returns the config, given the tokenizer.
-        processor: The processor of the family.
-        mark: Placeholder of an image in the text that the processor receives.
-        vision: Substring of the names of modules that process pixels.
-    """
-
-    architecture: type[PreTrainedModel]
-    config: Callable[[PreTrainedTokenizerFast], PretrainedConfig]
-    processor: ProcessorMixin
-    mark: str
-    vision: str = "vision"
-
-    def model(self, implementation: str = "sdpa") -> PreTrainedModel:
-        """Return a model with the same random weights for every implementation, also where they initialise to zero."""
-        torch.manual_seed(0)
-        model = self.architecture(self.config(self.processor.tokenizer)).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if self.vision in name or "projector" in name or "connector" in name:
-                    parameter.normal_(0, 0.2)
-        model.set_attn_implementation(implementation)
-        return model
-
-    def __call__(self, texts: Sequence[str], images: Sequence[Sequence[Any]], side: str = "left", **kwargs: Any) -> Any:
-        """Return the inputs of a batch; `#` in the texts stands for an image."""
-        texts = [text.replace("#", self.mark) for text in texts]
-        nested = [list(row) for row in images] or None
-        kwargs |= {
-            "padding": True,
-            "padding_side": side,
-            "return_tensors": "pt",
-        }  # InternVL's processor pads left by default
-        return self.processor(text=texts, images=nested, **kwargs)
-
-
-def tokenizer(specials: Sequence[str] = (), **named: str) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of one token per byte, with the special tokens of the family."""
-    first = ["<pad>", "<bos>", "<eos>", *specials, *named.values()]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate([*first, *letters])}
-    backend = Tokenizer(models.BPE(vocabulary, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(first)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        model_specific_special_tokens=named,
-    )
+__all__ = ["LAYERS", "MODEL_FAMILIES", "TinyFamily", "tiny"]
 
 
 def qwen(name: str, version: str, vision: dict[str, Any], text: dict[str, Any]) -> TinyFamily:
@@ -335,7 +261,7 @@ def _clip_processor_fields(patch: int) -> dict[str, Any]:
 
 LLAVA_FAMILIES = (llava, llava_next, llava_onevision, llava_mini)
 OTHER_FAMILIES = (qwen2_vl, qwen2_5_vl, qwen3_vl, idefics3, smolvlm, paligemma, gemma3, internvl)
-MODEL_FAMILIES = {build.__name__: build for build in (*LLAVA_FAMILIES, *OTHER_FAMILIES)}
+MODEL_FAMILIES = {build.__name__: build for build in (*LLAVA_FAMILIES, *OTHER_FAMILIES, *RECENT_FAMILIES)}
 
 
 @cache

@@ -91,14 +91,12 @@ def test_llava_layout_without_processor_or_sizes_returns_no_boxes(make_llava: An
         assert torch.equal(places.column, complete.column)
 
 
-def test_require_places_with_pixtral_vision_tower_raises_value_error(make_llava: Any, coordinate_image: Any) -> None:
+def test_from_inputs_with_pixtral_vision_tower_without_sizes_raises(make_llava: Any, coordinate_image: Any) -> None:
     model, processor = make_llava()
     inputs = processor(images=coordinate_image(24, 24), text=PROMPT, return_tensors="pt")
     model.config.vision_config.model_type = "pixtral"
-    tokens = TokenMap.from_inputs(model, inputs)
-    assert int(tokens.mask("vision").sum()) == 16
-    with pytest.raises(ValueError, match="no places of visual tokens for model_type 'llava'"):
-        tokens.require_places()
+    with pytest.raises(ValueError, match="inputs have no image_sizes"):
+        TokenMap.from_inputs(model, inputs)
 
 
 def test_from_inputs_without_pixels_returns_groups_without_places(make_llava: Any, coordinate_image: Any) -> None:
