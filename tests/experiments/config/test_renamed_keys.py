@@ -77,7 +77,7 @@ def test_migrate_nested_config_renames_keys_and_keeps_values():
     }
     assert migrate(old) == {
         "seed": 0,
-        "data": {"name": "shapes", "train_samples": 8, "test_samples": 4, "max_length": None},
+        "data": {"name": "shapes", "train_samples": 8, "test_samples": 4},
         "train": {
             "max_steps": 60,
             "lr_scheduler_type": "linear",

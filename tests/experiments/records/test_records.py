@@ -11,6 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from experiments.config import renamed_keys
 from experiments.records.files import load_records, read_record
 from experiments.records.schema import check_record, json_schema
 
@@ -157,8 +158,9 @@ def test_check_record_without_optional_parts_passes(probed: dict[str, Any]) -> N
 
 
 def test_read_record_with_old_settings_returns_them_under_their_new_names(
-    records: Records, write_records: Callable[[Records], Path]
+    records: Records, write_records: Callable[[Records], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(renamed_keys, "_ADDED", {"train.prefusion_learning_rate": None})
     old = records[0]
     old["config"] = {
         "seed": 0,
