@@ -31,6 +31,7 @@ _ESCAPES = {
     "\u2260": r"$\ne$",
 }
 _NUMBER = re.compile(r"^(?:table|tab\.|figure|fig\.)\s*[a-z]?\d+[a-z]?\s*[:.\u2013\u2014-]\s+", re.IGNORECASE)
+_NAMED_TABLE = re.compile(r"^table\s*[a-z]?\d", re.IGNORECASE)
 _NO_ROWS = "No record belongs in this table."
 
 
@@ -74,8 +75,13 @@ def escape(text: str) -> str:
 
 
 def _without_number(caption: str) -> str:
-    """Remove a number such as "Table 6: " from the start of a caption, because LaTeX numbers tables itself."""
+    """Keep a caption from starting with a table's number, because LaTeX numbers tables itself.
+
+    "Table 6: the effect" becomes "The effect", and "Table 10 at equal FLOPs" "Rows of Table 10 at equal FLOPs".
+    """
     text = _NUMBER.sub("", caption)
+    if _NAMED_TABLE.match(text):
+        return f"Rows of {text}"
     return text[:1].upper() + text[1:]
 
 

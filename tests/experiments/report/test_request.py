@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from experiments.records.files import Records
 from experiments.report.experiment_specs import ExperimentSpec
-from experiments.report.request import parse_request
+from experiments.report.request import parse_request, split_results
 
 RecordList = list[dict[str, Any]]
 
@@ -54,3 +55,39 @@ def test_select_records_filters_by_settings(table_records: RecordList) -> None:
         ids("train.max_steps=61")
     with pytest.raises(ValueError, match=r"train\.stepz=60: no record has this setting$"):
         ids("train.stepz=60")
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "folder"),
+    [
+        ([], None, "results"),
+        ([], "mine", "mine"),
+        (["results=mine"], None, "mine"),
+        (["results=mine"], "mine", "mine"),
+        (["results=first", "results=last"], None, "last"),
+        (["results='with space'"], None, "with space"),
+        (['results="with space"'], None, "with space"),
+        (["results=with space"], None, "with space"),
+        (["results=${oc.env:MY_RESULTS}/a"], None, "from the environment/a"),
+        (["results=a=b"], None, "a=b"),
+        (["results=on"], None, "on"),
+        (["results=1e3"], None, "1e3"),
+        (["results=~/a#b: c"], None, "~/a#b: c"),
+    ],
+)
+def test_split_results_returns_the_folder_as_written(
+    words: list[str], option: str | None, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_RESULTS", "from the environment")
+    others = ["experiment=a", "seed=0"]
+    assert split_results([others[0], *words, others[1]], option and Path(option)) == (Path(folder), others)
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [(["results="], None), (["results=null"], None), (["results=${oc.env:NO_SUCH}"], None), (["results=a"], "b")],
+)
+def test_split_results_without_one_folder_raises(words: list[str], option: str | None) -> None:
+    with pytest.raises(ValueError, match=f"{re.escape(words[0])}") as error:
+        split_results(words, option and Path(option))
+    assert "\n" not in str(error.value)
