@@ -58,7 +58,7 @@ def pixel_colours(family: TinyFamily, inputs: Any, tokens: TokenMap) -> np.ndarr
     model, names = family.model(), [name for name in inputs if name.startswith("pixel_values")]
     for name, module in model.named_modules():
         if family.vision in name and name.endswith(ATTENTION_OUTPUTS):
-            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(getattr(module, "linear", module).weight)
     pixels = [inputs[name].clone().requires_grad_() for name in names]
     embeddings: list[torch.Tensor] = []
     decoder = model.get_decoder()
@@ -73,7 +73,9 @@ def pixel_colours(family: TinyFamily, inputs: Any, tokens: TokenMap) -> np.ndarr
     processor = family.processor.image_processor
 
     def flat(values: torch.Tensor, leading: int) -> torch.Tensor:
-        """Return `[3, pixels]` from Qwen's patches [patches, 3 * pixels] or from images [..., 3, height, width]."""
+        """Return `[3, pixels]` from patches of Qwen or Gemma 4, or from images `[..., 3, height, width]`."""
+        if "image_position_ids" in inputs:  # Gemma 4: [images, patches, pixels * 3]
+            return values.unflatten(-1, (-1, 3)).movedim(-1, leading).flatten(leading + 1)
         if inputs[names[0]].ndim == 2:
             return values.unflatten(-1, (3, -1)).movedim(-2, leading).flatten(leading + 1)
         return values.movedim(-3, leading).flatten(leading + 1)

@@ -71,6 +71,20 @@ def qwen3_vl() -> TinyFamily:
     return qwen("Qwen3VL", "Qwen3VL", vision | deep, text)
 
 
+def qwen3_5() -> TinyFamily:
+    """Return a Qwen3.5 of one layer with linear attention and two with softmax attention."""
+    text = {
+        "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention", "full_attention"],
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
+    vision = {"hidden_size": 16, "out_hidden_size": 32, "depth": 2, "intermediate_size": 24}
+    return qwen("Qwen3VL", "Qwen3_5", vision | {"num_position_embeddings": 64}, text)
+
+
 def idefics3() -> TinyFamily:
     return _idefics(transformers.Idefics3Processor, "Idefics3")
 
@@ -262,13 +276,15 @@ def _clip_processor_fields(patch: int) -> dict[str, Any]:
 LLAVA_FAMILIES = (llava, llava_next, llava_onevision, llava_mini)
 OTHER_FAMILIES = (qwen2_vl, qwen2_5_vl, qwen3_vl, idefics3, smolvlm, paligemma, gemma3, internvl)
 MODEL_FAMILIES = {build.__name__: build for build in (*LLAVA_FAMILIES, *OTHER_FAMILIES, *RECENT_FAMILIES)}
+# Families of which some layers have no softmax attention: their tests have files of their own.
+HYBRID_FAMILIES = {"qwen3_5": qwen3_5}
 
 
 @cache
 def tiny(model_type: str) -> TinyFamily:
     """Return the tiny family; skip the test if its image processor needs torchvision in this transformers version."""
     try:
-        return MODEL_FAMILIES[model_type]()
+        return (MODEL_FAMILIES | HYBRID_FAMILIES)[model_type]()
     except ImportError as error:
         if "Torchvision" not in str(error):
             raise
