@@ -10,7 +10,9 @@ import torch
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaProcessor,
     PreTrainedModel,
     ProcessorMixin,
     set_seed,
@@ -22,6 +24,8 @@ from experiments.data.samples import Split
 from experiments.files import ASSETS, file_stamps
 from experiments.models import from_parts, lora, scratch
 from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
+from llava_mini.checkpoint_files import MODEL_FILES, PROCESSOR_FILES, name_damaged_file
+from llava_mini.older_processors import complete_from_config
 
 MAX_CACHED_BYTES = 4 * 2**30  # a larger model is read again for each cell: its memory is worth more than the time
 VOCABULARY_SAMPLES = 1000  # of questions and of descriptions, that a new tokenizer is trained on
@@ -84,10 +88,11 @@ def load_checkpoint(
     """
     name = _resolve_source(path, "path")
     try:
-        processor = AutoProcessor.from_pretrained(name)
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype, attn_implementation=attention, output_loading_info=True, use_safetensors=True
-        )
+        with name_damaged_file(name, MODEL_FILES + PROCESSOR_FILES):
+            processor = AutoProcessor.from_pretrained(name)
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                name, dtype=dtype, attn_implementation=attention, output_loading_info=True, use_safetensors=True
+            )
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -96,6 +101,8 @@ def load_checkpoint(
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
         raise ValueError(f"model.path: checkpoint '{path}' lacks {len(missing)} weights, the first is {missing[0]}")
+    if isinstance(processor, LlavaProcessor) and isinstance(model.config, LlavaConfig):
+        complete_from_config(processor, model.config)
     return model, processor
 
 
