@@ -12,11 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from probes.hooks.compiled_code import EagerExecution
 from probes.hooks.decoder import MASK_FORMATS, decoder_layers, find_decoder
 from probes.hooks.layer_io import input_states, output_states
 from probes.hooks.token_window import TokenWindow
 from probes.hooks.unembedding import Unembedding
+from probes.tokens.answer_positions import answer_positions
 from probes.tokens.token_map import TokenMap
+from probes.unwrapping import require_model
 
 # Attention matrices of one layer that are in memory at once: scores, weights, their gradients and the product.
 # Measured: 4.6.
@@ -89,6 +92,7 @@ def relevancy(
         >>> answer.rollout[tokens.mask("vision")].shape
         torch.Size([36])
     """
+    model = require_model(model)
     unembed, decoder = Unembedding(model, tokens), find_decoder(model, mask_formats=MASK_FORMATS.values())
     layers = decoder_layers(decoder)
     if hybrid := [number for number, layer in enumerate(layers) if not hasattr(layer, "self_attn")]:
@@ -111,7 +115,7 @@ def relevancy(
         )
     # Tensors made in inference mode cannot enter the backward pass, so leave that mode and copy what was given.
     with torch.inference_mode(False):
-        at = _default_answer_positions(tokens) if at is None else at.cpu().clone()
+        at = answer_positions(tokens) if at is None else at.cpu().clone()
         if at.shape != (batch,) or not ((at >= 0) & (at < length)).all():
             raise ValueError(
                 f"at is {at.tolist()}: it must hold one position from 0 to {length - 1} for each of {batch} samples"
@@ -119,7 +123,7 @@ def relevancy(
         if answers is not None and answers.shape != (batch,):
             raise ValueError(f"answers have shape {list(answers.shape)}: one token id for each of {batch} is needed")
         samples = torch.arange(batch)
-        with _eager_attention(decoder):
+        with _eager_attention(decoder), EagerExecution(decoder):
             calls, last_hidden, logits = _record_layer_calls(model, decoder, unembed, tokens, inputs, at)
             unembed.check(last_hidden[samples, at], logits)
             answers = logits.argmax(-1).cpu() if answers is None else answers.cpu().clone()
@@ -135,19 +139,6 @@ def relevancy(
                 layer_relevancy.append(weighted[samples, at].cpu())
                 rollout = rollout + torch.einsum("bq,bqk->bk", rollout.to(weighted.device), weighted).cpu()
     return Relevancy(rollout, torch.stack(layer_relevancy[::-1]), at, answers, answer_logits.detach().cpu())
-
-
-def _default_answer_positions(tokens: TokenMap) -> Int[Tensor, " batch"]:
-    """Return the position before each row's first response position, or its last unpadded one."""
-    labels = tokens.labels.cpu()
-    positions = torch.arange(labels.shape[1]).expand_as(labels)
-    pad = labels == tokens.index("pad") if "pad" in tokens.groups else torch.zeros_like(labels, dtype=torch.bool)
-    last = positions.masked_fill(pad, -1).amax(1)
-    if "response" not in tokens.groups:
-        return last
-    response = labels == tokens.index("response")
-    first_response = positions.masked_fill(~response, labels.shape[1]).amin(1)
-    return torch.where(response.any(1), first_response - 1, last)
 
 
 def _has_open_probe(decoder: PreTrainedModel) -> bool:

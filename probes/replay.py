@@ -11,6 +11,8 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from probes.hooks.checkpointing import require_one_pass
+from probes.hooks.compiled_code import EagerExecution
 from probes.hooks.decoder import decoder_layers, find_decoder, select_layers
 from probes.hooks.layer_io import input_states, output_states
 from probes.hooks.subset_rerun import SubsetRerun, check_same_shape, override_forward
@@ -55,6 +57,7 @@ def replay(
     Raises:
         ValueError: A start is outside the model, or `rows` are given for a model whose layers cannot run on a subset
             of positions.
+        RuntimeError: A call with gradient checkpointing, whose layers would run again in the backward pass.
 
     Example:
         >>> from probes import RemoveTokens, intervene
@@ -84,6 +87,8 @@ def replay(
             yield
 
     with ExitStack() as stack:
+        stack.enter_context(EagerExecution(decoder))
+        stack.callback(decoder.register_forward_pre_hook(lambda *_: require_one_pass(decoder)).remove)
         if subset is not None:
             subset.install(stack)
         for start in start_layers:

@@ -19,14 +19,27 @@ AttentionFunction = Callable[..., tuple[Tensor, "Tensor | None"]]
 SWITCHED = "probes_recording"
 """Name of the attention implementation of a redirected module."""
 
-_FUNCTIONS: WeakKeyDictionary[nn.Module, AttentionFunction] = WeakKeyDictionary()
+
+class _Dispatch:
+    """Calls the function that an attention module is redirected to.
+
+    Attributes:
+        functions: The function of each redirected module.
+    """
+
+    def __init__(self, functions: WeakKeyDictionary[nn.Module, AttentionFunction]) -> None:
+        self.functions = functions
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        return self.functions[module](module, *args, **kwargs)
 
 
-def _dispatch(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    return _FUNCTIONS[module](module, *args, **kwargs)
-
-
-AttentionInterface.register(SWITCHED, _dispatch)
+# A second import of this file in one process, such as a reload, replaces the registered dispatcher. Modules that the
+# first import has redirected stay in the table, so the new dispatcher shares it.
+_FUNCTIONS: WeakKeyDictionary[nn.Module, AttentionFunction] = getattr(
+    AttentionInterface().get(SWITCHED), "functions", WeakKeyDictionary()
+)
+AttentionInterface.register(SWITCHED, _Dispatch(_FUNCTIONS))
 
 
 def is_switched(module: nn.Module) -> bool:

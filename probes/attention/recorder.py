@@ -19,6 +19,7 @@ from probes.hooks.decoder import decoder_layers, mask_format
 from probes.hooks.partial_call import CallSubset, current_subset
 from probes.hooks.token_window import TokenWindow
 from probes.tokens.token_map import TokenMap
+from probes.unwrapping import unwrap_module
 
 # Arguments that change the attention weights, or pass the keys, in ways that the statistics do not model.
 UNSUPPORTED_ARGUMENTS = ("position_bias", "cache", "block_table")
@@ -46,7 +47,7 @@ class AttentionRecorder:
         self.heads = None if all_heads else torch.tensor(record.heads)
         self.targets = tuple(tokens.index(target) for target in record.targets)
         self.layers = layers = decoder_layers(decoder)
-        self.layer_of = {layers[layer].get_submodule("self_attn"): layer for layer in record.layers}
+        self.layer_of = {unwrap_module(layers[layer].get_submodule("self_attn")): layer for layer in record.layers}
         self.layouts: dict[Any, tuple[Visibility, GroupLayout]] = {}
 
     def __enter__(self) -> None:

@@ -12,6 +12,7 @@ from probes.attention.recorder import AttentionRecorder
 from probes.hooks.decoder import MASK_FORMATS, find_decoder, select_attention_layers
 from probes.hooks.token_window import TokenWindow
 from probes.tokens.token_map import TokenMap
+from probes.unwrapping import unwrap_model
 
 
 @contextmanager
@@ -71,6 +72,7 @@ def record_attention(
     # These import this file.
     from probes.attention.backends import record_with_backend, underlying_model
 
+    model = unwrap_model(model)
     transformers_model = underlying_model(model, backend)
     decoder = find_decoder(transformers_model, tokens.stack, MASK_FORMATS.values())
     if not transformers_model.get_decoder()._can_set_attn_implementation():

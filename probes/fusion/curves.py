@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,10 +22,64 @@ from probes.hooks.partial_call import can_run_subset
 from probes.interventions import BlockAttention, RemoveTokens, intervene
 from probes.readouts.hidden_states import record_states
 from probes.replay import replay
+from probes.tokens.answer_positions import answer_positions
 from probes.tokens.token_map import TokenMap
+from probes.unwrapping import require_model
 
 # Returns one score for each sample, such as right or wrong, or a log-probability, from the logits of a forward pass.
 ScoreFunction = Callable[[Float[Tensor, "batch positions vocabulary"]], Float[Tensor, " batch"]]
+
+
+def answer_logprob(
+    tokens: TokenMap | Int[Tensor, "batch positions"] | Bool[Tensor, "batch positions"], answers: Int[Tensor, " batch"]
+) -> ScoreFunction:
+    """Return a score function: the log-probability (nats) of each sample's answer token.
+
+    It reads the position that predicts the answer, whichever side the rows are padded on. With a token map this is the
+    position before the first `response` position. Rows without a response, and all rows of an attention mask, are
+    scored at their last unpadded position.
+
+    Args:
+        tokens: Map of the inputs, or their attention mask.
+        answers: Token id of each sample's answer.
+
+    Returns:
+        The score function of `removal_curve`, `removal_scores` and `knockout_curve`.
+
+    Raises:
+        ValueError: `answers` do not fit the map, the map is not of the decoder, or a row has no position that predicts
+            its answer. The score raises it for logits of another shape, or of a vocabulary without an answer.
+
+    Example:
+        >>> score = answer_logprob(tokens, torch.tensor([5]))
+        >>> logits = model(**inputs).logits
+        >>> bool(score(logits)[0] == logits[0, -1].log_softmax(-1)[5])
+        True
+    """
+    if not isinstance(tokens, TokenMap):
+        tokens = TokenMap((tokens == 0).long(), groups=("prompt", "pad"), generated="prompt")
+    if tokens.stack != "decoder":
+        raise ValueError(f"the token map is of stack {tokens.stack!r}: logits need a map of stack 'decoder'")
+    shape, at = list(tokens.labels.shape), answer_positions(tokens)
+    if list(answers.shape) != shape[:1] or answers.is_floating_point() or (answers < 0).any():
+        raise ValueError(
+            f"answers are {answers.dtype} of shape {list(answers.shape)}: they must be one token id for each of "
+            f"{shape[0]} samples"
+        )
+    if (at < 0).any():
+        raise ValueError(f"rows {(at < 0).nonzero()[:, 0].tolist()} have no position before their answer")
+
+    def score(logits: Float[Tensor, "batch positions vocabulary"]) -> Float[Tensor, " batch"]:
+        if list(logits.shape[:2]) != shape or int(answers.max()) >= logits.shape[2]:
+            raise ValueError(
+                f"logits have shape {list(logits.shape)}: the score needs {shape} positions (batch x length) and a "
+                f"vocabulary with token {int(answers.max())}"
+            )
+        rows = torch.arange(shape[0], device=logits.device)
+        logprobs = logits[rows, at.to(logits.device)].float().log_softmax(-1)
+        return logprobs[rows, answers.to(logits.device)]
+
+    return score
 
 
 @torch.no_grad()
@@ -53,6 +107,7 @@ def attention_curve(
         >>> attention_curve(model, tokens, inputs).shape
         (6, 1)
     """
+    model = require_model(model)
     with record_attention(model, tokens, targets=[target]) as record:
         model(**inputs)
     return record.mass[:, :, :, 0, tokens.index("vision")].mean(2).numpy()
@@ -80,10 +135,10 @@ def removal_curve(
         Scores `[starts, samples]`.
 
     Raises:
-        ValueError: A start is outside the model.
+        ValueError: A start is outside the model, or the score reads padding.
 
     Example:
-        >>> score = lambda logits: logits[:, -1].log_softmax(-1)[:, 5]
+        >>> score = answer_logprob(tokens, torch.tensor([5]))  # token 5 is the answer
         >>> removal_curve(model, tokens, inputs, score, starts=[0, 3, 6]).shape
         (3, 1)
     """
@@ -116,10 +171,10 @@ def removal_scores(
         Scores `[spans, samples]`.
 
     Raises:
-        ValueError: A layer is outside the model.
+        ValueError: A layer is outside the model, or the score reads padding.
 
     Example:
-        >>> score = lambda logits: logits[:, -1].log_softmax(-1)[:, 5]
+        >>> score = answer_logprob(tokens, torch.tensor([5]))  # token 5 is the answer
         >>> removal_scores(model, tokens, inputs, score, [range(2, 4), range(0)]).shape
         (2, 1)
     """
@@ -134,7 +189,7 @@ def removal_scores(
         # Latest start first: the first run is then intact before the start of every other span, as `replay` requires.
         for span in sorted(set(spans), key=lambda span: span.start, reverse=True):
             with resume_from(span.start), intervene(model, tokens, RemoveTokens(removed, span, how=how)):
-                scores[span] = score(_logits_without_cache(model, inputs))
+                scores[span] = _score_without_padding(score, _logits_without_cache(model, inputs), tokens)
     return _stack_points([scores[span] for span in spans])
 
 
@@ -163,10 +218,10 @@ def knockout_curve(
         Scores `[layers + width, samples]`, those of the intact model first.
 
     Raises:
-        ValueError: `width` is below 1.
+        ValueError: `width` is below 1, or the score reads padding.
 
     Example:
-        >>> score = lambda logits: logits[:, -1].log_softmax(-1)[:, 5]
+        >>> score = answer_logprob(tokens, torch.tensor([5]))  # token 5 is the answer
         >>> knockout_curve(model, tokens, inputs, score, width=2).shape
         (8, 1)
     """
@@ -179,12 +234,12 @@ def knockout_curve(
     text_after_image = text_map.mask("text") & (text_map.mask("vision").cumsum(1) > 0)
     rows = text_after_image if can_run_subset(find_decoder(model), tokens.labels.shape[1]) else None
     with replay(model, range(layers), rows) as resume_from:
-        scores = [score(_logits_without_cache(model, inputs))]
+        scores = [_score_without_padding(score, _logits_without_cache(model, inputs), tokens)]
         for last in range(layers + width - 1):
             window = range(max(last - width + 1, 0), min(last + 1, layers))
             block = BlockAttention(source="vision", target="text", layers=window)
             with resume_from(window.start), intervene(model, text_map, block):
-                scores.append(score(_logits_without_cache(model, inputs)))
+                scores.append(_score_without_padding(score, _logits_without_cache(model, inputs), tokens))
     return _stack_points(scores)
 
 
@@ -225,7 +280,7 @@ def text_states(
     handle = first_layer.register_forward_pre_hook(record_embeddings, with_kwargs=True)
     try:
         with record_states(model, tokens, positions) as states:
-            model(**inputs)
+            require_model(model)(**inputs)
     finally:
         handle.remove()
     return torch.stack(
@@ -240,7 +295,32 @@ def _logits_without_cache(
 
     Nothing is generated, so no cache is needed; and a cache for sliding windows fails when tokens are missing.
     """
-    return model(**{**inputs, "use_cache": False}).logits  # type: ignore[no-any-return]
+    return require_model(model)(**{**inputs, "use_cache": False}).logits  # type: ignore[no-any-return]
+
+
+def _score_without_padding(
+    score: ScoreFunction, logits: Float[Tensor, "batch positions vocabulary"], tokens: TokenMap
+) -> Float[Tensor, " batch"]:
+    """Return the scores of one call, after a check that they do not read padding.
+
+    Raises:
+        ValueError: If a score changes when the logits of padding move to other tokens of the vocabulary.
+    """
+    scores = score(logits).clone()
+    pad = tokens.mask("pad").to(logits.device)
+    if pad.shape != logits.shape[:2] or not pad.any():
+        return scores
+    # In place, since a second tensor of logits may not fit into memory.
+    own = logits[pad]
+    logits[pad] = own.roll(1, dims=-1)
+    changed = (score(logits) != scores) & ~scores.isnan()
+    logits[pad] = own
+    if changed.any():
+        raise ValueError(
+            f"the score of rows {changed.nonzero()[:, 0].tolist()} depends on the logits of padding: score the "
+            "position that predicts the answer, as answer_logprob(tokens, answers) of probes.fusion.curves does"
+        )
+    return scores
 
 
 def _mean_per_sample(

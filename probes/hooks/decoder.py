@@ -16,6 +16,8 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
+from probes.unwrapping import require_model, unwrap_module
+
 # The function that makes the mask determines how an attention implementation interprets it. A hub kernel registered
 # under its own name, for example, takes the masks of flash attention.
 MASK_FORMATS = {sdpa_mask: "sdpa", eager_mask: "eager", flash_attention_mask: "flash", flex_attention_mask: "flex"}
@@ -50,21 +52,24 @@ def find_decoder(
     """Return a stack of decoder layers: a module with a `config` and with `layers`, some or all with a `self_attn`.
 
     Args:
-        model: A decoder language model, or a wrapper such as LLaVA that holds one.
+        model: A decoder language model, or a model such as LLaVA that holds one; also in a wrapper that
+            `unwrap_model` knows.
         stack: `tokens.stack`: "decoder" for the language model, "prefusion" for LLaVA-Mini's pre-fusion layers.
         mask_formats: Mask formats that the caller supports.
 
     Raises:
-        ValueError: If the model has no such stack, or its attention uses another mask format.
+        ValueError: If this is no transformers model, the model has no such stack, or its attention uses another mask
+            format.
 
     Example:
         >>> decoder = find_decoder(model)
         >>> decoder.config.num_hidden_layers
         6
     """
-    decoder = _layer_stack(model.get_decoder())
+    model = require_model(model)
+    decoder = _layer_stack(unwrap_module(model.get_decoder()))
     if stack == "prefusion":
-        decoder = getattr(model.base_model, "prefusion", None)
+        decoder = unwrap_module(getattr(model.base_model, "prefusion", None))
         if decoder is None:
             raise ValueError(
                 f"{type(model).__name__} has no pre-fusion layers; build the token map with stack='decoder'"
@@ -104,13 +109,13 @@ def cache_name(arguments: Mapping[str, Any]) -> str:
 
 
 def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
-    """Return the layers of a stack, and no other modules that share their config.
+    """Return the layers of a stack without their wrappers, and no other modules that share their config.
 
     Example:
         >>> len(decoder_layers(find_decoder(model)))
         6
     """
-    return list(decoder.get_submodule("layers").children())
+    return [unwrap_module(layer) for layer in decoder.get_submodule("layers").children()]
 
 
 def select_layers(decoder: nn.Module, layers: Iterable[int] | None) -> tuple[int, ...]:

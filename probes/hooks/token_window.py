@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from probes.hooks.checkpointing import require_one_pass
+from probes.hooks.compiled_code import EagerExecution
 from probes.hooks.decoder import cache_name, decoder_layers
 from probes.tokens.token_map import TokenMap
 
@@ -22,6 +24,8 @@ class TokenWindow:
 
     Pre-fusion processes the rows of a map in chunks. The language model may receive each row of a map several times,
     side by side: `generate` arranges beams, and several answers to one prompt, in this way.
+
+    Compiled code runs eagerly meanwhile, and calls whose layers would run again in the backward pass are refused.
 
     Attributes:
         rows: Rows of the map that the call covers.
@@ -37,8 +41,10 @@ class TokenWindow:
         self.start = self.stop = 0
         self.padded = False
         self._thread: int | None = None
+        self._eager = EagerExecution(decoder)
 
     def __enter__(self) -> TokenWindow:
+        self._eager.__enter__()
         is_prefusion = self.tokens.stack == "prefusion"
         hook = self._before_prefusion_call if is_prefusion else self._before_decoder_call
         self._handles = [self.decoder.register_forward_pre_hook(hook, with_kwargs=True)]
@@ -51,6 +57,7 @@ class TokenWindow:
     def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
+        self._eager.__exit__()
 
     @property
     def queries(self) -> Int[Tensor, "batch queries"]:
@@ -69,6 +76,7 @@ class TokenWindow:
 
     def _before_decoder_call(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._require_one_thread()
+        require_one_pass(decoder)
         inputs = kwargs.get("inputs_embeds")
         if inputs is None:
             inputs = args[0] if args else kwargs["input_ids"]
@@ -97,6 +105,7 @@ class TokenWindow:
 
     def _before_prefusion_call(self, prefusion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._require_one_thread()
+        require_one_pass(prefusion)
         visual, text = (
             args[index] if len(args) > index else kwargs[name] for index, name in enumerate(("visual", "text"))
         )

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from probes.hooks.decoder import MASK_FORMATS, find_decoder
 from probes.tokens.token_map import TokenMap
+from probes.unwrapping import require_model
 
 # Names of the norm between the last layer and the head in the supported model families.
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "norm_f", "ln_f")
@@ -36,6 +37,7 @@ class Unembedding:
             raise ValueError(
                 f"this token map describes the {tokens.stack} stack; only states of the decoder can be unembedded"
             )
+        model = require_model(model)
         decoder, head = find_decoder(model, mask_formats=MASK_FORMATS.values()), model.get_output_embeddings()
         if hasattr(decoder, "altup_unembed_projections"):
             raise ValueError(
@@ -49,6 +51,8 @@ class Unembedding:
             raise ValueError(f"the model has {missing}, so its residual stream cannot be unembedded")
         self.norm: nn.Module = decoder.get_submodule(norms[0])
         self.head: nn.Linear = head
+        # accelerate's mixed precision returns logits in float32 that were computed in half precision.
+        self.rounding = torch.finfo(torch.bfloat16).eps if "_original_forward" in vars(model) else 0.0
         self.cap: float | None = getattr(decoder.config, "final_logit_softcapping", None)
 
     def __call__(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocabulary"]:
@@ -72,7 +76,7 @@ class Unembedding:
         """
         expected = logits.float()
         # Matrix products of other shapes round differently: by the step of bf16, or by TF32's on GPUs in float32.
-        tolerance = max(4 * torch.finfo(logits.dtype).eps, 1e-3) * expected.abs().max()
+        tolerance = max(4 * torch.finfo(logits.dtype).eps, 4 * self.rounding, 1e-3) * expected.abs().max()
         if not torch.allclose(self(hidden).to(expected.device), expected, rtol=0, atol=float(tolerance)):
             raise ValueError(
                 "the model's logits differ from its final norm and head applied to the last layer; "

@@ -16,6 +16,7 @@ from probes.hooks.layer_io import input_states
 from probes.hooks.token_window import TokenWindow
 from probes.hooks.unembedding import Unembedding
 from probes.tokens.token_map import TokenMap
+from probes.unwrapping import require_model
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -256,6 +257,7 @@ def logit_lens(
         >>> torch.equal(lens.ids[-1, :, 0], logits[0].argmax(-1))  # the last depth is the model's own prediction
         True
     """
+    model = require_model(model)
     unembed, decoder = Unembedding(model, tokens), find_decoder(model, "decoder", MASK_FORMATS.values())
     layers = decoder_layers(decoder)
     selected_depths = tuple(sorted(set(range(len(layers) + 1) if depths is None else depths)))

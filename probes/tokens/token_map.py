@@ -15,6 +15,7 @@ import probes.tokens.families  # noqa: F401  registers the layouts
 from probes.tokens.layout_registry import LAYOUTS
 from probes.tokens.model_inputs import original_image_sizes
 from probes.tokens.places import Places
+from probes.unwrapping import unwrap_model
 
 GROUPS = ("pad", "system", "vision", "instruction", "response")
 
@@ -108,6 +109,7 @@ class TokenMap:
             >>> tokens.places.box[0][tokens.mask("vision")[0]][0].tolist()  # left, top, right, bottom in pixels
             [0.0, 0.0, 8.0, 8.0]
         """
+        model = unwrap_model(model)
         input_ids = inputs.get("input_ids")
         if input_ids is None or input_ids.ndim != 2:
             raise ValueError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -62,14 +63,19 @@ def underlying_model(model: Any, backend: str) -> PreTrainedModel:
             raise RuntimeError("this model is being recorded already: leave the other record_attention first")
         return model
     if backend == "native":
-        raise ValueError(f"a {type(model).__name__} cannot be recorded: pass a transformers model, or name the backend")
+        raise ValueError(
+            f"a {type(model).__name__} cannot be recorded natively: pass the transformers model inside it, or the "
+            "backend of an NNsight or TransformerBridge"
+        )
     return _backend_module(backend).unwrap(model)
 
 
 def _backend_module(backend: str) -> Any:
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose native, {' or '.join(BACKENDS)}")
-    return importlib.import_module(f"probes.attention.backends.{backend}")
+    # TransformerLens and its dependencies add filters of warnings when they are imported.
+    with warnings.catch_warnings():
+        return importlib.import_module(f"probes.attention.backends.{backend}")
 
 
 @contextmanager

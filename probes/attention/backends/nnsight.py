@@ -6,11 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from nnsight import NNsight  # type: ignore[import-untyped]
-from nnsight.intervention.interleaver import OutOfOrderError  # type: ignore[import-untyped]
+import torch
 from transformers import PreTrainedModel
 
 from probes.hooks.decoder import find_decoder
+from probes.unwrapping import unwrap_model
+
+# The first import of nnsight replaces `torch.Tensor.backward` for the whole process. A caller who imported it before
+# uses that; otherwise torch's own method returns.
+_backward = torch.Tensor.backward
+from nnsight import NNsight  # type: ignore[import-untyped]  # noqa: E402
+from nnsight.intervention.interleaver import OutOfOrderError  # type: ignore[import-untyped]  # noqa: E402
+
+torch.Tensor.backward = _backward  # type: ignore[method-assign]
 
 if TYPE_CHECKING:
     from probes.attention.backends import ObserveAttention
@@ -27,12 +35,13 @@ def unwrap(wrapped: Any) -> PreTrainedModel:
     Raises:
         ValueError: `wrapped` is not an NNsight of a transformers model.
     """
-    if not isinstance(wrapped, NNsight) or not isinstance(wrapped._module, PreTrainedModel):
+    model = unwrap_model(wrapped._module) if isinstance(wrapped, NNsight) else None
+    if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"a {type(wrapped).__name__} cannot be recorded with backend='nnsight': "
             "pass a transformers model or an NNsight of one"
         )
-    return wrapped._module
+    return model
 
 
 def call_model(wrapped: NNsight, *args: Any, **kwargs: Any) -> Any:

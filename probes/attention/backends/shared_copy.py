@@ -7,6 +7,8 @@ from typing import TypeVar
 
 from torch import nn
 
+from probes.unwrapping import unwrap_module
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -29,4 +31,18 @@ def copy_sharing_weights(model: Model) -> Model:
         (False, True)
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
+    duplicate = copy.deepcopy(model, shared)
+    _remove_compilation(duplicate)
+    return duplicate
+
+
+def _remove_compilation(model: nn.Module) -> None:
+    """Take what `torch.compile` made out of a copied model.
+
+    A compiled `forward` would still call the module that it was compiled from.
+    """
+    for module in list(model.modules()):
+        if hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable") and "_orig_mod" not in module._modules:
+            del module.forward
+        for name, child in module.named_children():
+            module._modules[name] = unwrap_module(child)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
@@ -111,19 +112,66 @@ def observe_layers(
         ValueError: The bridge has no such hooks.
     """
     pending_scores: dict[int, Tensor] = {}
+    captures: dict[int, _SoftmaxCapture] = {}
 
     def store_scores(tensor: Tensor, hook: HookPoint, layer: int) -> None:
         pending_scores[layer] = tensor
 
     def report(tensor: Tensor, hook: HookPoint, layer: int) -> None:
-        observe(layer, pending_scores.pop(layer), tensor)
+        # A bridge that calls the model's own attention passes the weights to `hook_attn_scores`, after this hook.
+        scores = captures[layer].pop() if layer in captures else None
+        scores = pending_scores.pop(layer, None) if scores is None else scores
+        if scores is None:
+            raise ValueError(f"the bridge exposes no attention scores in layer {layer}: use backend='native'")
+        observe(layer, scores, tensor)
 
     names = {layer: f"{STACK_PREFIXES[stack]}.{layer}.attn" for layer in layers}
     _check_names(bridge, [f"{name}.hook_pattern" for name in names.values()])
     hooks = [(f"{name}.hook_attn_scores", partial(store_scores, layer=layer)) for layer, name in names.items()]
     hooks += [(f"{name}.hook_pattern", partial(report, layer=layer)) for layer, name in names.items()]
-    with bridge.hooks(fwd_hooks=hooks):
-        yield
+    with ExitStack() as hooks_of_modules:
+        for layer, name in names.items():
+            attention = getattr(bridge.get_submodule(name), "original_component", None)
+            if isinstance(attention, nn.Module):
+                captures[layer] = _SoftmaxCapture(attention, hooks_of_modules)
+        with bridge.hooks(fwd_hooks=hooks):
+            yield
+
+
+class _SoftmaxCapture(TorchFunctionMode):
+    """Keeps the masked scores that a module's softmax received in its last call, until they are taken.
+
+    Args:
+        attention: The model's own attention module, which some bridges call.
+        stack: Gets the callbacks that remove the hooks.
+    """
+
+    def __init__(self, attention: nn.Module, stack: ExitStack) -> None:
+        super().__init__()
+        self.scores: Tensor | None = None
+        self._entered = False
+        stack.callback(attention.register_forward_pre_hook(self._begin).remove)
+        # Always, since the interception must not outlive a call that raises.
+        stack.callback(attention.register_forward_hook(self._end, always_call=True).remove)
+
+    def pop(self) -> Tensor | None:
+        """Return the scores of the last call, once; None if the module did not run."""
+        scores, self.scores = self.scores, None
+        return scores
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.softmax:
+            self.scores = args[0] if args else kwargs["input"]
+        return func(*args, **(kwargs or {}))
+
+    def _begin(self, attention: nn.Module, args: Any) -> None:
+        self.scores, self._entered = None, True
+        self.__enter__()
+
+    def _end(self, attention: nn.Module, args: Any, output: Any) -> None:
+        if self._entered:
+            self._entered = False
+            self.__exit__(None, None, None)
 
 
 def unavailable_hooks(bridge: TransformerBridge) -> dict[str, str]:

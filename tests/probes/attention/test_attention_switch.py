@@ -1,10 +1,13 @@
 """The use of transformers' attention settings, so that a new transformers breaks here first."""
 
 import copy
+import importlib.util
 
 import torch
 from transformers import AttentionInterface
 
+from probes import TokenMap, record_attention
+from probes.attention import attention_switch
 from probes.attention.attention_switch import SWITCHED, AttentionSwitch, is_switched
 
 
@@ -55,3 +58,17 @@ def test_attention_switch_dispatches_two_models_separately(make_llava, make_inpu
     for switch in switches:
         switch.restore()
     assert called == [1, 1, 1, 0, 0, 0]
+
+
+def test_attention_switch_second_import_keeps_redirected_modules(make_llava, make_inputs):
+    """A second import registers its dispatcher while a model is recorded through the first."""
+    model, inputs = make_llava(), make_inputs()
+    tokens = TokenMap.from_inputs(model, inputs)
+    with torch.no_grad():
+        with record_attention(model, tokens) as expected:
+            model(**inputs)
+        with record_attention(model, tokens) as actual:
+            spec = importlib.util.spec_from_file_location("second_import", attention_switch.__file__)
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+            model(**inputs)
+    torch.testing.assert_close(actual.received, expected.received, rtol=0, atol=0, equal_nan=True)
