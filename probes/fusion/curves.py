@@ -304,7 +304,7 @@ def _score_without_padding(
     """Return the scores of one call, after a check that they do not read padding.
 
     Raises:
-        ValueError: If a score changes when the logits of padding move to other tokens of the vocabulary.
+        ValueError: If a score changes when other logits are put at padding.
     """
     scores = score(logits).clone()
     pad = tokens.mask("pad").to(logits.device)
@@ -312,7 +312,8 @@ def _score_without_padding(
         return scores
     # In place, since a second tensor of logits may not fit into memory.
     own = logits[pad]
-    logits[pad] = own.roll(1, dims=-1)
+    # The roll changes which token is most likely; the slope changes values even where neighbouring tokens are equal.
+    logits[pad] = own.roll(1, dims=-1) + torch.linspace(0, 1, own.shape[-1], dtype=own.dtype, device=own.device)
     changed = (score(logits) != scores) & ~scores.isnan()
     logits[pad] = own
     if changed.any():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -59,7 +60,8 @@ def test_record_attention_with_nnsight_equals_hooks(family: str) -> None:
 
 @pytest.mark.parametrize("family", MODEL_FAMILIES)
 def test_record_attention_with_transformer_lens_equals_hooks_or_raises(family: str) -> None:
-    if family in TRANSFORMER_LENS_FAMILIES:
+    with_torchvision = family in ("qwen2_5_vl", "qwen3_vl") and importlib.util.find_spec("torchvision") is not None
+    if family in TRANSFORMER_LENS_FAMILIES or with_torchvision:
         check_backend_agrees(tiny(family).model(), inputs_of(family), "transformer_lens")
     else:
         with pytest.raises((ValueError, ImportError), match=r"no adapter for|needs the optional (torchvision|timm)"):
