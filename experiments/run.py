@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 
@@ -9,7 +10,7 @@ import hydra
 
 from experiments.config.registry import register_configs
 from experiments.errors import FULL_ERROR_VARIABLE, INPUT_ERRORS, exit_with_error
-from experiments.sweeps.hydra_api import parse_command_line
+from experiments.sweeps.hydra_api import CONF, ConfigSource, flags_first, parse_command_line
 from experiments.sweeps.launch import run_sweep
 from experiments.task import run_job
 
@@ -20,17 +21,26 @@ def main() -> None:
     """Run the command line. Wrong input ends the program with one line."""
     register_configs()
     os.environ[FULL_ERROR_VARIABLE] = "1"  # Hydra then raises instead of printing; what is shown is decided here
-    sys.argv[1:] = _with_retry_override(sys.argv[1:])
+    sys.argv[1:] = flags_first(_with_retry_override(sys.argv[1:]))
     arguments = parse_command_line()
     try:
-        if arguments.multirun and not (arguments.help or arguments.hydra_help):
-            sys.exit(run_sweep(arguments.overrides, run_job))
-        hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(run_job)()
+        if _is_sweep(arguments):
+            status = run_sweep(arguments.overrides, run_job, ConfigSource.from_flags(arguments))
+            if status is not None:
+                sys.exit(status)
+        hydra.main(version_base="1.3", config_path=CONF, config_name="config")(run_job)()
     except INPUT_ERRORS as error:
         exit_with_error(error)
     except KeyboardInterrupt:
         print("interrupted: the same command resumes", file=sys.stderr)
         sys.exit(130)
+
+
+def _is_sweep(arguments: argparse.Namespace) -> bool:
+    """Return whether a command line asks for a sweep, and for nothing that Hydra does instead of running."""
+    others = ("help", "hydra_help", "cfg", "info", "run", "shell_completion", "version")
+    multirun = arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides
+    return multirun and not any(getattr(arguments, name, None) for name in others)
 
 
 def _with_retry_override(arguments: list[str]) -> list[str]:

@@ -14,7 +14,9 @@ from experiments.config.plain import to_plain
 from experiments.config.rows import register_resolvers
 from experiments.config.schema import Config
 from experiments.errors import INPUT_ERRORS, exit_with_error, full_error_requested
+from experiments.records.views import parse_outcomes
 from experiments.sweeps.distributed import is_main_process
+from experiments.sweeps.hydra_api import BASIC_SWEEPER
 from experiments.sweeps.kept_tables import table_of
 from experiments.sweeps.plan import identify_cell, is_benchmark, select_row
 from experiments.sweeps.runner import run_if_needed
@@ -23,7 +25,7 @@ from experiments.sweeps.store import CellStatus, RecordStore, ResultsFolderError
 log = logging.getLogger(__name__)
 
 
-def run_job(config: DictConfig) -> None:
+def run_job(config: DictConfig) -> float | None:
     """Run one Hydra job.
 
     Outside a sweep, exit with a one-line error if the configuration is invalid or the cell failed. Inside a sweep, raise,
@@ -31,6 +33,9 @@ def run_job(config: DictConfig) -> None:
 
     Args:
         config: The composed configuration.
+
+    Returns:
+        The accuracy of a finished cell, from 0 to 1, for sweepers that search. None for anything else.
     """
     register_resolvers()  # launchers call this in processes of their own
     hydra = HydraConfig.get()
@@ -46,10 +51,15 @@ def run_job(config: DictConfig) -> None:
             status = run_if_needed(cell, record_input_errors=sweeping)
             if is_main_process() and not sweeping:
                 _report(cell, status)
+            if status.state == "finished" and status.record:
+                return float(parse_outcomes(status.record["accuracy"]["image"]).mean())
+            if sweeping and hydra.sweeper._target_ != BASIC_SWEEPER:
+                raise RuntimeError(f"{cell.label} {status.state}")  # a searching sweeper needs to know
     except INPUT_ERRORS as error:
         if sweeping and not isinstance(error, ResultsFolderError):
             raise
         exit_with_error(error)  # here and not in main: Hydra would add a line of its own
+    return None
 
 
 def _run_benchmark(config: DictConfig, overrides: list[str]) -> None:

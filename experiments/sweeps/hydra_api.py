@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from hydra import initialize_config_module
+from hydra import version
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
-from hydra._internal.utils import get_args_parser
+from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -25,36 +27,104 @@ from hydra.core.utils import JobReturn, configure_log
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from experiments.provenance import ROOT
 
-def parse_command_line() -> argparse.Namespace:
-    """Return Hydra's own flags and the overrides of this program's command line."""
-    return get_args_parser().parse_args()
+CONF = str(ROOT / "conf")
+"""Our configuration folder, by its path: a project may have a package `conf` of its own."""
+BASIC_SWEEPER = f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"
+
+
+@dataclass(frozen=True)
+class ConfigSource:
+    """Where configurations come from: Hydra's flags --config-name, --config-path and --config-dir."""
+
+    config_name: str = "config"
+    config_path: str = CONF
+    config_dir: str | None = None
+
+    @classmethod
+    def from_flags(cls, arguments: argparse.Namespace) -> ConfigSource:
+        """Return the source that a command line names."""
+        path = CONF if arguments.config_path is None else os.path.abspath(arguments.config_path)
+        return cls(arguments.config_name or "config", path, arguments.config_dir)
+
+
+def parse_command_line(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return Hydra's own flags and the overrides of a command line, in any order.
+
+    Args:
+        arguments: The words of the command line, by default those of this program.
+    """
+    return get_args_parser().parse_intermixed_args(arguments)
+
+
+def flags_first(arguments: Sequence[str]) -> list[str]:
+    """Return a command line with its overrides behind all flags, as Hydra's own parser needs them."""
+    overrides = list(parse_command_line(arguments).overrides)
+    flags = list(arguments)
+    for override in overrides:
+        flags.remove(override)
+    return [*flags, *overrides]
 
 
 @contextmanager
-def open_hydra() -> Iterator[Hydra]:
-    """Initialise Hydra with the files in conf/, inside the block."""
-    with initialize_config_module("conf", job_name="run", version_base="1.3"):
-        yield GlobalHydra.instance().hydra  # type: ignore[misc]
+def open_hydra(source: ConfigSource | None = None) -> Iterator[Hydra]:
+    """Initialise Hydra with the files of a source, by default those in conf/, inside the block.
+
+    Raises:
+        ValueError: If --config-dir names no folder.
+    """
+    source = source or ConfigSource()
+    search_path = create_config_search_path(source.config_path)
+    if source.config_dir is not None:
+        if not os.path.isdir(source.config_dir):
+            raise ValueError(f"--config-dir: no folder '{source.config_dir}'")
+        # before the schema, which Hydra wants last
+        search_path.prepend("command-line", f"file://{os.path.abspath(source.config_dir)}", anchor="schema")
+    version.setbase("1.3")
+    GlobalHydra.instance().clear()
+    try:
+        yield Hydra.create_main_hydra2("run", search_path)
+    finally:
+        GlobalHydra.instance().clear()
 
 
-def compose_sweep(hydra: Hydra, overrides: Sequence[str]) -> DictConfig:
+def compose_sweep(hydra: Hydra, overrides: Sequence[str], config_name: str = "config") -> DictConfig:
     """Return the configuration of a sweep, which no job has changed yet.
 
     Raises:
         HydraException, omegaconf.errors.OmegaConfBaseException: If the overrides are wrong.
     """
-    return hydra.compose_config("config", [*overrides, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
+    multirun = [] if "hydra.mode=MULTIRUN" in overrides else ["hydra.mode=MULTIRUN"]
+    return hydra.compose_config(config_name, [*overrides, *multirun], RunMode.MULTIRUN)
+
+
+def has_basic_sweeper(sweep: DictConfig) -> bool:
+    """Return whether a sweep's jobs are those of Hydra's basic sweeper, which runs a grid."""
+    return sweep.hydra.sweeper._target_ == BASIC_SWEEPER
 
 
 def split_jobs(hydra: Hydra, sweep: DictConfig) -> list[list[str]]:
-    """Return the overrides of each job, in the order of Hydra's basic sweeper."""
+    """Return the overrides of each job, in the order of Hydra's basic sweeper.
+
+    Raises:
+        ValueError: If a sweep has no values: `seed=range(0,0)`.
+    """
     # not resolved: `data.seed=${seed}` has another value in each job
     given = OmegaConf.to_container(sweep.hydra.sweeper, resolve=False).get("params") or {}  # type: ignore[union-attr]
     params = [f"{key}={value}" for key, value in given.items()]
     task: Any = OmegaConf.to_container(sweep.hydra.overrides.task, resolve=False)
     parsed = OverridesParser.create(hydra.config_loader).parse_overrides([*params, *task])
+    for override in parsed:
+        if "${hydra:" in str(override.input_line) and not override.key_or_group.startswith("hydra."):
+            raise ValueError(
+                f"{override.input_line}: a cell must not depend on Hydra's own settings, which change from run to run; "
+                "refer to another setting, as ${seed}"
+            )
     (jobs,) = BasicSweeper.split_arguments(parsed, None)
+    if not jobs:
+        empty = [override.input_line for override in parsed if override.is_sweep_override()]
+        raise ValueError(f"{empty[0]}: an empty sweep; give it a value")
     return jobs
 
 
@@ -68,7 +138,10 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
 
 
 def compose_job(
-    hydra: Hydra, sweep: DictConfig, job: Sequence[str], composed: dict[tuple[str, ...], DictConfig]
+    hydra: Hydra,
+    sweep: DictConfig,
+    job: Sequence[str],
+    composed: dict[tuple[str, ...], tuple[DictConfig, set[str]]],
 ) -> DictConfig:
     """Return one job's configuration.
 
@@ -78,7 +151,10 @@ def compose_job(
     Args:
         sweep: The configuration of the sweep.
         job: The job's overrides.
-        composed: The cache: compositions by the overrides that select files.
+        composed: The cache: compositions and the settings that they sweep over, by the overrides that select files.
+
+    Raises:
+        ValueError: If the job selects an experiment that brings a sweep of its own, and the sweep does not include it.
     """
     parsed = OverridesParser.create(hydra.config_loader).parse_overrides(list(job))
     values = [
@@ -88,16 +164,24 @@ def compose_job(
     ]
     files = tuple(text for text, override in zip(job, parsed, strict=True) if override not in values)
     if files not in composed:
-        composed[files] = hydra.config_loader.load_sweep_config(sweep, list(files))
-        with open_dict(composed[files]):
-            del composed[files]["hydra"]
-    config = copy.deepcopy(composed[files])
+        loaded = hydra.config_loader.load_sweep_config(sweep, list(files))
+        own_sweep = set(OmegaConf.to_container(loaded.hydra.sweeper, resolve=False).get("params") or {})  # type: ignore[union-attr]
+        with open_dict(loaded):
+            del loaded["hydra"]
+        composed[files] = loaded, own_sweep
+    loaded, own_sweep = composed[files]
+    if left_out := own_sweep - {"row"} - {override.key_or_group for override in parsed}:
+        raise ValueError(
+            f"experiment={loaded.name}: it sweeps over {', '.join(sorted(left_out))}, which a sweep over several "
+            "experiments leaves out; run it by itself"
+        )
+    config = copy.deepcopy(loaded)
     hydra.config_loader._apply_overrides_to_config(values, config)
     return config
 
 
 def launch_jobs(
-    hydra: Hydra, sweep: DictConfig, task: Callable[[DictConfig], None], jobs: Sequence[Sequence[str]]
+    hydra: Hydra, sweep: DictConfig, task: Callable[[DictConfig], Any], jobs: Sequence[Sequence[str]]
 ) -> Sequence[JobReturn]:
     """Run jobs with the sweep's launcher.
 
@@ -112,4 +196,9 @@ def launch_jobs(
 
 def configure_logging(sweep: DictConfig) -> None:
     """Set up logging as the configuration says. Launchers set up their own, so call this again after them."""
+    if OmegaConf.is_missing(sweep.hydra.runtime, "output_dir"):  # a log file of the sweep lies in the sweep's folder
+        with open_dict(sweep):
+            sweep.hydra.runtime.output_dir = sweep.hydra.sweep.dir
+        if "FileHandler" in OmegaConf.to_yaml(sweep.hydra.job_logging, resolve=False):
+            os.makedirs(sweep.hydra.sweep.dir, exist_ok=True)
     configure_log(sweep.hydra.job_logging)

@@ -7,6 +7,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra._internal.hydra import Hydra
 from hydra.core.utils import JobStatus
@@ -16,8 +17,15 @@ from experiments.errors import one_line
 from experiments.models.saved_models import check_save_folder
 from experiments.records.views import failure_reason
 from experiments.sweeps.distributed import is_distributed, is_main_process
-from experiments.sweeps.hydra_api import configure_logging, launch_jobs, open_hydra
-from experiments.sweeps.plan import SweepJob, expand_sweep
+from experiments.sweeps.hydra_api import (
+    ConfigSource,
+    compose_sweep,
+    configure_logging,
+    has_basic_sweeper,
+    launch_jobs,
+    open_hydra,
+)
+from experiments.sweeps.plan import SweepJob, sweep_jobs
 from experiments.sweeps.runner import lacks_saved_model
 from experiments.sweeps.store import CellStatus, RecordStore
 
@@ -27,22 +35,30 @@ _LAUNCHER_PACKAGES = ("joblib", "submitit")
 _LOG_MARK = "\nError stream produced"  # submitit appends the whole log of a lost job to its message
 
 
-def run_sweep(overrides: Sequence[str], task: Callable[[DictConfig], None]) -> int:
+def run_sweep(
+    overrides: Sequence[str], task: Callable[[DictConfig], Any], source: ConfigSource | None = None
+) -> int | None:
     """Run a sweep and log the status of its cells.
 
     Args:
         overrides: The overrides of the command line.
         task: The function that runs one job.
+        source: Where configurations come from.
 
     Returns:
-        The exit status: 1 if a cell failed or is still missing, 0 if all are finished or run in another process.
+        The exit status: 1 if a cell failed or is still missing, 0 if all are finished or run in another process. None,
+        with nothing run, if the configuration has a sweeper other than Hydra's basic one: its jobs are not known before.
 
     Raises:
         ValueError, OSError, HydraException, omegaconf.errors.OmegaConfBaseException: Before anything is run, if a
             configuration cannot be run or the results folder cannot be written.
     """
-    with open_hydra() as hydra:
-        sweep, jobs = expand_sweep(hydra, overrides)
+    source = source or ConfigSource()
+    with open_hydra(source) as hydra:
+        sweep = compose_sweep(hydra, overrides, source.config_name)
+        if not has_basic_sweeper(sweep):
+            return None
+        jobs = sweep_jobs(hydra, sweep)
         configure_logging(sweep)
         cells = {job.cell.id: job for job in jobs if job.cell}
         _check_save_folders(jobs)
@@ -143,7 +159,7 @@ def _unfinished(jobs: Sequence[SweepJob], statuses: Mapping[str, CellStatus]) ->
 
 
 def _launch(
-    hydra: Hydra, sweep: DictConfig, task: Callable[[DictConfig], None], jobs: Sequence[Sequence[str]]
+    hydra: Hydra, sweep: DictConfig, task: Callable[[DictConfig], Any], jobs: Sequence[Sequence[str]]
 ) -> list[str]:
     """Launch jobs, and return the errors that no record holds."""
     try:

@@ -66,36 +66,51 @@ def identify_cell(config: DictConfig, overrides: Sequence[str] = ()) -> Cell:
 
 
 def expand_sweep(hydra: Hydra, overrides: Sequence[str]) -> tuple[DictConfig, list[SweepJob]]:
-    """Return the configuration of a sweep and its jobs, in the order in which `-m` runs them.
+    """Return the configuration of a sweep, and its jobs as `sweep_jobs` does."""
+    sweep = compose_sweep(hydra, overrides)
+    return sweep, sweep_jobs(hydra, sweep)
+
+
+def sweep_jobs(hydra: Hydra, sweep: DictConfig) -> list[SweepJob]:
+    """Return the jobs of a sweep, in the order in which `-m` runs them. A table without `row` gives all its rows.
+
+    Args:
+        hydra: Hydra, opened with the files of the sweep.
+        sweep: The configuration from `compose_sweep`.
 
     Raises:
         ValueError, OSError, HydraException, omegaconf.errors.OmegaConfBaseException: If a configuration cannot be run.
     """
-    sweep = compose_sweep(hydra, overrides)
-    jobs = split_jobs(hydra, sweep)
-    shared = set(jobs[0]).intersection(*jobs)
-    composed: dict[tuple[str, ...], DictConfig] = {}
-    expanded = []
-    for job in jobs:
+    composed: dict[tuple[str, ...], tuple[DictConfig, set[str]]] = {}
+    jobs: list[tuple[list[str], DictConfig]] = []
+    for job in split_jobs(hydra, sweep):
         config = compose_job(hydra, sweep, job, composed)
+        if config.rows and config.row is None:
+            rows = [[*job, f"row={number}"] for number in range(len(config.rows))]
+            jobs += [(row, compose_job(hydra, sweep, row, composed)) for row in rows]
+        else:
+            jobs.append((job, config))
+    shared = set(jobs[0][0]).intersection(*(job for job, _ in jobs))
+    expanded = []
+    for job, config in jobs:
         cell = None if is_benchmark(config) else identify_cell(config, job)
         table = table_of(config, job, sweep.hydra.runtime.config_sources) if cell else None
         distinct = [override for override in job if override not in shared]
         if cell and cell.row:
             distinct = [cell.row, *(override for override in distinct if not override.startswith("row="))]
         expanded.append(SweepJob(job, ", ".join(distinct) or (cell.label if cell else config.name), cell, table))
-    return sweep, expanded
+    return expanded
 
 
 def select_row(config: DictConfig, overrides: Sequence[str] = ()) -> DictConfig:
     """Return a configuration with the settings of its table row, and with those that its FLOPs budget chooses.
 
     Args:
-        config: The configuration. Without `row` and `budget.method` it is returned as it is.
+        config: The configuration. Without `rows` and `budget.method` it is returned as it is.
         overrides: The overrides that it was composed with.
 
     Raises:
-        ValueError: If a setting does not exist, if there is no such row, if nothing fits the budget, or if an override
+        ValueError: If a setting does not exist, if a table has no such row or none is named, if nothing fits the budget, or if an override
             names a setting that the row or the budget sets to another value.
         omegaconf.errors.OmegaConfBaseException: If a row names a setting that does not exist, or has another type.
     """
@@ -103,6 +118,11 @@ def select_row(config: DictConfig, overrides: Sequence[str] = ()) -> DictConfig:
         raise ValueError(no_such_setting(key))
     selected = config.copy()
     number = selected.row
+    if number is None and selected.rows:
+        last = len(selected.rows) - 1
+        raise ValueError(
+            f"row: missing; experiment {config.name} is a table with rows 0 to {last}; name one, or run all with -m"
+        )
     if number is not None:
         rows = read_rows(config.name, OmegaConf.to_container(selected.rows, resolve=True))
         if not 0 <= number < len(rows):

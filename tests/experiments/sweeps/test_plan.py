@@ -48,8 +48,13 @@ def test_select_row_scales_sizes_to_the_tiny_model(select):
 
 
 def test_select_row_changes_only_the_groups_that_the_row_names(select):
-    row, unchanged = to_plain(select(TABLE, "row=5")), to_plain(select(TABLE))
+    row, unchanged = to_plain(select(TABLE, "row=5")), to_plain(select(TABLE, "rows=[]"))
     assert {key for key in unchanged if row[key] != unchanged[key]} == {"compressor", "prefusion"}
+
+
+def test_select_row_of_a_table_without_row_raises(select):
+    with pytest.raises(ValueError, match=r"row: .*table6_prefusion.*0 to 8"):
+        select(TABLE)
 
 
 @pytest.mark.parametrize("row", [-1, 9])
