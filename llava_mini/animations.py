@@ -10,11 +10,12 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from .images import IMAGE_READ_ERRORS, to_rgb
 
 FORMATS = ("GIF", "WEBP", "PNG", "AVIF")
+PHOTO_FORMATS = ("JPEG", "MPO")
 SHORTEST_MS = 10  # browsers and FFmpeg show a frame of at most this duration for DEFAULT_MS
 DEFAULT_MS = 100
 
@@ -42,7 +43,7 @@ class Animation:
                 try:
                     image.seek(index)
                     frame = to_rgb(image, ignore_orientation)
-                except (*IMAGE_READ_ERRORS, EOFError) as error:
+                except IMAGE_READ_ERRORS as error:
                     logger.warning("%s: reading ended early: %s", self.path, error)
                     return
                 yield frame
@@ -64,10 +65,16 @@ def read_animation(path: Path) -> Animation | None:
     Pillow knows a frame's duration only after decoding it, so the file is decoded once, one frame at a time.
 
     Returns:
-        The animation; None if the file is another format or holds one frame.
+        The animation; None if the file is another format or holds one frame. A photo that its EXIF data turns is an
+        animation of one frame, because PyAV does not read this entry reliably.
     """
     try:
-        with Image.open(path, formats=[name for name in FORMATS if name in _known_formats()]) as image:
+        with Image.open(
+            path, formats=[name for name in (*FORMATS, *PHOTO_FORMATS) if name in _known_formats()]
+        ) as image:
+            if image.format in PHOTO_FORMATS:
+                is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+                return Animation(path, (1000 * DEFAULT_MS,), 0) if is_turned else None
             if not getattr(image, "is_animated", False):
                 return None
             first = int(bool(getattr(image, "default_image", False)))
@@ -76,12 +83,12 @@ def read_animation(path: Path) -> Animation | None:
                 try:
                     image.seek(index)
                     image.load()
-                except (*IMAGE_READ_ERRORS, EOFError):
+                except IMAGE_READ_ERRORS:
                     break
                 shown = image.info.get("duration") or 0
                 durations.append(round(1000 * (shown if shown > SHORTEST_MS else DEFAULT_MS)))
             return Animation(path, tuple(durations), first) if durations else None
-    except (*IMAGE_READ_ERRORS, EOFError):
+    except IMAGE_READ_ERRORS:
         return None
 
 

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 # Exceptions that Pillow's readers raise on damaged files.
-IMAGE_READ_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
+IMAGE_READ_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    RuntimeError,
+    EOFError,
+    IndexError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 
 
 def to_rgb(image: Image.Image | str | os.PathLike[str], ignore_orientation: bool = False) -> Image.Image:

@@ -259,10 +259,15 @@ def to_upright_image(frame: av.VideoFrame, path: Path) -> Image.Image:
         ValueError: If the matrix turns by another angle than a multiple of 90 degrees, with a tolerance of 1 degree.
     """
     image = frame.to_image()
-    side_data = frame.side_data.get("DISPLAYMATRIX")
-    if side_data is None:
-        return image
-    matrix = np.frombuffer(bytes(side_data), np.int32)[[0, 1, 3, 4]] / 2**16
+    try:
+        side_data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV does not know every type of side data, for example the EXIF data of JPEG frames
+        angle = math.radians(frame.rotation)
+        matrix = np.array([math.cos(angle), -math.sin(angle), math.sin(angle), math.cos(angle)])
+    else:
+        if side_data is None:
+            return image
+        matrix = np.frombuffer(bytes(side_data), np.int32)[[0, 1, 3, 4]] / 2**16
     is_large = np.abs(matrix) > math.sin(math.radians(1)) * np.abs(matrix).max()
     signs = tuple(np.where(is_large, np.sign(matrix), 0).astype(int).tolist())
     if signs not in TURNS and signs != (1, 0, 0, 1):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import math
 import shutil
@@ -10,12 +12,16 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from llava_mini.images import to_rgb
-from llava_mini.video import Video
+from llava_mini.video import Video, to_upright_image
 
 UPRIGHT = np.random.default_rng(0).integers(0, 256, (24, 48, 3), dtype=np.uint8)
+
+
+SMOOTH = np.zeros((24, 48, 3), np.uint8)  # four colours, which JPEG keeps
+SMOOTH[:12, :24], SMOOTH[:12, 24:], SMOOTH[12:, :24] = (200, 40, 40), (40, 200, 40), (40, 40, 200)
 
 
 def write_turned(path: Path, matrix=None, frames: int = 2, **rotation) -> Path:
@@ -188,6 +194,47 @@ def test_video_of_an_animation_needs_no_pyav(tmp_path, suffix, monkeypatch):
     path = write_animation(tmp_path / f"a.{suffix}", [500] * 4)
     monkeypatch.setattr("llava_mini.video.is_av_available", lambda: False)
     assert read_indices(Video(path)) == [1, 2]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_video_of_a_photo_turns_it_upright(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(SMOOTH).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    (image,) = Video(tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as opened:
+        expected = np.asarray(ImageOps.exif_transpose(opened)).astype(int)
+    assert np.abs(np.asarray(image) - expected).mean() < 10  # without a turn, FFmpeg decodes it
+
+
+def test_video_of_jpeg_frames_with_exif_is_turned(tmp_path):
+    """FFmpeg hands the EXIF data of each frame on, which PyAV cannot name."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.fromarray(SMOOTH).save(buffer, "JPEG", exif=exif, quality=95)
+    (tmp_path / "film").write_bytes(buffer.getvalue() * 3)
+    with av.open(str(tmp_path / "film"), format="mjpeg") as container:
+        frames = list(container.decode(video=0))
+    assert len(frames) > 1
+    image = to_upright_image(frames[0], tmp_path / "film")
+    assert np.abs(np.asarray(image).astype(int) - np.rot90(SMOOTH, -1)).mean() < 10
+    assert image.size == (24, 48)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp", "avif"])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.8, 0.9, 0.97])
+def test_video_of_a_truncated_animation_of_any_length_gives_frames_or_names_it(tmp_path, suffix, share):
+    path = tmp_path / f"a.{suffix}"
+    noise = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)) for i in range(9)]
+    noise[0].save(path, save_all=True, append_images=noise[1:], duration=500)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with contextlib.suppress(ValueError) if suffix != "gif" or share < 0.1 else contextlib.nullcontext():
+        assert 0 < len(list(Video(path, frames=9))) < 10
+        return
+    with pytest.raises(ValueError, match=rf"/a\.{suffix}(:| cannot| has no)") as caught:
+        list(Video(path, frames=9))
+    assert "\n" not in str(caught.value)
 
 
 def test_video_of_a_truncated_animation_gives_the_remaining_frames(tmp_path, caplog):
