@@ -94,7 +94,9 @@ class RemoveTokens:
         self._check()
         layers = select_attention_layers(decoder, self.layers)
         drops = self.how == "drop" and not self.keep_cache
-        if drops and not can_run_subset(decoder, window.tokens.labels.shape[1]):
+        # The layers of a TransformerLens bridge take any arguments, and pass them to the model's own.
+        is_bridge = any(hasattr(layer, "original_component") for layer in decoder_layers(decoder))
+        if drops and not is_bridge and not can_run_subset(decoder, window.tokens.labels.shape[1]):
             raise ValueError(f"{type(decoder).__name__} cannot run its layers on some tokens only: use how='mask'")
         effect = Effect.before_calls(f"RemoveTokens({selection_name(self.group)})", layers)
         shared = RemovalState(decoder, window, self.group, self.when, self.positions, effect)
