@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields
 from typing import Any
 
 
-def parse_arguments(words: list[str], options: type) -> Any:
-    """Return an options object from a command line.
+def parse_arguments(words: list[str], options: type, description: str | None) -> Any:
+    """Return an options object from a command line. With -h or --help, print the options and end the program.
 
     Args:
         words: `key=value` words.
         options: A dataclass whose fields are strings.
+        description: What --help prints above the options.
 
     Raises:
         ValueError: If a word is not of this form, or names no field.
     """
     names = [field.name for field in fields(options)]
+    if {"-h", "--help"} & set(words):
+        defaults = "\n".join(f"  {field.name}={field.default}" for field in fields(options))
+        print(f"{description or ''}\nOptions and their defaults:\n{defaults}")
+        sys.exit(0)
     given = dict(word.partition("=")[::2] for word in words)
     for key in given:
         if key not in names:

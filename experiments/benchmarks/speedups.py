@@ -300,7 +300,7 @@ def main() -> None:
     """Measure, and print the tables; exit with a one-line error if an option is invalid."""
     logging.set_verbosity_error()
     try:
-        request = parse_arguments(sys.argv[1:], SpeedupRequest)
+        request = parse_arguments(sys.argv[1:], SpeedupRequest, __doc__)
         sizes = BenchmarkSizes.read(request)
         lengths = [parse_count("long", length) for length in request.long.split(",")] if request.long else []
         repeats, held_frames = parse_count("repeats", request.repeats), parse_count("held", request.held)

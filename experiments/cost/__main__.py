@@ -113,7 +113,7 @@ def main() -> None:
         print(printed_flops_table().round(5).to_string(index=False))
         return
     try:
-        request = parse_arguments(sys.argv[1:], CostRequest)
+        request = parse_arguments(sys.argv[1:], CostRequest, __doc__)
         rows = cost_table(request)
     except ValueError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")

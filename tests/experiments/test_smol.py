@@ -10,8 +10,8 @@ from transformers import Dinov2Config, LlamaConfig, LlavaConfig, LlavaForConditi
 
 from experiments.files import ASSETS
 from experiments.models import lora
-from experiments.records.files import load
-from experiments.records.views import outcomes
+from experiments.records.files import load_records
+from experiments.records.views import parse_outcomes
 
 SMOL = ASSETS / "smol"
 RECORDS = ASSETS.parents[1] / "results" / "smol" / "records"
@@ -35,9 +35,9 @@ def model():
     return LlavaForConditionalGeneration(config)
 
 
-def test_every_weight_of_it_lands_in_the_model(model):
+def test_merge_saved_adapter_changes_exactly_the_trained_weights(model):
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    lora.apply(model, str(SMOL))
+    lora.merge_saved_adapter(model, str(SMOL))
     changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
     linear = re.compile(r"language_model\.layers\.\d+\..*_proj\.weight$")
     expected = {name for name in before if linear.search(name) or "multi_modal_projector" in name}
@@ -51,15 +51,15 @@ def test_it_is_small():
     assert sum(path.stat().st_size for path in SMOL.iterdir()) < 40e6
 
 
-def test_nothing_in_it_names_a_place_of_one_machine():
+def test_adapter_files_name_no_path_of_one_machine():
     config = json.loads((SMOL / "adapter_config.json").read_text())
     assert not str(config["base_model_name_or_path"]).startswith("/")
 
 
-def test_the_card_says_what_the_record_says():
-    (record,) = (record for record in load(RECORDS).finished if record["experiment"] == "smol_attention")
+def test_card_shows_the_numbers_of_the_record():
+    (record,) = (record for record in load_records(RECORDS).finished if record["experiment"] == "smol_attention")
     card = (SMOL / "README.md").read_text()
     views = {**record["accuracy"], "guess": record["data"]["guess"]}
-    shown = [100 * outcomes(views[name]).mean() for name in ("image", "blank", "shuffled", "guess")]
+    shown = [100 * parse_outcomes(views[name]).mean() for name in ("image", "blank", "shuffled", "guess")]
     row = " | ".join(f"{value:.1f}" for value in shown)
     assert f"| **all** | {record['data']['examples']} | {row} |" in card

@@ -40,7 +40,7 @@ def test_printed_flops_table_sum_of_prefusion_and_llm_fits() -> None:
 
 
 def test_cost_table_has_row_for_each_model_and_frame_count() -> None:
-    request = parse_arguments(["model=tiny", "tokens=1,all", "frames=1,10000", "text=20"], CostRequest)
+    request = parse_arguments(["model=tiny", "tokens=1,all", "frames=1,10000", "text=20"], CostRequest, None)
     rows = cost_table(request)
     assert list(rows["in the LLM"]) == ["1", "36", "10,000", "360,000"]
     assert list(rows["of LLaVA"][rows.tokens == "all"]) == ["100.0%", "100.0%"]
@@ -60,7 +60,7 @@ def test_cost_table_has_row_for_each_model_and_frame_count() -> None:
 )
 def test_cost_table_invalid_option_raises(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        cost_table(parse_arguments(arguments, CostRequest))
+        cost_table(parse_arguments(arguments, CostRequest, None))
 
 
 def test_main_invalid_option_exits_with_one_line_and_status_1() -> None:

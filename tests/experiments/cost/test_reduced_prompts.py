@@ -56,7 +56,7 @@ def test_estimate_with_inside_prefusion_counts_tokens_of_all_layers():
 
 def test_cost_table_with_reductions_and_inside_prefusion_orders_costs():
     request = parse_arguments(
-        ["model=tiny", "tokens=4,all", "reduction=vtw,fastv", "place=inside", "prefusion=2"], CostRequest
+        ["model=tiny", "tokens=4,all", "reduction=vtw,fastv", "place=inside", "prefusion=2"], CostRequest, None
     )
     rows = cost_table(request)
     assert rows["tokens"].tolist() == ["4", "all", "vtw", "fastv"]
@@ -66,4 +66,4 @@ def test_cost_table_with_reductions_and_inside_prefusion_orders_costs():
     assert "2 pre-fusion layers inside the language model" in cost_notes(request, rows)[0]
     for argument, message in (("place=in", r"place: .*'in'.*outside or inside"), ("reduction=x", r"reduction: .*'x'")):
         with pytest.raises(ValueError, match=message):
-            cost_table(parse_arguments(["model=tiny", argument], CostRequest))
+            cost_table(parse_arguments(["model=tiny", argument], CostRequest, None))

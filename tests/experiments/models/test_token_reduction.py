@@ -9,7 +9,14 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from experiments.config.schema import CompressorConfig, Config, PrefusionConfig, ProbeConfig, ReductionConfig, TrainConfig
+from experiments.config.schema import (
+    CompressorConfig,
+    Config,
+    PrefusionConfig,
+    ProbeConfig,
+    ReductionConfig,
+    TrainConfig,
+)
 from experiments.cost.estimate import CostModel, Prompt
 from experiments.data.encoding import Collator, SampleEncoder
 from experiments.data.samples import single_questions
