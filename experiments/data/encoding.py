@@ -210,9 +210,15 @@ def _run_processor(processor: ProcessorMixin, items: Sequence[EncodedSample], si
 
 def _carry_over(flags: Sequence[bool], ids: Sequence[int], expanded_ids: Sequence[int]) -> list[bool]:
     """Move flags of tokens to a longer sequence: the same text, with other tokens in place of each image token."""
-    moved = [False] * len(expanded_ids)
-    for block in SequenceMatcher(None, ids, expanded_ids, autojunk=False).get_matching_blocks():
-        moved[block.b : block.b + block.size] = flags[block.a : block.a + block.size]
+    shorter = min(len(ids), len(expanded_ids))
+    head = next((i for i in range(shorter) if ids[i] != expanded_ids[i]), shorter)
+    tail = next((i for i in range(shorter - head) if ids[-1 - i] != expanded_ids[-1 - i]), shorter - head)
+    end, expanded_end = len(ids) - tail, len(expanded_ids) - tail
+    moved = [*flags[:head], *[False] * (expanded_end - head), *flags[end:]]
+    # The cost of matching is quadratic, so only what lies between the first and the last image is matched.
+    matcher = SequenceMatcher(None, ids[head:end], expanded_ids[head:expanded_end], autojunk=False)
+    for a, b, size in matcher.get_matching_blocks():
+        moved[head + b : head + b + size] = flags[head + a : head + a + size]
     return moved
 
 

@@ -165,7 +165,16 @@ def set_trainable_parameters(model: nn.Module, config: TrainConfig) -> None:
     """Make the configured parameters trainable, and freeze all others.
 
     LLaVA-Mini's first stage trains the projector alone, and its second stage all but the vision tower.
+
+    Raises:
+        ValueError: If the model has no LLaVA's projector and vision tower.
     """
+    base = getattr(model, "model", None)
+    if not (hasattr(base, PROJECTOR) and hasattr(base, "vision_tower")):
+        raise ValueError(
+            f"train: a {type(model).__name__} has no {PROJECTOR} and vision_tower, which training needs; choose a LLaVA, "
+            "or leave the model untrained"
+        )
     model.requires_grad_(config.trainable == "all")
     model.get_submodule(f"model.{PROJECTOR}").requires_grad_(True)
     model.get_submodule("model.vision_tower").requires_grad_(config.train_vision)

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.config.schema import ProbeConfig
+from experiments.config.schema import ProbeConfig, TrainConfig
 from experiments.data.encoding import IGNORE_INDEX, chat_messages, restrict_to_answers
 from experiments.data.samples import Sample, llava_conversation
 from experiments.evaluation.accuracy import correct_answers
 from experiments.evaluation.analyses import run_probes
 from experiments.evaluation.flops import forward_cost
 from experiments.evaluation.questions import EncodedQuestions
+from experiments.training.trainer import set_trainable_parameters
 from tests.experiments.model_families import CHAT_FAMILIES, chat_family, image_questions, noise_image
 from tests.probes.tokens.families.build import TinyFamily, tiny
 
@@ -125,3 +126,8 @@ def test_encoded_questions_of_a_processor_without_image_token_raise(monkeypatch)
 def test_encoded_questions_of_a_processor_without_chat_template_raise():
     with pytest.raises(ValueError, match=r"Qwen2_5_VLProcessor has no chat template"):
         EncodedQuestions(image_questions(), tiny("qwen2_5_vl").processor, 1, CPU)
+
+
+def test_set_trainable_parameters_of_a_model_without_llava_parts_raises():
+    with pytest.raises(ValueError, match=r"^train: a Idefics3ForConditionalGeneration has no multi_modal_projector.*$"):
+        set_trainable_parameters(tiny("idefics3").model(), TrainConfig(max_steps=1))
