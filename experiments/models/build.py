@@ -18,7 +18,14 @@ from transformers import (
     set_seed,
 )
 
-from experiments.config.schema import CheckpointModel, CompressorConfig, Config, JoinedModel, PrefusionConfig, ScratchModel
+from experiments.config.schema import (
+    CheckpointModel,
+    CompressorConfig,
+    Config,
+    JoinedModel,
+    PrefusionConfig,
+    ScratchModel,
+)
 from experiments.data import scenes, shapes
 from experiments.data.samples import Split
 from experiments.files import ASSETS, file_stamps
