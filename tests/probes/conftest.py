@@ -3,74 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
-IMAGE_TOKEN, PAD_TOKEN, PATCHES, LAYERS = 63, 0, 4, 3
-
-
-def text_config(**overrides: Any) -> LlamaConfig:
-    return LlamaConfig(
-        **{
-            "vocab_size": 64,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "pad_token_id": PAD_TOKEN,
-            "bos_token_id": 1,
-            "eos_token_id": None,
-            # Ten times the usual scale, so that attention is far from uniform.
-            "initializer_range": 0.2,
-        }
-        | overrides
-    )
+from tests.tiny_models import IMAGE_TOKEN, PAD_TOKEN, PATCHES, tiny_llama, tiny_llava
 
 
 @pytest.fixture
 def make_llava() -> Callable[..., LlavaForConditionalGeneration]:
     """Factory of a LLaVA whose weights depend only on the seed, so that attention implementations can be compared."""
-
-    def make(implementation: str = "sdpa", seed: int = 0) -> LlavaForConditionalGeneration:
-        torch.manual_seed(seed)
-        vision = CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=8,
-            patch_size=4,
-            projection_dim=32,
-        )
-        config = LlavaConfig(vision_config=vision, text_config=text_config(), image_token_id=IMAGE_TOKEN)
-        model = LlavaForConditionalGeneration(config).eval()
-        model.set_attn_implementation(implementation)
-        return model
-
-    return make
+    return tiny_llava
 
 
 @pytest.fixture
 def make_llama() -> Callable[..., LlamaForCausalLM]:
     """Factory of a plain causal language model whose config names an image token."""
-
-    def make(implementation: str = "sdpa", seed: int = 0) -> LlamaForCausalLM:
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(text_config(image_token_id=IMAGE_TOKEN)).eval()
-        model.set_attn_implementation(implementation)
-        return model
-
-    return make
+    return tiny_llama
 
 
 def _rows(texts: list[tuple[int, int, int]], side: str) -> dict[str, torch.Tensor]:

@@ -9,8 +9,7 @@ from transformers import LlamaForCausalLM
 from probes import RemoveTokens, TokenMap, intervene, record_attention
 from probes.attribution import relevancy
 from probes.readouts.logit_lens import logit_lens
-
-from .conftest import IMAGE_TOKEN, LAYERS, text_config
+from tests.tiny_models import IMAGE_TOKEN, LAYERS, sharp_text_config
 
 
 def reference_relevancy(model, inputs, at, answers):
@@ -99,8 +98,7 @@ def test_relevancy_of_hand_set_layer_finds_relevant_patch(make_rows, patch):
 
     Of the four channels, 0 marks the patch, 1 is written by attention and read by the head, and 3 keeps the norm.
     """
-    config = text_config(
-        vocab_size=64,
+    config = sharp_text_config(
         hidden_size=4,
         intermediate_size=4,
         num_hidden_layers=2,

@@ -16,8 +16,7 @@ from probes.plots import GROUP_LINES, plot_attention, plot_lens, plot_patches, p
 from probes.readouts.logit_lens import logit_lens
 from probes.tokens.grid import Grid
 from probes.tokens.places import Places
-
-from .conftest import LAYERS
+from tests.tiny_models import LAYERS
 
 PIXELS = np.zeros((20, 40, 3), dtype=np.uint8)
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen3Config
+from transformers import LlavaForConditionalGeneration, Qwen3Config
 
 from probes.attention.backends.transformer_lens import check_hooks, unavailable_hooks, wrap
-from tests.probes.conftest import IMAGE_TOKEN
+from tests.tiny_models import PAD_TOKEN, tiny_llava_config, tiny_text_config
 
 Inputs = dict[str, torch.Tensor]
 
@@ -45,24 +45,13 @@ def test_unavailable_hooks_are_all_hooks_that_do_not_fire(
 def test_unavailable_hooks_model_with_query_norms_omits_norm_hooks(
     make_llava: Callable[..., LlavaForConditionalGeneration], make_inputs: Callable[..., Inputs]
 ) -> None:
-    llama = make_llava().config
-    text = Qwen3Config(**{name: getattr(llama.text_config, name) for name in SIZES}, head_dim=8)
-    config = LlavaConfig(vision_config=llama.vision_config, text_config=text, image_token_id=IMAGE_TOKEN)
+    vision = make_llava().config.vision_config
+    text = tiny_text_config(Qwen3Config, pad_token_id=PAD_TOKEN, head_dim=8)
+    config = tiny_llava_config(vision_config=vision, text_config=text)
     bridge = wrap(LlavaForConditionalGeneration(config).eval())
     unavailable = unavailable_hooks(bridge)
     assert hooks_that_fire(bridge, make_inputs()) == bridge.hook_dict.keys() - unavailable.keys()
     assert "blocks.0.attn.hook_q_normed" not in unavailable
-
-
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "pad_token_id",
-)
 
 
 @torch.no_grad()

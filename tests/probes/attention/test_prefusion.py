@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import rotate_half
 
 from llava_mini import LlavaMiniForConditionalGeneration
 from probes import TokenMap
 from probes.attention.recording import record_attention
 from tests.probes.attention_reference import check_record, expected_statistics
-from tests.probes.conftest import IMAGE_TOKEN, text_config
+from tests.tiny_models import IMAGE_TOKEN, tiny_llava
 
 Mini = LlavaMiniForConditionalGeneration
 VISUAL_TOKENS = 5  # four patches and the token that they are compressed to
@@ -24,20 +23,7 @@ VISUAL_TOKENS = 5  # four patches and the token that they are compressed to
 @pytest.fixture
 def make_mini() -> Callable[..., Mini]:
     def make(implementation: str = "sdpa", **fields: Any) -> Mini:
-        torch.manual_seed(0)
-        vision = CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=8,
-            patch_size=4,
-            projection_dim=32,
-        )
-        llava = LlavaForConditionalGeneration(
-            LlavaConfig(vision_config=vision, text_config=text_config(), image_token_id=IMAGE_TOKEN)
-        )
-        model = Mini.from_llava(llava.eval(), prefusion_layers=2, compressor_size=1, prefusion_init="fresh", **fields)
+        model = Mini.from_llava(tiny_llava(), prefusion_layers=2, compressor_size=1, prefusion_init="fresh", **fields)
         model.set_attn_implementation(implementation)
         return model
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from probes.interventions import PatchActivations, RemoveTokens, intervene
 from probes.readouts.hidden_states import record_states
 from probes.tokens.token_map import TokenMap
 from tests.probes import reference_llama
-from tests.probes.conftest import text_config
+from tests.tiny_models import tiny_llama
 
 Model = LlavaForConditionalGeneration
 Inputs = dict[str, Tensor]
@@ -164,8 +164,7 @@ def test_patch_activations_batch_equals_single_rows(
 
 def test_patch_activations_noise_of_any_width_is_same_in_batch_and_row(make_rows: Callable[..., Inputs]) -> None:
     """A row gets the same noise alone and in a batch with longer rows; torch draws normal numbers in blocks of 16."""
-    torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(text_config(hidden_size=40, image_token_id=reference_llama.IMAGE_TOKEN)).eval()
+    model: Any = tiny_llama(hidden_size=40)
     inputs = make_rows([(1, 3, 2), (1, 7, 2)], "left")
     del inputs["pixel_values"]
     single = {name: tensor[:1, reference_llama.unpadded(inputs, 0)] for name, tensor in inputs.items()}

@@ -20,7 +20,7 @@ from probes import RemoveTokens, TokenMap, intervene
 from probes.readouts.logit_lens import logit_lens
 from probes.tokens.grid import Grid
 from probes.tokens.places import Places
-from tests.probes.conftest import IMAGE_TOKEN, LAYERS
+from tests.tiny_models import IMAGE_TOKEN, LAYERS, tiny_text_config
 
 
 class WordTokenizer:
@@ -115,28 +115,18 @@ def test_logit_lens_generation_reads_prompt_only(make_llama, make_rows):
     torch.testing.assert_close(generated.logprobs, whole.logprobs, rtol=0, atol=1e-5)
 
 
-def small_config(**overrides):
-    return dict(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        image_token_id=IMAGE_TOKEN,
-        initializer_range=0.5,
-        **overrides,
-    )
+def small_config(config_class, **overrides):
+    """Return a configuration with 2 layers of 2 heads each, and large weights."""
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    fields = {"pad_token_id": 0, "image_token_id": IMAGE_TOKEN, "initializer_range": 0.5}
+    return tiny_text_config(config_class, **sizes, **fields, **overrides)
 
 
 def make_gemma2():
-    return Gemma2ForCausalLM(Gemma2Config(**small_config(head_dim=16, final_logit_softcapping=2.0)))
+    return Gemma2ForCausalLM(small_config(Gemma2Config, head_dim=16, final_logit_softcapping=2.0))
 
 
-@pytest.mark.parametrize(
-    "make", [make_gemma2, lambda: PhiForCausalLM(PhiConfig(**small_config()))], ids=["gemma2", "phi"]
-)
+@pytest.mark.parametrize("make", [make_gemma2, lambda: PhiForCausalLM(small_config(PhiConfig))], ids=["gemma2", "phi"])
 def test_logit_lens_soft_cap_and_other_norm_names_equal_model_logits(make, make_rows):
     torch.manual_seed(0)
     model = make().eval()
@@ -157,7 +147,7 @@ def test_logit_lens_soft_cap_and_other_norm_names_equal_model_logits(make, make_
 def test_logit_lens_model_with_scaled_logits_raises(make_rows):
     """Granite divides its logits, so norm and head alone would give other log-probabilities."""
     torch.manual_seed(0)
-    model = GraniteForCausalLM(GraniteConfig(**small_config(logits_scaling=8.0))).eval()
+    model = GraniteForCausalLM(small_config(GraniteConfig, logits_scaling=8.0)).eval()
     ids = make_rows([(3, 4, 5)], "left")["input_ids"]
     tokens = TokenMap.from_inputs(model, {"input_ids": ids})
     with (
