@@ -27,6 +27,7 @@ from transformers.masking_utils import flash_attention_mask, sdpa_mask
 from probes import TokenMap
 from probes.attention.recording import record_attention
 from tests.probes.attention_reference import check_record, expected_statistics, label_responses
+from tests.tiny_models import tiny_text_config
 
 Model = LlavaForConditionalGeneration
 Inputs = dict[str, torch.Tensor]
@@ -170,7 +171,6 @@ def test_record_attention_custom_implementation_needs_known_masks(
 
 
 SMALL: dict[str, Any] = {
-    "vocab_size": 64,
     "hidden_size": 16,
     "intermediate_size": 16,
     "num_hidden_layers": 2,
@@ -195,7 +195,7 @@ def make_token_map(ids: torch.Tensor) -> TokenMap:
 def test_record_attention_flash_sliding_window_equals_eager_weights(flash: str, chunks: tuple[int, ...]) -> None:
     """A window of 4, also with a cache that has dropped the oldest keys."""
     torch.manual_seed(0)
-    model = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=4)).eval()
+    model = MistralForCausalLM(tiny_text_config(MistralConfig, **SMALL, sliding_window=4)).eval()
     model.set_attn_implementation(flash)
     past = DynamicCache(config=model.config)
     with torch.no_grad(), record_attention(model, make_token_map(IDS)) as attention:
@@ -212,7 +212,9 @@ def test_record_attention_flash_sliding_window_equals_eager_weights(flash: str, 
 def test_record_attention_soft_capped_scores_equal_eager_weights() -> None:
     """Gemma 2 with a cap so low that it changes every weight, in full and in sliding layers."""
     torch.manual_seed(0)
-    model = Gemma2ForCausalLM(Gemma2Config(**SMALL, attn_logit_softcapping=0.5, sliding_window=4)).eval()
+    model = Gemma2ForCausalLM(
+        tiny_text_config(Gemma2Config, **SMALL, attn_logit_softcapping=0.5, sliding_window=4)
+    ).eval()
     model.set_attn_implementation("eager")
     tokens = make_token_map(IDS)
     with torch.no_grad(), record_attention(model, tokens) as attention:
@@ -228,7 +230,9 @@ def test_record_attention_soft_capped_scores_equal_eager_weights() -> None:
 def test_record_attention_sinks_equal_eager_weights() -> None:
     """gpt-oss: eager attention returns its weights without the sink's share."""
     torch.manual_seed(0)
-    config = GptOssConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 2)
+    config = tiny_text_config(
+        GptOssConfig, **SMALL, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 2
+    )
     model = GptOssForCausalLM(config).eval()
     model.set_attn_implementation("eager")
     for layer in model.model.layers:
@@ -241,7 +245,7 @@ def test_record_attention_sinks_equal_eager_weights() -> None:
 
 
 def test_record_attention_flash_packed_sequences_raise(flash: str) -> None:
-    model = MistralForCausalLM(MistralConfig(**SMALL)).eval()
+    model = MistralForCausalLM(tiny_text_config(MistralConfig, **SMALL)).eval()
     model.set_attn_implementation(flash)
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
     raises = pytest.raises(ValueError, match="several sequences packed into a row")

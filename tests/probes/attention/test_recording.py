@@ -22,6 +22,7 @@ from probes import TokenMap, record_attention
 from probes.attention import layout
 from probes.attention.attention_switch import SWITCHED
 from tests.probes.attention_reference import check_record, expected_statistics, label_responses
+from tests.tiny_models import tiny_text_config
 
 Model = LlavaForConditionalGeneration
 Inputs = dict[str, torch.Tensor]
@@ -206,16 +207,9 @@ def test_record_attention_bfloat16_is_close_to_eager_weights(
 def test_record_attention_sliding_window_hides_keys(steps: int) -> None:
     """A window of 4 over 9 positions, then with a cache that has dropped the oldest keys."""
     torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        sliding_window=4,
-        image_token_id=63,
-        eos_token_id=None,
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = tiny_text_config(
+        MistralConfig, **sizes, num_key_value_heads=1, sliding_window=4, image_token_id=63, eos_token_id=None
     )
     model = MistralForCausalLM(config).eval()
     ids = torch.tensor([[3, 63, 63, 4, 5, 6, 7, 8, 9, 10, 11, 12]])[:, : 9 + steps]

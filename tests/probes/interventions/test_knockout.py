@@ -17,6 +17,7 @@ from probes.attention.recording import record_attention
 from probes.interventions import BlockAttention, RemoveTokens, intervene
 from probes.tokens.token_map import TokenMap
 from tests.probes import reference_llama
+from tests.tiny_models import tiny_text_config
 
 Model = LlavaForConditionalGeneration
 Inputs = dict[str, Tensor]
@@ -197,9 +198,9 @@ def test_block_attention_batch_equals_single_rows(
 def test_block_attention_keeps_sliding_window() -> None:
     """Keys outside the window stay hidden, and only edges inside it count as cut."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = MistralConfig(vocab_size=64, num_key_value_heads=2, sliding_window=3, initializer_range=0.2, **sizes)
-    config.image_token_id = reference_llama.IMAGE_TOKEN
+    config = tiny_text_config(
+        MistralConfig, sliding_window=3, initializer_range=0.2, image_token_id=reference_llama.IMAGE_TOKEN
+    )
     model: Any = MistralForCausalLM(config).eval()
     input_ids = torch.tensor([[5, 6, *[reference_llama.IMAGE_TOKEN] * 3, 7, 8, 9, 4]])
     tokens = TokenMap.from_inputs(model, {"input_ids": input_ids})

@@ -15,6 +15,7 @@ from probes.attention.recording import record_attention
 from probes.interventions import RemoveTokens, intervene
 from probes.tokens.token_map import TokenMap
 from tests.probes import reference_llama
+from tests.tiny_models import tiny_text_config
 
 Model = LlavaForConditionalGeneration
 Inputs = dict[str, Tensor]
@@ -66,9 +67,13 @@ class TestRemoveTokensErrors:
     def test_sliding_cache_raises(self) -> None:
         """Without a cache, a sliding layer can drop tokens."""
         torch.manual_seed(0)
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-        config = MistralConfig(vocab_size=64, num_key_value_heads=2, sliding_window=3, initializer_range=0.2, **sizes)
-        config.image_token_id = reference_llama.IMAGE_TOKEN
+        config = tiny_text_config(
+            MistralConfig,
+            num_hidden_layers=2,
+            sliding_window=3,
+            initializer_range=0.2,
+            image_token_id=reference_llama.IMAGE_TOKEN,
+        )
         model: Any = MistralForCausalLM(config).eval()
         ids = torch.tensor([[5, 6, *[reference_llama.IMAGE_TOKEN] * 3, 7, 8, 9, 4]])
         tokens = TokenMap.from_inputs(model, {"input_ids": ids})

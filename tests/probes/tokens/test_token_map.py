@@ -15,23 +15,21 @@ from probes import TokenMap
 from probes.tokens.grid import Grid
 from probes.tokens.places import Places
 from probes.tokens.token_map import GROUPS
+from tests.tiny_models import tiny_text_config
 
 IMAGE_TOKEN = 9
+
+
+def smallest_config(**fields: Any) -> LlamaConfig:
+    """Return a configuration of one layer of width 4, and a vocabulary of 10."""
+    sizes = {"vocab_size": 10, "hidden_size": 4, "intermediate_size": 4}
+    return tiny_text_config(**sizes, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, **fields)
 
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     """A text model whose config names an image token; these tests use only its config."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=10,
-            hidden_size=4,
-            intermediate_size=4,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            image_token_id=IMAGE_TOKEN,
-        )
-    )
+    return LlamaForCausalLM(smallest_config(image_token_id=IMAGE_TOKEN))
 
 
 segments = st.tuples(st.integers(0, 4), st.integers(0, 5), st.integers(1, 4), st.integers(0, 3))
@@ -270,9 +268,7 @@ def test_from_inputs_with_invalid_inputs_raises_value_error(
 
 
 def test_from_inputs_of_text_model_raises_value_error(model: LlamaForCausalLM) -> None:
-    text_only = LlamaForCausalLM(
-        LlamaConfig(vocab_size=10, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
-    )
+    text_only = LlamaForCausalLM(smallest_config())
     with pytest.raises(ValueError, match="LlamaConfig has neither image_token_id nor image_token_index"):
         TokenMap.from_inputs(text_only, {"input_ids": torch.tensor([[9]])})
 

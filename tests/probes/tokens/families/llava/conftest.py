@@ -16,9 +16,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessorPil,
-    CLIPVisionConfig,
     LlamaConfig,
-    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaImageProcessorPil,
     LlavaNextConfig,
@@ -38,21 +36,10 @@ from transformers import (
 from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
 from llava_mini.visual_layout import VisualLayout
 from probes.tokens.places import Places
+from tests.tiny_models import sharp_text_config, tiny_llava_config, tiny_vision_config
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "what", "is", "this", "user", "assistant", ":", "<image>", "<video>"]
-TEXT = {
-    "vocab_size": len(WORDS),
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+PIXELS = {"image_size": 24, "patch_size": 6}
 PLAIN = {"do_normalize": False, "image_mean": [0.0, 0.0, 0.0]}  # padding is black and colours are unchanged
 
 
@@ -61,6 +48,11 @@ class OnevisionProcessor(LlavaOnevisionProcessor):
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
+
+
+def text_config(config_class: Any = LlamaConfig) -> Any:
+    """Return a tiny configuration of the language model, with a vocabulary of WORDS."""
+    return sharp_text_config(config_class, vocab_size=len(WORDS), num_hidden_layers=2, eos_token_id=2)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -80,11 +72,10 @@ def make_llava() -> Callable[..., tuple[LlavaForConditionalGeneration, LlavaProc
 
     def make(pad: bool = False, strategy: str = "default", **fields: Any) -> tuple[Any, Any]:
         torch.manual_seed(0)
-        vision = CLIPVisionConfig(image_size=24, patch_size=6, **VISION)
-        config = LlavaConfig(
-            vision_config=vision,
-            text_config=LlamaConfig(**TEXT),
-            image_token_index=WORDS.index("<image>"),
+        config = tiny_llava_config(
+            vision_config=tiny_vision_config(**PIXELS),
+            text_config=text_config(),
+            image_token_id=WORDS.index("<image>"),
             vision_feature_select_strategy=strategy,
         )
         image_processor_class = LlavaImageProcessorPil if pad else CLIPImageProcessorPil
@@ -108,10 +99,11 @@ def make_llava_next() -> Callable[..., tuple[LlavaNextForConditionalGeneration, 
     def make(**fields: Any) -> tuple[Any, Any]:
         torch.manual_seed(0)
         pinpoints = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]
-        config = LlavaNextConfig(
-            vision_config=CLIPVisionConfig(image_size=24, patch_size=6, **VISION),
-            text_config=LlamaConfig(**TEXT),
-            image_token_index=WORDS.index("<image>"),
+        config = tiny_llava_config(
+            LlavaNextConfig,
+            vision_config=tiny_vision_config(**PIXELS),
+            text_config=text_config(),
+            image_token_id=WORDS.index("<image>"),
             image_grid_pinpoints=pinpoints,
         )
         fields = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}} | PLAIN | fields
@@ -134,10 +126,11 @@ def make_llava_onevision() -> Callable[..., tuple[LlavaOnevisionForConditionalGe
     def make(tiles: int = 2) -> tuple[Any, Any]:
         torch.manual_seed(0)
         pinpoints = [[32 * down, 32 * across] for down in (1, 2, 3) for across in (1, 2, 3)]
-        config = LlavaOnevisionConfig(
-            vision_config=SiglipVisionConfig(image_size=32, patch_size=6, vision_use_head=False, **VISION),
-            text_config=Qwen2Config(**TEXT),
-            image_token_index=WORDS.index("<image>"),
+        config = tiny_llava_config(
+            LlavaOnevisionConfig,
+            vision_config=tiny_vision_config(SiglipVisionConfig, image_size=32, patch_size=6, vision_use_head=False),
+            text_config=text_config(Qwen2Config),
+            image_token_id=WORDS.index("<image>"),
             video_token_index=WORDS.index("<video>"),
             image_grid_pinpoints=pinpoints,
             vision_feature_select_strategy="full",
