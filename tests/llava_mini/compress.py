@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig
 
 from llava_mini import LlavaMiniConfig
 from llava_mini.compressors import COMPRESSORS, Compressor
+from tests.tiny_models import tiny_text_config, tiny_vision_config
 
 SIDE, TEXT_WIDTH = 6, 24
 
@@ -15,17 +15,8 @@ SIDE, TEXT_WIDTH = 6, 24
 def configure(name: str, size: int = 2, width: int = 32, **fields) -> LlavaMiniConfig:
     """Return a configuration with this compressor; `fields` as in `LlavaMiniConfig`."""
     return LlavaMiniConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=width,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=6 * SIDE,
-            patch_size=6,
-        ),
-        text_config=LlamaConfig(
-            hidden_size=TEXT_WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=50
-        ),
+        vision_config=tiny_vision_config(hidden_size=width, image_size=6 * SIDE, patch_size=6),
+        text_config=tiny_text_config(vocab_size=50, hidden_size=TEXT_WIDTH, num_hidden_layers=2, num_key_value_heads=4),
         compressor=name,
         compressor_size=size,
         **fields,

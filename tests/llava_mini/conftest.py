@@ -21,7 +21,6 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     LlamaConfig,
-    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
@@ -31,29 +30,21 @@ from transformers import (
 )
 
 from llava_mini import LlavaMiniConfig, LlavaMiniForConditionalGeneration
+from tests import tiny_models
 
 IMAGE_TOKEN = 99
 
-VISION = {
-    "clip": lambda: CLIPVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=24, patch_size=6
-    ),
-    "siglip": lambda: SiglipVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=24, patch_size=6
-    ),
-    "dinov2": lambda: Dinov2Config(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=24, patch_size=6
-    ),
-}
+VISION = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig, "dinov2": Dinov2Config}
 TEXT = {
-    "llama": lambda **fields: LlamaConfig(num_key_value_heads=2, **fields),
-    "qwen2": lambda **fields: Qwen2Config(num_key_value_heads=2, **fields),
-    "qwen3": lambda **fields: Qwen3Config(num_key_value_heads=2, head_dim=6, **fields),
-    "gemma": lambda **fields: GemmaConfig(num_key_value_heads=1, head_dim=6, **fields),
-    "gemma2": lambda **fields: Gemma2Config(num_key_value_heads=2, head_dim=6, sliding_window=8, **fields),
-    "gemma3": lambda **fields: Gemma3TextConfig(num_key_value_heads=2, head_dim=6, sliding_window=8, **fields),
+    "llama": (LlamaConfig, {}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {"head_dim": 6}),
+    "gemma": (GemmaConfig, {"num_key_value_heads": 1, "head_dim": 6}),
+    "gemma2": (Gemma2Config, {"head_dim": 6, "sliding_window": 8}),
+    "gemma3": (Gemma3TextConfig, {"head_dim": 6, "sliding_window": 8}),
 }
-
+TEXT_SIZES = {"vocab_size": 100, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+VISION_SIZES = {"num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 24, "patch_size": 6}
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message.role }} : {% for part in message.content %}"
@@ -67,25 +58,15 @@ def tiny_llava():
     """Return a factory of LLaVAs with 16 patches an image, in evaluation mode, with weights that affect the output."""
 
     def build(text="llama", vision="clip", seed=0, attention="eager") -> LlavaForConditionalGeneration:
-        torch.manual_seed(seed)
-        config = LlavaConfig(
-            vision_config=VISION[vision](),
-            text_config=TEXT[text](
-                vocab_size=100,
-                hidden_size=24,
-                intermediate_size=40,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                initializer_range=0.2,
-                pad_token_id=0,
-                bos_token_id=1,
-                eos_token_id=2,
-            ),
-            image_token_index=IMAGE_TOKEN,
+        config_class, fields = TEXT[text]
+        return tiny_models.tiny_llava(
+            attention,
+            seed,
+            vision_config=tiny_models.tiny_vision_config(VISION[vision], **VISION_SIZES),
+            text_config=tiny_models.sharp_text_config(config_class, eos_token_id=2, **TEXT_SIZES, **fields),
+            image_token_id=IMAGE_TOKEN,
             vision_feature_select_strategy="full" if vision == "siglip" else "default",
         )
-        model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attention)
-        return model.eval()
 
     return build
 

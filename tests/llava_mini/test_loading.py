@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesConfig, CLIPVisionConfig, LlamaConfig
+from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from llava_mini import LlavaMiniConfig, LlavaMiniForConditionalGeneration, LlavaMiniModel
+from tests.tiny_models import tiny_llava_config, tiny_text_config, tiny_vision_config
 
 NEW_MODULES = ("model.compressor.", "model.prefusion.")
 
@@ -180,11 +181,10 @@ def test_prefusion_with_language_model_init_copies_its_layers(tiny_llava, tmp_pa
 @pytest.mark.parametrize("bits", [8, 4])
 def test_from_pretrained_quantised_keeps_new_modules_unquantised(sample, tmp_path, bits):
     """bitsandbytes on a CPU quantises the language model and the vision tower, not the new modules and the projector."""
-    fields = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    vision = CLIPVisionConfig(image_size=24, patch_size=6, **fields)
-    config = LlavaMiniConfig(
-        vision_config=vision, text_config=LlamaConfig(vocab_size=100, **fields), image_token_index=99
-    )
+    fields = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    vision = tiny_vision_config(**fields, image_size=24, patch_size=6)
+    text = tiny_text_config(**fields, vocab_size=100, num_hidden_layers=2, num_key_value_heads=4)
+    config = tiny_llava_config(LlavaMiniConfig, vision_config=vision, text_config=text, image_token_id=99)
     LlavaMiniForConditionalGeneration(config).save_pretrained(tmp_path)
     quantization = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
     model = LlavaMiniForConditionalGeneration.from_pretrained(

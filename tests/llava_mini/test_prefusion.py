@@ -5,22 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import Gemma3TextConfig, Gemma3TextModel, LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model
+from transformers import Gemma3TextConfig, Gemma3TextModel, LlamaModel, Qwen2Config, Qwen2Model
 
 from llava_mini.prefusion import Prefusion
+from tests.tiny_models import tiny_text_config
+
+SMALL = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 @pytest.fixture
 def decoder():
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=20,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.3,
-    )
+    config = tiny_text_config(**SMALL, initializer_range=0.3)
     return LlamaModel._from_config(config, attn_implementation="eager").eval()
 
 
@@ -78,8 +74,7 @@ def test_prefusion_with_a_past_reuses_the_visual_tokens_for_any_text(decoder, pr
 @torch.no_grad()
 def test_prefusion_may_have_more_layers_than_the_decoder():
     """Qwen2's layers look up their type in a list as long as the decoder."""
-    fields = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    decoder = Qwen2Model(Qwen2Config(num_attention_heads=2, num_key_value_heads=2, **fields))
+    decoder = Qwen2Model(tiny_text_config(Qwen2Config, **SMALL))
     visual, text = Prefusion(decoder, 5)(random_tokens(5, 1), random_tokens(4, 2), decoder.rotary_emb)
     assert (visual.shape, text.shape) == ((2, 5, 16), (2, 4, 16))
 
@@ -89,10 +84,10 @@ def test_prefusion_may_have_more_layers_than_the_decoder():
 def test_prefusion_uses_windows_and_rotations_of_each_layer_type(attention):
     """Gemma 3 alternates sliding windows and full attention, each with its own rotation."""
     torch.manual_seed(0)
-    fields = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "head_dim": 8}
-    fields |= {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 4, "initializer_range": 0.3}
+    fields = {"num_hidden_layers": 3, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 4}
     layer_types = ["sliding_attention", "sliding_attention", "full_attention"]
-    config = Gemma3TextConfig(**fields, layer_types=layer_types)
+    fields |= {"layer_types": layer_types, "initializer_range": 0.3}
+    config = tiny_text_config(Gemma3TextConfig, **SMALL | fields)
     decoder = Gemma3TextModel._from_config(config, attn_implementation=attention).eval()
     prefusion = Prefusion(decoder, 3).eval()
     prefusion.copy_layers(decoder.layers)
