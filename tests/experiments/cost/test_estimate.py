@@ -10,9 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForImageTextToText,
-    CLIPVisionConfig,
     Dinov2Config,
-    LlamaConfig,
     LlavaConfig,
     Qwen3Config,
     SiglipVisionConfig,
@@ -20,32 +18,30 @@ from transformers import (
 
 from experiments.cost.architectures import llava_config, llava_mini_config
 from experiments.cost.estimate import LINEAR_OPERATIONS, CostModel, Prompt
+from tests.tiny_models import tiny_llava_config, tiny_text_config, tiny_vision_config
 
+# All widths are different, so that a count with the width of another part fails
 VISION = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
 PIXELS = {"image_size": 32, "patch_size": 8}
-TEXT = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 112,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+TEXT = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 112}
 VISION_TOWERS = {
-    "clip": (CLIPVisionConfig(**VISION, **PIXELS), "default"),
-    "siglip": (SiglipVisionConfig(**VISION, **PIXELS), "full"),
-    "dinov2": (Dinov2Config(**VISION | {"intermediate_size": None}, mlp_ratio=2, **PIXELS), "default"),
+    "clip": (tiny_vision_config(**VISION, **PIXELS), "default"),
+    "siglip": (tiny_vision_config(SiglipVisionConfig, **VISION, **PIXELS), "full"),
+    "dinov2": (
+        tiny_vision_config(Dinov2Config, **VISION | {"intermediate_size": None}, mlp_ratio=2, **PIXELS),
+        "default",
+    ),
 }
 
 
 def small_llava(tower: str = "clip", text: Any = None) -> LlavaConfig:
     """Return a small_llava LLaVA with this vision tower and language model."""
     vision, strategy = VISION_TOWERS[tower]
-    return LlavaConfig(
+    return tiny_llava_config(
         vision_config=vision,
-        text_config=text or LlamaConfig(**TEXT),
+        text_config=text or tiny_text_config(**TEXT),
         vision_feature_select_strategy=strategy,
-        image_token_index=95,
+        image_token_id=95,
     )
 
 
@@ -71,7 +67,9 @@ def counted_flops(config: LlavaConfig, visual: int, text: int, crops: int) -> tu
 
 
 @pytest.mark.parametrize("tower", VISION_TOWERS)
-@pytest.mark.parametrize("text", [LlamaConfig(**TEXT), Qwen3Config(**TEXT, head_dim=24)], ids=["llama", "qwen3"])
+@pytest.mark.parametrize(
+    "text", [tiny_text_config(**TEXT), tiny_text_config(Qwen3Config, **TEXT, head_dim=24)], ids=["llama", "qwen3"]
+)
 def test_estimate_of_llava_equals_torch_count(tower: str, text: Any) -> None:
     config = small_llava(tower, text)
     estimate = CostModel(config)(Prompt(text=11))

@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import (
     BitImageProcessor,
-    CLIPVisionConfig,
     CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
@@ -16,20 +15,21 @@ from experiments.evaluation.questions import EncodedQuestions
 from experiments.models import lora, scratch
 from experiments.models.build import build_model
 from experiments.training.trainer import ADAPTER_FOLDER, train_llava
+from tests.tiny_models import tiny_vision_config
 
 CPU = torch.device("cpu")
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
     "{{ eos_token if m['role'] == 'assistant' }}{% endfor %}{{ '<assistant>' if add_generation_prompt }}"
 )
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
+PIXELS = {"image_size": 56, "patch_size": 14}
 
 
 @pytest.fixture
 def parts(llava, shapes_split, tmp_path):
     """Folders of a vision model and of a language model."""
     torch.manual_seed(1)
-    Dinov2Model(Dinov2Config(**SMALL)).save_pretrained(tmp_path / "vision")
+    Dinov2Model(tiny_vision_config(Dinov2Config, **PIXELS)).save_pretrained(tmp_path / "vision")
     crop = {"height": 56, "width": 56}
     BitImageProcessor(size={"shortest_edge": 64}, crop_size=crop).save_pretrained(tmp_path / "vision")
     text = scratch.train_tokenizer(shapes_split.samples, 384)
@@ -55,7 +55,7 @@ def test_build_model_with_a_grid_resizes_images_to_it(parts, shapes_split, grid,
 
 
 def test_build_model_with_another_grid_needs_interpolated_positions(parts, shapes_split):
-    CLIPVisionModel(CLIPVisionConfig(**SMALL, intermediate_size=64)).save_pretrained(parts["vision"])
+    CLIPVisionModel(tiny_vision_config(intermediate_size=64, **PIXELS)).save_pretrained(parts["vision"])
     model, processor = build_joined(parts, grid=2)
     with pytest.raises(ValueError, match=r"28\*28.*doesn't match model"):
         model(**EncodedQuestions([shapes_split.samples[0]], processor, 1, CPU).first())
