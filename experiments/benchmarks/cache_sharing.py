@@ -29,9 +29,9 @@ from experiments.cell import Cell
 from experiments.config import registry
 from experiments.data import load
 from experiments.errors import INPUT_ERRORS, exit_with_error
+from experiments.markdown import markdown_table
 from experiments.models import build
 from experiments.provenance import provenance
-from experiments.report.tables.writers import markdown_table
 from experiments.sweeps import hydra_api, plan
 from experiments.sweeps.runner import run_if_needed
 

@@ -30,7 +30,7 @@ from transformers.masking_utils import create_causal_mask
 from experiments.arguments import parse_arguments, parse_count
 from experiments.benchmarks.harness import peak_resident_bytes, run_in_turns, time_run
 from experiments.evaluation.flops import count_flops
-from experiments.report.tables.writers import markdown_table
+from experiments.markdown import markdown_table
 from llava_mini import LlavaMiniConfig, LlavaMiniForConditionalGeneration
 from llava_mini.prefusion import Prefusion
 from probes.hooks.decoder import cache_name

@@ -12,6 +12,7 @@ from omegaconf import MISSING, OmegaConf
 
 from experiments.config.benchmark_schema import BenchConfig, CostConfig
 from experiments.config.schema import DATA, MODELS, Config, TrainConfig
+from experiments.markdown import markdown_cell, markdown_table
 
 _ALTERNATIVES: dict[str, dict[str, type]] = {"model": MODELS, "data": DATA}
 
@@ -93,11 +94,11 @@ def help_text() -> str:
 
 def markdown() -> str:
     """Return the page docs/settings.md."""
-    rows = ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
+    rows = []
     for entry in settings():
         only = f" ({entry.only} only)" if entry.only else ""
         cells = (f"`{entry.key}`", f"`{entry.type}`", f"`{entry.default}`", entry.help + only)
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        rows.append([markdown_cell(cell) for cell in cells])
     return "\n".join(
         [
             "# Settings",
@@ -105,7 +106,7 @@ def markdown() -> str:
             "Every setting of `python -m experiments.run`, as `key=value`. `???` marks a setting without a default.",
             "This page is made by `python -m experiments.config.documentation`.",
             "",
-            *rows,
+            markdown_table(["setting", "type", "default", "meaning"], rows),
             "",
         ]
     )

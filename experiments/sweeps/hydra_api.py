@@ -29,6 +29,23 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments.provenance import ROOT
 
+__all__ = [
+    "BASIC_SWEEPER",
+    "CONF",
+    "ConfigSource",
+    "Hydra",
+    "compose_job",
+    "compose_sweep",
+    "configure_logging",
+    "flags_first",
+    "has_basic_sweeper",
+    "launch_jobs",
+    "open_hydra",
+    "parse_command_line",
+    "parse_overrides",
+    "split_jobs",
+]
+
 CONF = str(ROOT / "conf")
 """Our configuration folder, by its path: a project may have a package `conf` of its own."""
 BASIC_SWEEPER = f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"

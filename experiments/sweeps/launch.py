@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.hydra import Hydra
 from hydra.core.utils import JobStatus
 from omegaconf import DictConfig
 
@@ -19,6 +18,7 @@ from experiments.records.views import failure_reason
 from experiments.sweeps.distributed import is_distributed, is_main_process
 from experiments.sweeps.hydra_api import (
     ConfigSource,
+    Hydra,
     compose_sweep,
     configure_logging,
     has_basic_sweeper,

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
@@ -18,7 +17,7 @@ from experiments.config.schema import Config
 from experiments.data.load import load_data
 from experiments.errors import no_such_setting
 from experiments.provenance import code_version
-from experiments.sweeps.hydra_api import compose_job, compose_sweep, parse_overrides, split_jobs
+from experiments.sweeps.hydra_api import Hydra, compose_job, compose_sweep, parse_overrides, split_jobs
 from experiments.sweeps.kept_tables import KeptTable, table_of
 
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from experiments.benchmarks.model_cost.records import COMPONENTS, CostRecord, CostSetting, MeasuredModel, time_ratios
-from experiments.report.tables.writers import markdown_table
+from experiments.markdown import markdown_table
 from llava_mini.visual_layout import crops_per_frame
 
 MIB, GIB = 2**20, 2**30

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.markdown import markdown_table
 from experiments.report.figures.style import BLUE, GREEN, GREY, ORANGE, WIDTH, save, styled
-from experiments.report.tables.writers import markdown_table
 
 MODE_LABELS = {
     "plain": "plain forward, sdpa",
