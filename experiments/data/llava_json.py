@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
@@ -11,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from experiments.data.conversation_forms import parse_entries, to_llava_form
 from experiments.data.samples import (
     IMAGE_PLACEHOLDER,
     PLACEHOLDER,
@@ -62,15 +62,15 @@ class LlavaJsonSamples(Sequence[Sample]):
 
 
 def load_llava_json(path: str, images: str, split: str, count: int = 0, frames: int = 8) -> Split:
-    """Load the first `count` conversations of a LLaVA-format JSON file.
+    """Load the first `count` conversations of a LLaVA-format file, JSON or JSON Lines.
 
-    Each entry has "conversations": alternating turns from "human" and "gpt". It has an "image" or a "video" (a path
+    Other published forms are accepted too (`experiments.data.conversation_forms`). Each entry has "conversations": alternating turns from "human" and "gpt". It has an "image" or a "video" (a path
     below `images`, or a list of paths) unless it is text alone. It may have an "id", and "kinds", the type of each of its
     questions. The questions hold `<image>` or `<video>` where the images and videos belong. In an entry with only a
     "video", `<image>` means the video.
 
     Args:
-        path: The JSON file.
+        path: The file.
         images: The folder of images and videos.
         split: Name of the split.
         count: How many conversations; 0 for all.
@@ -92,14 +92,7 @@ def load_llava_json(path: str, images: str, split: str, count: int = 0, frames: 
     if frames < 1:
         raise ValueError(f"data.frames: must be at least 1 frame of each video, found {frames}")
     text = source.read_bytes()
-    try:
-        entries = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"'{source}' is not JSON: {error}") from error
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(
-            f"'{source}': expected a list of conversations, found {type(entries).__name__ if entries else 'none'}"
-        )
+    entries = parse_entries(text, source)
     checked = [_check_entry(entry, i, source, folder) for i, entry in enumerate(entries[: count or None])]
     sizes = {kind: [(p, (folder / p).stat().st_size) for e in checked for p in e[kind]] for kind in _MEDIA.values()}
     videos = [sizes["video"], frames] if sizes["video"] else []
@@ -110,6 +103,7 @@ def load_llava_json(path: str, images: str, split: str, count: int = 0, frames: 
 def _check_entry(entry: Any, index: int, source: Path, folder: Path) -> dict[str, Any]:
     """Return a checked copy of an entry: "image" and "video" as lists, and `<video>` for each video."""
     where = f"'{source}', entry {index}"
+    entry = to_llava_form(entry, where)
     if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
         raise ValueError(f'{where}: expected an object with a list of "conversations", found {str(entry)[:80]}')
     turns = entry["conversations"]
