@@ -9,22 +9,22 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from experiments.config.registry import register_configs
-from experiments.config.schema import Config
 from experiments.errors import INPUT_ERRORS, exit_with_error
 from experiments.records.files import read_record
 from experiments.records.views import failure_reason, record_label
+from experiments.report.request import split_results
 from experiments.sweeps.hydra_api import open_hydra
 from experiments.sweeps.launch import cell_statuses, count_cells, summarise_states
 from experiments.sweeps.plan import expand_sweep
 from experiments.sweeps.store import CellStatus, RecordStore
 
-_RESULTS = "results="
 _STYLES = {"finished": "green", "failed": "red", "running": "yellow", "missing": "dim", "unreadable": "red"}
 
 
@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = parser.parse_args(argv).overrides
     register_configs()
     try:
-        lines = _sweep_lines(overrides) if any(not o.startswith(_RESULTS) for o in overrides) else _all_lines(overrides)
+        results, others = split_results(overrides, None)
+        lines = _sweep_lines(overrides) if others else _all_lines(results)
     except INPUT_ERRORS as error:
         exit_with_error(error)
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -91,10 +92,10 @@ def _sweep_lines(overrides: Sequence[str]) -> list[StatusLine]:
     return [_line(*names[identity], status) for identity, status in cell_statuses(jobs).items()]
 
 
-def _all_lines(overrides: Sequence[str]) -> list[StatusLine]:
-    store = RecordStore(overrides[-1].removeprefix(_RESULTS) if overrides else Config.results)
+def _all_lines(results: Path) -> list[StatusLine]:
+    store = RecordStore(results)
     if not store.records.is_dir():
-        raise FileNotFoundError(f"no records in '{store.records}': name another folder with {_RESULTS}FOLDER")
+        raise FileNotFoundError(f"no records in '{store.records}': name another folder with results=FOLDER")
     return sorted(_stored_lines(store), key=lambda line: (line.experiment, line.name))
 
 

@@ -118,3 +118,15 @@ def test_status_after_edited_sources_keeps_cell_on_reworded_docstring_and_not_on
     assert last_line() == "1 cell: 1 finished"
     source.write_text(f"{source.read_text()}\nPERCENT = 100\n")
     assert last_line() == "1 cell: 1 missing"
+
+
+@pytest.mark.parametrize(
+    "quote", ["'{}'", '"{}"', "{}", "${{oc.env:RECORDS}}"], ids=["single", "double", "none", "variable"]
+)
+def test_main_with_a_quoted_or_resolved_results_folder_lists_its_records(tmp_path, monkeypatch, capsys, quote):
+    folder = tmp_path / "my results"
+    (folder / "records").mkdir(parents=True)
+    (folder / "records" / "broken.json").write_text("{")
+    monkeypatch.setenv("RECORDS", str(folder))
+    assert status.main([f"results={quote.format(folder)}"]) == 0
+    assert "broken.json" in capsys.readouterr().out
