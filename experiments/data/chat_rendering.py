@@ -21,16 +21,20 @@ def render_chat(
     Args:
         processor: A processor with a chat template.
         sample_id: The sample's name, for errors.
-        messages: Turns of the user and the assistant, alternating, whose content is a list of parts.
+        messages: Turns of the user and the assistant, alternating, whose content is a list of parts. A system turn may
+            precede them.
 
     Returns:
         The text, and the spans of its answers, each from the end of the answer's header to the end of its turn.
 
     Raises:
-        ValueError: If the template fails, takes strings only, or rewrites earlier turns.
+        ValueError: If the template fails, takes strings only, rewrites earlier turns, or has no system role where the
+            conversation has a system turn.
     """
     text, answers = "", []
-    for end in range(1, len(messages), 2):
+    if messages[0]["role"] == "system":
+        _check_system_role(processor, sample_id, messages[:2])
+    for end in _answer_turns(messages):
         prompt = _apply_template(processor, sample_id, messages[:end], add_generation_prompt=True)
         text = _apply_template(processor, sample_id, messages[: end + 1])
         if not text.startswith(prompt):
@@ -38,7 +42,11 @@ def render_chat(
                 f"sample {sample_id}: the chat template does not write the conversation turn by turn, so its answers "
                 "cannot be located; use a template that only appends text with each turn"
             )
-        answers.append((len(prompt), len(text.rstrip())))
+        stop = len(text.rstrip())
+        # Where the template writes no token for the end of a turn, as BLIP-2's does not, a line break ends the answer.
+        if text[stop : stop + 1] == "\n" and text[:stop].endswith(_texts(messages[end])):
+            stop += 1
+        answers.append((len(prompt), stop))
     return text, answers
 
 
@@ -63,7 +71,7 @@ def check_rendered_texts(
                 f"sample {sample_id}: the chat template leaves out the text {turn_text[:80]!r}; use a template that "
                 "writes every turn"
             )
-    for end, (start, stop) in zip(range(1, len(messages), 2), answers, strict=True):
+    for end, (start, stop) in zip(_answer_turns(messages), answers, strict=True):
         written, answer = text[start:stop].lstrip(), _texts(messages[end])
         if answer not in written:
             raise ValueError(
@@ -78,24 +86,70 @@ def check_rendered_texts(
             )
 
 
+def _answer_turns(messages: list[dict[str, Any]]) -> range:
+    """Return the indices of the assistant's turns."""
+    return range(2 if messages[0]["role"] == "system" else 1, len(messages), 2)
+
+
+def _check_system_role(processor: ProcessorMixin, sample_id: str, messages: list[dict[str, Any]]) -> None:
+    """Check that the template writes the text of a system turn. Some templates refuse the role, and others ignore it.
+
+    Its text may also be in a question, or the template's own system prompt, so another text is looked for.
+
+    Args:
+        processor: The processor of the template.
+        sample_id: The sample's name, for errors.
+        messages: The system turn, and the first of the user.
+    """
+    system, question = messages
+    marker = "[SYSTEM PROMPT]"
+    marked = [{**system, "content": [{"type": "text", "text": marker}]}, question]
+    try:
+        # A template that also fails without the system turn has another fault, which is reported for the whole chat.
+        without = _apply_template(processor, sample_id, [question])
+    except ValueError:
+        return
+    try:
+        written = _apply_template(processor, sample_id, marked)
+    except ValueError as error:
+        reason = f" ({first_line(error.__cause__)})" if error.__cause__ else ""
+    else:
+        if written.count(marker) > without.count(marker):
+            return
+        reason = ", which it leaves out"
+    raise ValueError(
+        f"sample {sample_id}: the chat template of the {type(processor).__name__} has no system role{reason}; use a "
+        "template that has one, or move the system prompt into the first question"
+    )
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, after its type."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
 
 
 def _apply_template(processor: ProcessorMixin, sample_id: str, messages: list[dict[str, Any]], **options: Any) -> str:
-    try:
-        text = processor.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:  # a template is a program of its own, and can raise anything
-        reason = f"the chat template fails with {first_line(error)}; use a template that accepts its turns"
-        if _accepts_strings(processor, messages):
-            reason = _STRINGS_ONLY
-        raise ValueError(f"sample {sample_id}: {reason}") from error
-    # A template that takes strings can print the list of parts, without an error.
+    """Return the rendered messages. Some templates take parts in turns of the user, and a string as the system prompt."""
+    forms = [messages]
+    if messages[0]["role"] == "system":
+        forms.append([{**messages[0], "content": _texts(messages[0])}, *messages[1:]])
     parts = [part for message in messages for part in message["content"]]
-    if any(str(part) in text and all(str(part) not in other.get("text", "") for other in parts) for part in parts):
-        raise ValueError(f"sample {sample_id}: {_STRINGS_ONLY}")
-    return text
+    first_error: Exception | None = None
+    for form in forms:
+        try:
+            text = processor.apply_chat_template(form, tokenize=False, **options)
+        except Exception as error:  # a template is a program of its own, and can raise anything
+            first_error = first_error or error
+            continue
+        # A template that takes strings can print the list of parts, without an error.
+        if not any(
+            str(part) in text and all(str(part) not in other.get("text", "") for other in parts) for part in parts
+        ):
+            return text
+    reason = _STRINGS_ONLY
+    if first_error is not None and not _accepts_strings(processor, messages):
+        reason = f"the chat template fails with {first_line(first_error)}; use a template that accepts its turns"
+    raise ValueError(f"sample {sample_id}: {reason}") from first_error
 
 
 def _accepts_strings(processor: ProcessorMixin, messages: list[dict[str, Any]]) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -45,13 +46,14 @@ def forward_cost(
             model(**inputs)  # which tokens reach the last layer is known only after a run
             dropped_at_end = cast(Tensor, receipt[-1].chosen)[0]
             logits_to_keep["logits_to_keep"] = (~dropped_at_end).nonzero()[:, 0].to(model.device)
-        flops, outputs = count_flops(lambda: model(**inputs, **logits_to_keep, use_cache=True))
+        with _frozen(model):
+            flops, outputs = count_flops(lambda: model(**inputs, **logits_to_keep, use_cache=True))
     dropped_tokens = 0.0  # summed over layers
     for effect in receipt or ():
         dropped_tokens += sum(effect.tokens[layer] / effect.calls[layer] for layer in effect.calls)
     return {
         "flops": float(flops),
-        "cache_bytes": kv_cache_bytes(outputs[cache_name(outputs)]),
+        "cache_bytes": kv_cache_bytes(_cache(outputs)),
         "text_tokens": inputs["input_ids"].shape[1] - visual,
         "visual_tokens": visual,
         "visual_tokens_mean": visual - dropped_tokens / model.config.get_text_config().num_hidden_layers,
@@ -78,3 +80,26 @@ def kv_cache_bytes(cache: Cache) -> int:
     """Return the bytes of the keys and values in a cache."""
     filled_layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in filled_layers)
+
+
+def _cache(outputs: Any) -> Cache:
+    """Return the cache in the outputs of a model; BLIP-2 returns the outputs of its language model among its own."""
+    language_model_outputs = outputs.get("language_model_outputs", outputs)
+    return cast(Cache, language_model_outputs[cache_name(language_model_outputs)])
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Make no parameter require gradients inside the block.
+
+    torch's counter registers gradient hooks on a module's inputs, and fails without gradients if such an input is a
+    view of a parameter, as the query tokens of BLIP-2 are.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

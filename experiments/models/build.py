@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    Blip2Processor,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -30,6 +31,7 @@ from experiments.data import scenes, shapes
 from experiments.data.samples import Split
 from experiments.files import ASSETS, file_stamps
 from experiments.models import from_parts, lora, scratch
+from experiments.models.blip_2_prompts import Blip2ChatProcessor
 from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
 from llava_mini.checkpoint_files import MODEL_FILES, PROCESSOR_FILES, name_damaged_file
 from llava_mini.older_processors import complete_from_config
@@ -91,7 +93,8 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: If there is no such folder and the path is not a hub name.
-        ValueError: If it holds no vision-language model, or a weight of the model is not in the checkpoint.
+        ValueError: If it holds no vision-language model, its language model is an encoder-decoder, or a weight of the
+            model is not in the checkpoint.
     """
     name = _resolve_source(path, "path")
     try:
@@ -108,6 +111,14 @@ def load_checkpoint(
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
         raise ValueError(f"model.path: checkpoint '{path}' lacks {len(missing)} weights, the first is {missing[0]}")
+    if getattr(model.config.get_text_config(), "is_encoder_decoder", False):
+        raise ValueError(
+            f"model.path: the language model of '{path}', a {model.config.get_text_config().model_type}, is an "
+            "encoder-decoder; use a model whose language model is a decoder, such as BLIP-2 with OPT"
+        )
+    if isinstance(processor, Blip2Processor):
+        processor = Blip2ChatProcessor.from_pretrained(name)
+        processor.num_query_tokens = model.config.num_query_tokens
     if isinstance(processor, LlavaProcessor) and isinstance(model.config, LlavaConfig):
         complete_from_config(processor, model.config)
     return model, processor

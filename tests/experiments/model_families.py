@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -9,10 +10,9 @@ import pytest
 from PIL import Image
 
 from experiments.data.samples import Sample, llava_conversation
-from tests.probes.tokens.families.build import MODEL_FAMILIES, TinyFamily, tiny
+from experiments.models.blip_2_prompts import Blip2ChatProcessor
+from tests.probes.tokens.families.build import TinyFamily, tiny
 
-# BLIP-2 has no chats: its prompts hold no image token that a template could write.
-CHAT_FAMILIES = [name for name in MODEL_FAMILIES if name != "blip_2"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<bos>{{ message.role }} {% for part in message.content %}"
     "{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}{% endfor %}"
@@ -25,6 +25,9 @@ IMAGE_SIZES = [(40, 24), (24, 32), (33, 30), (20, 60), (30, 30), (50, 24)]  # wi
 def chat_family(name: str, monkeypatch: pytest.MonkeyPatch) -> TinyFamily:
     """Return a tiny family whose processor has a chat template."""
     family = tiny(name)
+    if name == "blip_2":  # its own processor has no chats
+        own = family.processor
+        return replace(family, processor=Blip2ChatProcessor(own.image_processor, own.tokenizer, num_query_tokens=4))
     monkeypatch.setattr(family.processor, "chat_template", CHAT_TEMPLATE.replace("IMAGE", family.mark))
     if name == "smolvlm":  # its apply_chat_template reads them, and the stand-in of its video processor lacks them
         monkeypatch.setattr(family.processor.video_processor, "num_frames", 1, raising=False)
