@@ -14,13 +14,14 @@ Example:
     {2: 36, 3: 36}
 
 Submodules offer more: `probes.plots` draws figures, `probes.pruning` implements FastV, VTW and PyramidDrop, and
-`probes.fusion.curves` computes the curves that `fusion_depth` reads.
+`probes.fusion.curves` computes the curves that `fusion_depth` reads, and `probes.fusion.onset` that of `fusion_onset`.
 """
 
 from probes.attention.record import AttentionRecord
 from probes.attention.recording import record_attention
 from probes.attribution import Relevancy, relevancy
 from probes.fusion.depth import Agreement, FusionDepth, agreement, fusion_depth
+from probes.fusion.onset import FusionOnset, fusion_onset
 from probes.fusion.planted_models import planted
 from probes.interventions import BlockAttention, PatchActivations, Receipt, RemoveTokens, intervene
 from probes.readouts.hidden_states import States, record_states
@@ -33,6 +34,7 @@ __all__ = [
     "AttentionRecord",
     "BlockAttention",
     "FusionDepth",
+    "FusionOnset",
     "LogitLens",
     "PatchActivations",
     "Readout",
@@ -43,6 +45,7 @@ __all__ = [
     "TokenMap",
     "agreement",
     "fusion_depth",
+    "fusion_onset",
     "intervene",
     "linear_readout",
     "logit_lens",

@@ -5,14 +5,16 @@ docs/fusion_depth.md has the formulas, and what each of the four curves can and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 from typing import Literal, get_args
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
+
+from probes.fusion.bootstrap import resampled_means
 
 CurveKind = Literal["attention", "removal", "knockout", "readout"]
 
@@ -23,8 +25,6 @@ ATTENTION_FLOOR = 1e-3
 READING_SHARE = 0.1
 # Slack for comparing a share with the threshold: sums that should be 0.9 may come out just below.
 ROUNDING_SLACK = 1e-9
-# Bootstrap draw counts held at once (32 MiB in float64).
-DRAW_COUNTS_PER_CHUNK = 2**22
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def fusion_depth(
     if samples == 1:
         raise ValueError("values hold a single sample: a bootstrap interval needs at least 2")
     # The first row is the estimate, the others are the resamples.
-    drawn, left_out = _resampled_means(values, resamples, seed)
+    drawn, left_out = resampled_means(values, resamples, seed)
     means = np.concatenate([values.mean(axis=1)[None], drawn])
     result = partial(result, curve=tuple(means[0].tolist()))
     tails = (1 - level) / 2, (1 + level) / 2
@@ -284,28 +284,3 @@ def _drop_samples_without_mass(mass: Float[np.ndarray, "layers samples"]) -> Flo
     if (mass < 0).any() or not np.isfinite(mass).all():
         raise ValueError("values hold a negative or infinite mass: attention mass is a share of 1")
     return mass
-
-
-def _resampled_means(
-    values: Float[np.ndarray, "points samples"], resamples: int, seed: int
-) -> tuple[Float[np.ndarray, "resamples points"], Float[np.ndarray, "resamples points"]]:
-    """Return means over the samples that each resample drew, with replacement, and over those it left out.
-
-    The second mean is NaN for a resample that drew every sample.
-    """
-    drawn, left_out = [], []
-    for counts in _draw_counts(values.shape[1], resamples, seed):
-        drawn.append(counts @ values.T / values.shape[1])
-        not_drawn = (counts == 0).astype(float)
-        with np.errstate(invalid="ignore"):
-            left_out.append(not_drawn @ values.T / not_drawn.sum(axis=1, keepdims=True))
-    return np.concatenate(drawn), np.concatenate(left_out)
-
-
-def _draw_counts(samples: int, resamples: int, seed: int) -> Iterator[Int[np.ndarray, "chunk samples"]]:
-    """Yield how often each resample drew each sample, in chunks of resamples."""
-    generator = np.random.default_rng(seed)
-    chunk = max(DRAW_COUNTS_PER_CHUNK // samples, 1)
-    equal = np.full(samples, 1 / samples)
-    for start in range(0, resamples, chunk):
-        yield generator.multinomial(samples, equal, size=min(chunk, resamples - start))

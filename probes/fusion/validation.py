@@ -1,4 +1,4 @@
-"""Check of the four fusion depth estimates on planted models: `python -m probes.fusion.validation` prints the table."""
+"""Check of the fusion depth and onset estimates on planted models: `python -m probes.fusion.validation` prints a table."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from probes.fusion.curves import attention_curve, knockout_curve, removal_curve, text_states
 from probes.fusion.depth import FusionDepth, fusion_depth
+from probes.fusion.onset import FusionOnset, fusion_onset, onset_curve
 from probes.fusion.planted_models import PlantedModel, planted
 from probes.readouts.linear_probe import linear_readout
 from probes.tokens.token_map import TokenMap
@@ -42,6 +43,26 @@ def estimate_depths(model: PlantedModel, count: int = 32, seed: int = 0, width: 
     )
 
 
+def estimate_onset(model: PlantedModel, count: int = 32, seed: int = 0) -> FusionOnset:
+    """Estimate the fusion onset with the probes that run on any other model.
+
+    Args:
+        model: A planted model.
+        count: Samples, measured in one batch.
+        seed: Seed of the samples and of the bootstrap.
+
+    Returns:
+        The onset.
+
+    Example:
+        >>> estimate_onset(planted(layer=(2, 4), layers=4)).onset
+        2
+    """
+    samples = model.samples(count, seed)
+    arguments = model.model, TokenMap.from_inputs(model.model, samples.inputs), samples.inputs
+    return fusion_onset(onset_curve(*arguments, samples.score), seed=seed)
+
+
 def planted_cases(layer_counts: Iterable[int] = LAYER_COUNTS) -> Iterator[tuple[int, int | tuple[int, int] | None]]:
     """Yield the number of layers and the planted layer of each model to check.
 
@@ -55,11 +76,13 @@ def planted_cases(layer_counts: Iterable[int] = LAYER_COUNTS) -> Iterator[tuple[
 
 def validation_table() -> Iterator[str]:
     """Yield the lines of a Markdown table with the estimates for all `planted_cases`."""
-    yield "| Layers | Read at | Attention | Removal | Knock-out | Read-out |"
-    yield "|---|---|---|---|---|---|"
+    yield "| Layers | Read at | Attention | Removal | Knock-out | Read-out | Onset |"
+    yield "|---|---|---|---|---|---|---|"
     for layers, layer in planted_cases():
         model = planted(layer, layers)
-        columns = [str(layers), _join_layers(model.reads), *map(_format_depth, estimate_depths(model))]
+        estimates = [_format_estimate(depth.depth, depth) for depth in estimate_depths(model)]
+        onset = estimate_onset(model)
+        columns = [str(layers), _join_layers(model.reads), *estimates, _format_estimate(onset.onset, onset)]
         yield f"| {' | '.join(columns)} |"
 
 
@@ -67,12 +90,12 @@ def _join_layers(layers: Iterable[int]) -> str:
     return ", ".join(map(str, layers)) or "none"
 
 
-def _format_depth(depth: FusionDepth) -> str:
+def _format_estimate(layer: int | None, estimate: FusionDepth | FusionOnset) -> str:
     """Return one table entry, such as "3, read at 3" or "none"."""
-    if depth.depth is None:
+    if layer is None:
         return "none"
-    interval = "" if depth.low == depth.high else f" ({depth.low} to {depth.high})"
-    return f"{depth.depth}{interval}, read at {_join_layers(depth.reads)}"
+    interval = "" if estimate.low == estimate.high else f" ({estimate.low} to {estimate.high})"
+    return f"{layer}{interval}, read at {_join_layers(estimate.reads)}"
 
 
 if __name__ == "__main__":

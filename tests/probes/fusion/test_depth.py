@@ -106,7 +106,7 @@ def test_fusion_depth_of_noisy_removal_interval_covers_true_depth() -> None:
 def test_fusion_depth_in_small_chunks_is_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     """The generator draws row by row, so chunks continue the same random stream."""
     one_chunk = fusion_depth(noisy_curve(50, 1), "removal")
-    monkeypatch.setattr("probes.fusion.depth.DRAW_COUNTS_PER_CHUNK", 50 * 7)
+    monkeypatch.setattr("probes.fusion.bootstrap.DRAW_COUNTS_PER_CHUNK", 50 * 7)
     assert fusion_depth(noisy_curve(50, 1), "removal") == one_chunk
 
 

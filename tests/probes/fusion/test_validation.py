@@ -8,7 +8,7 @@ import pytest
 
 from probes.fusion.depth import agreement
 from probes.fusion.planted_models import planted
-from probes.fusion.validation import LAYER_COUNTS, estimate_depths, planted_cases, validation_table
+from probes.fusion.validation import LAYER_COUNTS, estimate_depths, estimate_onset, planted_cases, validation_table
 
 
 def check_estimates(layer: int | tuple[int, int] | None, layers: int, width: int) -> None:
@@ -22,6 +22,9 @@ def check_estimates(layer: int | tuple[int, int] | None, layers: int, width: int
             assert (depth.depth, depth.low, depth.high) == (model.reads[-1],) * 3, depth
         assert (depth.layers, depth.reads) == (layers, model.reads), depth
     assert agreement(estimates).apart == ()
+    onset, first = estimate_onset(model), model.reads[0] if model.reads else None
+    assert (onset.onset, onset.low, onset.high) == (first,) * 3, onset
+    assert (onset.layers, onset.reads) == (layers, model.reads), onset
 
 
 @pytest.mark.parametrize(
@@ -56,7 +59,7 @@ def test_validation_table_of_three_models_lists_estimates(monkeypatch: pytest.Mo
     assert list(LAYER_COUNTS) == list(range(4, 13))
     monkeypatch.setattr("probes.fusion.validation.planted_cases", lambda: [(4, 3), (4, (1, 4)), (4, None)])
     assert list(validation_table())[2:] == [
-        "| 4 | 3 | 3, read at 3 | 3, read at 3 | 3, read at 3 | 3, read at 3 |",
-        "| 4 | 1, 4 | 4, read at 1, 4 | 4, read at 1, 4 | 4, read at 1, 4 | 4, read at 1, 4 |",
-        "| 4 | none | none | none | none | none |",
+        "| 4 | 3 | 3, read at 3 | 3, read at 3 | 3, read at 3 | 3, read at 3 | 3, read at 3 |",
+        "| 4 | 1, 4 | 4, read at 1, 4 | 4, read at 1, 4 | 4, read at 1, 4 | 4, read at 1, 4 | 1, read at 1, 4 |",
+        "| 4 | none | none | none | none | none | none |",
     ]

@@ -1,4 +1,4 @@
-"""Removal and knockout curves on every model family, against interventions on whole calls."""
+"""Removal, onset and knockout curves on every model family, against interventions on whole calls."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from probes import RemoveTokens, TokenMap, intervene
 from probes.fusion.curves import knockout_curve, removal_curve
+from probes.fusion.onset import onset_curve
 from probes.interventions import BlockAttention
 from tests.probes.tokens.families.build import LAYERS, MODEL_FAMILIES, tiny
 from tests.probes.tokens.families.test_all import make_inputs
@@ -40,6 +41,15 @@ def test_removal_curve_equals_removal_in_whole_calls(family: str, side: str) -> 
     curve = removal_curve(case.model, case.tokens, case.inputs, case.score)
     torch.testing.assert_close(torch.from_numpy(curve), torch.stack(expected), atol=1e-3, rtol=0)
     assert (expected[0] - expected[-1])[[0, 2]].abs().min() > 1e-1, "rows 0 and 2 have images"
+
+
+@pytest.mark.parametrize("family", MODEL_FAMILIES)
+def test_onset_curve_equals_removal_in_whole_calls(family: str) -> None:
+    case = CurveCase(family, "left")
+    expected = [case.score_of_whole_call(RemoveTokens("vision", range(end))) for end in range(LAYERS + 1)]
+    curve = onset_curve(case.model, case.tokens, case.inputs, case.score)
+    torch.testing.assert_close(torch.from_numpy(curve), torch.stack(expected), atol=1e-3, rtol=0)
+    assert abs(curve[:, 1] - curve[0, 1]).max() < 1e-3, "row 1 has no image"
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
