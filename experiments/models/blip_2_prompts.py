@@ -29,9 +29,8 @@ class Blip2ChatProcessor(Blip2Processor):
         chat_template: Chat template, which writes the image token first; by default BLIP-2's prompt for questions.
 
     Example:
-        >>> from transformers import AutoTokenizer, BlipImageProcessorPil
-        >>> tokenizer = AutoTokenizer.from_pretrained("experiments/assets/tiny")
-        >>> blip_2 = Blip2ChatProcessor(BlipImageProcessorPil(), tokenizer, num_query_tokens=32)
+        >>> from transformers import BlipImageProcessorPil
+        >>> blip_2 = Blip2ChatProcessor(BlipImageProcessorPil(), processor.tokenizer, num_query_tokens=32)
         >>> parts = [{"type": "image"}, {"type": "text", "text": "what shape?"}]
         >>> blip_2.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
         '<image>Question: what shape? Answer:'
@@ -47,7 +46,7 @@ class Blip2ChatProcessor(Blip2Processor):
         super().__init__(image_processor, tokenizer, num_query_tokens)
         self.image_token = str(vars(self)["image_token"])
         default = CHAT_TEMPLATE.replace("IMAGE", self.image_token)
-        self.chat_template = chat_template or tokenizer.chat_template or default
+        self.chat_template = chat_template or default
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Return the inputs of a batch, of one image a row.
