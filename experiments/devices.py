@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from experiments.errors import MissingDeviceError
+
+if TYPE_CHECKING:  # importing transformers takes seconds, and the parent of a sweep's workers asks for the device alone
+    from transformers import PreTrainedModel
 
 
 def select_device(name: str) -> torch.device:

@@ -16,6 +16,7 @@ from typing import Any
 
 from hydra import version
 from hydra._internal.callbacks import Callbacks
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
@@ -23,7 +24,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, configure_log
+from hydra.core.utils import configure_log
+from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -32,6 +34,7 @@ from experiments.provenance import ROOT
 __all__ = [
     "BASIC_SWEEPER",
     "CONF",
+    "BasicLauncher",
     "ConfigSource",
     "Hydra",
     "compose_job",
@@ -39,11 +42,11 @@ __all__ = [
     "configure_logging",
     "flags_first",
     "has_basic_sweeper",
-    "launch_jobs",
     "open_hydra",
     "parse_command_line",
     "parse_overrides",
     "split_jobs",
+    "sweep_launcher",
 ]
 
 CONF = str(ROOT / "conf")
@@ -197,18 +200,14 @@ def compose_job(
     return config
 
 
-def launch_jobs(
-    hydra: Hydra, sweep: DictConfig, task: Callable[[DictConfig], Any], jobs: Sequence[Sequence[str]]
-) -> Sequence[JobReturn]:
-    """Run jobs with the sweep's launcher.
+def sweep_launcher(hydra: Hydra, sweep: DictConfig, task: Callable[[DictConfig], Any]) -> Launcher:
+    """Return the sweep's launcher.
 
     Args:
         task: The function that runs one job. Launchers pickle it, so it must be importable by name.
-        jobs: The overrides of each job.
     """
     context = HydraContext(hydra.config_loader, Callbacks(sweep))
-    launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=sweep)
-    return launcher.launch(jobs, initial_job_idx=0)
+    return Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=sweep)
 
 
 def configure_logging(sweep: DictConfig) -> None:

@@ -22,9 +22,10 @@ from experiments.sweeps.hydra_api import (
     compose_sweep,
     configure_logging,
     has_basic_sweeper,
-    launch_jobs,
     open_hydra,
+    sweep_launcher,
 )
+from experiments.sweeps.local_launcher import LocalLauncher
 from experiments.sweeps.plan import SweepJob, sweep_jobs
 from experiments.sweeps.runner import lacks_saved_model
 from experiments.sweeps.store import CellStatus, RecordStore
@@ -134,15 +135,15 @@ def _check_save_folders(jobs: Sequence[SweepJob]) -> None:
         check_save_folder(Path(folder))
 
 
-def _unfinished(jobs: Sequence[SweepJob], statuses: Mapping[str, CellStatus]) -> list[list[str]]:
-    """Return the overrides of the jobs to launch.
+def _unfinished(jobs: Sequence[SweepJob], statuses: Mapping[str, CellStatus]) -> list[SweepJob]:
+    """Return the jobs to launch.
 
     Processes that train together launch every job: one of them may not yet see a record that another has read.
     """
-    to_run: dict[str, list[str]] = {}
+    to_run: dict[str, SweepJob] = {}
     for number, job in enumerate(jobs):
         if job.cell is None:
-            to_run[str(number)] = job.overrides
+            to_run[str(number)] = job
             continue
         state = statuses[job.cell.id].state
         unsaved = state == "finished" and lacks_saved_model(job.cell)
@@ -154,16 +155,17 @@ def _unfinished(jobs: Sequence[SweepJob], statuses: Mapping[str, CellStatus]) ->
             or state in ("missing", "running")
             or (state == "failed" and job.cell.config.retry_failed)
         ):
-            to_run.setdefault(job.cell.id, job.overrides)
+            to_run.setdefault(job.cell.id, job)
     return list(to_run.values())
 
 
-def _launch(
-    hydra: Hydra, sweep: DictConfig, task: Callable[[DictConfig], Any], jobs: Sequence[Sequence[str]]
-) -> list[str]:
+def _launch(hydra: Hydra, sweep: DictConfig, task: Callable[[DictConfig], Any], jobs: Sequence[SweepJob]) -> list[str]:
     """Launch jobs, and return the errors that no record holds."""
+    launcher = sweep_launcher(hydra, sweep, task)
+    if isinstance(launcher, LocalLauncher):
+        launcher.planned = {tuple(job.overrides): job for job in jobs}
     try:
-        returned = launch_jobs(hydra, sweep, task, jobs)
+        returned = launcher.launch([job.overrides for job in jobs], initial_job_idx=0)
     except Exception as error:
         reason = launcher_failure(error)
         if reason is None:

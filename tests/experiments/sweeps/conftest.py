@@ -21,11 +21,14 @@ def hydra():
 
 @pytest.fixture
 def sweep(tmp_path, capsys):
-    """A function that runs a sweep over the test's results folder and returns its exit status and its log lines."""
+    """A function that runs a sweep in this process, over the test's results folder.
+
+    It returns the exit status and the log lines.
+    """
     register_configs()
 
     def run(*overrides: str, results: Path = tmp_path) -> tuple[int, list[str]]:
-        code = run_sweep([*TINY_CELL, *overrides, f"results={results}"], run_job)
+        code = run_sweep([*TINY_CELL, "hydra/launcher=basic", *overrides, f"results={results}"], run_job)
         return code, capsys.readouterr().err.strip().splitlines()
 
     with restored_logging():

@@ -118,12 +118,12 @@ def record_seed(config):
         raise ValueError("seed 1")
 
 
-def test_launch_jobs_runs_each_job_and_returns_status_and_overrides(hydra, tmp_path):
+def test_sweep_launcher_runs_each_job_and_returns_status_and_overrides(hydra, tmp_path):
     seeds.clear()
-    sweep = hydra_api.compose_sweep(hydra, ["seed=0,1,2", f"results={tmp_path}"])
+    sweep = hydra_api.compose_sweep(hydra, ["seed=0,1,2", f"results={tmp_path}", "hydra/launcher=basic"])
     jobs = hydra_api.split_jobs(hydra, sweep)
     with restored_logging():
-        returned = hydra_api.launch_jobs(hydra, sweep, record_seed, jobs)
+        returned = hydra_api.sweep_launcher(hydra, sweep, record_seed).launch(jobs, 0)
     assert seeds == [(seed, RunMode.MULTIRUN) for seed in range(3)]
     assert [job.status for job in returned] == [JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.COMPLETED]
     assert [list(job.overrides) for job in returned] == jobs
