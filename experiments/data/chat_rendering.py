@@ -123,7 +123,7 @@ def _check_system_role(processor: ProcessorMixin, sample_id: str, messages: list
     )
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, after its type."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
 

@@ -16,6 +16,7 @@ from transformers import ProcessorMixin
 
 from experiments.data.chat_rendering import CharacterSpans, check_rendered_texts, first_line, render_chat
 from experiments.data.length_limit import LengthLimit, shorten
+from experiments.data.media_files import with_orientation_of
 from experiments.data.samples import IMAGE_PLACEHOLDER, PLACEHOLDER, VIDEO_PLACEHOLDER, Sample
 from llava_mini import LlavaMiniProcessor
 
@@ -27,10 +28,13 @@ log = logging.getLogger(__name__)
 def chat_messages(sample: Sample) -> list[dict[str, Any]]:
     """Convert a sample's LLaVA turns to transformers' chat messages.
 
-    A turn's only image goes before its text, as in LLaVA's training code. Several images keep their positions.
+    A turn's only image goes before its text, as in LLaVA's training code. Several images keep their positions. The system
+    prompt, if the sample has one, is the first message.
     """
     roles = {"human": "user", "gpt": "assistant"}
-    return [{"role": roles[turn["from"]], "content": _message_content(turn["value"])} for turn in sample.conversations]
+    turns = [{"role": roles[turn["from"]], "content": _message_content(turn["value"])} for turn in sample.conversations]
+    system = {"role": "system", "content": [{"type": "text", "text": sample.system}]}
+    return turns if sample.system is None else [system, *turns]
 
 
 def _message_content(text: str) -> list[dict[str, str]]:
@@ -51,8 +55,8 @@ class SampleEncoder:
     the answer. The whole text is tokenised once, with the start token if the template leaves it to the tokenizer.
 
     With a LLaVA-Mini processor, an item holds `pixel_values`, a stream that is read when a batch is collated, and
-    `visual_layout`. With any other processor it holds `text`, `add_special_tokens` and `images`, from which a `Collator`
-    lets the processor make the batch.
+    `visual_layout`. Its `ignore_orientation` holds for the image files of samples too. With any other processor an item
+    holds `text`, `add_special_tokens` and `images`, from which a `Collator` lets the processor make the batch.
 
     Args:
         processor: The model's processor.
@@ -74,6 +78,7 @@ class SampleEncoder:
 
     def __call__(self, sample: Sample) -> EncodedSample:
         """Return the encoded sample: `input_ids`, `labels` and the keys of its visual inputs."""
+        sample = with_orientation_of(self.processor, sample)
         encoded = self._encode_whole(sample)
         length = len(encoded["input_ids"])
         while (excess := self.limit.excess(len(encoded["input_ids"]))) > 0:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from PIL import Image
 
+from experiments.data.bad_entries import BadEntry
+
 if TYPE_CHECKING:  # importing llava_mini takes seconds
     from llava_mini.video import Video
 
@@ -48,12 +50,14 @@ class Sample:
         conversations: Turns `{"from": "human", "value": ...}` and `{"from": "gpt", "value": ...}`, alternating. The human
             turns hold `<image>` or `<video>` for each entry of `loaders`, in order.
         question_types: The type of each question: one entry per answer.
+        system: The system prompt; None leaves it to the chat template.
     """
 
     id: str
     loaders: tuple[Callable[[], VisualInput], ...]
     conversations: list[dict[str, str]]
     question_types: list[str]
+    system: str | None = None
 
     @cached_property
     def visual_inputs(self) -> list[VisualInput]:
@@ -91,12 +95,14 @@ class Split:
         samples: The samples; may build each one on access.
         fingerprint: Hash that stands for the bytes of all samples.
         image_count: How many images have an `IndexedImageLoader`; their indices are 0 to image_count - 1.
+        skipped: Entries of the user's files that are left out; None for a data set that leaves out none.
     """
 
     name: str
     samples: Sequence[Sample]
     fingerprint: str
     image_count: int = 0
+    skipped: tuple[BadEntry, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -126,7 +132,7 @@ def single_questions(samples: Iterable[Sample]) -> Iterator[Sample]:
     for sample in samples:
         for i, (question, answer) in enumerate(zip(sample.questions, sample.answers, strict=True)):
             turns = llava_conversation([(question, answer)], sample.placeholders)
-            yield Sample(f"{sample.id}.{i}", sample.loaders, turns, [sample.question_types[i]])
+            yield Sample(f"{sample.id}.{i}", sample.loaders, turns, [sample.question_types[i]], sample.system)
 
 
 class OneQuestionPerImage(Sequence[Sample]):

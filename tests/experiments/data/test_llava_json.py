@@ -66,7 +66,7 @@ def test_load_llava_json_with_a_count_returns_so_many_and_another_fingerprint(fo
         ([], "found none"),
         ([{"image": "a.png"}], "entry 0: .*conversations"),
         ([{"image": "a.png", "conversations": TURNS[:1]}], "entry 0: .*1 turns"),
-        ([{"image": "a.png", "conversations": TURNS[::-1]}], 'entry 0, turn 0: .*"from": "human"'),
+        ([{"image": "a.png", "conversations": TURNS[::-1]}], 'entry 0: turn 0: .*"from": "human"'),
         ([{"image": "a.png", "conversations": [{"from": "human", "value": 3}, TURNS[1]]}], "turn 0: .*found .*3"),
         ([{"conversations": TURNS}], "entry 0: .*<image>.* 0 images, found 1"),
         ([{"image": "a.png", "conversations": [TURNS[1] | {"from": "human"}, TURNS[1]]}], "1 images, found 0"),
@@ -87,10 +87,10 @@ def test_load_llava_json_of_a_wrong_file_raises_one_line(folder, entries, messag
 
 def test_load_llava_json_with_a_missing_file_names_it(folder):
     path = write_json(folder, [{"image": "b.png", "conversations": TURNS}])
-    with pytest.raises(FileNotFoundError, match=r"entry 0: no image '.*b.png'"):
+    with pytest.raises(ValueError, match=r"entry 0: no image '.*b.png'"):
         load_llava_json(path, str(folder), "test")
     path = write_json(folder, [{"video": ["b.mp4"], "conversations": TURNS}])
-    with pytest.raises(FileNotFoundError, match=r"entry 0: no video '.*b.mp4'"):
+    with pytest.raises(ValueError, match=r"entry 0: no video '.*b.mp4'"):
         load_llava_json(path, str(folder), "test")
     with pytest.raises(FileNotFoundError, match=r"data.path: no file"):
         load_llava_json(str(folder / "none.json"), str(folder), "test")
@@ -172,13 +172,26 @@ def test_load_llava_json_indexes_images_over_all_entries(shapes_split, tmp_path)
     assert split.image_count == 4
 
 
-@pytest.mark.parametrize("answers", [[""], ["  ", "\n"]])
-def test_load_llava_json_of_empty_answers_raises(tmp_path, answers):
+@pytest.mark.parametrize(
+    ("answers", "split", "reason"),
+    [
+        ([""], "train", "all its answers are empty"),
+        (["  ", "\n"], "test", "all its answers are empty"),
+        (["yes", " "], "test", "turn 3: the answer is empty"),
+    ],
+)
+def test_load_llava_json_of_empty_answers_raises(tmp_path, answers, split, reason):
     turns = [turn for answer in answers for turn in ({"from": "human", "value": "q"}, {"from": "gpt", "value": answer})]
     entries = [
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
         {"conversations": turns},
     ]
     (tmp_path / "data.json").write_text(json.dumps(entries))
-    with pytest.raises(ValueError, match=r"data\.json', entry 1: all its answers are empty"):
-        load_llava_json(str(tmp_path / "data.json"), str(tmp_path), "test")
+    with pytest.raises(ValueError, match=rf"data\.json', entry 1: {reason}"):
+        load_llava_json(str(tmp_path / "data.json"), str(tmp_path), split)
+
+
+def test_load_llava_json_of_one_empty_answer_is_accepted_for_training(tmp_path):
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}, {"from": "human", "value": "r"}]
+    path = write_json(tmp_path, [{"conversations": [*turns, {"from": "gpt", "value": ""}]}])
+    assert load_llava_json(path, str(tmp_path), "train").samples[0].answers == ["a", ""]
