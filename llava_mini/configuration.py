@@ -151,6 +151,10 @@ class LlavaMiniConfig(LlavaConfig):
                 "prefusion_init must be 'fresh', 'language_model', 'identity' or a .safetensors file; "
                 f"got {self.prefusion_init!r}"
             )
+        if self.keep_patches and self.encoded_side is not None:
+            raise ValueError(
+                f"keep_patches=True needs patches at full resolution; compressor={self.compressor!r} encodes small images"
+            )
         num_layers = self.get_text_config().num_hidden_layers
         if self.prefusion_init in COPYING_INITS and self.prefusion_layers > num_layers:
             raise ValueError(
@@ -168,6 +172,13 @@ class LlavaMiniConfig(LlavaConfig):
     def compressor_width(self) -> int:
         """Return the width of the compressor's input features and output tokens."""
         return self.vision_width if self.compress_before_projection else self.get_text_config().hidden_size
+
+    @property
+    def encoded_side(self) -> int | None:
+        """Return the patches per side at which the compressor wants each crop encoded; None for full resolution."""
+        compressor = COMPRESSORS.get(self.compressor)
+        encodes_small_images = compressor is not None and compressor.encodes_small_images
+        return self.compressor_size if encodes_small_images and self.compressor_size else None
 
     def num_visual_tokens(self, patches: int) -> int:
         """Return how many visual tokens the language model receives for one image or video frame.

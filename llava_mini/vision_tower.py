@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -134,6 +135,16 @@ def attention_received(
     return torch.stack(received).sum(dim=0) / (heads * queries.shape[1])
 
 
+def resize_pixels(
+    pixel_values: Float[Tensor, "crops channels height width"], side: int
+) -> Float[Tensor, "crops channels side side"]:
+    """Resize crops to `side` x `side` pixels, bicubically with antialiasing and in float32."""
+    resized = nn.functional.interpolate(
+        pixel_values.float(), size=(side, side), mode="bicubic", align_corners=False, antialias=True
+    )
+    return resized.to(pixel_values.dtype)
+
+
 def run_vision_tower(
     vision_tower: nn.Module,
     config: LlavaMiniConfig,
@@ -141,6 +152,8 @@ def run_vision_tower(
     with_attention: bool,
 ) -> VisionFeatures:
     """Run the vision tower once, with its own attention implementation.
+
+    If `config.encoded_side` is set, the pixels are resized first and the vision tower interpolates its positions.
 
     Args:
         vision_tower: A vision tower of transformers.
@@ -153,8 +166,16 @@ def run_vision_tower(
     """
     selected, first = config.vision_feature_layer, int(config.vision_feature_select_strategy == "default")
     projections = query_key_projections(vision_tower, selected) if with_attention else ()
+    options: dict[str, Any] = {}
+    if config.encoded_side is not None:
+        vision: Any = config.vision_config
+        pixel_values = resize_pixels(pixel_values, config.encoded_side * vision.patch_size)
+        # DINOv2 has no such option, because it always interpolates.
+        if "interpolate_pos_encoding" in inspect.signature(type(vision_tower).forward).parameters:
+            options["interpolate_pos_encoding"] = True
     with capture_outputs(*projections) as captured:
-        hidden_states = vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+        output = vision_tower(pixel_values, output_hidden_states=True, return_dict=True, **options)
+    hidden_states = output.hidden_states
     layers = [selected] if isinstance(selected, int) else selected
     features = torch.cat([hidden_states[layer] for layer in layers], dim=-1)[:, first:]
     if not with_attention:

@@ -85,12 +85,13 @@ class VisualEmbeddingMixin:
             grid = patches[:, : grid.shape[1]]
             if self.compressor is None:
                 return patches, grid[:, :num_tokens]
-            tokens = self._compress(grid, frame_features, text, text_mask)
+            tokens = self._compress(grid, frame_features, grid, text, text_mask)
             return patches, torch.cat([grid, tokens], dim=1) if self.config.keep_patches else tokens
         if self.compressor is None:
             patches = self.multi_modal_projector(grid if self.prefusion is None else patches)
             return patches, patches[:, :num_tokens]
-        tokens = self._compress(grid, frame_features, text, text_mask)
+        projected_grid = self.multi_modal_projector(grid) if "projected" in self.needs else None
+        tokens = self._compress(grid, frame_features, projected_grid, text, text_mask)
         if self.prefusion is None:
             patches = grid if self.config.keep_patches else patches[:, :0]
         projected = self.multi_modal_projector(torch.cat([patches, tokens], dim=1))
@@ -226,13 +227,20 @@ class VisualEmbeddingMixin:
         self,
         features: Float[Tensor, "frames patches width"],
         vision: VisionFeatures,
+        projected: Tensor | None,
         text: Tensor | None,
         mask: Tensor | None,
     ) -> Float[Tensor, "frames tokens width"]:
         if "text" in self.needs and (text is None or mask is None):
             raise ValueError(f"the compressor {self.config.compressor!r} reads the text: give text and text_mask")
         text = text if text is None else text.to(features.dtype)
-        available = {"saliency": vision.saliency, "keys": vision.keys, "text": text, "text_mask": mask}
+        available = {
+            "saliency": vision.saliency,
+            "keys": vision.keys,
+            "projected": projected,
+            "text": text,
+            "text_mask": mask,
+        }
         return cast(Compressor, self.compressor)(features, **{name: available[name] for name in self.needs})[0]
 
     def _fuse_frames(

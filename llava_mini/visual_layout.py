@@ -251,6 +251,8 @@ def prefusion_positions(
     # Size of a crop. A stream must not be consumed here, so its crops have the vision tower's image size.
     height, width = pixel_values.shape[-2:] if isinstance(pixel_values, Tensor) else [vision.image_size] * 2
     patches = (height // vision.patch_size) * (width // vision.patch_size)
+    if config.encoded_side is not None:
+        patches = config.encoded_side**2
     if config.compressor == "none":  # the vision tower's class token may be among the patches
         patches = int(is_visual.sum()) // int(tiles.square().sum())
     prefuses_compressed = config.prefuse_visual_tokens and config.compressor != "none"

@@ -104,6 +104,8 @@ class CostEstimate:
         self.tower = cost_model.tower * (crops * frames)
         if mini is None or not mini.compress_before_projection:
             projected = patches
+        elif cost_model.compressor is not None and "projected" in cost_model.compressor.needs:
+            projected = tokens + compressed_patches + (patches if has_prefusion else 0)
         elif has_compressor:
             projected = tokens + (patches if has_prefusion else 0)
         else:
@@ -228,6 +230,8 @@ class CostModel:
     @cached_property
     def patches(self) -> int:
         """Patch features that the vision tower returns for one crop."""
+        if (side := getattr(self.config, "encoded_side", None)) is not None:
+            return side * side
         vision = self.config.vision_config
         patches = (vision.image_size // vision.patch_size) ** 2
         # "full" keeps the class token; SigLIP has none.
@@ -251,6 +255,7 @@ class CostModel:
         available = {
             "saliency": torch.empty(1, patches, device="meta"),
             "keys": torch.empty(1, patches, self.config.vision_config.hidden_size, device="meta"),
+            "projected": torch.empty(1, patches, self.config.get_text_config().hidden_size, device="meta"),
             "text": torch.empty(1, length, self.config.get_text_config().hidden_size, device="meta"),
             "text_mask": torch.empty(1, length, dtype=torch.bool, device="meta"),
         }

@@ -24,6 +24,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel, Process
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from experiments.config.schema import Config
+from experiments.data.media_files import with_orientation_of
 from experiments.data.samples import IndexedImageLoader, Sample, Split, fingerprint
 from llava_mini import LlavaMiniProcessor
 from llava_mini.images import to_rgb
@@ -101,6 +102,7 @@ class VisionFeatureCache:
 
         The images of a sample whose images can be cached are not loaded here. The text is encoded around blank images.
         """
+        sample = with_orientation_of(self.processor, sample)
         cacheable = all(isinstance(load, IndexedImageLoader) for load in sample.loaders)
         blank = (lambda: _BLANK_IMAGE,) * len(sample.loaders)
         item = encode(replace(sample, loaders=blank) if cacheable else sample)
@@ -121,11 +123,14 @@ class VisionFeatureCache:
             states = pixel_values.to(self.vision_tower.device, self.vision_tower.dtype).unbind(dim=1)
             return BaseModelOutputWithPooling(hidden_states=dict(zip(self.layers, states, strict=True)))  # type: ignore[arg-type]
 
+        previous = vars(self.vision_tower).get("forward")  # another split's block may be open around this one
         self.vision_tower.forward = return_input
         try:
             yield
         finally:
             del self.vision_tower.forward
+            if previous is not None:
+                self.vision_tower.forward = previous
 
     def _file_stem(self, split: Split) -> str:
         weights = hashlib.sha256()
@@ -229,7 +234,7 @@ def open_feature_cache(
 
     Returns:
         The cache. None if `config.keep_features` is off, there is no split, or the compressor needs the vision tower's
-        attention, which is not cached.
+        attention or features of smaller images, which are not cached.
 
     Raises:
         ValueError: If the model is not a LLaVA.
@@ -243,5 +248,8 @@ def open_feature_cache(
         )
     if needed := {"saliency", "keys"} & set(getattr(model.model, "needs", ())):
         log.info("no features are cached: the compressor needs the vision tower's %s", " and ".join(sorted(needed)))
+        return None
+    if getattr(model.config, "encoded_side", None) is not None:
+        log.info("no features are cached: the compressor '%s' encodes small images", model.config.compressor)
         return None
     return VisionFeatureCache(Path(config.results) / "shared", model, processor, split)

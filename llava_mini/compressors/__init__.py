@@ -32,6 +32,7 @@ class Compressor(nn.Module):
     - "saliency", (batch, patches): the attention that each patch receives in the vision tower's selected layer, averaged
       over the heads. It comes from the class token, or from all patches on average where there is no class token.
     - "keys", (batch, patches, key_width): the keys of that layer, all heads side by side.
+    - "projected", (batch, patches, text_width): the patches after the projector.
     - "text", (batch, length, text_width): raw embeddings of the question, as pre-fusion gets them. They include no
       placeholders, padding or answers.
     - "text_mask", (batch, length): True at the tokens of the text. A row may have none.
@@ -49,6 +50,8 @@ class Compressor(nn.Module):
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
+    encodes_small_images: ClassVar[bool] = False
+    """Whether the vision tower gets images of C x C patches instead of full resolution."""
     forward: Callable[..., tuple[Tensor, Tensor]]
     """Return the tokens and the weight of each patch in each token.
 

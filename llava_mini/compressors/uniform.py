@@ -52,8 +52,14 @@ def rescale_grid_indices(indices: Int[Tensor, " count"], source: int, side: int)
 
 
 def select_patches(
-    features: Float[Tensor, "batch patches width"], indices: Int[Tensor, " tokens"]
+    features: Float[Tensor, "batch patches width"], indices: Int[Tensor, "*batch tokens"]
 ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens patches"]]:
-    """Return the patches at these indices as tokens, with their weights."""
+    """Return the patches at these indices as tokens, with their weights.
+
+    Args:
+        features: Features of the patches.
+        indices: Indices of the patches, the same for every image or one row for each.
+    """
+    indices = indices.expand(features.shape[0], -1)
     weights = nn.functional.one_hot(indices, features.shape[1]).to(features.dtype)
-    return features[:, indices], weights.expand(features.shape[0], -1, -1)
+    return features.take_along_dim(indices[..., None], dim=1), weights

@@ -44,6 +44,7 @@ def random_inputs(compressor: Compressor, batch: int = 3) -> dict[str, Tensor]:
         "features": torch.randn(batch, SIDE**2, 32, generator=generator),
         "saliency": torch.randn(batch, SIDE**2, generator=generator).softmax(-1),
         "keys": torch.randn(batch, SIDE**2, 32, generator=generator),
+        "projected": torch.randn(batch, SIDE**2, TEXT_WIDTH, generator=generator),
         "text": torch.randn(batch, 5, TEXT_WIDTH, generator=generator),
         "text_mask": torch.arange(5) <= torch.arange(batch)[:, None],
     }

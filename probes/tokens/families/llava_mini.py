@@ -44,7 +44,7 @@ def llava_mini_layout(
 
     If the language model receives both, the patches come first and the compressed tokens count as one more tile.
 
-    A token of the "average" compressor covers the patches of its cell. A token of the "query" compressor attends to
+    A token of "average" or "downsample" covers the patches of its cell. A token of the "query" compressor attends to
     all patches, so its box covers all of them; its row and column identify the query. Tokens of third-party compressors
     have no box. An input of one frame counts as an image, so the box of a single-frame video that was not padded to a
     square is wrong.
@@ -61,11 +61,14 @@ def llava_mini_layout(
 @register_layout("llava_mini/prefusion")
 def llava_mini_prefusion_layout(
     config: PretrainedConfig, inputs: Mapping[str, Any], sizes: ImageSizes, processor: Any
-) -> list[Grid]:
+) -> list[Grid] | None:
     """Return the grids of the pre-fusion layers, as TokenMap describes them for `stack="prefusion"`.
 
     Tile 0 is the first tile. The whole frame follows the last tile, and the compressed tokens follow the whole frame.
+    None with the compressor "downsample", which encodes another grid of patches.
     """
+    if config.compressor == "downsample":
+        return None
     grids = []
     for frame in frame_grids(config, inputs, sizes, processor):
         grids += [frame.patches, frame.whole] if frame.whole else [frame.patches]
@@ -148,7 +151,7 @@ def compressed_grid(config: PretrainedConfig, patches: Grid) -> Grid | None:
     if config.compressor == "query":
         (left, right), (top, bottom) = across[[0, -1], [0, 1]].tolist(), down[[0, -1], [0, 1]].tolist()
         return replace(grid, box=(left, top, right, bottom), shared=True)
-    if config.compressor == "average":
+    if config.compressor in ("average", "downsample"):
         return replace(grid, edges=(pooling_cell_edges(across, size), pooling_cell_edges(down, size)))
     return grid
 
