@@ -51,6 +51,10 @@ class DataPart(_Part):
     kinds: list[str] = Field(description="type of each question")
     guess: Outcomes | None = Field(None, description="outcomes of a guess from the question's text alone")
     guess_note: str | None = Field(None, description="how the guess is made")
+    skipped: dict[str, int] | None = Field(
+        None, description="entries of the user's files that could not be used, by split; with data.bad=skip"
+    )
+    skipped_file: str | None = Field(None, description="the list of them, inside the results folder")
 
 
 class AccuracyPart(_Part):
