@@ -1,0 +1,87 @@
+"""Loading of a model and its processor from a folder or the hub, checked for missing weights."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+
+def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a vision-language model and its processor.
+
+    A model type that transformers does not know is looked for in an installed package of that name, which registers it
+    when it is imported; LLaVA-Mini is one.
+
+    Args:
+        name: Folder, or name on the hub.
+        device: "auto" (CUDA, then MPS, then CPU), or a device of torch.
+        dtype: "auto" for the dtype of the checkpoint, or a dtype of torch such as "bfloat16".
+
+    Returns:
+        The model in eval mode, and its processor.
+
+    Raises:
+        ValueError: If weights are missing, the device or dtype is unknown or absent, or the model is not a
+            vision-language model.
+        OSError: If there is no such model.
+
+    Example:
+        >>> model, processor = load_model("experiments/assets/tiny", device="cpu")
+        >>> model.config.model_type
+        'llava'
+    """
+    target = torch_device(device)
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype: unknown {dtype!r}; use auto, float32, bfloat16 or float16")
+    _import_package_of_model_type(name)
+    config = AutoConfig.from_pretrained(name)
+    if type(config) not in AutoModelForImageTextToText._model_mapping:
+        raise ValueError(
+            f"model: {name!r} is a {config.model_type}, which takes no images; name a vision-language model"
+        )
+    model, report = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"model: {name!r} lacks {len(missing)} weights, such as {missing[0]}; name a complete checkpoint"
+        )
+    return model.eval().to(target), AutoProcessor.from_pretrained(name)
+
+
+def torch_device(name: str) -> torch.device:
+    """Return a device by name; "auto" is CUDA, MPS or the CPU.
+
+    Raises:
+        ValueError: If there is no such device here.
+
+    Example:
+        >>> torch_device("cpu")
+        device(type='cpu')
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"device: {name!r} is not available here; use cpu or auto") from None
+    return device
+
+
+def _import_package_of_model_type(name: str) -> None:
+    """Import the package that registers the model type of a folder, if transformers does not know it."""
+    path = Path(name) / "config.json"
+    if not path.is_file():
+        return
+    try:
+        model_type = json.loads(path.read_text()).get("model_type", "")
+    except (ValueError, AttributeError):
+        raise ValueError(f"model: {path} is not a JSON object; is it a complete checkpoint?") from None
+    from transformers import CONFIG_MAPPING
+
+    if str(model_type).isidentifier() and model_type not in CONFIG_MAPPING and importlib.util.find_spec(model_type):
+        importlib.import_module(model_type)
