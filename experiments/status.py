@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
@@ -24,6 +23,7 @@ from experiments.sweeps.hydra_api import open_hydra
 from experiments.sweeps.launch import cell_statuses, count_cells, summarise_states
 from experiments.sweeps.plan import expand_sweep
 from experiments.sweeps.store import CellStatus, RecordStore
+from experiments.sweeps.time_left import format_duration, seconds_left
 
 _STYLES = {"finished": "green", "failed": "red", "running": "yellow", "missing": "dim", "unreadable": "red"}
 
@@ -76,11 +76,11 @@ def summary(lines: Sequence[StatusLine]) -> str:
     missing = sum(line.state == "missing" for line in lines)
     if not durations or not (running or missing):
         return text
-    mean = sum(durations) / len(durations)
-    left = missing * mean + sum(max(mean - seconds, 0.0) for seconds in running)
     processes = max(len(running), 1)
+    left = seconds_left(durations, running, missing, processes)
+    assert left is not None
     return (
-        f"{text}\n{_duration(mean)} a cell; about {_duration(left / processes)} left for "
+        f"{text}\n{format_duration(sum(durations) / len(durations))} a cell; about {format_duration(left)} left for "
         f"{processes} process{'es' * (processes > 1)}"
     )
 
@@ -129,13 +129,9 @@ def _table(lines: Sequence[StatusLine]) -> Table:
     table = Table("experiment", "cell", "state", "time", "")
     for line in lines:
         state = f"[{_STYLES[line.state]}]{line.state}[/]"
-        duration = "" if line.seconds is None else _duration(line.seconds)
+        duration = "" if line.seconds is None else format_duration(line.seconds)
         table.add_row(escape(line.experiment), escape(line.name), state, duration, escape(line.note))
     return table
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class LocalLauncher(BasicLauncher):
         assert self.hydra_context is not None
         assert self.task_function is not None
         configs = [self._config(overrides) for overrides in job_overrides]
-        if len(configs) < 2 or is_distributed() or any(is_benchmark(config) for config in configs):
+        if len(configs) < 2 or is_distributed() or any(map(self._is_benchmark, job_overrides)):
             return super().launch(job_overrides, initial_job_idx)
         plan = _plan(configs, self.workers)
         if len(plan.environments) < 2:
@@ -73,6 +73,10 @@ class LocalLauncher(BasicLauncher):
         """Return a job's configuration, or that of the sweep if the job was not known before."""
         job = self.planned.get(tuple(overrides))
         return job.cell.config if job and job.cell else self.config
+
+    def _is_benchmark(self, overrides: Sequence[str]) -> bool:
+        job = self.planned.get(tuple(overrides))
+        return job.cell is None if job else is_benchmark(self.config)
 
     def _name(self, overrides: Sequence[str]) -> str:
         job = self.planned.get(tuple(overrides))

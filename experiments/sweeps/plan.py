@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,15 @@ from experiments.config.schema import Config
 from experiments.data.load import load_data
 from experiments.errors import no_such_setting
 from experiments.provenance import code_version
-from experiments.sweeps.hydra_api import Hydra, compose_job, compose_sweep, parse_overrides, split_jobs
+from experiments.sweeps.hydra_api import (
+    CompositionCache,
+    Hydra,
+    compose_job,
+    compose_sweep,
+    expand_job,
+    parse_overrides,
+    split_jobs,
+)
 from experiments.sweeps.kept_tables import KeptTable, table_of
 
 
@@ -71,7 +80,9 @@ def expand_sweep(hydra: Hydra, overrides: Sequence[str]) -> tuple[DictConfig, li
 
 
 def sweep_jobs(hydra: Hydra, sweep: DictConfig) -> list[SweepJob]:
-    """Return the jobs of a sweep, in the order in which `-m` runs them. A table without `row` gives all its rows.
+    """Return the jobs of a sweep, in the order in which `-m` runs them.
+
+    A table without `row` gives all its rows, and an experiment that brings a sweep gives all jobs of that sweep.
 
     Args:
         hydra: Hydra, opened with the files of the sweep.
@@ -80,9 +91,10 @@ def sweep_jobs(hydra: Hydra, sweep: DictConfig) -> list[SweepJob]:
     Raises:
         ValueError, OSError, HydraException, omegaconf.errors.OmegaConfBaseException: If a configuration cannot be run.
     """
-    composed: dict[tuple[str, ...], tuple[DictConfig, set[str]]] = {}
+    composed: CompositionCache = {}
     jobs: list[tuple[list[str], DictConfig]] = []
-    for job in split_jobs(hydra, sweep):
+    split = split_jobs(hydra, sweep)
+    for job in itertools.chain.from_iterable(expand_job(hydra, sweep, job, composed) for job in split):
         config = compose_job(hydra, sweep, job, composed)
         if config.rows and config.row is None:
             rows = [[*job, f"row={number}"] for number in range(len(config.rows))]

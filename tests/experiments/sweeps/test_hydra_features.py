@@ -177,9 +177,15 @@ def test_expand_sweep_of_several_tables_gives_all_their_rows(hydra):
     assert all(job.cell.row for job in jobs)
 
 
-def test_expand_sweep_of_several_experiments_with_a_sweep_of_its_own_raises(hydra):
-    with pytest.raises(ValueError, match=r"experiment=ablation.*compressor"):
-        expand_sweep(hydra, ["experiment=ablation,attention"])
+def test_expand_sweep_of_several_experiments_gives_the_jobs_of_the_sweep_that_each_brings(hydra):
+    overrides = ["prefusion.layers=0,1", "data.test_samples=6"]
+    _, together = expand_sweep(hydra, ["experiment=attention,ablation", *overrides])
+    alone = [
+        job for name in ("attention", "ablation") for job in expand_sweep(hydra, [f"experiment={name}", *overrides])[1]
+    ]
+    assert {job.cell.id for job in together} == {job.cell.id for job in alone}
+    assert len({job.cell.id for job in together}) == 2 + 8  # ablation sweeps over four compressors
+    assert together[0].cell.config.name == "attention"
 
 
 @pytest.mark.parametrize(
