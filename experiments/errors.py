@@ -8,7 +8,7 @@ import sys
 from typing import NoReturn
 
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from experiments.config.renamed_keys import current_name
 
@@ -19,6 +19,10 @@ INPUT_ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, Imp
 
 class MissingDeviceError(ValueError):
     """This machine lacks a device. That is no failure of a cell, which may run on another machine."""
+
+
+class UnfinishedCellError(ValueError):
+    """A cell has no accuracy to report: it failed, or another process runs it."""
 
 
 # Read at import: `experiments.run` sets the variable afterwards, so that Hydra raises instead of printing.
@@ -36,20 +40,22 @@ def exit_with_error(error: BaseException | str) -> NoReturn:
 def one_line(error: BaseException | str) -> str:
     """Return an error's message as one line.
 
-    Hydra and OmegaConf need several lines for a setting that is required or does not exist, and a missing launcher needs
-    a hint.
+    Hydra and OmegaConf need several lines for a setting that is required or does not exist, and a plugin that is not
+    installed needs a hint.
     """
     causes = (error, error.__cause__) if isinstance(error, HydraException) else (error,)
     for cause in causes:
         if isinstance(cause, MissingMandatoryValue):
             return f"{cause.full_key}: required; add {cause.full_key}=VALUE"
+        if isinstance(cause, InterpolationResolutionError) and cause.full_key:
+            return f"{cause.full_key}: {str(cause).splitlines()[0]}"
         if isinstance(cause, OverrideParseException) and cause.override not in str(cause):
             return f"{cause.override}: {' '.join(str(cause).split())}"
     texts = [str(cause) for cause in causes if cause is not None]
     if key := _unknown_setting("\n".join(texts)):
         return no_such_setting(key)
     text = " ".join(re.split(r"\n\s*full_key", text)[0] for text in texts)
-    return " ".join((text + _launcher_hint(text)).split())
+    return " ".join((text + _plugin_hint(text)).split())
 
 
 def no_such_setting(key: str) -> str:
@@ -72,6 +78,8 @@ def _unknown_setting(text: str) -> str | None:
     return max(names, key=len, default=None)
 
 
-def _launcher_hint(text: str) -> str:
-    wanted = "Could not" in text and "hydra/launcher" in text
-    return "; joblib, submitit_local and submitit_slurm come with pip install '.[sweep]'" if wanted else ""
+def _plugin_hint(text: str) -> str:
+    if "Could not" in text and "hydra/launcher" in text:
+        return "; joblib, submitit_local and submitit_slurm come with pip install '.[sweep]'"
+    sweeper = re.search(r"Could not find 'hydra/sweeper/(optuna|ax|nevergrad)'", text)
+    return f"; it comes with pip install hydra-{sweeper[1]}-sweeper" if sweeper else ""

@@ -10,7 +10,13 @@ import hydra
 
 from experiments.config.registry import register_configs
 from experiments.errors import FULL_ERROR_VARIABLE, INPUT_ERRORS, exit_with_error
-from experiments.sweeps.hydra_api import CONF, ConfigSource, flags_first, parse_command_line
+from experiments.sweeps.hydra_api import (
+    CONF,
+    ConfigSource,
+    flags_first,
+    name_failing_override,
+    parse_command_line,
+)
 from experiments.sweeps.launch import run_sweep
 from experiments.task import run_job
 
@@ -28,7 +34,8 @@ def main() -> None:
             status = run_sweep(arguments.overrides, run_job, ConfigSource.from_flags(arguments))
             if status is not None:
                 sys.exit(status)
-        hydra.main(version_base="1.3", config_path=CONF, config_name="config")(run_job)()
+        with name_failing_override():
+            hydra.main(version_base="1.3", config_path=CONF, config_name="config")(run_job)()
     except INPUT_ERRORS as error:
         exit_with_error(error)
     except KeyboardInterrupt:

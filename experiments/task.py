@@ -13,7 +13,7 @@ from experiments.cell import Cell
 from experiments.config.plain import to_plain
 from experiments.config.rows import register_resolvers
 from experiments.config.schema import Config
-from experiments.errors import INPUT_ERRORS, exit_with_error, full_error_requested
+from experiments.errors import INPUT_ERRORS, UnfinishedCellError, exit_with_error, full_error_requested
 from experiments.records.views import parse_outcomes
 from experiments.sweeps.distributed import is_main_process
 from experiments.sweeps.hydra_api import BASIC_SWEEPER
@@ -54,7 +54,7 @@ def run_job(config: DictConfig) -> float | None:
             if status.state == "finished" and status.record:
                 return float(parse_outcomes(status.record["accuracy"]["image"]).mean())
             if sweeping and hydra.sweeper._target_ != BASIC_SWEEPER:
-                raise RuntimeError(f"{cell.label} {status.state}")  # a searching sweeper needs to know
+                raise UnfinishedCellError(_unfinished_reason(cell, status))  # a searching sweeper needs to know
     except INPUT_ERRORS as error:
         if sweeping and not isinstance(error, ResultsFolderError):
             raise
@@ -75,16 +75,20 @@ def _run_benchmark(config: DictConfig, overrides: list[str]) -> None:
 
 def _report(cell: Cell, status: CellStatus) -> None:
     """Log the record and the figures of a finished cell, or exit with the reason why there is none."""
-    path = RecordStore(cell.config.results).path(cell.id)
-    if status.state == "failed":
-        assert status.record
-        if full_error_requested:
+    if status.state != "finished":
+        if status.state == "failed" and status.record and full_error_requested:
             print(status.record["traceback"], file=sys.stderr)
-        exit_with_error(
-            f"{cell.label} failed: {status.record['error']} (traceback in {path}; --retry-failed runs it again)"
-        )
-    if status.state == "running":
-        exit_with_error(f"{cell.label} is being run by {status.owner or 'another process'}")
+        exit_with_error(_unfinished_reason(cell, status))
     from experiments.report.figures.record import draw_record
 
+    path = RecordStore(cell.config.results).path(cell.id)
     log.info("record %s%s", path, "".join(f"\nfigure {figure}" for figure in draw_record(path)))
+
+
+def _unfinished_reason(cell: Cell, status: CellStatus) -> str:
+    """Return in one line why a cell is not finished."""
+    if status.state == "running":
+        return f"{cell.label} is being run by {status.owner or 'another process'}"
+    assert status.record
+    path = RecordStore(cell.config.results).path(cell.id)
+    return f"{cell.label} failed: {status.record['error']} (traceback in {path}; --retry-failed runs it again)"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,9 +26,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import configure_log
+from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from experiments.provenance import ROOT
 
@@ -56,6 +59,7 @@ CONF = str(ROOT / "conf")
 BASIC_SWEEPER = f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"
 CompositionCache = dict[tuple[str, ...], tuple[DictConfig, dict[str, Any]]]
 """Compositions of one sweep and the sweeps that their experiments bring, by the overrides that select files."""
+_SETS_BENCHMARK = {"bench": "experiment=bench_probe", "cost": "experiment=cost"}
 
 
 @dataclass(frozen=True)
@@ -113,11 +117,52 @@ def open_hydra(source: ConfigSource | None = None) -> Iterator[Hydra]:
         GlobalHydra.instance().clear()
 
 
+@contextmanager
+def name_failing_override() -> Iterator[None]:
+    """Name the override that failed, where Hydra 1.3 and OmegaConf 2.3 fail on it without its name.
+
+    Raises:
+        ValueError: For an override inside a setting that is null (`cost.text=9` without experiment=cost), and for one of
+            an option group that names no option (`train=null`).
+    """
+    try:
+        yield
+    except (AssertionError, AttributeError, ValueError) as error:
+        variables = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+        applying = [local for local in variables if isinstance(local.get("override"), Override)]
+        if not applying or isinstance(error, (HydraException, OmegaConfBaseException)):
+            raise  # not from an override, or with its name
+        override, config = applying[-1]["override"], applying[-1].get("cfg")
+        if reason := _null_setting(override, config) if config is not None else _no_option(override):
+            raise ValueError(f"{override.input_line}: {reason}") from error
+        raise
+
+
+def _null_setting(override: Override, config: DictConfig) -> str | None:
+    """Return the reason why nothing in a setting can be set, if that is because the setting is null."""
+    parts = override.key_or_group.split(".")
+    for length in range(1, len(parts) + 1):
+        key = ".".join(parts[:length])
+        if OmegaConf.select(config, key) is None:
+            advice = f"add {_SETS_BENCHMARK[key]}" if key in _SETS_BENCHMARK else f"set {key} in a configuration file"
+            return f"{key} is null, so nothing in it can be set; {advice}"
+    return None
+
+
+def _no_option(override: Override) -> str | None:
+    """Return the reason why a value names no option of a group, if that is so."""
+    if isinstance(override.value(), (str, list)):
+        return None
+    key = override.key_or_group
+    return f"{key} is a group of options; name one, as {key}=OPTION, or leave it out" if key else "write KEY=VALUE"
+
+
+@name_failing_override()
 def compose_sweep(hydra: Hydra, overrides: Sequence[str], config_name: str = "config") -> DictConfig:
     """Return the configuration of a sweep, which no job has changed yet.
 
     Raises:
-        HydraException, omegaconf.errors.OmegaConfBaseException: If the overrides are wrong.
+        ValueError, HydraException, omegaconf.errors.OmegaConfBaseException: If the overrides are wrong.
     """
     multirun = [] if "hydra.mode=MULTIRUN" in overrides else ["hydra.mode=MULTIRUN"]
     return hydra.compose_config(config_name, [*overrides, *multirun], RunMode.MULTIRUN)
@@ -161,6 +206,7 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     return OverridesParser.create().parse_overrides(list(overrides))
 
 
+@name_failing_override()
 def compose_job(hydra: Hydra, sweep: DictConfig, job: Sequence[str], composed: CompositionCache) -> DictConfig:
     """Return one job's configuration.
 

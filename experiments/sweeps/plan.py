@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from hydra.core.override_parser.types import Override
@@ -49,7 +49,7 @@ class SweepJob:
 
 def is_benchmark(config: DictConfig) -> bool:
     """Return whether a configuration asks for a benchmark of this machine, which has no cell."""
-    return config.bench is not None or config.cost is not None
+    return any(OmegaConf.select(config, benchmark) is not None for benchmark in ("bench", "cost"))
 
 
 def identify_cell(config: DictConfig, overrides: Sequence[str] = ()) -> Cell:
@@ -96,6 +96,7 @@ def sweep_jobs(hydra: Hydra, sweep: DictConfig) -> list[SweepJob]:
     split = split_jobs(hydra, sweep)
     for job in itertools.chain.from_iterable(expand_job(hydra, sweep, job, composed) for job in split):
         config = compose_job(hydra, sweep, job, composed)
+        check_settings(config)
         if config.rows and config.row is None:
             rows = [[*job, f"row={number}"] for number in range(len(config.rows))]
             jobs += [(row, compose_job(hydra, sweep, row, composed)) for row in rows]
@@ -113,6 +114,19 @@ def sweep_jobs(hydra: Hydra, sweep: DictConfig) -> list[SweepJob]:
     return expanded
 
 
+def check_settings(config: DictConfig) -> None:
+    """Check that a configuration has the settings of its schema, no more and no fewer.
+
+    Raises:
+        ValueError: If a setting does not exist, or if an override such as `~seed` deleted one.
+    """
+    for key in unknown_settings(config):
+        raise ValueError(no_such_setting(key))
+    for key in (field.name for field in fields(Config)):
+        if key not in config.keys():  # noqa: SIM118  `key in config` is false also for what cannot be resolved yet
+            raise ValueError(f"~{key}: every cell has the setting {key}; write {key}=VALUE, or leave out ~{key}")
+
+
 def select_row(config: DictConfig, overrides: Sequence[str] = ()) -> DictConfig:
     """Return a configuration with the settings of its table row, and with those that its FLOPs budget chooses.
 
@@ -121,12 +135,11 @@ def select_row(config: DictConfig, overrides: Sequence[str] = ()) -> DictConfig:
         overrides: The overrides that it was composed with.
 
     Raises:
-        ValueError: If a setting does not exist, if a table has no such row or none is named, if nothing fits the budget, or if an override
-            names a setting that the row or the budget sets to another value.
+        ValueError: As `check_settings`; if a table has no such row or none is named; if nothing fits the budget; or if an
+            override names a setting that the row or the budget sets to another value.
         omegaconf.errors.OmegaConfBaseException: If a row names a setting that does not exist, or has another type.
     """
-    for key in unknown_settings(config):
-        raise ValueError(no_such_setting(key))
+    check_settings(config)
     selected = config.copy()
     number = selected.row
     if number is None and selected.rows:
