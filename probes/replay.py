@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from probes.hooks.checkpointing import require_one_pass
+from probes.hooks.checkpointing import refuse_checkpointing
 from probes.hooks.compiled_code import EagerExecution
 from probes.hooks.decoder import decoder_layers, find_decoder, select_layers
 from probes.hooks.layer_io import input_states, output_states
@@ -88,7 +88,8 @@ def replay(
 
     with ExitStack() as stack:
         stack.enter_context(EagerExecution(decoder))
-        stack.callback(decoder.register_forward_pre_hook(lambda *_: require_one_pass(decoder)).remove)
+        for handle in refuse_checkpointing(decoder):
+            stack.callback(handle.remove)
         if subset is not None:
             subset.install(stack)
         for start in start_layers:

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-# Name of the wrapped module in OptimizedModule, and in DataParallel, DistributedDataParallel, FSDP, DeepSpeed's engine
-# and AveragedModel. All of these run its hooks.
-_MODULE_NAMES = ("_orig_mod", "module")
+# Name of the wrapped module in OptimizedModule, in DataParallel, DistributedDataParallel, FSDP, DeepSpeed's engine and
+# AveragedModel, and in torch's checkpoints of layers. All of these run its hooks.
+_MODULE_NAMES = ("_orig_mod", "module", "_checkpoint_wrapped_module")
 # The same in PEFT's models and in the tuner inside them.
 _MODEL_NAMES = (*_MODULE_NAMES, "base_model", "model")
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from probes.hooks.checkpointing import require_one_pass
+from probes.hooks.checkpointing import refuse_checkpointing
 from probes.hooks.compiled_code import EagerExecution
 from probes.hooks.decoder import cache_name, decoder_layers
 from probes.tokens.token_map import TokenMap
@@ -47,7 +47,8 @@ class TokenWindow:
         self._eager.__enter__()
         is_prefusion = self.tokens.stack == "prefusion"
         hook = self._before_prefusion_call if is_prefusion else self._before_decoder_call
-        self._handles = [self.decoder.register_forward_pre_hook(hook, with_kwargs=True)]
+        self._handles = refuse_checkpointing(self.decoder)
+        self._handles.append(self.decoder.register_forward_pre_hook(hook, with_kwargs=True))
         if is_prefusion:  # without a hook, its last layer skips positions that no later step reads
             self._handles.append(decoder_layers(self.decoder)[-1].register_forward_pre_hook(lambda *_: None))
         if "logits_to_keep" in inspect.signature(type(self.decoder).forward).parameters:
@@ -76,7 +77,6 @@ class TokenWindow:
 
     def _before_decoder_call(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._require_one_thread()
-        require_one_pass(decoder)
         inputs = kwargs.get("inputs_embeds")
         if inputs is None:
             inputs = args[0] if args else kwargs["input_ids"]
@@ -105,7 +105,6 @@ class TokenWindow:
 
     def _before_prefusion_call(self, prefusion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._require_one_thread()
-        require_one_pass(prefusion)
         visual, text = (
             args[index] if len(args) > index else kwargs[name] for index, name in enumerate(("visual", "text"))
         )

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.utils.checkpoint import checkpoint
 from transformers import LlavaForConditionalGeneration
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from probes import PatchActivations, TokenMap, intervene, logit_lens, record_attention, record_states
 from probes.replay import replay
@@ -78,12 +85,62 @@ def test_record_states_with_checkpointing_but_no_repeat_equals_plain_states(
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_intervene_caller_checkpoints_whole_model_raises_in_backward(
+@pytest.mark.parametrize("probe", PROBES, ids=["intervene", "record", "nnsight", "states", "lens", "replay"])
+def test_probe_in_checkpoint_of_the_whole_model_raises(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], probe: Any, reentrant: bool
+) -> None:
+    """The backward pass would run the model again, after the block without the intervention."""
+    model, inputs = make_llava(), make_inputs()
+    scale, name = torch.ones(1, requires_grad=True), "CheckpointFunction" if reentrant else "torch.utils.checkpoint"
+    raises = pytest.raises(RuntimeError, match=rf"^{name} would run LlamaModel again")
+    with raises, probe(model, TokenMap.from_inputs(model, inputs)):
+        checkpoint(lambda s: (s * model(**inputs).logits).mean(), scale, use_reentrant=reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_intervene_on_layers_in_checkpoint_wrappers_raises(
     make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], reentrant: bool
 ) -> None:
+    """FSDP's activation checkpointing wraps layers so, and sets no `gradient_checkpointing`."""
+    model, inputs = make_llava(), make_inputs()
+    model.enable_input_require_grads()
+    implementation = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+    apply_activation_checkpointing(
+        model.model.language_model,
+        checkpoint_wrapper_fn=partial(checkpoint_wrapper, checkpoint_impl=implementation),
+        check_fn=lambda module: isinstance(module, LlamaDecoderLayer),
+    )
+    tokens = TokenMap.from_inputs(model, inputs)
+    with (
+        pytest.raises(RuntimeError, match=r"would run LlamaRMSNorm|LlamaAttention again"),
+        intervene(model, tokens, PATCH),
+    ):
+        model(**inputs, use_cache=False)
+    plain = make_llava()
+    with torch.no_grad(), intervene(model, tokens, PATCH), intervene(plain, tokens, PATCH):
+        torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_intervene_in_checkpoint_without_gradients_equals_plain_call(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], reentrant: bool
+) -> None:
+    """Nothing runs again without gradients."""
     model, inputs = make_llava(), make_inputs()
     scale = torch.ones(1, requires_grad=True)
-    with intervene(model, TokenMap.from_inputs(model, inputs), PATCH):
-        loss = checkpoint(lambda s: (s * model(**inputs).logits).mean(), scale, use_reentrant=reentrant)
-        with pytest.raises(RuntimeError, match="backward pass runs the model again"):
-            loss.backward()
+    with torch.no_grad(), intervene(model, TokenMap.from_inputs(model, inputs), PATCH):
+        expected = model(**inputs).logits
+        actual = checkpoint(lambda s: s * model(**inputs).logits, scale, use_reentrant=reentrant)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_intervene_backward_inside_block_through_earlier_checkpoint_raises(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
+    """A call that was checkpointed before the block would run again with the probe."""
+    model, inputs = make_llava(), make_inputs()
+    scale = torch.ones(1, requires_grad=True)
+    loss = checkpoint(lambda s: (s * model(**inputs).logits).mean(), scale, use_reentrant=False)
+    raises = pytest.raises(RuntimeError, match="backward pass runs the model again")
+    with raises, intervene(model, TokenMap.from_inputs(model, inputs), PATCH):
+        loss.backward()
