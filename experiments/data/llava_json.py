@@ -112,9 +112,11 @@ def load_llava_json(
             when it is read, unless `bad` is "skip".
 
     Example:
-        >>> split = load_llava_json("questions.json", "images", "test")  # doctest: +SKIP
-        >>> split.samples[0].questions  # doctest: +SKIP
-        ['What is shown?']
+        >>> turns = '[{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]'
+        >>> _ = Path("questions.json").write_text('[{"id": 7, "conversations": ' + turns + "}]")
+        >>> split = load_llava_json("questions.json", images=".", split="test")
+        >>> split.samples[0].id, split.samples[0].questions
+        ('7', ['Why?'])
     """
     files = [Path(file) for file in _as_list(path)]
     folders = _one_for_each("data.images", [Path(folder) for folder in _as_list(images)], files)
@@ -259,6 +261,8 @@ def _checked_turns(turns: list[Any], is_measured: bool) -> list[dict[str, str]]:
             raise EntryError(
                 f'turn {i}: expected {{"from": "{_SPEAKERS[i % 2]}", "value": text}}, found {str(turn)[:80]}'
             )
+        if any("\ud800" <= character <= "\udfff" for character in turn["value"]):
+            raise EntryError(f"turn {i}: its text has half a character (a lone surrogate), which is not valid Unicode")
     if not turns or len(turns) % 2:
         raise EntryError(f"a conversation needs an answer to each question, found {len(turns)} turns")
     empty = [2 * i + 1 for i, turn in enumerate(turns[1::2]) if not turn["value"].strip()]

@@ -119,7 +119,10 @@ def find_faults(files: Sequence[MediaFile], cache: Path | None = None) -> dict[P
         except (OSError, ValueError):  # not there, or not whole
             pass
     faults: dict[Path, str] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as threads, tqdm(total=len(distinct), desc="checking files") as bar:
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as threads,
+        tqdm(total=len(distinct), desc="checking files", leave=False) as bar,
+    ):
         for start in range(0, len(distinct), _FILES_AT_ONCE):
             part = distinct[start : start + _FILES_AT_ONCE]
             for file, fault in zip(part, threads.map(MediaFile.fault, part), strict=True):

@@ -75,6 +75,9 @@ def test_load_llava_json_with_a_count_returns_so_many_and_another_fingerprint(fo
         ([{"image": "a.png", "video": "a.mp4", "conversations": TURNS}], "<video>.* 1 videos, found 0"),
         ([{"image": {"path": "a.png"}, "conversations": TURNS}], '"image" .*path.*found .*a.png'),
         ([{"image": "a.png", "conversations": [TURNS[0], TURNS[1] | {"value": "<image>"}]}], "turn 1: .*<image>"),
+        ([{"image": "a.png", "conversations": [TURNS[0], TURNS[1] | {"value": "\ud83d"}]}], "turn 1: .*surrogate"),
+        ([{"image": "", "conversations": TURNS}], "\"image\" must be a path.*found ''"),
+        ([{"image": "s3://bucket/a.png", "conversations": TURNS}], "image 's3://bucket/a.png' is an address"),
         ([{"image": "a.png", "conversations": TURNS, "kinds": []}], r'"kinds".* 1 questions.*\[\]'),
     ],
 )
@@ -83,6 +86,21 @@ def test_load_llava_json_of_a_wrong_file_raises_one_line(folder, entries, messag
         load_llava_json(write_json(folder, entries), str(folder), "test")
     assert "\n" not in str(error.value)
     assert "data.json" in str(error.value)
+
+
+def test_load_llava_json_names_samples_by_id_or_else_by_number(folder):
+    ids = [7, "7", None, "x", "x"]
+    path = write_json(folder, [{"id": name, "image": "a.png", "conversations": TURNS} for name in ids])
+    samples = load_llava_json(path, str(folder), "test").samples
+    assert [sample.id for sample in samples] == ["7", "7", "2", "x", "x"]
+
+
+def test_load_llava_json_accepts_absolute_paths_and_paths_upwards(folder):
+    (folder / "images").mkdir()
+    paths = [str(folder / "a.png"), "../a.png"]
+    path = write_json(folder, [{"image": image, "conversations": TURNS} for image in paths])
+    samples = load_llava_json(path, str(folder / "images"), "test").samples
+    assert [sample.image.size for sample in samples] == [(8, 8)] * 2
 
 
 def test_load_llava_json_with_a_missing_file_names_it(folder):
