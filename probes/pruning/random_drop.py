@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from probes.hooks.decoder import decoder_layers, find_decoder
+from probes.hooks.decoder import decoder_layers, find_decoder, select_layers
 from probes.interventions import Receipt, RemoveTokens, intervene
 from probes.pruning.kept_tokens import PositionMode, RemovalMode, check_share, count_kept_tokens
 from probes.tokens.token_map import TokenMap
@@ -54,15 +54,23 @@ def random_drop(
         27
     """
     check_share(keep)
-    layers = range(layer, len(decoder_layers(find_decoder(model, tokens.stack))))
-    removed = _removed_at_random(tokens.mask("vision"), keep, seed)
+    decoder = find_decoder(model, tokens.stack)
+    select_layers(decoder, [layer])
+    layers = range(layer, len(decoder_layers(decoder)))
+    removed = removed_at_random(tokens.mask("vision"), keep, seed)
     return intervene(model, tokens, RemoveTokens(removed, layers, how=how, positions=positions))
 
 
-def _removed_at_random(
+def removed_at_random(
     vision: Bool[Tensor, "batch positions"], keep: float, seed: int
 ) -> Bool[Tensor, "batch positions"]:
-    """Return the visual tokens to remove."""
+    """Return the visual tokens to remove.
+
+    Args:
+        vision: The visual tokens.
+        keep: Share of them to keep.
+        seed: Seed of the numbers.
+    """
     draws = torch.from_numpy(np.random.default_rng(seed).random(vision.shape[1])).to(vision.device)
     drawn = draws[(vision.cumsum(dim=1) - 1).clamp(min=0)].masked_fill(~vision, torch.inf)
     count = count_kept_tokens(vision.sum(dim=1, keepdim=True), keep).to(vision.device)
