@@ -45,10 +45,11 @@ def _label(config: Config) -> str:
         parts.append(_reduction_label(config.reduction))
     if config.tiles > 1:
         parts.append(f"{config.tiles} x {config.tiles} tiles")
+    at_most = "at most " if config.train.until == "plateau" else ""
     if config.train.max_steps:
-        parts.append(f"{config.train.max_steps} steps")
+        parts.append(f"{at_most}{config.train.max_steps} steps")
     elif config.train.num_train_epochs:
-        parts.append(f"{config.train.num_train_epochs} epoch{'s' * (config.train.num_train_epochs > 1)}")
+        parts.append(f"{at_most}{config.train.num_train_epochs} epoch{'s' * (config.train.num_train_epochs > 1)}")
     return ", ".join([*parts, f"seed {config.seed}"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from experiments.cell import Cell
 from experiments.config.schema import Config, ScratchModel
+from experiments.data.bad_entries import write_bad_entries
 from experiments.data.encoding import SampleEncoder
 from experiments.data.length_limit import LengthLimit
 from experiments.data.load import TEXT_BASELINE_SAMPLES, DataSplits
+from experiments.data.media_files import check_decodable
 from experiments.data.samples import Sample, single_questions
 from experiments.data.shapes import require_shape_samples
 from experiments.devices import select_device
@@ -28,6 +31,7 @@ from experiments.evaluation.accuracy import (
     correct_answers,
     outcome_digits,
     shuffled_images,
+    validation_scores,
 )
 from experiments.evaluation.analyses import check_probe_layers, run_probes
 from experiments.evaluation.flops import forward_cost
@@ -42,6 +46,7 @@ from experiments.models.token_reduction import (
 )
 from experiments.provenance import provenance
 from experiments.training.curriculum import pretrain_from_scratch
+from experiments.training.plateau import training_part
 from experiments.training.trainer import ADAPTER_FOLDER, latest_complete_checkpoint, train_llava
 from llava_mini import LlavaMiniConfig
 
@@ -87,7 +92,7 @@ def run_cell(cell: Cell, work: Path, write_record: Callable[[dict[str, Any]], ob
         "error": None,
         "config": cell.resolved,
         **results,
-        "train": {"log": training_log} if config.train.trains else None,
+        "train": training_part(training_log, config.train) if config.train.trains else None,
         "model": _model_part(model, config, results["cost"]),
         "provenance": {"train_seconds": train_seconds, **provenance(device)},
     }
@@ -129,6 +134,8 @@ def _train(
     encoder = SampleEncoder(processor, limit)
     encoder.check(islice(data.train.samples, CHECKED_SAMPLES))
     encoder.check(single_questions(data.test.samples))
+    check_decodable(data.test)  # all of it is read after training: a damaged file must not end a run of hours there
+    validate = _validation(model, processor, config, data, device, limit)
     started = time.monotonic()
     if isinstance(config.model, ScratchModel) and latest_complete_checkpoint(work) is None:
         scenes = require_shape_samples(data.train)
@@ -144,9 +151,27 @@ def _train(
         drop_tokens=token_dropper_for_training(config),
         features=open_feature_cache(config, model, processor, data.train),
         limit=limit,
+        validate=validate,
     )
     model.eval()
     return training_log, round(time.monotonic() - started, 1)
+
+
+def _validation(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    config: Config,
+    data: DataSplits,
+    device: torch.device,
+    limit: LengthLimit,
+) -> Callable[[], dict[str, float]] | None:
+    """Return a function that measures the model on the validation split, None if training measures none."""
+    if not config.train.eval_steps or data.validation is None:
+        return None
+    features = open_feature_cache(config, model, processor, data.validation)
+    samples = list(single_questions(data.validation.samples))
+    questions = EncodedQuestions(samples, processor, config.batch_size, device, features, limit)
+    return partial(validation_scores, model, questions, token_dropper_for_inference(config))
 
 
 def _evaluate(
@@ -171,7 +196,10 @@ def _evaluate(
 
 
 def _data_part(config: Config, data: DataSplits, samples: list[Sample]) -> dict[str, Any]:
-    """Return the `data` part: the question types, and the outcomes of the text-only baseline."""
+    """Return the `data` part: question types, outcomes of the text-only baseline, and numbers of entries left out.
+
+    The entries left out are listed in a file of the results folder.
+    """
     part: dict[str, Any] = {
         "name": config.data.name,
         "split": data.test.name,
@@ -183,6 +211,10 @@ def _data_part(config: Config, data: DataSplits, samples: list[Sample]) -> dict[
         baseline = data.text_only_baseline
         correct = [baseline(s.questions[0], s.question_types[0]) == s.answers[0] for s in samples]
         part |= {"guess": outcome_digits(torch.tensor(correct)), "guess_note": GUESS_NOTE}
+    if (skipped := data.skipped) is not None:
+        entries = [(split, entry) for split, left_out in skipped.items() for entry in left_out]
+        part["skipped"] = {split: len(left_out) for split, left_out in skipped.items()}
+        part["skipped_file"] = write_bad_entries(entries, Path(config.results), data.fingerprint)
     return part
 
 

@@ -26,7 +26,15 @@ _SETTINGS = {
     "probe.block": "probe.removal_block_size",
 } | {f"{group}.{old}": f"{group}.{new}" for group in _TRAIN_GROUPS for old, new in _TRAIN.items()}
 # Records from before a setting existed were made as if it had had this value.
-_ADDED = {"train.prefusion_learning_rate": None, "data.max_length": None}
+_PLATEAU = {"until": "steps", "eval_steps": 0, "early_stopping_patience": 4, "early_stopping_threshold": 0.0}
+_ADDED = {
+    "data.max_length": None,
+    "data.validation_samples": 0,
+    **{f"{group}.prefusion_learning_rate": None for group in _TRAIN_GROUPS},
+    **{f"{group}.{name}": value for group in _TRAIN_GROUPS for name, value in _PLATEAU.items()},
+}
+
+_ADDED_TO_CONVERSATIONS: dict[str, Any] = {"shares": [], "test_images": None, "bad": "stop"}  # of data=llava_json alone
 
 
 def current_name(key: str) -> str:
@@ -52,9 +60,15 @@ def migrate(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     migrated = _renamed(config, "")
     for key, value in _ADDED.items():
-        group, _, name = key.rpartition(".")
-        if isinstance(migrated.get(group), dict):
-            migrated[group].setdefault(name, value)
+        *groups, name = key.split(".")
+        group: Any = migrated
+        for part in groups:
+            group = group.get(part) if isinstance(group, dict) else None
+        if isinstance(group, dict):
+            group.setdefault(name, value)
+    data = migrated.get("data")
+    if isinstance(data, dict) and {"path", "images"} <= data.keys():
+        migrated["data"] = _ADDED_TO_CONVERSATIONS | data
     return migrated
 
 

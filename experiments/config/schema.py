@@ -6,6 +6,7 @@ made from the help texts here.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,16 @@ from omegaconf import MISSING
 from experiments.config.benchmark_schema import BenchConfig, CostConfig
 from experiments.config.fields import group, require_at_least, setting
 
+PLATEAU_SCHEDULE = "reduce_lr_on_plateau"
 TRAIN_CHOICES = {
+    "until": ("steps", "plateau"),
     "trainable": ("all", "projector"),
     "optim": ("adamw", "muon"),
-    "lr_scheduler_type": ("cosine", "linear", "constant", "constant_with_warmup"),
+    "lr_scheduler_type": ("cosine", "linear", "constant", "constant_with_warmup", PLATEAU_SCHEDULE),
 }
 REDUCTIONS = ("none", "fastv", "vtw", "pyramid_drop")
 PREFUSION_LOCATIONS = ("outside", "inside")
+BAD_ENTRIES = ("stop", "skip")
 
 
 @dataclass
@@ -62,6 +66,18 @@ class TrainConfig:
 
     max_steps: int = setting(0, "optimizer steps; with 0, num_train_epochs counts; with both 0 nothing is trained")
     num_train_epochs: int = setting(0, "epochs, if max_steps is 0")
+    until: str = setting(
+        "steps",
+        "steps: train for max_steps or num_train_epochs; plateau: they are a maximum, and training ends once validation "
+        "accuracy has stopped improving (docs/training.md)",
+    )
+    eval_steps: int = setting(0, "steps between two measurements of the validation split; 0 for none")
+    early_stopping_patience: int = setting(
+        4, "measurements in a row without improvement that make a plateau; the learning rate is lowered there"
+    )
+    early_stopping_threshold: float = setting(
+        0.0, "least rise of validation accuracy (0 to 1) that counts as an improvement"
+    )
     trainable: str = setting("all", "all: everything but the vision tower; projector: the projector alone")
     train_vision: bool = setting(False, "also train the vision tower")
     lora_rank: int = setting(0, "rank of LoRA adapters in the language model, whose weights stay fixed; 0 for none")
@@ -77,7 +93,10 @@ class TrainConfig:
         None, "learning rate of the pre-fusion layers, if another: pretrained layers tolerate less than new ones"
     )
     warmup_steps: float = setting(20, "warm-up steps; below 1 a share of all steps")
-    lr_scheduler_type: str = setting("cosine", "cosine, linear, constant or constant_with_warmup")
+    lr_scheduler_type: str = setting(
+        "cosine",
+        f"cosine, linear, constant, constant_with_warmup, or {PLATEAU_SCHEDULE}, which train.until=plateau needs",
+    )
     weight_decay: float = setting(0.01, "weight decay")
     adam_beta2: float = setting(0.98, "second moment decay of AdamW")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0 for no clipping")
@@ -86,8 +105,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = ("max_steps", "num_train_epochs", "lora_rank", "per_device_train_batch_size", "warmup_steps")
-        bounds = dict.fromkeys((*counts, "weight_decay", "adam_beta2", "max_grad_norm"), 0)
-        require_at_least("train", self, bounds | {"batch_size": 1, "save_steps": 1})
+        others = ("eval_steps", "early_stopping_threshold", "weight_decay", "adam_beta2", "max_grad_norm")
+        ones = ("batch_size", "save_steps", "early_stopping_patience")
+        require_at_least("train", self, dict.fromkeys((*counts, *others), 0) | dict.fromkeys(ones, 1))
         own_rates = ("projector_learning_rate", "prefusion_learning_rate")
         for name in ("learning_rate", *own_rates):
             rate = getattr(self, name)
@@ -100,6 +120,13 @@ class TrainConfig:
         for name, choices in TRAIN_CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"train.{name}: unknown '{getattr(self, name)}'; use {' or '.join(choices)}")
+        if self.until == "plateau" and not self.eval_steps:
+            raise ValueError("train.eval_steps: until=plateau needs the steps between two measurements, found 0")
+        if (self.until == "plateau") != (self.lr_scheduler_type == PLATEAU_SCHEDULE):
+            raise ValueError(
+                f"train.lr_scheduler_type: until=plateau and {PLATEAU_SCHEDULE} go together, because other schedules end "
+                f"at a known step; found until={self.until} and {self.lr_scheduler_type}"
+            )
         if self.trainable == "projector" and (self.lora_rank or self.train_vision):
             raise ValueError("train.trainable: 'projector' trains nothing else; leave out lora_rank and train_vision")
         if self.lora_rank and self.train_vision:
@@ -121,6 +148,15 @@ class ScratchModel(ModelConfig):
     vocabulary: int = setting(512, "tokens of the vocabulary, at most")
     vision_pretraining: TrainConfig = group(TrainConfig, "first stage: the vision tower learns to name shapes")
     caption_pretraining: TrainConfig = group(TrainConfig, "second stage: the model learns to describe images")
+
+    def __post_init__(self) -> None:
+        for name in ("vision_pretraining", "caption_pretraining"):
+            stage = getattr(self, name)
+            if isinstance(stage, TrainConfig) and stage.eval_steps:
+                raise ValueError(
+                    f"model.{name}.eval_steps: the validation split has questions, which this stage does not train; found "
+                    f"{stage.eval_steps}, use 0"
+                )
 
 
 @dataclass
@@ -202,17 +238,23 @@ class BudgetConfig:
 
 @dataclass
 class DataConfig:
-    """A data set with a training and a test split."""
+    """A data set with a training and a test split, and a validation split where the learning curve is measured."""
 
     name: str = setting(MISSING, "name of the data set in tables")
     train_samples: int = setting(0, "training samples (images with their questions); 0 for all of a finite set")
     test_samples: int = setting(0, "test samples, one question asked of each; 0 for all of a finite set")
-    seed: int = setting(0, "seed of generated data")
+    validation_samples: int = setting(
+        0, "validation samples, for the learning curve; a finite set holds them out of its training samples"
+    )
+    seed: int = setting(0, "seed of generated data, and of the shares of several files")
     max_length: int | None = setting(
         None,
         "tokens of a sample, as transformers' max_length: a longer one loses its last turns, then the end of its "
         "question; none refuses samples that exceed the model's positions",
     )
+
+    def __post_init__(self) -> None:
+        require_at_least("data", self, {"validation_samples": 0})
 
 
 @dataclass
@@ -243,12 +285,49 @@ class ShapesVideoData(DataConfig):
 
 @dataclass
 class LlavaJsonData(DataConfig):
-    """Conversations in LLaVA's JSON format."""
+    """Conversations in LLaVA's JSON format.
 
-    path: str = setting(MISSING, "JSON file; without test_path all of it is the test split")
-    images: str = setting(MISSING, "folder that holds the images and videos")
+    Raises:
+        ValueError: If a value is out of range, or there are several files without a test file.
+    """
+
+    path: Any = setting(
+        MISSING, "JSON file, or a list of them; without test_path it is one and all of it is the test split"
+    )
+    images: Any = setting(MISSING, "folder that holds the images and videos, or a list with one for each file of path")
+    shares: list[float] = setting(
+        [], "how often the entries of each file of path are taken: 0.5 draws half, 2 takes each twice; empty for once"
+    )
     test_path: str | None = setting(None, "JSON file of the test split; `path` is then the training split")
+    test_images: str | None = setting(None, "folder of the test split's images and videos, if another than `images`")
     frames: int = setting(8, "frames of each video, evenly spaced (8 in the released training code)")
+    bad: str = setting(
+        "stop",
+        "entries that cannot be used (malformed, or an image or video is missing or damaged): stop ends the run before "
+        "training; skip leaves them out, and lists them in the results folder",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bad not in BAD_ENTRIES:
+            raise ValueError(f"data.bad: unknown '{self.bad}'; use {' or '.join(BAD_ENTRIES)}")
+        for name in ("path", "images"):
+            given = getattr(self, name)
+            if not (isinstance(given, str) and given) and not (
+                isinstance(given, list) and given and all(isinstance(part, str) for part in given)
+            ):
+                raise ValueError(f"data.{name}: must be a path or a list of paths, found {given!r}")
+        for share in self.shares:
+            if not 0 < share < math.inf:
+                raise ValueError(f"data.shares: each must be more than 0, found {share}")
+        if self.test_path is None and (isinstance(self.path, list) or self.shares or self.test_images):
+            raise ValueError(
+                "data.test_path: missing; several files, shares and test_images need a training and a test split"
+            )
+        if self.test_path is not None and self.test_images is None and isinstance(self.images, list):
+            raise ValueError(
+                f"data.test_images: missing; data.images names {len(self.images)} folders, so name that of the test split"
+            )
 
 
 @dataclass
@@ -310,6 +389,11 @@ class Config:
     def __post_init__(self) -> None:
         if self.threads < 1:
             raise ValueError(f"threads: must be at least 1, found {self.threads}")
+        if self.train.eval_steps and isinstance(self.data, DataConfig) and not self.data.validation_samples:
+            raise ValueError(
+                f"data.validation_samples: train.eval_steps={self.train.eval_steps} measures the validation split, which "
+                "has 0 samples; set how many"
+            )
         if self.keep_features and self.train.train_vision:
             raise ValueError("keep_features: train.train_vision changes the features; leave out one of the two")
 

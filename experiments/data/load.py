@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 from experiments.config.schema import DataConfig, LlavaJsonData, PhotosData, ShapesData, ShapesVideoData
-from experiments.data.llava_json import load_llava_json
+from experiments.data.bad_entries import BadEntry
+from experiments.data.held_out import hold_out
+from experiments.data.llava_json import LlavaJsonSamples, load_llava_json
 from experiments.data.photos import load_photos
 from experiments.data.samples import OneQuestionPerImage, Split, TextOnlyBaseline, fingerprint
 from experiments.data.shapes import load_shapes
@@ -23,10 +27,16 @@ class DataSplits:
 
     Generated data tests one question per image. A JSON file of the user's own tests all of its questions: intervals then
     treat questions about one image as independent.
+
+    Args:
+        train: Training split, None where the model can only be tested.
+        test: Test split.
+        validation: Split for the learning curve, None without `data.validation_samples`. It shares no image with training.
     """
 
     train: Split | None
     test: Split
+    validation: Split | None = None
 
     @cached_property
     def text_only_baseline(self) -> TextOnlyBaseline:
@@ -36,21 +46,35 @@ class DataSplits:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits for both splits."""
-        return fingerprint(self.train.fingerprint if self.train else None, self.test.fingerprint)
+        """16 hex digits for all splits."""
+        splits = (self.train, self.test, *([self.validation] if self.validation else []))
+        return fingerprint(*(split.fingerprint if split else None for split in splits))
+
+    @property
+    def skipped(self) -> dict[str, tuple[BadEntry, ...]] | None:
+        """Entries that are left out, by the split that they would be in; None where `data.bad` leaves out none."""
+        if self.test.skipped is None:
+            return None
+        return {split.name: split.skipped or () for split in (self.train, self.test) if split}
 
 
-def load_data(config: DataConfig) -> DataSplits:
+def load_data(config: DataConfig, cache: Path | None = None) -> DataSplits:
     """Load the splits that a data config names. They are cached for the next cell of this process.
+
+    Args:
+        config: The data config.
+        cache: Folder that keeps which image and video files could be decoded, where `data.bad` asks for it.
 
     Raises:
         FileNotFoundError: If a file is missing; the message names it.
         ValueError: If a file is not what it should be; the message names it.
     """
-    key = repr([config, file_stamps(getattr(config, name, None) for name in ("path", "test_path", "photos"))])
+    given = [getattr(config, name, None) for name in ("path", "test_path", "photos")]
+    files = [path for paths in given for path in (paths if isinstance(paths, list) else [paths])]
+    key = repr([config, file_stamps(files)])
     if key not in _cached_splits:
         clear_data_cache()
-        _cached_splits[key] = _load_splits(config)
+        _cached_splits[key] = _load_splits(config, cache)
     return _cached_splits[key]
 
 
@@ -59,32 +83,59 @@ def clear_data_cache() -> None:
     _cached_splits.clear()
 
 
-def _load_splits(config: DataConfig) -> DataSplits:
+def _load_splits(config: DataConfig, cache: Path | None) -> DataSplits:
+    measured = {"test": config.test_samples}
+    if config.validation_samples:
+        measured["validation"] = config.validation_samples
     if isinstance(config, ShapesData):
-        train = load_shapes("train", config.train_samples, config.seed, asdict(config.rounds))
-        return DataSplits(train, _one_question_per_image(load_shapes("test", config.test_samples, config.seed)))
-    if isinstance(config, ShapesVideoData):
-        train, test = (
-            load_shapes_video(split, count, config.seed, config.frames)
-            for split, count in (("train", config.train_samples), ("test", config.test_samples))
+        return DataSplits(
+            load_shapes("train", config.train_samples, config.seed, asdict(config.rounds)),
+            *(_one_question_per_image(load_shapes(split, count, config.seed)) for split, count in measured.items()),
         )
-        return DataSplits(train, _one_question_per_image(test))
+    if isinstance(config, ShapesVideoData):
+        return DataSplits(
+            load_shapes_video("train", config.train_samples, config.seed, config.frames),
+            *(
+                _one_question_per_image(load_shapes_video(split, count, config.seed, config.frames))
+                for split, count in measured.items()
+            ),
+        )
     if isinstance(config, PhotosData):
         return DataSplits(
             *(
                 load_photos(
-                    config.photos, split, count, config.seed, config.parts, config.side, config.patch, config.captions
+                    config.photos,
+                    split,
+                    count,
+                    config.seed,
+                    config.parts,
+                    config.side,
+                    config.patch,
+                    config.captions,
+                    hold_out=config.validation_samples > 0,
                 )
-                for split, count in (("train", config.train_samples), ("test", config.test_samples))
+                for split, count in {"train": config.train_samples, **measured}.items()
             )
         )
     if isinstance(config, LlavaJsonData):
-        path = config.test_path or config.path
-        test = load_llava_json(path, config.images, "test", config.test_samples, config.frames)
+        options: dict[str, Any] = {"frames": config.frames, "bad": config.bad, "cache": cache}
+        path, images = config.test_path or config.path, config.test_images or config.images
+        test = load_llava_json(path, images, "test", config.test_samples, **options)
         if config.test_path is None:
+            if config.validation_samples:
+                raise ValueError(
+                    f"data.validation_samples: {config.validation_samples} entries are held out of a training split, and "
+                    "there is none; set data.test_path, and data.path becomes the training split"
+                )
             return DataSplits(None, test)
-        train = load_llava_json(config.path, config.images, "train", config.train_samples, config.frames)
-        return DataSplits(train, test)
+        train = load_llava_json(
+            config.path, config.images, "train", config.train_samples, shares=config.shares, seed=config.seed, **options
+        )
+        if not config.validation_samples:
+            return DataSplits(train, test)
+        assert isinstance(train.samples, LlavaJsonSamples)
+        train, validation = hold_out(train, train.samples.media(), config.validation_samples, config.seed)
+        return DataSplits(train, test, validation)
     raise TypeError(f"data: no loader for a {type(config).__name__}; add one to load.py")
 
 

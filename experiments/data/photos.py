@@ -34,6 +34,7 @@ from experiments.data.shapes import load_shapes
 GRID_SIZES = {"one": 1, "2x2": 2, "3x3": 3}
 SHAPES_PART = "shapes"
 MARGIN_COLOUR = (128, 128, 128)
+VALIDATION_SHARE = 0.1  # of the training photographs, where there is a validation split
 
 
 class LabelledPhotos(NamedTuple):
@@ -117,7 +118,15 @@ class PhotoGridSamples(Sequence[Sample]):
 
 
 def load_photos(
-    folder: str, split: str, count: int, seed: int, parts: Sequence[str], side: int, patch: int, captions: bool
+    folder: str,
+    split: str,
+    count: int,
+    seed: int,
+    parts: Sequence[str],
+    side: int,
+    patch: int,
+    captions: bool,
+    hold_out: bool = False,
 ) -> Split:
     """Generate a split of images from labelled photographs, with the parts in turn.
 
@@ -126,14 +135,15 @@ def load_photos(
 
     Args:
         folder: Holds `train.npz` and `test.npz` (`images` uint8 [n, height, width, 3], `labels` int [n]) and
-            `classes.json` (a list of names). Photographs of one file are used in that split alone.
-        split: "train" or "test".
+            `classes.json` (a list of names). No photograph is used in two splits.
+        split: "train", "validation" or "test". Photographs for validation are held out of `train.npz`.
         count: How many images, over all parts.
         seed: Seed of the drawn photographs, scenes and questions.
         parts: Kinds of image: "one" photograph, a "2x2" or "3x3" grid of photographs, and scenes of "shapes".
         side: Patches per side of an image.
         patch: Pixels per side of a patch.
         captions: Train on descriptions alone, as in LLaVA's first stage.
+        hold_out: Whether there is a validation split: training then leaves out its photographs.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -148,7 +158,10 @@ def load_photos(
             f"data.side={side} data.patch={patch}: side must be at least {min_side}, a patch for each photograph, and "
             "patch at least 1"
         )
-    photos, digest = read_photos(folder, split)
+    photos, digest = read_photos(folder, "test" if split == "test" else "train")
+    if split != "test" and hold_out:
+        photos = _divide_photos(photos, split, seed)
+        digest = fingerprint(digest, split, VALIDATION_SHARE)
     training = split == "train"
     descriptions = "no" if not training else "only" if captions else "last"
     prefixed_samples, shapes_fingerprints = [], []
@@ -171,6 +184,16 @@ def load_photos(
         fingerprint("photos", digest, shapes_fingerprints, split, count, seed, list(parts), side, patch, captions),
         count,
     )
+
+
+def _divide_photos(photos: LabelledPhotos, split: str, seed: int) -> LabelledPhotos:
+    """Return a random share of the training photographs for "validation", and the others for "train"."""
+    order = np.random.default_rng(seed).permutation(len(photos.labels))
+    held = max(round(VALIDATION_SHARE * len(order)), 1)
+    chosen = np.sort(order[:held] if split == "validation" else order[held:])
+    if not len(chosen):
+        raise ValueError(f"data.validation_samples: {len(order)} training photographs are too few to hold out any")
+    return LabelledPhotos(photos.images[chosen], photos.labels[chosen], photos.classes)
 
 
 def read_photos(folder: str, split: str) -> tuple[LabelledPhotos, str]:

@@ -6,11 +6,15 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
@@ -68,6 +72,41 @@ def correct_answers(
             with drop_tokens(model, inputs):
                 outcomes.append(answered_correctly(model, inputs).cpu())
     return torch.cat(outcomes)
+
+
+def validation_scores(
+    model: PreTrainedModel, questions: EncodedQuestions, drop_tokens: TokenDropper = keep_all_tokens
+) -> dict[str, float]:
+    """Return the accuracy of a model on a validation split, and the loss of the right answers in the same forward calls.
+
+    In a distributed training each process answers its share of the questions, and all get the same result.
+
+    Args:
+        model: The model.
+        questions: The questions of the split.
+        drop_tokens: Drops visual tokens in each forward call.
+
+    Returns:
+        `accuracy` from 0 to 1, and `loss` in nats per token of the answers.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)  # right answers, loss, tokens
+    process = PartialState()
+    with inference_mode(model), questions.features_as_pixel_values():
+        batches = islice(questions.batches("validation"), process.process_index, None, process.num_processes)
+        for inputs in batches:
+            with drop_tokens(model, inputs):
+                model_inputs, labels = restrict_to_answers(inputs)
+                logits = model(**model_inputs).logits
+            loss = F.cross_entropy(
+                logits[:, -labels.shape[1] : -1].flatten(0, 1).float(),
+                labels[:, 1:].flatten(),
+                ignore_index=IGNORE_INDEX,
+                reduction="sum",
+            )
+            tokens = (labels[:, 1:] != IGNORE_INDEX).sum()
+            sums += torch.stack([greedy_matches(logits, labels).sum(), loss, tokens]).to(sums)
+    right, loss_sum, token_count = torch.stack(gather_object([sums])).sum(0).tolist()
+    return {"accuracy": right / len(questions), "loss": loss_sum / token_count}
 
 
 def blank_images(samples: Sequence[Sample]) -> list[Sample]:

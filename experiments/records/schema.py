@@ -160,6 +160,26 @@ class LensPart(_Part):
     depths: list[LensDepth] = Field(description="after 0, 1, ... all layers")
 
 
+class ValidationPoint(_Part):
+    """A measurement of the validation split during training."""
+
+    step: int = Field(description="optimizer steps taken")
+    accuracy: Number = Field(description="share of right answers, from 0 to 1", ge=0, le=1)
+    loss: Number = Field(description="cross-entropy of the right answers, nats per token")
+    learning_rate: Number = Field(description="learning rate of the next step")
+
+
+class TrainPart(_Part):
+    """Training. Records from before `steps` have the log alone."""
+
+    log: list[dict[str, Any]] = Field(description="Trainer's log: loss, learning rate and gradient norm by step")
+    steps: int | None = Field(None, description="optimizer steps taken")
+    stopped: Literal["plateau", "max_steps"] | None = Field(
+        None, description="why training ended: validation accuracy had stopped improving, or its length was reached"
+    )
+    validation: list[ValidationPoint] | None = Field(None, description="the learning curve, in the order of steps")
+
+
 class _AnyRecord(_Part):
     version: Literal[1] = Field(alias="schema")
     id: str = Field(description="identity of the cell: 16 hex digits")
@@ -192,7 +212,7 @@ class FinishedRecord(_AnyRecord):
     lens: LensPart | None = None
     lens_note: str | None = Field(None, description="why there is no logit lens, where one was asked for")
     fusion: dict[str, Depth | None] | None = Field(None, description="fusion depth by curve")
-    train: dict[str, Any] | None = Field(None, description="the log of training")
+    train: TrainPart | None = None
     provenance: dict[str, Any]
 
     @model_validator(mode="after")

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from experiments.config.schema import TrainConfig
+from experiments.config.schema import PLATEAU_SCHEDULE, TrainConfig
 from experiments.data.encoding import Collator, SampleEncoder, restrict_to_answers
 from experiments.data.length_limit import LengthLimit
 from experiments.data.samples import VIDEO_PLACEHOLDER, Sample
@@ -26,6 +27,7 @@ from experiments.models.feature_cache import VisionFeatureCache
 from experiments.models.token_reduction import TokenDropper, keep_all_tokens
 from experiments.training.batch_sampler import SizeSortedSampler
 from experiments.training.optimizers import MuonAdamW, set_learning_rate
+from experiments.training.plateau import ACCURACY, Validation, learning_rate_factor, stops_at_plateau
 
 PROJECTOR, PREFUSION = "multi_modal_projector", "prefusion"  # parts of the names of their parameters
 ADAPTER_FOLDER = "adapter"  # beside the checkpoints
@@ -67,7 +69,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
 
 class ResumingTrainer(Trainer):
-    """A Trainer with three options, that also resumes models whose weights are renamed when they are saved.
+    """A Trainer with four options, that also resumes models whose weights are renamed when they are saved.
 
     transformers saves LLaVA's weights under the names of an older layout. `from_pretrained` renames them, and Trainer
     does not: it would warn and continue from the weights in memory.
@@ -76,6 +78,9 @@ class ResumingTrainer(Trainer):
         sampler: Order of the rows; None for Trainer's own.
         part_learning_rates: Learning rate of the parameters whose names hold a key; None for the common one.
         forward_context: Makes the context of a forward call from its inputs.
+        learning_rate_factor: Multiplies the learning rate, by step, Trainer's log and warm-up steps; None for the schedule
+            of Trainer's arguments.
+        callbacks: Callbacks beside the sampler.
         **kwargs: Arguments of Trainer.
     """
 
@@ -85,11 +90,13 @@ class ResumingTrainer(Trainer):
         sampler: SizeSortedSampler | None,
         part_learning_rates: Mapping[str, float | None],
         forward_context: Callable[[dict[str, Any]], AbstractContextManager[Any]],
+        learning_rate_factor: Callable[[int, list[dict[str, float]], int], float] | None,
+        callbacks: Sequence[TrainerCallback],
         **kwargs: Any,
     ) -> None:
         self.size_sorted_sampler, self.part_learning_rates = sampler, part_learning_rates
-        self.forward_context = forward_context
-        super().__init__(callbacks=[sampler] if sampler else None, **kwargs)
+        self.forward_context, self.learning_rate_factor = forward_context, learning_rate_factor
+        super().__init__(callbacks=[*([sampler] if sampler else []), *callbacks], **kwargs)
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
         if self.size_sorted_sampler is None:
@@ -105,6 +112,19 @@ class ResumingTrainer(Trainer):
                 named_parameters = (self.model if model is None else model).named_parameters()
                 set_learning_rate(optimizer, [p for name, p in named_parameters if part in name], learning_rate)
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """Create the schedule of `learning_rate_factor`, or Trainer's own."""
+        factor = self.learning_rate_factor
+        if factor is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup_steps = self.args.get_warmup_steps(num_training_steps)
+        self.lr_scheduler = LambdaLR(
+            self.optimizer if optimizer is None else optimizer,
+            lambda step: factor(step, self.state.log_history, warmup_steps),
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the loss from the logits of answers alone, inside the forward context."""
@@ -191,6 +211,7 @@ def train_llava(
     drop_tokens: TokenDropper = keep_all_tokens,
     features: VisionFeatureCache | None = None,
     limit: LengthLimit | None = None,
+    validate: Callable[[], Mapping[str, float]] | None = None,
 ) -> list[dict[str, float]]:
     """Train a LLaVA or LLaVA-Mini on conversations, in place.
 
@@ -207,6 +228,8 @@ def train_llava(
         drop_tokens: Drops visual tokens in each forward call.
         features: Feature cache of the split of the samples. The vision tower then runs only for images that it lacks.
         limit: The longest sample that the model accepts.
+        validate: Measures the model on the validation split, as `experiments.evaluation.accuracy.validation_scores`; needed
+            with `config.eval_steps`.
 
     Returns:
         Trainer's log, as `run_trainer`.
@@ -218,7 +241,7 @@ def train_llava(
     forward_context = partial(drop_tokens, model)
     with features.as_pixel_values() if features else nullcontext():
         history = run_trainer(
-            adapted or model, dataset, Collator(processor), config, work, seed, device, sizes, forward_context
+            adapted or model, dataset, Collator(processor), config, work, seed, device, sizes, forward_context, validate
         )
     if adapted:
         lora.save_and_merge_adapter(adapted, work / ADAPTER_FOLDER)
@@ -235,6 +258,7 @@ def run_trainer(
     device: torch.device,
     sizes: Sequence[Any] | None = None,
     forward_context: Callable[[dict[str, Any]], AbstractContextManager[Any]] = nullcontext,
+    validate: Callable[[], Mapping[str, float]] | None = None,
 ) -> list[dict[str, float]]:
     """Train any module in place with Trainer, from the newest complete checkpoint in `work` if there is one.
 
@@ -244,22 +268,31 @@ def run_trainer(
         model: A module that returns its loss.
         dataset: The training rows.
         collate: Makes a batch of rows.
-        config: Training settings: `max_steps` steps, or `num_train_epochs` epochs.
+        config: Training settings: `max_steps` steps, or `num_train_epochs` epochs, or fewer until a plateau.
         work: Folder of the checkpoints.
         seed: Seed of the order of the rows.
         device: Where to train.
         sizes: Size of each row, by which rows are sorted within a step; see `SizeSortedSampler`.
         forward_context: Makes the context of a forward call from its inputs.
+        validate: Measures the model on the validation split; called every `config.eval_steps` steps.
 
     Returns:
-        Trainer's log: loss, learning rate and gradient norm by step.
+        Trainer's log: loss, learning rate and gradient norm by step, and the measurements of the validation split
+        (`experiments.training.plateau.learning_curve`).
+
+    Raises:
+        ValueError: If the rows of a step cannot be split evenly, or `validate` is missing.
     """
+    if config.eval_steps and validate is None:
+        raise ValueError(f"train.eval_steps: {config.eval_steps} needs a function that measures the validation split")
+    until_plateau = config.lr_scheduler_type == PLATEAU_SCHEDULE
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=config.max_steps or -1,
         num_train_epochs=config.num_train_epochs,
         learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler_type,
+        # Trainer's own schedule for plateaus has no warm-up.
+        lr_scheduler_type="constant_with_warmup" if until_plateau else config.lr_scheduler_type,
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         adam_beta2=config.adam_beta2,
@@ -290,12 +323,15 @@ def run_trainer(
         sampler=SizeSortedSampler(sizes, config.batch_size, seed) if sizes else None,
         part_learning_rates={PROJECTOR: config.projector_learning_rate, PREFUSION: config.prefusion_learning_rate},
         forward_context=forward_context,
+        learning_rate_factor=partial(learning_rate_factor, config) if until_plateau else None,
+        callbacks=[Validation(validate, config)] if validate is not None and config.eval_steps else [],
     )
     checkpoint = latest_complete_checkpoint(work)
     if checkpoint:
         log.info("resuming from %s", checkpoint)
         state = TrainerState.load_from_json(str(checkpoint / _TRAINER_STATE))
-        if state.global_step == (config.max_steps or state.max_steps):  # Trainer would take one more step here
+        at_end = state.global_step == (config.max_steps or state.max_steps)
+        if at_end or stops_at_plateau(state.log_history, config):  # Trainer would take one more step here
             trainer._load_from_checkpoint(str(checkpoint))
             return _loss_history(state)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -308,7 +344,7 @@ def _loss_history(state: TrainerState) -> list[dict[str, float]]:
     Trainer's own last entry is left out: it holds times, and means over the steps of this process alone.
     """
     end = {"step": state.global_step, "epoch": state.epoch, "total_flos": state.total_flos}
-    return [*(entry for entry in state.log_history if "loss" in entry), end]
+    return [*(entry for entry in state.log_history if "loss" in entry or ACCURACY in entry), end]
 
 
 def _build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer | None:

@@ -1,5 +1,7 @@
 """Old names of settings: in records they are translated, on the command line they are refused with the new name."""
 
+import functools
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -106,9 +108,16 @@ def test_migrate_current_config_changes_nothing():
 
 @pytest.mark.parametrize("key", renamed_keys._ADDED)
 def test_migrate_adds_younger_setting_and_keeps_a_given_one(key):
-    group, _, name = key.rpartition(".")
-    assert migrate({group: {}})[group][name] == renamed_keys._ADDED[key]
-    assert migrate({group: {name: 5}})[group][name] == 5
+    *groups, name = key.split(".")
+
+    def nested(settings):
+        return functools.reduce(lambda inner, group: {group: inner}, reversed(groups), settings)
+
+    def inside(config):
+        return functools.reduce(dict.__getitem__, groups, config)
+
+    assert inside(migrate(nested({})))[name] == renamed_keys._ADDED[key]
+    assert inside(migrate(nested({name: 5})))[name] == 5
 
 
 @pytest.mark.parametrize("train", [None, "none"])

@@ -1,0 +1,271 @@
+"""Training until validation accuracy stops improving."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import set_seed
+
+from experiments.config.schema import Config, ScratchModel, ShapesData, TrainConfig
+from experiments.data.samples import single_questions
+from experiments.data.shapes import load_shapes
+from experiments.evaluation.accuracy import validation_scores
+from experiments.evaluation.questions import EncodedQuestions
+from experiments.models.feature_cache import VisionFeatureCache
+from experiments.training.plateau import (
+    LAST_PLATEAU,
+    RATE_FACTOR,
+    count_plateaus,
+    learning_curve,
+    learning_rate_factor,
+    training_part,
+)
+from experiments.training.trainer import train_llava
+
+ROOT = Path(__file__).resolve().parents[3]
+CPU = torch.device("cpu")
+PLATEAU = TrainConfig(
+    until="plateau",
+    lr_scheduler_type="reduce_lr_on_plateau",
+    max_steps=30,
+    eval_steps=2,
+    early_stopping_patience=1,
+    early_stopping_threshold=1.0,  # only the first measurement is an improvement
+    batch_size=4,
+    warmup_steps=2,
+    save_steps=3,
+)
+
+
+@pytest.mark.parametrize("patience", [1, 2, 3, 5])
+@pytest.mark.parametrize("threshold", [0.0, 0.02, 0.3])
+def test_count_plateaus_equals_reductions_of_torch(patience, threshold):
+    rng = np.random.default_rng(patience)
+    accuracies = np.round(np.linspace(0.2, 0.7, 60) + rng.normal(0, 0.1, 60), 2).tolist()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    torch_rule = ReduceLROnPlateau(
+        optimizer, mode="max", factor=0.5, patience=patience - 1, threshold=threshold, threshold_mode="abs", eps=0
+    )
+    for number, accuracy in enumerate(accuracies, 1):
+        torch_rule.step(accuracy)
+        plateaus = count_plateaus(accuracies[:number], patience, threshold)
+        assert optimizer.param_groups[0]["lr"] == 0.5**plateaus
+    assert plateaus > 0
+
+
+def test_learning_rate_factor_warms_up_and_falls_at_each_plateau():
+    log = [{"loss": 3.0, "step": 1}, *({"validation_accuracy": a, "step": 2} for a in (0.4, 0.3, 0.3))]
+    config = dataclasses.replace(PLATEAU, early_stopping_threshold=0.0)
+    assert [learning_rate_factor(config, step, log[:2], 4) for step in (0, 1, 2, 4, 9)] == [0, 0.25, 0.5, 1, 1]
+    assert learning_rate_factor(config, 9, log[:3], 4) == pytest.approx(RATE_FACTOR)
+    assert learning_rate_factor(config, 9, log, 0) == pytest.approx(RATE_FACTOR**2)
+
+
+@pytest.fixture
+def validation_samples():
+    """Validation scenes with one question each."""
+    return list(single_questions(load_shapes("validation", 3).samples))
+
+
+def train(model, processor, samples, validation_samples, config, folder, features=(None, None)):
+    """Train a model, and return the log."""
+    questions = EncodedQuestions(validation_samples, processor, 5, CPU, features[1])
+    set_seed(0)
+    return train_llava(
+        model,
+        processor,
+        samples,
+        config,
+        folder,
+        0,
+        CPU,
+        features=features[0],
+        validate=lambda: validation_scores(model, questions),
+    )
+
+
+def test_validation_scores_equal_those_of_one_question_at_a_time(llava, processor, shapes_split, validation_samples):
+    """The loss is the model's own, weighted by the number of answer tokens; the accuracy that of greedy decoding."""
+    answers = [processor.tokenizer(s.answers[0] + processor.tokenizer.eos_token).input_ids for s in validation_samples]
+    questions = EncodedQuestions(validation_samples, processor, 5, CPU)
+    scores = validation_scores(llava, questions)
+    losses, tokens = [], []
+    with torch.no_grad():
+        for inputs in EncodedQuestions(validation_samples, processor, 1, CPU).batches("one"):
+            losses.append(llava(**inputs).loss.item())
+            tokens.append(int((inputs["labels"] != -100).sum()))
+    assert len(answers) == len(losses) == len(questions)
+    assert scores["loss"] == pytest.approx(np.average(losses, weights=tokens), rel=1e-5)
+    assert scores["accuracy"] == 0.0  # of random weights
+    assert llava.training is False
+
+
+def test_train_llava_until_plateau_stops_at_the_last_plateau(
+    llava, processor, shapes_split, validation_samples, tmp_path
+):
+    log = train(llava, processor, shapes_split.samples, validation_samples, PLATEAU, tmp_path)
+    part = training_part(log, PLATEAU)
+    last = 2 * (1 + LAST_PLATEAU)
+    assert (part["stopped"], part["steps"]) == ("plateau", last)
+    assert [point["step"] for point in part["validation"]] == list(range(2, last + 1, 2))
+    rates = [1.0, 1.0, RATE_FACTOR, RATE_FACTOR**2]
+    assert [point["learning_rate"] for point in part["validation"]] == pytest.approx([1e-3 * r for r in rates])
+    assert not any("validation_accuracy" in entry for entry in part["log"])
+    questions = EncodedQuestions(validation_samples, processor, 5, CPU)
+    after = validation_scores(llava, questions)
+    assert part["validation"][-1] == {"step": last, **after, "learning_rate": part["validation"][-1]["learning_rate"]}
+
+
+def test_train_llava_until_plateau_stops_at_max_steps_while_improving(
+    llava, processor, shapes_split, validation_samples, tmp_path
+):
+    config = dataclasses.replace(PLATEAU, max_steps=5, early_stopping_patience=9)
+    part = training_part(train(llava, processor, shapes_split.samples, validation_samples, config, tmp_path), config)
+    assert (part["stopped"], part["steps"]) == ("max_steps", 5)
+    assert [point["step"] for point in part["validation"]] == [2, 4, 5]
+
+
+def test_train_llava_by_steps_measures_without_changing_the_weights(
+    llava, processor, shapes_split, validation_samples, tmp_path
+):
+    start = {name: value.clone() for name, value in llava.state_dict().items()}
+    config, weights = TrainConfig(max_steps=5, batch_size=4, warmup_steps=1), []
+    for eval_steps in (0, 2):
+        llava.load_state_dict(start)
+        measuring = dataclasses.replace(config, eval_steps=eval_steps)
+        log = train(llava, processor, shapes_split.samples, validation_samples, measuring, tmp_path / str(eval_steps))
+        weights.append({name: value.clone() for name, value in llava.state_dict().items()})
+        assert [point["step"] for point in learning_curve(log)] == ([2, 4, 5] if eval_steps else [])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in start)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+@pytest.mark.parametrize(("save_steps", "interrupted_step"), [(5, 5), (6, 6), (5, 8)])
+def test_train_llava_until_plateau_interrupted_and_resumed_gives_the_same_curve_and_weights(
+    llava, processor, shapes_split, validation_samples, tmp_path, save_steps, interrupted_step, optim
+):
+    """Step 5 has no measurement, 6 has one, and at 8 training is over."""
+    config = dataclasses.replace(PLATEAU, save_steps=save_steps, optim=optim)
+    start = {name: value.clone() for name, value in llava.state_dict().items()}
+
+    def run(folder):
+        llava.load_state_dict(start)
+        log = train(llava, processor, shapes_split.samples, validation_samples, config, folder)
+        return log, {name: value.clone() for name, value in llava.state_dict().items()}
+
+    log, weights = run(tmp_path / "uninterrupted")
+    checkpoint = f"checkpoint-{interrupted_step}"
+    shutil.copytree(tmp_path / "uninterrupted" / checkpoint, tmp_path / "interrupted" / checkpoint)
+    resumed_log, resumed_weights = run(tmp_path / "interrupted")
+    assert log[-1]["step"] == 8
+    assert resumed_log == log
+    assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
+
+
+def test_train_llava_with_cached_features_of_both_splits_measures_and_trains_on_them(
+    llava, processor, shapes_split, tmp_path
+):
+    """Each split has a cache of its own, and the measurement leaves that of training in place."""
+    config = TrainConfig(max_steps=4, eval_steps=1, batch_size=4, warmup_steps=1)
+    validation = load_shapes("validation", 3)
+    samples = list(single_questions(validation.samples))
+    start, runs = {name: value.clone() for name, value in llava.state_dict().items()}, []
+    for cached in (False, True):
+        llava.load_state_dict(start)
+        features = (None, None)
+        if cached:
+            features = tuple(
+                VisionFeatureCache(tmp_path / "features", llava, processor, split)
+                for split in (shapes_split, validation)
+            )
+        runs.append(train(llava, processor, shapes_split.samples, samples, config, tmp_path / str(cached), features))
+    from_pixels, from_features = map(learning_curve, runs)
+    assert [point["loss"] for point in from_features] == pytest.approx([p["loss"] for p in from_pixels], rel=1e-2)
+    assert runs[1][-1]["step"] == 4
+    assert "forward" not in vars(llava.model.vision_tower)
+
+
+def test_train_llava_with_eval_steps_needs_a_measurement(llava, processor, shapes_split, tmp_path):
+    with pytest.raises(ValueError, match=r"train\.eval_steps: 2"):
+        train_llava(llava, processor, shapes_split.samples, PLATEAU, tmp_path, 0, CPU)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"until": "done"}, r"train\.until: .*'done'.*steps or plateau"),
+        ({"until": "plateau"}, r"train\.eval_steps: .*found 0"),
+        ({"until": "plateau", "eval_steps": 5}, r"train\.lr_scheduler_type: .*reduce_lr_on_plateau.*cosine"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, r"train\.lr_scheduler_type: .*until=steps"),
+        ({"early_stopping_patience": 0}, r"train\.early_stopping_patience: .*at least 1, found 0"),
+        ({"early_stopping_threshold": -0.1}, r"train\.early_stopping_threshold: .*found -0\.1"),
+        ({"eval_steps": -1}, r"train\.eval_steps: .*found -1"),
+    ],
+)
+def test_train_config_with_wrong_plateau_settings_raises_one_line(settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        TrainConfig(**settings)
+    assert "\n" not in str(error.value)
+
+
+def test_config_without_validation_samples_refuses_eval_steps():
+    with pytest.raises(ValueError, match=r"data\.validation_samples: train\.eval_steps=5 .*0 samples"):
+        Config(data=ShapesData("shapes"), train=TrainConfig(eval_steps=5))
+
+
+def test_scratch_model_refuses_measurements_of_its_pretraining():
+    with pytest.raises(ValueError, match=r"model\.vision_pretraining\.eval_steps: .*found 5"):
+        ScratchModel(name="x", vision_pretraining=TrainConfig(eval_steps=5))
+
+
+CELL = [
+    *("model=tiny", "train=plateau", "device=cpu", "probe=none", "compressor=query", "prefusion=none"),
+    *("data.train_samples=40", "data.test_samples=6", "data.validation_samples=24", "train.batch_size=4"),
+    *("train.eval_steps=4", "train.save_steps=3", "train.early_stopping_patience=1"),
+    *("train.early_stopping_threshold=1", "train.warmup_steps=2"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["training", "validation"])
+def test_cell_killed_resumes_to_the_same_record_and_model(tmp_path, moment):
+    """The kill comes after the checkpoint of step 9, or during the measurement after step 12."""
+    command = [sys.executable, "-m", "experiments.run", *CELL]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def run(results):
+        arguments = [*command, f"results={results}", f"save={results}/model"]
+        subprocess.run(arguments, cwd=ROOT, env=environment, check=True, capture_output=True)
+        (path,) = (results / "records").glob("*.json")
+        record = json.loads(path.read_text())
+        return record, (results / "model" / "model.safetensors").read_bytes()
+
+    uninterrupted, weights = run(tmp_path / "uninterrupted")
+    results = tmp_path / "interrupted"
+    log = (tmp_path / "log").open("wb")
+    arguments = [*command, f"results={results}", f"save={results}/model"]
+    killed = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    while not (
+        list((results / "work").glob("*/checkpoint-9/trainer_state.json"))
+        if moment == "training"
+        else (tmp_path / "log").read_text().count("validation:   0%") == 3
+    ):
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    resumed, resumed_weights = run(results)
+    assert (resumed["train"]["stopped"], resumed["train"]["steps"]) == ("plateau", 16)
+    for part in ("id", "train", "accuracy"):
+        assert resumed[part] == uninterrupted[part]
+    assert resumed_weights == weights
