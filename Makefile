@@ -9,8 +9,7 @@ RESULTS ?= results
 .PHONY: reproduce smol test test-slow test-slurm lint clean
 
 reproduce: $(STAMP)
-	$(BIN)/python -m experiments.run experiment=attention results=$(RESULTS)
-	$(BIN)/python -m experiments.run -m experiment=ablation results=$(RESULTS)
+	$(BIN)/python -m experiments.run -m experiment=attention,ablation results=$(RESULTS)
 	$(BIN)/python -m experiments.report --results $(RESULTS)
 
 # make smol PHOTOS=FOLDER: the study on a real language model anew, training with it (hours of two cores; it goes on where it

@@ -83,7 +83,7 @@ def run_in_workers(
 
     Raises:
         SystemExit: If a job exits.
-        RuntimeError: If a worker dies before its first job.
+        ChildProcessError: If a worker ends before its first job.
     """
     with display, _Pool(jobs, cloudpickle.dumps(runner), display) as pool:
         for environment in environments:
@@ -138,7 +138,7 @@ class _Pool:
 
         Raises:
             SystemExit: If its job exits.
-            RuntimeError: If it died before its first job.
+            ChildProcessError: If it ended before its first job.
         """
         try:
             message = cloudpickle.loads(worker.connection.recv_bytes())
@@ -189,9 +189,10 @@ class _Pool:
         code = worker.process.exitcode
         self.workers.remove(worker)
         cause = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        if not worker.ready:
-            raise RuntimeError(f"a worker process {cause} before its first job")
-        if killed := code == -signal.SIGKILL:
+        killed = code == -signal.SIGKILL
+        if not worker.ready and not killed:  # no worker can start, so no job can run
+            raise ChildProcessError(f"a worker process {cause} before its first job")
+        if killed:
             cause += ", as when memory runs out; hydra.launcher.workers=N starts fewer workers"
         error = RuntimeError(f"worker process {worker.process.pid} {cause}; the same command runs the job again")
         assert worker.job

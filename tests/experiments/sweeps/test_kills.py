@@ -1,4 +1,4 @@
-"""A sweep that is killed many times, and whose records are damaged, ends with the tables of an uninterrupted sweep."""
+"""A sweep in workers that is killed many times, and whose records are damaged, ends as an uninterrupted serial one."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -28,12 +29,14 @@ SIX_CELLS = [
 KILLS = 24
 DAMAGES = ("truncated", "garbled", "changed")  # one is done to a record after every fifth kill, if there is a record
 LONGEST_DELAY = 3.0  # seconds between the event that a kill waits for and the kill
+VICTIMS = ("all processes", "the parent", "a worker")
+PARALLEL, SERIAL = "hydra.launcher.workers=2", "hydra/launcher=basic"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def start_sweep(results: Path) -> subprocess.Popen[str]:
+def start_sweep(results: Path, *overrides: str) -> subprocess.Popen[str]:
     """Start the sweep in a process group of its own. Its output goes to a file beside the results folder."""
-    command = [sys.executable, "-m", "experiments.run", "-m", *SIX_CELLS, f"results={results}"]
+    command = [sys.executable, "-m", "experiments.run", "-m", *SIX_CELLS, *overrides, f"results={results}"]
     log = (results.parent / f"{results.name}.err").open("a")
     return subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log, text=True, start_new_session=True
@@ -57,7 +60,7 @@ def records_without_times(results: Path) -> dict[str, dict]:
 
 
 def phase_at_kill(results: Path) -> str:
-    """Return in words what the killed process was doing."""
+    """Return in words what the sweep is doing: one of its cells, if several run."""
     recorded = len(list((results / "records").glob("*.json")))
     locked = [path.name for path in (results / "locks").glob("[!.]*") if any(path.iterdir())]
     if not locked:
@@ -95,17 +98,42 @@ def damage_a_record(results: Path, damage: str, rng: random.Random) -> str:
     return f"{path.name} {damage}"
 
 
+def kill(process: subprocess.Popen[str], victim: str, rng: random.Random) -> str:
+    """Kill one of VICTIMS of a sweep, and wait until the sweep has ended.
+
+    A sweep without one of its workers goes on, and ends with the status of a sweep that lacks cells.
+
+    Returns:
+        Who was killed: all processes, if there is no worker yet.
+    """
+    children = psutil.Process(process.pid).children()
+    workers = [child for child in children if any("spawn_main" in word for word in child.cmdline())]
+    if victim == "a worker" and workers:
+        rng.choice(workers).kill()
+        assert process.wait() in (0, 1)  # 0 if the worker had no cell any more
+        return victim
+    if victim == "the parent" and workers:
+        process.kill()
+        process.wait()
+        assert not psutil.wait_procs(workers, timeout=60)[1]
+        return victim
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return "all processes"
+
+
 def start_and_kill(results: Path, rng: random.Random) -> str | None:
-    """Start the sweep and kill it within `LONGEST_DELAY` seconds of an event.
+    """Start the sweep in two workers and kill some of its processes within `LONGEST_DELAY` seconds of an event.
 
     The event is its start, a lock that it takes or, most often, a file that it writes while it trains.
 
     Returns:
-        When it was killed and what it was doing, None if it finished first.
+        Who was killed, when, and what it was doing; None if the sweep finished first.
     """
-    process = start_sweep(results)
+    process = start_sweep(results, PARALLEL)
     delay, started = rng.uniform(0, LONGEST_DELAY), time.monotonic()
     pattern = rng.choice([None, "locks/*/*", "work/*/*", "work/*/*", "work/*/*"])
+    victim = rng.choice(VICTIMS)
     if pattern:
         before = set(results.glob(pattern))
         while process.poll() is None and set(results.glob(pattern)) <= before:
@@ -115,9 +143,8 @@ def start_and_kill(results: Path, rng: random.Random) -> str | None:
         assert process.returncode == 0
         return None
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return f"after {time.monotonic() - started:5.1f} s, {phase_at_kill(results)}"
+        seconds, phase = time.monotonic() - started, phase_at_kill(results)
+        return f"{kill(process, victim, rng)} after {seconds:5.1f} s, {phase}"
 
 
 @pytest.mark.slow
@@ -137,10 +164,10 @@ def test_sweep_that_is_killed_many_times_ends_with_the_records_and_report_of_an_
     assert not damages
     assert sum("checkpoint" in line for line in log) > KILLS / 3  # enough kills hit a cell that trains
     if results not in finished:
-        assert start_sweep(results).wait() == 0
+        assert start_sweep(results, PARALLEL).wait() == 0
         finished.append(results)
     uninterrupted = tmp_path / "uninterrupted"
-    assert start_sweep(uninterrupted).wait() == 0
+    assert start_sweep(uninterrupted, SERIAL).wait() == 0
     expected_report, expected_records = report_files(uninterrupted), records_without_times(uninterrupted)
     assert len(expected_records) == 6
     for results in finished:

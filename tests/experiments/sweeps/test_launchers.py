@@ -15,7 +15,12 @@ from experiments.config.registry import register_configs
 from experiments.sweeps.launch import launcher_failure
 from tests.experiments.sweeps.run_sweep import assert_failed_cells_are_named, finished_records, run_training_sweep
 
-LAUNCHERS = ["basic", "joblib", "submitit_local"]
+LAUNCHERS = {  # and their settings
+    "basic": (),
+    "local": ("hydra.launcher.workers=2",),
+    "joblib": (),
+    "submitit_local": (),
+}
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +28,7 @@ def sweeps(tmp_path_factory):
     """The ended process and the results folder of each launcher's sweep."""
     results = {launcher: tmp_path_factory.mktemp(launcher) for launcher in LAUNCHERS}
     return {
-        launcher: (run_training_sweep(folder, f"hydra/launcher={launcher}"), folder)
+        launcher: (run_training_sweep(folder, f"hydra/launcher={launcher}", *LAUNCHERS[launcher]), folder)
         for launcher, folder in results.items()
     }
 
@@ -42,7 +47,7 @@ def test_sweep_under_any_launcher_runs_each_cell_in_one_thread(sweeps, launcher)
     assert devices == {"cpu (1 threads)"}
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS[1:])
+@pytest.mark.parametrize("launcher", list(LAUNCHERS)[1:])
 def test_sweep_under_any_launcher_gives_equal_records(sweeps, launcher):
     expected = finished_records(sweeps["basic"][1])
     assert all(record["train"]["log"] for record in expected.values())
