@@ -14,6 +14,8 @@ from torch import Tensor
 # should keep it busy. A chunk has as many queries as fit, at least one.
 SCORES_PER_CHUNK = 2**20
 SCORES_PER_CHUNK_ON_ACCELERATOR = 2**24
+# Visibility in one chunk whose widest source is not computed (4 MiB as bool).
+VISIBILITY_PER_CHUNK = 2**22
 # If all heads do not fit with this many queries, take fewer heads at a time: matrix products of a few rows are slow.
 QUERIES_PER_CHUNK = 96
 
@@ -52,13 +54,15 @@ class QueryChunk:
         rows: Index of each query in the call.
         targets: Indices of the targets that some of these queries belong to.
         members: 1 for the targets of each query, else 0. Filler rows of a shorter sample belong to no target.
-        blocks: The keys that the queries can attend to, by source.
+        blocks: The keys that the queries can attend to, by source, without those of the rest.
+        can_see_rest: Which queries can attend to the source that gets the rest of the mass; None if there is none.
     """
 
     rows: Int[Tensor, "batch rows"]
     targets: list[int]
     members: Float[Tensor, "batch rows targets"]
     blocks: list[SourceBlock]
+    can_see_rest: Bool[Tensor, "batch rows"] | None
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ class GroupLayout:
         chunks: The queries of the targets.
         queries: Number of queries of each target that can attend to each source.
         receivers: Number of queries of each target that can attend to each key.
+        is_key: 1 for a key of some group, 0 for filler and empty cache slots.
+        rest: Index of the widest source, if its mass is what the other sources leave; else None.
     """
 
     columns: Int[Tensor, "batch columns"] | None
@@ -80,6 +86,8 @@ class GroupLayout:
     chunks: list[QueryChunk]
     queries: Float[Tensor, "batch targets sources"]
     receivers: Float[Tensor, "batch targets positions"]
+    is_key: Float[Tensor, "batch keys"]
+    rest: int | None
 
     @classmethod
     def build(
@@ -91,6 +99,7 @@ class GroupLayout:
         visible: VisibilityFunction,
         heads: int,
         key_heads: int,
+        with_rest: bool = False,
     ) -> GroupLayout:
         """Build the layout of one call.
 
@@ -102,6 +111,7 @@ class GroupLayout:
             visible: Which keys each query can attend to, and what is added to the scores.
             heads: Number of query heads.
             key_heads: Number of key heads.
+            with_rest: Leave the scores of the widest source out, since the sum over all sources is known.
 
         Returns:
             The layout, which every layer with the same groups and the same mask can use.
@@ -116,9 +126,14 @@ class GroupLayout:
         columns, is_key = (torch.cat(parts, dim=1) for parts in zip(*orders, strict=True))
         edges = [0, *torch.tensor([order.shape[1] for order, _ in orders]).cumsum(0).tolist()]
         stray, is_stray = _gather_order((keys[..., None] != keys.new_tensor(sources)).all(dim=-1))
+        widths = [stop - first for first, stop in itertools.pairwise(edges)]
+        rest = widths.index(max(widths)) if with_rest else None
+        computed = columns.shape[1] - (0 if rest is None else widths[rest])
         heads_per_call, queries_per_chunk = _chunk_sizes(
-            queries.device, len(queries) * max(columns.shape[1], 1), rows.shape[1], heads, heads // key_heads
+            queries.device, len(queries) * max(computed, 1), rows.shape[1], heads, heads // key_heads
         )
+        if rest is not None:
+            queries_per_chunk = min(queries_per_chunk, max(VISIBILITY_PER_CHUNK // max(columns.numel(), 1), 1))
 
         counts = members.new_zeros(len(queries), len(targets), len(sources))
         receivers = members.new_zeros(len(queries), len(targets), columns.shape[1])
@@ -139,14 +154,20 @@ class GroupLayout:
             blocks = [
                 block
                 for source, (first, stop) in enumerate(itertools.pairwise(edges))
-                if (block := _build_source_block(source, first, stop, chunk_visible, bias)) is not None
+                if source != rest
+                and (block := _build_source_block(source, first, stop, chunk_visible, bias)) is not None
             ]
             for block in blocks:
                 counts[..., block.source] += (chunk_members * block.has_visible_key[..., None]).sum(dim=1)
+            can_see_rest = None
+            if rest is not None:
+                can_see_rest = chunk_visible[..., edges[rest] : edges[rest + 1]].any(dim=-1)
+                counts[..., rest] += (chunk_members * can_see_rest[..., None]).sum(dim=1)
             receivers += chunk_members.mT @ chunk_visible.float()
-            chunks.append(QueryChunk(chunk_rows, present, chunk_members[..., present], blocks))
+            chunks.append(QueryChunk(chunk_rows, present, chunk_members[..., present], blocks, can_see_rest))
         in_order = torch.equal(columns, torch.arange(keys.shape[1], device=keys.device).expand_as(keys))
-        layout = cls(None if in_order else columns, heads_per_call, chunks, counts, receivers)
+        is_token = (keys >= 0).float()
+        layout = cls(None if in_order else columns, heads_per_call, chunks, counts, receivers, is_token, rest)
         return replace(layout, receivers=layout.to_keys(receivers, keys.shape[1]))
 
     def to_keys(self, values: Float[Tensor, "batch ... columns"], keys: int) -> Float[Tensor, "batch ... keys"]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from probes.attention.statistics import GroupSums
+from probes.attention.group_sums import DEFAULT_STATISTICS, GroupSums
 from probes.hooks.partial_call import CallSubset
 from probes.hooks.token_window import TokenWindow
 from probes.tokens.token_map import TokenMap
@@ -16,6 +17,10 @@ from probes.tokens.token_map import TokenMap
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+    from probes.view.page import AttentionView
+    from probes.view.run_data import ViewRun
+    from probes.view.words import Words
 
 
 class AttentionRecord:
@@ -34,6 +39,10 @@ class AttentionRecord:
         heads: Query heads on the heads axis.
         targets: Groups on the target axis, whose queries were recorded.
         sources: Groups on the source axis: all groups of the token map.
+        statistics: Statistics that were recorded. Reading another one raises RuntimeError.
+        tokens: The token map.
+        words: The words that `view` shows, or None.
+        facts: Facts of the model that `view` shows: its type, device and dtype.
 
     Example:
         >>> from probes import record_attention
@@ -46,9 +55,17 @@ class AttentionRecord:
     """
 
     def __init__(
-        self, tokens: TokenMap, layers: tuple[int, ...], heads: tuple[int, ...], targets: tuple[str, ...]
+        self,
+        tokens: TokenMap,
+        layers: tuple[int, ...],
+        heads: tuple[int, ...],
+        targets: tuple[str, ...],
+        words: Words | None = None,
+        statistics: tuple[str, ...] = DEFAULT_STATISTICS,
     ) -> None:
+        self.tokens, self.words, self.facts = tokens, words, dict[str, str]()
         self.layers, self.heads, self.targets, self.sources = layers, heads, targets, tokens.groups
+        self.statistics = statistics
         self._shape = tokens.labels.shape
         self._sums: dict[int, GroupSums] = {}
         # Rows and positions of the map that each layer has covered so far.
@@ -64,7 +81,7 @@ class AttentionRecord:
         Raises:
             RuntimeError: The model has not run the whole prompt inside `record_attention`.
         """
-        return self._stack_layers("mass") / self._stack_layers("queries")[:, :, None]
+        return self._mean("mass", "queries")
 
     @property
     def entropy(self) -> Float[Tensor, "layers batch heads targets sources"]:
@@ -73,7 +90,28 @@ class AttentionRecord:
         Raises:
             RuntimeError: The model has not run the whole prompt inside `record_attention`.
         """
-        return self._stack_layers("entropy") / self._stack_layers("queries")[:, :, None]
+        return self._mean("entropy", "queries")
+
+    @property
+    def contribution(self) -> Float[Tensor, "layers batch heads targets sources"]:
+        """Return the mean norm of what `source` adds to the output of the attention module.
+
+        For query q, head h and source S it is || sum over k in S of a_qk v_k W_h ||, with attention a, values v and the
+        head's output projection W (Kobayashi et al. 2020, "Attention is not only a weight", arXiv 2004.10102, whose
+        norms are of single keys). A gate of the head's output is part of it. Norms, factors and biases after the
+        projection are not. Unlike mass, it is small for a source that is attended to but has small values.
+
+        Raises:
+            RuntimeError: It was not recorded, or the model has not run the whole prompt inside `record_attention`.
+
+        Example:
+            >>> from probes import record_attention
+            >>> with torch.no_grad(), record_attention(model, tokens, statistics=["contribution"]) as attention:
+            ...     output = model(**inputs)
+            >>> attention.contribution.shape  # layers, batch, heads, targets, sources
+            torch.Size([6, 1, 4, 4, 5])
+        """
+        return self._mean("contribution", "queries")
 
     @property
     def received(self) -> Float[Tensor, "layers batch heads targets positions"]:
@@ -82,7 +120,31 @@ class AttentionRecord:
         Raises:
             RuntimeError: The model has not run the whole prompt inside `record_attention`.
         """
-        return self._stack_layers("received") / self._stack_layers("receivers")[:, :, None]
+        return self._mean("received", "receivers")
+
+    @property
+    def sink_rate(self) -> Float[Tensor, "layers batch heads targets positions"]:
+        """Return for which share of the queries of `target` a position's attention stands out in its group.
+
+        It stands out if it is at least 10 times that of the group's median position, and an outlier among the scores of
+        the group's positions (`probes.attention.outliers`). `probes.attention.sinks.find_sinks` reads it. Only queries
+        that can attend to the position count.
+
+        Raises:
+            RuntimeError: It was not recorded, or the model has not run the whole prompt inside `record_attention`.
+        """
+        return self._mean("sink_rate", "receivers")
+
+    @property
+    def value_norm(self) -> Float[Tensor, "layers batch heads positions"]:
+        """Return the norm of the value at each position, of the key head that each head uses.
+
+        Attention sinks have small values (Gu et al. 2024, arXiv 2410.10781). A position that a layer runs without is NaN.
+
+        Raises:
+            RuntimeError: It was not recorded, or the model has not run the whole prompt inside `record_attention`.
+        """
+        return self._mean("value_norm", "value_calls")
 
     @property
     def queries(self) -> Float[Tensor, "layers batch targets sources"]:
@@ -95,12 +157,21 @@ class AttentionRecord:
         """
         return self._stack_layers("queries")
 
+    @property
+    def receivers(self) -> Float[Tensor, "layers batch targets positions"]:
+        """Return the number of queries of `target` that can attend to each position.
+
+        Raises:
+            RuntimeError: The model has not run the whole prompt inside `record_attention`.
+        """
+        return self._stack_layers("receivers")
+
     def frame(self) -> pd.DataFrame:
         """Return the record as a table.
 
         Returns:
             A row for each combination of layer, sample, head, target and source. The columns are layer, sample, head,
-            target, source, mass, entropy, queries.
+            target, source, those recorded of mass, entropy and contribution, and queries.
 
         Raises:
             RuntimeError: The model has not run the whole prompt inside `record_attention`.
@@ -114,11 +185,12 @@ class AttentionRecord:
         """
         import pandas as pd
 
-        mass = self.mass
-        axes = [self.layers, range(mass.shape[1]), self.heads, self.targets, self.sources]
+        names = ("mass", "entropy", "contribution")
+        columns = {name: getattr(self, name) for name in names if name in self.statistics}
+        counts = self.queries[:, :, None].expand(-1, -1, len(self.heads), -1, -1)
+        axes = [self.layers, range(counts.shape[1]), self.heads, self.targets, self.sources]
         index = pd.MultiIndex.from_product(axes, names=["layer", "sample", "head", "target", "source"])
-        queries = self.queries[:, :, None].expand_as(mass)
-        columns = {"mass": mass, "entropy": self.entropy, "queries": queries.long()}
+        columns["queries"] = counts.long()
         return pd.DataFrame({name: values.flatten().numpy() for name, values in columns.items()}, index).reset_index()
 
     def plot(self) -> Figure:
@@ -130,6 +202,79 @@ class AttentionRecord:
         from probes.plots import plot_attention
 
         return plot_attention(self)
+
+    def view(self, images: Sequence[Any] = (), name: str = "", title: str = "") -> AttentionView:
+        """Return a page that shows what each word attends to. Jupyter displays it; `save` writes it to a file.
+
+        Args:
+            images: The images of the prompt in reading order; a video is a list of its frames.
+            name: Name of the run on the page; by default the model's type.
+            title: Title of the page.
+
+        Raises:
+            ValueError: If the record was made without `words`.
+            RuntimeError: The model has not run the whole prompt inside `record_attention`.
+
+        Example:
+            >>> from probes import record_attention
+            >>> from probes.view import find_words
+            >>> words = find_words(tokens, inputs["input_ids"], processor.tokenizer)
+            >>> with torch.no_grad(), record_attention(model, tokens, words=words) as attention:
+            ...     output = model(**inputs)
+            >>> attention.view(images=[image]).save(folder / "page.html").exists()
+            True
+        """
+        from probes.view.page import AttentionView
+
+        return AttentionView([self.view_run(images, name)], title)
+
+    def view_run(self, images: Sequence[Any] = (), name: str = "", **parts: Any) -> ViewRun:
+        """Return what a page shows of this record, for `probes.view.AttentionView`.
+
+        Args:
+            images: The images of the prompt in reading order; a video is a list of its frames.
+            name: Name of the run on the page; by default the model's type.
+            **parts: Further arguments of `ViewRun`. `maps` are added to the attention.
+
+        Raises:
+            ValueError: If the record was made without `words`, or some of them were not recorded.
+            RuntimeError: The model has not run the whole prompt inside `record_attention`.
+        """
+        from probes.view.run_data import PatchMap, ViewRun
+
+        if self.words is None:
+            raise ValueError("view: the record has no words; pass words=find_words(...) to record_attention")
+        if missing := [group for group in self.words.groups if group not in self.targets]:
+            raise ValueError(f"targets: {missing[0]!r} was not recorded; name all groups of the words")
+        targets = [self.targets.index(group) for group in self.words.groups]
+        vision = self.tokens.mask("vision")[0].cpu()
+        keys = self.receivers[:, 0, targets]  # layers, words, positions
+        attention = PatchMap("attention", "attention", "share of the word's attention", self.received[:, 0, :, targets])
+        return ViewRun(
+            name=name or self.facts.get("model", "model"),
+            model=self.facts,
+            tokens=self.tokens,
+            words=self.words,
+            layers=self.layers,
+            heads=self.heads,
+            mass=self.mass[:, 0][:, :, targets, self.sources.index("vision")],
+            uniform=keys[..., vision].sum(-1) / keys.sum(-1),
+            maps=[attention, *parts.pop("maps", ())],
+            images=images,
+            **parts,
+        )
+
+    def _mean(self, name: str, count: str) -> Tensor:
+        """Return the sums of one statistic over their counts.
+
+        Raises:
+            RuntimeError: It was not recorded, or the calls so far do not cover the token map.
+        """
+        if name not in self.statistics:
+            raise RuntimeError(
+                f"{name} was not recorded, only {', '.join(self.statistics)}: name it in statistics of record_attention"
+            )
+        return self._stack_layers(name) / self._stack_layers(count)[:, :, None]
 
     def _stack_layers(self, name: str) -> Tensor:
         """Stack one field of the layers' sums along a first axis of layers.

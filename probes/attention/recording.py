@@ -7,12 +7,14 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
+from probes.attention.group_sums import DEFAULT_STATISTICS, STATISTICS
 from probes.attention.record import AttentionRecord
 from probes.attention.recorder import AttentionRecorder
 from probes.hooks.decoder import MASK_FORMATS, find_decoder, select_attention_layers
 from probes.hooks.token_window import TokenWindow
 from probes.tokens.token_map import TokenMap
 from probes.unwrapping import unwrap_model
+from probes.view.words import Words
 
 
 @contextmanager
@@ -23,6 +25,8 @@ def record_attention(
     targets: Iterable[str] | None = None,
     heads: Iterable[int] | None = None,
     backend: str = "native",
+    statistics: Iterable[str] = DEFAULT_STATISTICS,
+    words: Words | None = None,
 ) -> Iterator[AttentionRecord]:
     """Record the self-attention of a stack in one forward pass, or in one prompt and its cached decoding.
 
@@ -51,12 +55,17 @@ def record_attention(
             the native record, or to record inside an experiment with one of them. `model` may then be an `NNsight` or a
             `TransformerBridge`. Attention runs as eager, and the whole matrices of one layer at a time are in memory;
             see `probes.attention.backends.observe_attention`.
+        statistics: What to record beside mass, by property of the record: "entropy" and "received" by default;
+            "contribution", "sink_rate" and "value_norm" need the native back end. `["mass"]` alone costs least: under
+            sdpa on the CPU, the scores of the widest source are not computed a second time.
+        words: Words of one prompt, from `probes.view.find_words`. Each becomes a group of its own, and by default they
+            are the targets. `received` then holds the attention of each word to every position, and `view` shows it.
 
     Yields:
         The record. It can be read once the model has run the whole prompt.
 
     Raises:
-        ValueError: An unknown layer, head or group; a model that cannot be recorded; or a call that does not fit
+        ValueError: An unknown layer, head, group or statistic; a model that cannot be recorded; or a call that does not fit
             `tokens`, is packed or paged, or has a mask that cannot be read.
         RuntimeError: The layers are being recorded already; a second prompt or a second thread runs in the same record;
             decoding goes back to an earlier position; or the record is read before the whole prompt has run.
@@ -72,6 +81,8 @@ def record_attention(
     # These import this file.
     from probes.attention.backends import record_with_backend, underlying_model
 
+    if words is not None:
+        tokens, targets = words.label(tokens), words.groups if targets is None else targets
     model = unwrap_model(model)
     transformers_model = underlying_model(model, backend)
     decoder = find_decoder(transformers_model, tokens.stack, MASK_FORMATS.values())
@@ -82,8 +93,16 @@ def record_attention(
         raise ValueError(f"targets are empty: name at least one of {', '.join(tokens.groups)}")
     for group in groups:
         tokens.index(group)
+    selected_statistics = _select_statistics(statistics, backend)
     selected_heads = _select_heads(decoder.config.num_attention_heads, heads)
-    record = AttentionRecord(tokens, select_attention_layers(decoder, layers), selected_heads, groups)
+    record = AttentionRecord(
+        tokens, select_attention_layers(decoder, layers), selected_heads, groups, words, selected_statistics
+    )
+    record.facts = {
+        "model": transformers_model.config.model_type,
+        "device": str(transformers_model.device),
+        "dtype": str(transformers_model.dtype).removeprefix("torch."),
+    }
     if backend != "native":
         with record_with_backend(backend, model, tokens, record):
             yield record
@@ -105,3 +124,17 @@ def _select_heads(count: int, heads: Iterable[int] | None) -> tuple[int, ...]:
         problem = f"{outside} are unknown" if outside else "are empty"
         raise ValueError(f"heads {problem}: the model has {count} query heads, 0 to {count - 1}")
     return selected
+
+
+def _select_statistics(statistics: Iterable[str], backend: str) -> tuple[str, ...]:
+    """Return mass and the chosen statistics, in the order of `STATISTICS`.
+
+    Raises:
+        ValueError: An unknown statistic, or one that the back end does not report.
+    """
+    given = {"mass"} | ({statistics} if isinstance(statistics, str) else set(statistics))
+    if unknown := sorted(given - set(STATISTICS)):
+        raise ValueError(f"statistics: {unknown[0]!r} is unknown; choose from {', '.join(STATISTICS)}")
+    if backend != "native" and (native := sorted(given - set(DEFAULT_STATISTICS))):
+        raise ValueError(f"statistics: backend={backend!r} has no {native[0]!r}; use backend='native'")
+    return tuple(name for name in STATISTICS if name in given)

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from probes.attention.statistics import GroupSums
+from probes.attention.group_sums import GroupSums
 
 
 @torch.no_grad()

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from probes.attention import layout as attention_layout
+from probes.attention.group_sums import GroupSums
 from probes.attention.layout import GroupLayout
-from probes.attention.statistics import GroupSums, group_statistics
+from probes.attention.statistics import AttentionCall, group_statistics
 from probes.attention.visibility import Visibility
 
 CAUSAL = Visibility(offset=0)
@@ -29,7 +30,7 @@ def sum_call(
     **kwargs: Any,
 ) -> GroupSums:
     layout = GroupLayout.build(queries, keys, targets, sources, visible, query.shape[1], key.shape[1])
-    return group_statistics(query, key, 1.0, layout, **kwargs)
+    return group_statistics(AttentionCall(query, key, 1.0, **kwargs), layout)
 
 
 def test_group_statistics_under_autocast_stay_float32() -> None:
