@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 _MODULE_NAMES = ("_orig_mod", "module", "_checkpoint_wrapped_module")
 # The same in PEFT's models and in the tuner inside them.
 _MODEL_NAMES = (*_MODULE_NAMES, "base_model", "model")
+# Name of the model inside TransformerLens' bridge and nnsight's NNsight, which change how it is called.
+_INNER_MODEL_NAMES = ("original_model", "_module")
 
 
 def unwrap_module(module: Any) -> Any:
@@ -61,7 +63,9 @@ def require_model(model: Any) -> PreTrainedModel:
     """
     inner = unwrap_model(model)
     if not isinstance(inner, PreTrainedModel):
-        raise ValueError(f"a {type(inner).__name__} cannot be probed: pass a transformers model, or the one inside it")
+        names = [name for name in _INNER_MODEL_NAMES if isinstance(getattr(inner, name, None), PreTrainedModel)]
+        advice = f"its {names[0]}" if names else "the one inside it"
+        raise ValueError(f"a {type(inner).__name__} cannot be probed: pass a transformers model, or {advice}")
     return inner
 
 

@@ -179,12 +179,12 @@ def override_forward(layer: nn.Module, forward: Any, stack: ExitStack) -> None:
 
     A forward that a library put on the module is restored afterwards; accelerate does so where weights are offloaded.
     """
-    previous = vars(layer).get("forward")
-    layer.forward = forward
-    if previous is None:
-        stack.callback(delattr, layer, "forward")
+    own = vars(layer)  # a layer of a TransformerLens bridge would pass `layer.forward = ...` on to the module inside it
+    if "forward" in own:
+        stack.callback(own.__setitem__, "forward", own["forward"])
     else:
-        stack.callback(setattr, layer, "forward", previous)
+        stack.callback(own.pop, "forward")
+    own["forward"] = forward
 
 
 def check_same_shape(hidden: Float[Tensor, ...], first: Float[Tensor, ...]) -> None:

@@ -28,6 +28,7 @@ from probes import (
     record_states,
     relevancy,
 )
+from probes.attention.backends.transformer_lens import wrap
 from probes.fusion.curves import (
     answer_logprob,
     attention_curve,
@@ -155,7 +156,32 @@ def test_unwrap_model_prompt_learning_adapter_raises(make_llava: Callable[..., M
         unwrap_model(model)
 
 
+@torch.no_grad()
+def test_replay_and_curves_of_model_in_bridge_equal_those_of_eager_model(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
+    """Layers of a TransformerLens bridge pass attributes that are set on them to the modules inside."""
+    eager, inner, inputs = make_llava("eager"), wrap(make_llava("eager")).original_model, make_inputs()
+    tokens = TokenMap.from_inputs(eager, inputs)
+    score = answer_logprob(tokens, torch.tensor([5, 6, 7]))
+    for curve in (removal_curve, knockout_curve):
+        actual, expected = curve(inner, tokens, inputs, score), curve(eager, tokens, inputs, score)
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    with replay(inner, [1]) as resume_from:
+        first = inner(**inputs, use_cache=False).logits
+        with resume_from(1):
+            torch.testing.assert_close(inner(**inputs, use_cache=False).logits, first)
+    torch.testing.assert_close(inner(**inputs).logits, eager(**inputs).logits)
+
+
 def test_require_model_without_transformers_model_raises(make_llava: Callable[..., Model]) -> None:
-    for other in (torch.nn.Linear(2, 2), DataParallel(torch.nn.Linear(2, 2)), NNsight(make_llava()), "model"):
-        with pytest.raises(ValueError, match="cannot be probed: pass a transformers model"):
+    for other in (torch.nn.Linear(2, 2), DataParallel(torch.nn.Linear(2, 2)), "model"):
+        with pytest.raises(ValueError, match="cannot be probed: pass a transformers model, or the one inside it"):
             require_model(other)
+
+
+def test_require_model_of_bridge_or_nnsight_names_the_model_inside(make_llava: Callable[..., Model]) -> None:
+    for other, name in ((wrap(make_llava()), "original_model"), (NNsight(make_llava()), "_module")):
+        with pytest.raises(ValueError, match=rf"^a {type(other).__name__} cannot be probed: .* or its {name}$"):
+            require_model(other)
+        require_model(getattr(other, name))
