@@ -6,7 +6,8 @@ STAMP := $(VENV)/.installed
 RESULTS ?= results
 
 # make test-slurm: a sweep through a SLURM of one node, which root may install here (Debian, Ubuntu) and the test starts.
-.PHONY: reproduce smol test test-slow test-slurm lint clean
+# make test-browser: the attention page in Chromium, which root may install here too.
+.PHONY: reproduce smol test test-slow test-slurm test-browser lint lint-js clean
 
 reproduce: $(STAMP)
 	$(BIN)/python -m experiments.run -m experiment=attention,ablation results=$(RESULTS)
@@ -39,11 +40,23 @@ test-slurm: $(STAMP)
 	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge; }
 	$(BIN)/python -m pytest -m slurm -rs
 
+test-browser: $(STAMP)
+	@command -v chromium >/dev/null || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt playwright
+	$(BIN)/python -m pytest -m browser tests/browser -rs
+
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports
+
+# The page's JavaScript. It needs node, which nothing else does.
+lint-js:
+	npm install --silent --no-save --no-package-lock prettier@3 eslint@9 @eslint/js@9 globals@16
+	npx prettier --check probes/view/static/*.js probes/view/static/*.css
+	npx eslint probes/view/static/*.js
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \

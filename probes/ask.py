@@ -141,10 +141,14 @@ def ask(
     tokenizer = processor.tokenizer
     seen = (*images, *(list(video) for video in videos))
     sizes = [*images, *(video[0] for video in videos)]
-    with torch.no_grad(), ExitStack() as stack:
-        prompt_map = TokenMap.from_inputs(model, prompt, processor, sizes)
-        _intervene(stack, model, prompt_map, interventions)
-        ids = _answer_ids(model, tokenizer, prompt, answer, max_new_tokens)
+    if answer is None:
+        with torch.no_grad(), ExitStack() as stack:
+            prompt_map = TokenMap.from_inputs(model, prompt, processor, sizes)
+            _intervene(stack, model, prompt_map, interventions)
+            generated = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False)
+        ids = generated[0, prompt["input_ids"].shape[1] :]
+    else:
+        ids = tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"][0].to(model.device)
     text = tokenizer.decode(ids, skip_special_tokens=True).strip()
     if not text:
         raise ValueError(f"answer: the model's answer is empty (token ids {ids.tolist()}); pass answer='...'")
@@ -226,15 +230,6 @@ def append_answer(
     if "answer_mask" in inspect.signature(model.forward).parameters:  # LLaVA-Mini fuses the image into prompts alone
         inputs["answer_mask"] = labels >= 0
     return inputs, labels
-
-
-def _answer_ids(
-    model: PreTrainedModel, tokenizer: Any, prompt: Mapping[str, Any], answer: str | None, max_new_tokens: int
-) -> Int[Tensor, " answer"]:
-    if answer is not None:
-        return tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
-    generated = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False)
-    return generated[0, prompt["input_ids"].shape[1] :]
 
 
 def _intervene(stack: ExitStack, model: PreTrainedModel, tokens: TokenMap, interventions: Sequence[Any]) -> None:

@@ -120,12 +120,8 @@ def _static(name: str) -> str:
 @cache
 def _script() -> str:
     """Return the modules as one: without imports of each other, and without the word export."""
-    script = ""
-    for name in _MODULES:
-        lines = _static(name).splitlines()
-        kept = [re.sub(r"^export ", "", line) for line in lines if not line.startswith("import ")]
-        script += "\n".join(kept) + "\n"
-    return script
+    texts = (re.sub(r"^import [^;]*;\n", "", _static(name), flags=re.MULTILINE) for name in _MODULES)
+    return "\n".join(re.sub(r"^export ", "", text, flags=re.MULTILINE) for text in texts)
 
 
 def page_data(page: str) -> Any:

@@ -23,7 +23,16 @@ export function csvOf(shown) {
     const sinks = new Set(run.sinks?.patches ?? []);
     values.forEach((value, p) => {
       const places = [position[p], image[p], frame[p], tile[p], row[p], column[p], ...(box[p] ?? ["", "", "", ""])];
-      const cells = [run.name, run.words[word].text, run.model.layers[layer], head, map, ...places, Number(sinks.has(p)), value];
+      const cells = [
+        run.name,
+        run.words[word].text,
+        run.model.layers[layer],
+        head,
+        map,
+        ...places,
+        Number(sinks.has(p)),
+        Number.isNaN(value) ? "" : value,
+      ];
       lines.push(cells.map(quoted).join(","));
     });
   }
@@ -38,7 +47,10 @@ export function saveCsv(shown, name) {
 export function savePng(canvases, scale, title, stops, name) {
   const gap = 12;
   const height = Math.max(...canvases.map((canvas) => canvas.height));
-  const width = Math.max(canvases.reduce((sum, canvas) => sum + canvas.width + gap, gap), 480);
+  const width = Math.max(
+    canvases.reduce((sum, canvas) => sum + canvas.width + gap, gap),
+    480,
+  );
   const sheet = document.createElement("canvas");
   Object.assign(sheet, { width, height: height + 108 });
   const context = sheet.getContext("2d");

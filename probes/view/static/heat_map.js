@@ -4,8 +4,8 @@ import { format } from "./numbers.js";
 import { UNDEFINED } from "./palette.js";
 
 const CELL = 22; // pixels of a patch that is drawn by row and column
-const WIDEST = 560; // pixels of a canvas that stands alone
-const STRIP = 190; // pixels of a canvas among several
+export const WIDEST = 560; // pixels of the canvases of all runs beside each other
+export const STRIP = 190; // pixels of a canvas among several of one run
 const loaded = new Map();
 
 function loadImage(source) {
@@ -58,13 +58,18 @@ function geometry(run, part) {
   const frame = [Math.min(...edges[0]), Math.min(...edges[1]), Math.max(...edges[2]), Math.max(...edges[3])];
   const image = run.images[part.image];
   if (!inPixels || !image) return { boxes, frame, inPixels };
-  const whole = [Math.min(frame[0], 0), Math.min(frame[1], 0), Math.max(frame[2], image.width), Math.max(frame[3], image.height)];
+  const whole = [
+    Math.min(frame[0], 0),
+    Math.min(frame[1], 0),
+    Math.max(frame[2], image.width),
+    Math.max(frame[3], image.height),
+  ];
   return { boxes, frame: whole, inPixels };
 }
 
 /** A canvas with the heat map of one part. */
 export class HeatCanvas {
-  constructor(run, part, alone) {
+  constructor(run, part, longest) {
     Object.assign(this, { run, part, ...geometry(run, part) });
     this.figure = document.createElement("figure");
     this.canvas = document.createElement("canvas");
@@ -76,14 +81,16 @@ export class HeatCanvas {
       this.figure.append(caption);
     }
     const [left, top, right, bottom] = this.frame;
-    this.zoom = Math.min((alone ? WIDEST : STRIP) / Math.max(right - left, bottom - top), alone ? 12 : 4);
+    this.zoom = Math.min(longest / Math.max(right - left, bottom - top), 12);
     const density = window.devicePixelRatio || 1;
     this.pixels = this.zoom * density;
     this.canvas.width = Math.max(Math.round((right - left) * this.pixels), 1);
     this.canvas.height = Math.max(Math.round((bottom - top) * this.pixels), 1);
     this.canvas.style.maxWidth = `${Math.round((right - left) * this.zoom)}px`;
     this.bitmap = null;
-    const source = this.inPixels ? run.images[part.image]?.frames[Math.min(part.frame, run.images[part.image].frames.length - 1)] : null;
+    const source = this.inPixels
+      ? run.images[part.image]?.frames[Math.min(part.frame, run.images[part.image].frames.length - 1)]
+      : null;
     this.ready = source ? loadImage(source).then((bitmap) => Object.assign(this, { bitmap })) : Promise.resolve();
   }
 

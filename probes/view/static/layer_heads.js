@@ -79,7 +79,8 @@ export class LayerHeadMap {
     context.textAlign = "center";
     const under = TOP + this.layers * this.height + 9;
     const every = Math.ceil(20 / this.cell);
-    for (let h = 0; h < this.heads; h += every) context.fillText(String(run.model.heads[h]), this.x(h) + this.cell / 2, under);
+    for (let h = 0; h < this.heads; h += every)
+      context.fillText(String(run.model.heads[h]), this.x(h) + this.cell / 2, under);
     context.textAlign = "right";
     context.fillText("mean", this.x(this.heads) + this.cell + 2, under + (this.cell < 30 ? 12 : 0));
     context.textAlign = "left";

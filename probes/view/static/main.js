@@ -2,10 +2,21 @@
 
 import { decodeRun } from "./decode.js";
 import { saveCsv, savePng } from "./export.js";
-import { HeatCanvas, canvasParts } from "./heat_map.js";
+import { HeatCanvas, STRIP, WIDEST, canvasParts } from "./heat_map.js";
 import { LayerHeadMap } from "./layer_heads.js";
 import { drawLines } from "./mass_line.js";
-import { MEAN, differenceProblem, format, layerIndex, mapOf, massByLayer, massOf, patchValues, patchWords, uniformByLayer } from "./numbers.js";
+import {
+  MEAN,
+  differenceProblem,
+  format,
+  layerIndex,
+  mapOf,
+  massByLayer,
+  massOf,
+  patchValues,
+  patchWords,
+  uniformByLayer,
+} from "./numbers.js";
 import { colourScale, gradient, scaleStops } from "./palette.js";
 import { START, addressOf, hasAddress, stateFromAddress } from "./state.js";
 import { buildWords, markWords } from "./words.js";
@@ -18,10 +29,17 @@ class View {
     this.problem = runs.length > 1 ? differenceProblem(runs[0], runs[1]) : "there is one run";
     const last = runs[0].words.length - 1;
     const middle = Math.floor((runs[0].model.layers.length - 1) / 2);
-    const start = { ...START, word: last, word2: (runs[1] ?? runs[0]).words.length - 1, layer: middle, map: runs[0].maps[0].key };
+    const start = {
+      ...START,
+      word: last,
+      word2: (runs[1] ?? runs[0]).words.length - 1,
+      layer: middle,
+      map: runs[0].maps[0].key,
+    };
     if (runs.length > 1) start.compare = "side";
     this.state = stateFromAddress(hasAddress() ? window.location.hash : "", runs, start);
-    this.sameWords = runs.length > 1 && runs[0].words.map((w) => w.text).join("\n") === runs[1].words.map((w) => w.text).join("\n");
+    this.sameWords =
+      runs.length > 1 && runs[0].words.map((w) => w.text).join("\n") === runs[1].words.map((w) => w.text).join("\n");
     this.overlay = Number(get("overlay").value) / 100;
     this.heads = new LayerHeadMap(get("layer-heads"), (cell) => this.choose(cell));
     this.build();
@@ -52,7 +70,9 @@ class View {
     get("run").addEventListener("change", (event) => this.choose({ run: Number(event.target.value) }));
     get("sinks-switch").addEventListener("change", (event) => this.choose({ sinks: event.target.checked }));
     get("layer").addEventListener("input", (event) => this.choose({ layer: Number(event.target.value) }));
-    get("head").addEventListener("change", (event) => this.choose({ head: event.target.value === MEAN ? MEAN : Number(event.target.value) }));
+    get("head").addEventListener("change", (event) =>
+      this.choose({ head: event.target.value === MEAN ? MEAN : Number(event.target.value) }),
+    );
     get("overlay").addEventListener("input", (event) => {
       this.overlay = Number(event.target.value) / 100;
       this.drawHeat();
@@ -61,7 +81,9 @@ class View {
     get("export-png").addEventListener("click", () => this.exportPng());
     document.addEventListener("keydown", (event) => this.onKey(event));
     if (hasAddress()) {
-      window.addEventListener("hashchange", () => this.choose(stateFromAddress(window.location.hash, this.runs, this.state)));
+      window.addEventListener("hashchange", () =>
+        this.choose(stateFromAddress(window.location.hash, this.runs, this.state)),
+      );
     }
   }
 
@@ -103,7 +125,9 @@ class View {
     const run = this.current;
     const word = Math.min(Math.max(this.wordOf(run) + by, 0), this.runs[run].words.length - 1);
     this.chooseWord(run, word);
-    get(run === 0 ? "words" : "words2").querySelector(`[data-word="${word}"]`)?.focus();
+    get(run === 0 ? "words" : "words2")
+      .querySelector(`[data-word="${word}"]`)
+      ?.focus();
   }
 
   choose(change) {
@@ -121,6 +145,8 @@ class View {
       const [map, word, at] = [mapOf(run, key), this.wordOf(i), layerIndex(run, layer)];
       const words = map.kind === "words" ? patchWords(map, at) : null;
       const values = words ?? patchValues(run, map, word, at, head);
+      // A word that cannot attend to the image, or from which an intervention hides it, has no attention to show.
+      if (map.key === "attention" && !Number.isFinite(massOf(run, word, at, head, false))) values.fill(NaN);
       return { run, word, layer: at, head, map: map.label, unit: map.unit, signed: map.signed, values, words };
     };
     if (this.runs.length < 2 || compare === "single") return [one(this.current)];
@@ -165,8 +191,13 @@ class View {
   drawHeat() {
     const shown = this.shown();
     const hidden = shown.map(({ run }) => new Set(this.state.sinks ? [] : (run.sinks?.patches ?? [])));
-    const numbers = shown.flatMap(({ values, words }, i) => (words ? [] : [...values].filter((_, p) => !hidden[i].has(p))));
-    const largest = numbers.reduce((most, value) => (Number.isFinite(value) ? Math.max(most, Math.abs(value)) : most), 0);
+    const numbers = shown.flatMap(({ values, words }, i) =>
+      words ? [] : [...values].filter((_, p) => !hidden[i].has(p)),
+    );
+    const largest = numbers.reduce(
+      (most, value) => (Number.isFinite(value) ? Math.max(most, Math.abs(value)) : most),
+      0,
+    );
     const signed = Boolean(shown[0].signed);
     this.scale = { ...colourScale(largest, signed), signed, label: `${shown[0].map}, ${shown[0].unit ?? "word"}` };
     const key = `${this.runs.indexOf(shown[0].run)}/${shown.length}`;
@@ -177,7 +208,9 @@ class View {
         const group = document.createElement("div");
         group.className = "run-heat";
         const parts = canvasParts(run);
-        const canvases = parts.map((part) => new HeatCanvas(run, part, parts.length === 1 && shown.length === 1));
+        const canvases = parts.map(
+          (part) => new HeatCanvas(run, part, parts.length === 1 ? WIDEST / shown.length : STRIP),
+        );
         for (const canvas of canvases) {
           canvas.canvas.addEventListener("pointermove", (event) => this.hover(canvas, event));
           canvas.canvas.addEventListener("pointerleave", () => (get("hover").textContent = "\u00a0"));
@@ -212,7 +245,8 @@ class View {
     const place = box[patch] ? `, pixels ${box[patch].map((side) => Math.round(side)).join(", ")}` : "";
     const sink = canvas.run.sinks?.patches.includes(patch) ? ", visual sink" : "";
     const value = entry.words ? `“${entry.words[patch]}”` : format(entry.values[patch]);
-    get("hover").textContent = `row ${row[patch] + 1}, column ${column[patch] + 1} (position ${position[patch]}${place}${sink}): ${value}`;
+    get("hover").textContent =
+      `row ${row[patch] + 1}, column ${column[patch] + 1} (position ${position[patch]}${place}${sink}): ${value}`;
   }
 
   drawLayers(run) {
@@ -225,9 +259,14 @@ class View {
     get("layer-heads-bar").style.background = gradient(false);
     const curves = [{ name: "uniform attention", values: uniformByLayer(run, word), kind: "uniform" }];
     const other = this.runs[1 - this.current];
-    const comparable = other && this.state.compare !== "single" && other.model.layers.length === run.model.layers.length;
+    const comparable =
+      other && this.state.compare !== "single" && other.model.layers.length === run.model.layers.length;
     if (comparable) {
-      curves.push({ name: "BA"[this.current], values: massByLayer(other, this.wordOf(1 - this.current), head, !sinks), kind: "second" });
+      curves.push({
+        name: "BA"[this.current],
+        values: massByLayer(other, this.wordOf(1 - this.current), head, !sinks),
+        kind: "second",
+      });
     }
     get("mass-second").hidden = !comparable;
     get("mass-second-name").textContent = "BA"[this.current];
@@ -237,7 +276,14 @@ class View {
     if (run.removal) {
       const curve = [{ name: run.removal.label, values: run.removal.values, kind: "main" }];
       get("removal-label").textContent = run.removal.label;
-      drawLines(get("removal-line"), run.removal.layers, curve, Math.min(at, run.removal.layers.length - 1), "first layer without the image", () => {});
+      drawLines(
+        get("removal-line"),
+        run.removal.layers,
+        curve,
+        Math.min(at, run.removal.layers.length - 1),
+        "first layer without the image",
+        () => {},
+      );
     }
   }
 

@@ -37,7 +37,8 @@ export function drawLines(svg, layers, curves, chosen, label, choose) {
   svg.append(part("line", { x1: x(chosen), x2: x(chosen), y1: ABOVE, y2: HEIGHT - BELOW, class: "chosen" }));
   const every = Math.ceil(layers.length / 12);
   layers.forEach((layer, i) => {
-    if (i % every === 0) svg.append(part("text", { x: x(i), y: HEIGHT - BELOW + 15, class: "tick middle" }, String(layer)));
+    if (i % every === 0)
+      svg.append(part("text", { x: x(i), y: HEIGHT - BELOW + 15, class: "tick middle" }, String(layer)));
   });
   svg.append(part("text", { x: (FROM_LEFT + WIDTH - FROM_RIGHT) / 2, y: HEIGHT - 3, class: "tick middle" }, label));
   for (const { values, kind } of curves) {

@@ -2,7 +2,16 @@
 
 import { MEAN } from "./numbers.js";
 
-export const START = { word: 0, word2: 0, layer: 0, head: MEAN, map: "attention", compare: "single", run: 0, sinks: true };
+export const START = {
+  word: 0,
+  word2: 0,
+  layer: 0,
+  head: MEAN,
+  map: "attention",
+  compare: "single",
+  run: 0,
+  sinks: true,
+};
 const COMPARISONS = ["single", "side", "difference"];
 
 function whole(text, count) {

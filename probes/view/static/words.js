@@ -10,7 +10,9 @@ function gap(entry) {
     return span;
   }
   const long = entry.text.length > LONGEST_GAP;
-  span.textContent = long ? `${entry.text.slice(0, LONGEST_GAP / 2)} … ${entry.text.slice(-LONGEST_GAP / 2)}` : entry.text;
+  span.textContent = long
+    ? `${entry.text.slice(0, LONGEST_GAP / 2)} … ${entry.text.slice(-LONGEST_GAP / 2)}`
+    : entry.text;
   return span;
 }
 
