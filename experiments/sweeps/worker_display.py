@@ -69,8 +69,8 @@ class WorkerDisplay:
         self._rows[worker].progress = progress
 
     def finished(self, worker: int, name: str, result: JobReturn, lines: Sequence[str]) -> None:
-        """Write what a job wrote, and a line with its end."""
-        seconds = self._rows[worker].seconds
+        """Write what a job wrote, and a line with its end. The worker leaves the table until it starts another job."""
+        seconds = self._rows.pop(worker).seconds
         self._durations.append(seconds)
         if result.status == JobStatus.FAILED:
             outcome = f"error: {one_line(result._return_value)}"
@@ -80,10 +80,6 @@ class WorkerDisplay:
             outcome = "ended"
         position = f"{len(self._durations)} of {self.jobs}"
         self.write([*lines, f"{position}: {name}: {outcome}, {format_duration(seconds)}"])
-
-    def ended(self, worker: int) -> None:
-        """Show that a worker has no more jobs."""
-        del self._rows[worker]
 
     def write(self, lines: Sequence[str]) -> None:
         """Write lines as they are, above the table."""
@@ -108,11 +104,10 @@ class WorkerDisplay:
         return "" if left is None else format_duration(left)
 
     def _summary(self) -> str:
-        rows = list(self._rows.values())
+        running = [row.seconds for row in list(self._rows.values())]
         ended = len(self._durations)
-        left = seconds_left(
-            self._durations, [row.seconds for row in rows], self.jobs - ended - len(rows), max(len(rows), 1)
-        )
+        waiting = max(self.jobs - ended - len(running), 0)
+        left = seconds_left(self._durations, running, waiting, len(running)) if running else None
         return f"{ended} of {self.jobs} ended" + ("" if left is None else f"; about {format_duration(left)} left")
 
 

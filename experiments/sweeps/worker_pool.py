@@ -173,7 +173,6 @@ class _Pool:
             self.display.started(worker.number, worker.job.name)
         else:
             self.workers.remove(worker)
-            self.display.ended(worker.number)
         with contextlib.suppress(OSError):  # it died, and `receive` will find that out
             worker.connection.send(worker.job and (worker.job.number, worker.job.overrides))
 
@@ -198,6 +197,5 @@ class _Pool:
         assert worker.job
         overrides = list(worker.job.overrides)
         self._end_job(worker, JobReturn(overrides, status=JobStatus.FAILED, _return_value=error))
-        self.display.ended(worker.number)
         if self.pending and not (killed and self.workers):
             self.start(worker.environment)

@@ -66,12 +66,13 @@ def test_table_estimates_the_time_left_from_the_jobs_that_ended(clock):
     assert "0:00:30" in next(row for row in rows if "seed=2" in row)
 
 
-def test_table_drops_a_worker_without_jobs(clock):
+def test_table_leaves_out_a_worker_without_a_job(clock):
     display = display_of(1)
     display.started(0, "seed=0")
     display.finished(0, "seed=0", ended(None), [])
-    display.ended(0)
-    assert not any("seed=0" in row for row in text_of(display))
+    rows = text_of(display)
+    assert not any("seed=0" in row for row in rows)
+    assert rows[-1].strip() == "1 of 1 ended"
 
 
 def test_display_in_a_log_file_writes_one_line_for_each_job_and_no_table(clock):
