@@ -26,7 +26,7 @@ _SETTINGS = {
     "probe.block": "probe.removal_block_size",
 } | {f"{group}.{old}": f"{group}.{new}" for group in _TRAIN_GROUPS for old, new in _TRAIN.items()}
 # Records from before a setting existed were made as if it had had this value.
-_PLATEAU = {"until": "steps", "eval_steps": 0, "early_stopping_patience": 4, "early_stopping_threshold": 0.0}
+_PLATEAU = {"until": "steps", "eval_steps": 0, "patience": 3, "min_improvement": 0.005}
 _ADDED = {
     "data.max_length": None,
     "data.validation_samples": 0,

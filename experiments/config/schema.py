@@ -22,7 +22,8 @@ TRAIN_CHOICES = {
     "optim": ("adamw", "muon"),
     "lr_scheduler_type": ("cosine", "linear", "constant", "constant_with_warmup", PLATEAU_SCHEDULE),
 }
-REDUCTIONS = ("none", "fastv", "vtw", "pyramid_drop")
+REDUCTIONS = ("none", "fastv", "vtw", "pyramid_drop", "dart", "sparsevlm", "random_drop")
+STAGED_REDUCTIONS = ("pyramid_drop", "sparsevlm")  # drop tokens at several layers
 PREFUSION_LOCATIONS = ("outside", "inside")
 BAD_ENTRIES = ("stop", "skip")
 
@@ -69,14 +70,14 @@ class TrainConfig:
     until: str = setting(
         "steps",
         "steps: train for max_steps or num_train_epochs; plateau: they are a maximum, and training ends once validation "
-        "accuracy has stopped improving (docs/training.md)",
+        "loss has stopped falling (docs/training.md)",
     )
     eval_steps: int = setting(0, "steps between two measurements of the validation split; 0 for none")
-    early_stopping_patience: int = setting(
-        4, "measurements in a row without improvement that make a plateau; the learning rate is lowered there"
+    patience: int = setting(
+        3, "measurements in a row without improvement that make a plateau; the learning rate is lowered there"
     )
-    early_stopping_threshold: float = setting(
-        0.0, "least rise of validation accuracy (0 to 1) that counts as an improvement"
+    min_improvement: float = setting(
+        0.005, "share of the lowest validation loss so far by which a measurement must be below it to be an improvement"
     )
     trainable: str = setting("all", "all: everything but the vision tower; projector: the projector alone")
     train_vision: bool = setting(False, "also train the vision tower")
@@ -105,8 +106,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = ("max_steps", "num_train_epochs", "lora_rank", "per_device_train_batch_size", "warmup_steps")
-        others = ("eval_steps", "early_stopping_threshold", "weight_decay", "adam_beta2", "max_grad_norm")
-        ones = ("batch_size", "save_steps", "early_stopping_patience")
+        others = ("eval_steps", "min_improvement", "weight_decay", "adam_beta2", "max_grad_norm")
+        ones = ("batch_size", "save_steps", "patience")
         require_at_least("train", self, dict.fromkeys((*counts, *others), 0) | dict.fromkeys(ones, 1))
         own_rates = ("projector_learning_rate", "prefusion_learning_rate")
         for name in ("learning_rate", *own_rates):
@@ -115,8 +116,9 @@ class TrainConfig:
                 raise ValueError(f"train.{name}: must be more than 0, found {rate}")
             if name in own_rates and rate is not None and self.optim != "adamw":
                 raise ValueError(f"train.{name}: train.optim={self.optim} has one rate for all; leave it out")
-        if self.adam_beta2 >= 1:
-            raise ValueError(f"train.adam_beta2: must be below 1, found {self.adam_beta2}")
+        for name in ("adam_beta2", "min_improvement"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"train.{name}: must be below 1, found {getattr(self, name)}")
         for name, choices in TRAIN_CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"train.{name}: unknown '{getattr(self, name)}'; use {' or '.join(choices)}")
@@ -201,14 +203,16 @@ class ReductionConfig:
         ValueError: If a value is out of range, or the method has no such setting.
     """
 
-    name: str = setting("none", "none, fastv, vtw or pyramid_drop")
-    layers: list[int] = setting([], "first layers that run on fewer tokens, counted from 0; fastv and vtw have one")
+    name: str = setting("none", "none, fastv, vtw, pyramid_drop, dart, sparsevlm or random_drop")
+    layers: list[int] = setting(
+        [], "first layers that run on fewer tokens, counted from 0; all methods but pyramid_drop and sparsevlm have one"
+    )
     reference_depth: int = setting(
         0,
         "depth of the model that `layers` was published for; layers are scaled from it to the model's; 0 for as given",
     )
     keep: float = setting(
-        0.0, "share of the visual tokens that stays; for pyramid_drop the share at each of its layers"
+        0.0, "share of the visual tokens that stays; for pyramid_drop and sparsevlm the share at each of their layers"
     )
 
     def __post_init__(self) -> None:
@@ -216,10 +220,10 @@ class ReductionConfig:
             raise ValueError(f"reduction.name: unknown '{self.name}'; use {', '.join(REDUCTIONS)}")
         if self.name == "none" and self.layers:
             raise ValueError(f"reduction.layers: method 'none' drops nothing; leave out {self.layers} or name a method")
-        if self.name in ("fastv", "vtw") and len(self.layers) != 1:
+        if self.name not in ("none", *STAGED_REDUCTIONS) and len(self.layers) != 1:
             raise ValueError(f"reduction.layers: {self.name} drops tokens once; name one layer, found {self.layers}")
-        if self.name == "pyramid_drop" and not self.layers:
-            raise ValueError("reduction.layers: pyramid_drop needs at least one layer, found []")
+        if self.name in STAGED_REDUCTIONS and not self.layers:
+            raise ValueError(f"reduction.layers: {self.name} needs at least one layer, found []")
         require_at_least("reduction", self, {"reference_depth": 0})
         if self.name in ("none", "vtw") and self.keep:
             raise ValueError(f"reduction.keep: method '{self.name}' keeps no share; leave it out, found {self.keep}")

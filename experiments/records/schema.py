@@ -175,7 +175,7 @@ class TrainPart(_Part):
     log: list[dict[str, Any]] = Field(description="Trainer's log: loss, learning rate and gradient norm by step")
     steps: int | None = Field(None, description="optimizer steps taken")
     stopped: Literal["plateau", "max_steps"] | None = Field(
-        None, description="why training ended: validation accuracy had stopped improving, or its length was reached"
+        None, description="why training ended: validation loss had stopped falling, or its greatest length was reached"
     )
     validation: list[ValidationPoint] | None = Field(None, description="the learning curve, in the order of steps")
 

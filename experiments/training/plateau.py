@@ -1,4 +1,4 @@
-"""Training until validation accuracy stops improving: the rule, its learning rate, and the measurements."""
+"""Training until validation loss stops falling: the rule, its learning rate, and the measurements."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from experiments.config.schema import TrainConfig
 
-RATE_FACTOR = 0.3
-"""The learning rate is multiplied by it at each plateau."""
-LAST_PLATEAU = 3
-"""Training ends at this plateau: after two lower learning rates."""
+RATE_FACTOR = 0.1
+"""The learning rate is multiplied by it at a plateau."""
+LAST_PLATEAU = 2
+"""Training ends at this plateau: the first lowers the learning rate."""
 ACCURACY, LOSS = "validation_accuracy", "validation_loss"
 
 
-def count_plateaus(accuracies: Iterable[float], patience: int, threshold: float) -> int:
+def count_plateaus(losses: Iterable[float], patience: int, min_improvement: float) -> int:
     """Count plateaus: runs of measurements in a row that do not improve on the best one before.
 
-    The rule is that of torch's `ReduceLROnPlateau` with `mode="max"`, `threshold_mode="abs"` and a patience lower by one.
+    The rule is that of torch's `ReduceLROnPlateau` with a patience lower by one.
 
     Args:
-        accuracies: Validation accuracy of each measurement, in order.
+        losses: Validation loss of each measurement, in order.
         patience: Measurements of one plateau.
-        threshold: An improvement is more than this above the best before.
+        min_improvement: An improvement is below the best loss before by more than this share of it.
 
     Returns:
         The number of plateaus.
 
     Example:
-        >>> count_plateaus([0.2, 0.4, 0.4, 0.3], patience=2, threshold=0.0)
+        >>> count_plateaus([0.9, 0.6, 0.6, 0.7], patience=2, min_improvement=0.005)
         1
     """
-    best, without_improvement, plateaus = -float("inf"), 0, 0
-    for accuracy in accuracies:
-        if accuracy > best + threshold:
-            best, without_improvement = accuracy, 0
+    best, without_improvement, plateaus = float("inf"), 0, 0
+    for loss in losses:
+        if loss < best * (1 - min_improvement):
+            best, without_improvement = loss, 0
         else:
             without_improvement += 1
         if without_improvement == patience:
@@ -46,8 +46,8 @@ def count_plateaus(accuracies: Iterable[float], patience: int, threshold: float)
 
 def plateaus_in_log(log: Iterable[Mapping[str, Any]], config: TrainConfig) -> int:
     """Count the plateaus in a Trainer's log; see `count_plateaus`."""
-    accuracies = (entry[ACCURACY] for entry in log if ACCURACY in entry)
-    return count_plateaus(accuracies, config.early_stopping_patience, config.early_stopping_threshold)
+    losses = (entry[LOSS] for entry in log if LOSS in entry)
+    return count_plateaus(losses, config.patience, config.min_improvement)
 
 
 def stops_at_plateau(log: Iterable[Mapping[str, Any]], config: TrainConfig) -> bool:
