@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import Override
@@ -65,7 +66,7 @@ def identify_cell(config: DictConfig, overrides: Sequence[str] = ()) -> Cell:
     selected = select_row(config, overrides)
     typed: Config = OmegaConf.to_object(selected)  # type: ignore[assignment]
     resolved = to_plain(selected)
-    data = load_data(typed.data)
+    data = load_data(typed.data, Path(typed.results) / "shared")
     identity = cell_identity(resolved, data.fingerprint, code_version())
     row = None
     if config.row is not None:
