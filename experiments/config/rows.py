@@ -81,6 +81,45 @@ def scaled_size(grid: int | None, size: int, resolution: int = 1) -> int:
     return round((grid * resolution) ** (math.log(size) / math.log(PAPER_GRID * resolution)))
 
 
+def size_of_tokens(grid: int | None, tokens: int) -> int:
+    """Return the least size C with at least the share `tokens` of 576 of a model's patches: `${size_of_tokens:...}`.
+
+    Three sizes of a table stay different on a small grid, where the scale of `scaled_size` would merge them.
+
+    Args:
+        grid: Patches per side of the model's vision tower.
+        tokens: Visual tokens of an image in the paper, of its 576 patches.
+
+    Raises:
+        ValueError: If the grid is not known.
+
+    Example:
+        >>> [size_of_tokens(24, tokens) for tokens in (192, 128, 64)]
+        [14, 12, 8]
+        >>> [size_of_tokens(6, tokens) for tokens in (192, 128, 64)]
+        [4, 3, 2]
+    """
+    if grid is None:
+        raise ValueError("model.grid: missing; this table scales sizes by the patches per side of the vision tower")
+    return math.isqrt(math.ceil(tokens * grid**2 / PAPER_GRID**2) - 1) + 1
+
+
+def token_share(grid: int | None, size: int) -> float:
+    """Return the share of a model's patches that C x C tokens are: `${token_share:...}`.
+
+    Args:
+        grid: Patches per side of the model's vision tower.
+        size: C.
+
+    Raises:
+        ValueError: If the grid is not known.
+    """
+    if grid is None:
+        raise ValueError("model.grid: missing; this table takes shares of the patches per side of the vision tower")
+    return size**2 / grid**2
+
+
 def register_resolvers() -> None:
-    """Register `${scaled:...}` with OmegaConf."""
-    OmegaConf.register_new_resolver("scaled", scaled_size, replace=True)
+    """Register `${scaled:...}`, `${size_of_tokens:...}` and `${token_share:...}` with OmegaConf."""
+    for name, resolver in (("scaled", scaled_size), ("size_of_tokens", size_of_tokens), ("token_share", token_share)):
+        OmegaConf.register_new_resolver(name, resolver, replace=True)

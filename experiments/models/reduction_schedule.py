@@ -13,19 +13,21 @@ def reduction_layers(config: ReductionConfig, depth: int) -> list[int]:
 
     Args:
         config: Method and layers. With `reference_depth`, layers are scaled from that depth to `depth`, to the nearest
-            (halves up) and at least 1.
+            (halves up), at least 1, and each later than the one before.
         depth: Layers of the language model.
 
     Raises:
         ValueError: If the layers do not ascend, or are outside the model.
     """
     configured, reference = list(config.layers), config.reference_depth
-    layers = (
-        [max(1, (2 * layer * depth + reference) // (2 * reference)) for layer in configured]
-        if reference
-        else configured
-    )
-    lowest = 0 if config.name == "vtw" else 1  # methods that rank tokens need the attention of an earlier layer
+    layers = list(configured)
+    if reference:
+        layers = []
+        for layer in configured:
+            after = layers[-1] + 1 if layers else 1
+            layers.append(max(after, (2 * layer * depth + reference) // (2 * reference)))
+    # methods that rank tokens need an earlier layer
+    lowest = 0 if config.name in ("vtw", "random_drop") else 1
     if sorted(set(layers)) != layers or not all(lowest <= layer < depth for layer in layers):
         scaled = f" of {reference} are {layers} in a model" if reference else " in a model"
         raise ValueError(

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from experiments.config.schema import Config, ReductionConfig
 from experiments.models.reduction_schedule import inside_prefusion_token_shares, reduction_layers
 from probes.interventions import Receipt, RemoveTokens, intervene
-from probes.pruning import RemovalMode, fastv, pyramid_drop, vtw
+from probes.pruning import RemovalMode, dart, fastv, pyramid_drop, random_drop, sparsevlm, vtw
 from probes.tokens.token_map import TokenMap, visual_token_ids
 
 TokenDropper = Callable[[PreTrainedModel, Mapping[str, Any]], AbstractContextManager[Receipt | None]]
@@ -30,8 +30,8 @@ def keep_all_tokens(model: PreTrainedModel, inputs: Mapping[str, Any]) -> Abstra
 def token_dropper_for_training(config: Config) -> TokenDropper:
     """Return what drops visual tokens in the forward calls of training.
 
-    FastV, VTW and PyramidDrop were published as methods for trained models. Their rows are trained without them, as long
-    as the others, and use them only to answer. Pre-fusion within the language model is part of the model.
+    Reductions were published as methods for trained models. Their rows are trained without them, as long as the others,
+    and use them only to answer. Pre-fusion within the language model is part of the model.
     """
     if config.prefusion.location == "outside":
         return keep_all_tokens
@@ -45,7 +45,8 @@ def token_dropper_for_inference(config: Config) -> TokenDropper:
     if config.reduction.name == "none":
         return token_dropper_for_training(config)
     return _for_visual_inputs(
-        lambda model, tokens: reduce_visual_tokens(model, tokens, config.reduction), needs_places=False
+        lambda model, tokens: reduce_visual_tokens(model, tokens, config.reduction, seed=config.seed),
+        needs_places=False,
     )
 
 
@@ -71,17 +72,18 @@ def _for_visual_inputs(
 
 
 def reduce_visual_tokens(
-    model: PreTrainedModel, tokens: TokenMap, config: ReductionConfig, how: RemovalMode = "drop"
+    model: PreTrainedModel, tokens: TokenMap, config: ReductionConfig, how: RemovalMode = "drop", seed: int = 0
 ) -> AbstractContextManager[Receipt | None]:
     """Return a context in which forward calls run on fewer and fewer visual tokens.
 
-    The methods and their papers are described in probes/pruning.py.
+    The methods and their papers are described in probes/pruning/.
 
     Args:
         model: The model.
         tokens: Token map of the inputs.
         config: Method, layers and share of kept tokens.
         how: "drop" tokens, or "mask" them.
+        seed: Seed of random_drop.
 
     Raises:
         ValueError: As `reduction_layers`.
@@ -93,6 +95,12 @@ def reduce_visual_tokens(
         return vtw(model, tokens, layers[0], how=how)
     if config.name == "fastv":
         return fastv(model, tokens, layers[0], config.keep, how=how)
+    if config.name == "dart":
+        return dart(model, tokens, layers[0], config.keep, how=how)
+    if config.name == "sparsevlm":
+        return sparsevlm(model, tokens, layers, config.keep, how=how)
+    if config.name == "random_drop":
+        return random_drop(model, tokens, layers[0], config.keep, seed, how=how)
     return pyramid_drop(model, tokens, layers, config.keep, how=how)
 
 

@@ -66,7 +66,7 @@ def test_most_costly_within_for_compressor_takes_the_largest_size_below_the_budg
     [
         ("fastv", 0.2, r"budget\.share: fastv .*\d\d\.\d%.*reduction\.keep=0.*20\.0%"),
         ("query", 0.01, r"budget\.share: query .*\d\d\.\d%.*compressor\.size=1.* 1\.0%"),
-        ("fastvv", 0.5, r"budget\.method: .*'fastvv'.*fastv, vtw, pyramid_drop, average"),
+        ("fastvv", 0.5, r"budget\.method: .*'fastvv'.*fastv, vtw, pyramid_drop, dart, sparsevlm, random_drop, average"),
     ],
     ids=["reduction", "compressor", "unknown method"],
 )
