@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import ssl
 import sys
 from typing import NoReturn
 
@@ -21,6 +23,21 @@ class MissingDeviceError(ValueError):
     """This machine lacks a device. That is no failure of a cell, which may run on another machine."""
 
 
+_CONNECTION_ERRORS = {
+    "httpx": ("HTTPError",),
+    "httpx2": ("HTTPError",),
+    "huggingface_hub": ("HfHubHTTPError", "LocalEntryNotFoundError", "OfflineModeIsEnabled"),
+    "requests": ("RequestException",),
+    "urllib": ("URLError",),
+    "urllib3": ("HTTPError",),
+}
+"""Base classes of what the network and the model hub raise, by package. By name: no cell should wait for the imports."""
+
+
+class HubError(OSError):
+    """The network or the model hub failed. That is no failure of a cell, which may run on another machine or later."""
+
+
 class UnfinishedCellError(ValueError):
     """A cell has no accuracy to report: it failed, or another process runs it."""
 
@@ -35,6 +52,23 @@ def exit_with_error(error: BaseException | str) -> NoReturn:
         raise error
     print(f"error: {one_line(error)}", file=sys.stderr)
     sys.exit(1)
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Return whether the network or the model hub caused an error: no connection, no such repository, or no access.
+
+    Args:
+        error: The error. Its causes count too.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)):
+            return True
+        for base in type(cause).__mro__:
+            if base.__name__ in _CONNECTION_ERRORS.get(base.__module__.split(".")[0], ()):
+                return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 def one_line(error: BaseException | str) -> str:

@@ -26,6 +26,7 @@ _RETRY_FLAG = "--retry-failed"
 def main() -> None:
     """Run the command line. Wrong input ends the program with one line."""
     register_configs()
+    _keep_current_folder_off_path()
     os.environ[FULL_ERROR_VARIABLE] = "1"  # Hydra then raises instead of printing; what is shown is decided here
     sys.argv[1:] = flags_first(_with_retry_override(sys.argv[1:]))
     arguments = parse_command_line()
@@ -41,6 +42,15 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted: the same command resumes", file=sys.stderr)
         sys.exit(130)
+
+
+def _keep_current_folder_off_path() -> None:
+    """Keep packages of the current folder from the processes of launchers, if `llava-mini-run` keeps them from this one.
+
+    Python 3.10 does not know the variable.
+    """
+    if sys.path[0] not in ("", os.getcwd()):
+        os.environ["PYTHONSAFEPATH"] = "1"
 
 
 def _is_sweep(arguments: argparse.Namespace) -> bool:

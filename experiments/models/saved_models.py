@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
 if TYPE_CHECKING:  # a sweep whose cells are all finished does not wait for torch
     from transformers import PreTrainedModel, ProcessorMixin
 
@@ -75,7 +77,7 @@ def save_model(model: PreTrainedModel, processor: ProcessorMixin, adapter: Path,
         temporary.rename(folder)
     except SaveError:
         raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _not_writable(folder, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -97,5 +99,6 @@ def _other_files(folder: Path) -> list[str]:
     return sorted(set(present) - set(written))
 
 
-def _not_writable(folder: Path, error: OSError) -> SaveError:
-    return SaveError(f"save: '{folder}' cannot be written ({error.strerror or error}); choose another with save=FOLDER")
+def _not_writable(folder: Path, error: OSError | SafetensorError) -> SaveError:
+    reason = getattr(error, "strerror", None) or error
+    return SaveError(f"save: '{folder}' cannot be written ({reason}); choose another with save=FOLDER")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cell import Cell
-from experiments.errors import INPUT_ERRORS, MissingDeviceError, one_line
+from experiments.errors import INPUT_ERRORS, HubError, MissingDeviceError, is_connection_error, one_line
 from experiments.models.saved_models import SaveError, is_saved
 from experiments.provenance import ROOT, provenance
 from experiments.records.schema import SCHEMA
@@ -39,7 +39,8 @@ def run_if_needed(cell: Cell, record_input_errors: bool) -> CellStatus:
     Raises:
         ResultsFolderError: If the results folder cannot be written.
         SaveError: If the model cannot be saved.
-        MissingDeviceError, ImportError: If this machine lacks a device or a package. Such an error is not recorded.
+        MissingDeviceError, ImportError, HubError: If this machine lacks a device or a package, or the network or the model
+            hub fails. Such an error is not recorded.
     """
     store = RecordStore(cell.config.results)
     with ExitStack() as held_lock:
@@ -61,8 +62,12 @@ def run_if_needed(cell: Cell, record_input_errors: bool) -> CellStatus:
         except Exception as error:
             if disk_full := store.disk_full_error(error):
                 raise disk_full from error
+            if is_connection_error(error):
+                raise HubError(f"{one_line(error)}; the same command tries again") from error
             if not is_main_process() or (isinstance(error, INPUT_ERRORS) and not record_input_errors):
                 raise
+            if store.status(cell.id).state == "finished":  # the record stays, and the error is of the saved model
+                raise SaveError(f"save: the model was not saved: {type(error).__name__}: {one_line(error)}") from error
             record = _failure_record(cell, error)
             store.write(_with_times(record, started, clock))
             if is_distributed():  # the other processes wait for this one, so all must end
