@@ -10,6 +10,8 @@ from PIL import Image
 from experiments.data.encoding import Collator, SampleEncoder
 from experiments.data.llava_json import load_llava_json
 from experiments.data.media_files import MediaFile
+from experiments.data.samples import Split
+from experiments.models.feature_cache import VisionFeatureCache
 from experiments.models.from_parts import multimodal_chat_template
 from llava_mini import LlavaMiniProcessor
 
@@ -51,6 +53,21 @@ def test_encoded_image_has_the_orientation_that_the_processor_asks_for(tmp_path,
     assert torch.equal(pixels, expected_pixels(processor, stored if ignore else upright))
     plain = Collator(processor)([SampleEncoder(processor)(load(tmp_path, {"image": "a.png"}))])["pixel_values"]
     assert torch.equal(plain, expected_pixels(processor, upright))
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+def test_cached_features_have_the_orientation_that_the_processor_asks_for(tmp_path, processor, llava, ignore):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 3
+    Image.fromarray(SQUARE).save(tmp_path / "a.png", exif=exif)
+    mini = mini_processor(processor, ignore_orientation=ignore)
+    sample = load(tmp_path, {"image": "a.png"})
+    features = VisionFeatureCache(tmp_path / "cache", llava, mini, Split("test", [sample], "0" * 16, 1))
+    (cached,) = features.encode_sample(SampleEncoder(mini), sample)["pixel_values"]
+    shown = Image.fromarray(SQUARE if ignore else np.ascontiguousarray(SQUARE[::-1, ::-1]))
+    with torch.no_grad():
+        states = llava.model.vision_tower(expected_pixels(processor, shown), output_hidden_states=True).hidden_states
+    assert torch.equal(cached[:, 0], states[llava.config.vision_feature_layer].to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("ignore", [False, True])
