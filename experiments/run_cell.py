@@ -27,6 +27,7 @@ from experiments.data.shapes import require_shape_samples
 from experiments.devices import select_device
 from experiments.evaluation.accuracy import (
     accuracy_by_question_type,
+    answer_questions,
     blank_images,
     correct_answers,
     outcome_digits,
@@ -190,7 +191,7 @@ def _evaluate(
     return {
         "cost": forward_cost(model, questions_with_pixels, token_dropper_for_inference(config)),
         "data": _data_part(config, data, samples),
-        "accuracy": _accuracy_part(model, processor, config, questions, device),
+        **_answer_parts(model, processor, config, questions, device),
         **run_probes(model, questions, questions_with_pixels, config.probe),
     }
 
@@ -218,16 +219,21 @@ def _data_part(config: Config, data: DataSplits, samples: list[Sample]) -> dict[
     return part
 
 
-def _accuracy_part(
+def _answer_parts(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     config: Config,
     questions: EncodedQuestions,
     device: torch.device,
-) -> dict[str, str]:
-    """Return the `accuracy` part: one digit per question with its image, and under each blind control."""
+) -> dict[str, Any]:
+    """Return the parts `accuracy` and `answers`.
+
+    `accuracy` has one digit per question with its image, and under each blind control. `answers` has the texts that the
+    model writes with the image.
+    """
     drop_tokens = token_dropper_for_inference(config)
-    part = {"image": outcome_digits(correct_answers(model, questions, "accuracy", drop_tokens))}
+    outcomes, tokens = answer_questions(model, questions, "accuracy", drop_tokens)
+    part = {"image": outcome_digits(outcomes)}
     if config.probe.controls:
         for name, replace_images in BLIND_CONTROLS.items():
             control = EncodedQuestions(
@@ -239,7 +245,8 @@ def _accuracy_part(
                 LengthLimit.for_model(model.config, config.data.max_length),
             )
             part[name] = outcome_digits(correct_answers(model, control, f"accuracy, {name} images", drop_tokens))
-    return part
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return {"accuracy": part, "answers": tokenizer.batch_decode(tokens, skip_special_tokens=True)}
 
 
 def _model_part(model: PreTrainedModel, config: Config, cost: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from experiments.data.encoding import IGNORE_INDEX, restrict_to_answers
 from experiments.data.samples import Sample, VisualInput
 from experiments.devices import inference_mode
-from experiments.evaluation.questions import EncodedQuestions, ModelInputs
+from experiments.evaluation.questions import EncodedQuestions
 from experiments.models.token_reduction import TokenDropper, keep_all_tokens
 from llava_mini.video import Video
 
@@ -46,10 +46,22 @@ def greedy_matches(
     return ((predicted == target) | (target == IGNORE_INDEX)).all(-1)
 
 
-def answered_correctly(model: PreTrainedModel, inputs: ModelInputs) -> Bool[Tensor, " batch"]:
-    """Return which rows of a batch the model answers correctly, from one forward call."""
-    model_inputs, labels = restrict_to_answers(inputs)
-    return greedy_matches(model(**model_inputs).logits, labels)
+def greedy_answers(
+    logits: Float[Tensor, "batch positions vocabulary"], labels: Int[Tensor, "batch last"]
+) -> list[list[int]]:
+    """Return the tokens that greedy decoding would write, up to the first one that is not in the labelled answer.
+
+    Up to there the teacher-forced tokens are those of greedy decoding. What it would write after a wrong token is unknown.
+
+    Args:
+        logits: Logits of a teacher-forced pass.
+        labels: Labels of the last positions, or of all, -100 outside answers.
+    """
+    predicted, target = logits[:, -labels.shape[1] : -1].argmax(-1), labels[:, 1:]
+    wrong_before = ((predicted != target) & (target != IGNORE_INDEX)).cumsum(dim=1).roll(1, dims=1)
+    wrong_before[:, 0] = 0
+    written = (target != IGNORE_INDEX) & (wrong_before == 0)
+    return [row[mask].tolist() for row, mask in zip(predicted, written, strict=True)]
 
 
 def correct_answers(
@@ -66,12 +78,32 @@ def correct_answers(
         progress_label: Label of the progress bar.
         drop_tokens: Drops visual tokens in each forward call.
     """
-    outcomes = []
+    return answer_questions(model, questions, progress_label, drop_tokens)[0]
+
+
+def answer_questions(
+    model: PreTrainedModel,
+    questions: EncodedQuestions,
+    progress_label: str,
+    drop_tokens: TokenDropper = keep_all_tokens,
+) -> tuple[Bool[Tensor, " questions"], list[list[int]]]:
+    """Return which questions the model answers correctly, and the tokens of its answers as `greedy_answers` does.
+
+    Args:
+        model: The model.
+        questions: The questions.
+        progress_label: Label of the progress bar.
+        drop_tokens: Drops visual tokens in each forward call.
+    """
+    outcomes, answers = [], []
     with inference_mode(model), questions.features_as_pixel_values():
         for inputs in questions.batches(progress_label):
             with drop_tokens(model, inputs):
-                outcomes.append(answered_correctly(model, inputs).cpu())
-    return torch.cat(outcomes)
+                model_inputs, labels = restrict_to_answers(inputs)
+                logits = model(**model_inputs).logits
+            outcomes.append(greedy_matches(logits, labels).cpu())
+            answers += greedy_answers(logits, labels)
+    return torch.cat(outcomes), answers
 
 
 def validation_scores(

@@ -204,6 +204,10 @@ class FinishedRecord(_AnyRecord):
     model: ModelPart
     data: DataPart
     accuracy: AccuracyPart
+    answers: list[str] | None = Field(
+        None,
+        description="answer to each question with its image, up to the first token that is not in the right answer",
+    )
     cost: CostPart | None = None
     attention: AttentionPart | None = None
     removal: RemovalPart | None = None
@@ -221,6 +225,8 @@ class FinishedRecord(_AnyRecord):
         if len(self.data.kinds) != examples:
             raise ValueError(f"data.kinds: has {len(self.data.kinds)} entries for {examples} examples")
         _check_length("data.guess", self.data.guess, examples)
+        if self.answers is not None and len(self.answers) != examples:
+            raise ValueError(f"answers: has {len(self.answers)} entries for {examples} examples")
         for view in type(self.accuracy).model_fields:
             _check_length(f"accuracy.{view}", getattr(self.accuracy, view), examples)
         if self.removal is not None:

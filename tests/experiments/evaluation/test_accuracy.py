@@ -11,8 +11,10 @@ from experiments.config.schema import TrainConfig
 from experiments.data.encoding import IGNORE_INDEX, Collator, SampleEncoder, chat_messages, restrict_to_answers
 from experiments.data.samples import Sample, llava_conversation, single_questions
 from experiments.evaluation.accuracy import (
+    answer_questions,
     blank_images,
     correct_answers,
+    greedy_answers,
     greedy_matches,
     outcome_digits,
     shuffled_images,
@@ -128,3 +130,27 @@ def test_restrict_to_answers_without_labels_keeps_all_logits(llava, processor, s
     inputs = Collator(processor)([SampleEncoder(processor)(shapes_split.samples[0])])
     inputs["labels"] = torch.full_like(inputs["labels"], IGNORE_INDEX)
     assert len(restrict_to_answers(inputs)[0]["logits_to_keep"]) == inputs["labels"].shape[1]
+
+
+def test_answer_questions_returns_the_texts_of_generate_up_to_the_first_wrong_token(llava, processor, shapes_split):
+    """An untrained model answers wrongly, so each answer is the first token that `generate` writes."""
+    samples = list(single_questions(shapes_split.samples))[:8]
+    outcomes, tokens = answer_questions(llava, EncodedQuestions(samples, processor, 3, CPU), "test")
+    assert not outcomes.any()
+    for sample, answer in zip(samples, tokens, strict=True):
+        text = processor.apply_chat_template(chat_messages(sample)[:1], tokenize=False, add_generation_prompt=True)
+        inputs = processor(text=text, images=sample.image, return_tensors="pt")
+        ids = llava.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
+        right = processor.tokenizer(sample.answers[0], add_special_tokens=False)["input_ids"]
+        same = next((i for i, pair in enumerate(zip(ids, right, strict=False)) if pair[0] != pair[1]), len(right))
+        assert answer == ids[: same + 1]
+
+
+def test_greedy_answers_of_known_logits():
+    """The first row is right, the second wrong at its first token, the third at its second of three."""
+    labels = torch.tensor([[IGNORE_INDEX, 2, 3, IGNORE_INDEX], [IGNORE_INDEX, 2, 3, 1], [IGNORE_INDEX, 2, 3, 1]])
+    logits = torch.zeros(3, 4, 5)
+    for row, tokens in enumerate([(2, 3, 4), (4, 3, 1), (2, 4, 1)]):
+        for position, token in enumerate(tokens):
+            logits[row, position, token] = 1
+    assert greedy_answers(logits, labels) == [[2, 3], [4], [2, 4]]
