@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,24 @@ def test_main_with_unknown_setting_added_ends_with_its_name(assert_refused, argu
 
 
 @pytest.mark.parametrize(
+    ("arguments", "override", "advice"),
+    [
+        (["~seed"], "~seed", "seed=VALUE"),
+        (["-m", "experiment=table6_prefusion", "~rows"], "~rows", "rows=VALUE"),
+        (["experiment=cost", "~cost"], "~cost", "cost=VALUE"),
+        (["cost={text: 9}"], "cost={text: 9}", "add experiment=cost"),
+        (["++cost.text=9"], "++cost.text=9", "add experiment=cost"),
+        (["-m", "bench.text=9,10"], "bench.text=9", "add experiment=bench_probe"),
+        (["train=null"], "train=null", "train=OPTION"),
+        (["name=${nope}"], "name", "'nope'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_main_with_deleted_or_null_setting_names_override_and_advice(assert_refused, arguments, override, advice):
+    assert advice in assert_refused(arguments, f"error: {override}: ")
+
+
+@pytest.mark.parametrize(
     ("arguments", "override", "row", "setting"),
     [
         ([*TABLE, "row=1", "compressor.size=4"], "compressor.size=4", "row 1 ('1 token')", "compressor.size=1"),
@@ -225,3 +244,18 @@ def test_one_line_of_hydra_error_keeps_message_and_cause():
     error = HydraException("a\n  b")
     error.__cause__ = KeyError("c")
     assert one_line(error) == "a b 'c'"
+
+
+def test_console_script_ignores_packages_of_the_current_folder(tmp_path):
+    for name in ("experiments", "probes", "llava_mini", "conf"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('a package of the user')\n")
+    scripts = {entry.name: entry.value for entry in entry_points(group="console_scripts")}
+    module, function = scripts["llava-mini-run"].split(":")
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "llava-mini-run"  # as pip writes it: its own folder comes first on the path
+    script.write_text(f"from {module} import {function}\n{function}()\n")
+    words = [sys.executable, str(script), "--cfg", "job", "seed=3"]
+    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert yaml.safe_load(ended.stdout)["seed"] == 3
