@@ -186,6 +186,9 @@ def _send_progress_bars(send: Send) -> None:
             send(Progress(stage, numbers["n"], numbers["total"], numbers["rate"]))
         return False
 
+    tqdm.tqdm.set_lock(
+        threading.RLock()
+    )  # its own lock is a semaphore of the system, which a killed worker would leave
     # tqdm's documentation names `display` as the method to overload. Bars of all libraries inherit from this class.
     tqdm.tqdm.display = display  # type: ignore[assignment, method-assign]
     # Trainer writes its losses, which the record holds.

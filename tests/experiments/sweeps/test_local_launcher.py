@@ -133,7 +133,7 @@ def holding_sweep(tmp_path):
     overrides = [*TINY_CELL, "name=hold", "seed=0,1,2", "hydra.launcher.workers=2", f"results={tmp_path}"]
     command = [sys.executable, "-m", "tests.experiments.sweeps.worker_tasks", "-m", *overrides]
     sweep = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while len(list((tmp_path / "locks").glob("[!.]*"))) < 2:
+    while len(list(tmp_path.glob("*.held"))) < 2:
         assert sweep.poll() is None, sweep.communicate()
         time.sleep(0.05)
     yield sweep, [psutil.Process(note["pid"]) for note in notes(tmp_path).values()]
@@ -150,6 +150,7 @@ def test_sweep_that_is_interrupted_ends_its_workers_and_releases_their_locks(hol
     assert sweep.returncode == 130
     assert errors.splitlines()[-1] == "interrupted: the same command resumes"
     assert "Traceback" not in errors
+    assert "Warning" not in errors
     assert not list((tmp_path / "locks").iterdir())
     assert not psutil.wait_procs(workers, timeout=5)[1]
 
@@ -175,3 +176,4 @@ def test_sweep_whose_worker_is_killed_goes_on_and_names_its_cell(holding_sweep, 
     assert "3 cells: 3 missing" in errors.splitlines()
     assert sum(line.startswith("error: ") and "SIGKILL" in line for line in errors.splitlines()) == 3
     assert "Traceback" not in errors
+    assert "Warning" not in errors

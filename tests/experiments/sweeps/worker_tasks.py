@@ -29,7 +29,8 @@ def act(config):
     elif config.name == "leave":
         os._exit(3)
     elif config.name == "hold":
-        with CellLock(folder / "locks" / str(config.seed)):
+        with CellLock(folder / "locks" / str(config.seed)), tqdm.tqdm(total=1):
+            note.with_suffix(".held").touch()
             time.sleep(60)
     elif config.name == "exit":
         print("error: nothing can run", file=sys.stderr)
