@@ -28,21 +28,20 @@ _MODULES = (
     "main.js",
 )
 _FRAME_HEIGHT = 900  # pixels in a notebook
-_MOST_RUNS = 2
 
 
 class AttentionView:
-    """An interactive page over one run, or over two that are compared.
+    """An interactive page over one run or several, of which one is shown, or two are compared.
 
     Jupyter shows it inline. The page has the image with a heat map, the words of the prompt and the answer to click,
     and the attention on the image by layer and head.
 
     Args:
-        runs: One run or two.
+        runs: The runs.
         title: Title of the page.
 
     Raises:
-        ValueError: If there are no runs, or more than two.
+        ValueError: If there are no runs.
 
     Example:
         >>> from probes import record_attention
@@ -54,19 +53,16 @@ class AttentionView:
     """
 
     def __init__(self, runs: Sequence[ViewRun], title: str = "") -> None:
-        if not 1 <= len(runs) <= _MOST_RUNS:
-            raise ValueError(f"runs: a page shows one run or two, found {len(runs)}")
+        if not runs:
+            raise ValueError("runs: a page needs at least one run, found 0")
         self.runs = tuple(runs)
         self.title = title or "Attention of " + " and ".join(dict.fromkeys(run.name for run in runs))
 
     def compare(self, other: AttentionView) -> AttentionView:
-        """Return a page that shows this run beside another one, or their difference.
+        """Return a page with the runs of both, to show beside each other, or their difference.
 
         Args:
-            other: A page of one run: another model, image or question, or the same model under an intervention.
-
-        Raises:
-            ValueError: If one of the two has two runs already.
+            other: Another model, image or question, or the same model under an intervention.
         """
         return AttentionView([*self.runs, *other.runs])
 

@@ -151,6 +151,22 @@ def test_comparison_shows_both_runs_and_their_difference(answers, open_page, tmp
     np.testing.assert_allclose(shown, second - first, atol=(first.max() + second.max()) / 255 + 1e-4)
 
 
+def test_page_of_several_runs_shows_the_chosen_ones(answers, open_page, tmp_path):
+    views = [answer.view(f"run {number}") for number, answer in enumerate((*answers, answers[0]))]
+    page = open_page(
+        views[0].compare(views[1]).compare(views[2]).save(tmp_path / "page.html"), address="#word=8&layer=3"
+    )
+    assert state(page)["compare"] == "single"
+    page.select_option("#run-a", "1")
+    assert_shown(page, recorded(answers[1], 8, 3))
+    page.select_option("#compare", "side")
+    page.select_option("#run-b", "2")
+    page.click('#words2 [data-word="8"]')
+    assert_shown(page, recorded(answers[1], 8, 3), run=0)
+    assert_shown(page, recorded(answers[0], 8, 3), run=1)
+    assert "a=1&b=2" in page.evaluate("location.hash")
+
+
 def test_menu_shows_relevancy_and_the_words_of_the_logit_lens(page, answers):
     page.select_option("#map-select", "relevancy")
     layer = int(state(page)["layer"])

@@ -18,63 +18,63 @@ import {
   uniformByLayer,
 } from "./numbers.js";
 import { colourScale, gradient, scaleStops } from "./palette.js";
-import { START, addressOf, hasAddress, stateFromAddress } from "./state.js";
+import { START, addressOf, hasAddress, stateFromAddress, wordWithin } from "./state.js";
 import { buildWords, markWords } from "./words.js";
 
 const get = (id) => document.getElementById(id);
 
 class View {
-  constructor(runs) {
-    this.runs = runs;
-    this.problem = runs.length > 1 ? differenceProblem(runs[0], runs[1]) : "there is one run";
-    const last = runs[0].words.length - 1;
-    const middle = Math.floor((runs[0].model.layers.length - 1) / 2);
-    const start = {
-      ...START,
-      word: last,
-      word2: (runs[1] ?? runs[0]).words.length - 1,
-      layer: middle,
-      map: runs[0].maps[0].key,
-    };
-    if (runs.length > 1) start.compare = "side";
-    this.state = stateFromAddress(hasAddress() ? window.location.hash : "", runs, start);
-    this.sameWords =
-      runs.length > 1 && runs[0].words.map((w) => w.text).join("\n") === runs[1].words.map((w) => w.text).join("\n");
+  constructor(all) {
+    this.all = all;
+    const middle = Math.floor((all[0].model.layers.length - 1) / 2);
+    const start = { ...START, layer: middle, map: all[0].maps[0].key, compare: all.length === 2 ? "side" : "single" };
+    this.state = stateFromAddress(hasAddress() ? window.location.hash : "", all, start);
     this.overlay = Number(get("overlay").value) / 100;
     this.heads = new LayerHeadMap(get("layer-heads"), (cell) => this.choose(cell));
-    this.build();
+    all.forEach((run, i) => ["run-a", "run-b"].forEach((id) => get(id).add(new Option(run.name, i))));
+    get("comparison").hidden = all.length < 2;
+    this.listen();
+    this.selectRuns();
     this.choose({});
   }
 
-  build() {
-    const [first] = this.runs;
+  /** Show the runs that the state names: their words, their maps, and what is missing. */
+  selectRuns() {
+    const { a, b } = this.state;
+    this.runs = this.all.length > 1 ? [this.all[a], this.all[b]] : [this.all[0]];
+    this.problem = this.runs.length > 1 ? differenceProblem(...this.runs) : "there is one run";
+    const texts = this.runs.map((run) => run.words.map((word) => word.text).join("\n"));
+    this.sameWords = texts[0] === texts[1];
+    this.heatKey = null;
     this.runs.forEach((run, i) => {
-      const element = get(i === 0 ? "words" : "words2");
-      buildWords(element, run, run.name, (word) => this.chooseWord(i, word));
-      element.hidden = false;
-      get(i === 0 ? "run-name" : "run-name2").textContent = this.runs.length > 1 ? `${"AB"[i]}: ${run.name}` : run.name;
+      buildWords(get(i === 0 ? "words" : "words2"), run, run.name, (word) => this.chooseWord(i, word));
+      const name = get(i === 0 ? "run-name" : "run-name2");
+      name.textContent = this.runs.length > 1 ? `${"AB"[i]}: ${run.name}` : run.name;
     });
-    get("comparison").hidden = this.runs.length < 2;
-    get("run2").hidden = this.runs.length < 2;
-    for (const map of first.maps) get("map-select").add(new Option(map.label, map.key));
-    get("map-choice").hidden = first.maps.length < 2;
+    get("map-select").replaceChildren(...this.runs[0].maps.map((map) => new Option(map.label, map.key)));
+    get("map-choice").hidden = this.runs[0].maps.length < 2;
     const sinks = this.runs.map((run) => run.sinks).filter(Boolean);
     get("sinks-choice").hidden = !sinks.length;
     get("sinks-rule").textContent = sinks.length ? sinks[0].rule : "";
     get("boxes-note").textContent = this.runs.map((run) => run.boxes_note).filter(Boolean)[0] ?? "";
-    const difference = get("compare").querySelector("option[value=difference]");
-    if (difference && this.problem) Object.assign(difference, { disabled: true, title: this.problem });
-    if (this.problem && this.runs.length > 1) get("compare-note").textContent = `No difference: ${this.problem}.`;
+    get("compare").querySelector("option[value=difference]").disabled = Boolean(this.problem);
+    get("compare-note").textContent = this.problem && this.runs.length > 1 ? `No difference: ${this.problem}.` : "";
+  }
+
+  listen() {
+    const number = (event) => Number(event.target.value);
     get("map-select").addEventListener("change", (event) => this.choose({ map: event.target.value }));
     get("compare").addEventListener("change", (event) => this.choose({ compare: event.target.value }));
-    get("run").addEventListener("change", (event) => this.choose({ run: Number(event.target.value) }));
+    get("run-a").addEventListener("change", (event) => this.choose({ a: number(event) }));
+    get("run-b").addEventListener("change", (event) => this.choose({ b: number(event) }));
+    get("run").addEventListener("change", (event) => this.choose({ run: number(event) }));
     get("sinks-switch").addEventListener("change", (event) => this.choose({ sinks: event.target.checked }));
-    get("layer").addEventListener("input", (event) => this.choose({ layer: Number(event.target.value) }));
+    get("layer").addEventListener("input", (event) => this.choose({ layer: number(event) }));
     get("head").addEventListener("change", (event) =>
-      this.choose({ head: event.target.value === MEAN ? MEAN : Number(event.target.value) }),
+      this.choose({ head: event.target.value === MEAN ? MEAN : number(event) }),
     );
     get("overlay").addEventListener("input", (event) => {
-      this.overlay = Number(event.target.value) / 100;
+      this.overlay = number(event) / 100;
       this.drawHeat();
     });
     get("export-csv").addEventListener("click", () => saveCsv(this.shown(), this.fileName()));
@@ -82,7 +82,7 @@ class View {
     document.addEventListener("keydown", (event) => this.onKey(event));
     if (hasAddress()) {
       window.addEventListener("hashchange", () =>
-        this.choose(stateFromAddress(window.location.hash, this.runs, this.state)),
+        this.choose(stateFromAddress(window.location.hash, this.all, this.state)),
       );
     }
   }
@@ -94,7 +94,7 @@ class View {
 
   /** Return the number of the run whose layers, heads and masses are shown beside the image. */
   get current() {
-    return this.runs.length > 1 ? this.state.run : 0;
+    return this.runs.length > 1 && this.state.compare !== "single" ? this.state.run : 0;
   }
 
   wordOf(run) {
@@ -131,9 +131,15 @@ class View {
   }
 
   choose(change) {
+    const { a, b } = this.state;
     Object.assign(this.state, change);
-    if (this.state.compare === "difference" && this.problem) this.state.compare = "side";
-    if (hasAddress()) window.history.replaceState(null, "", addressOf(this.state, this.runs));
+    if (this.state.a !== a || this.state.b !== b) this.selectRuns();
+    const { state } = this;
+    state.word = wordWithin(this.runs[0], state.word);
+    state.word2 = wordWithin(this.runs[1] ?? this.runs[0], state.word2);
+    if (!this.runs[0].maps.some(({ key }) => key === state.map)) state.map = this.runs[0].maps[0].key;
+    if (state.compare === "difference" && this.problem) state.compare = "side";
+    if (hasAddress()) window.history.replaceState(null, "", addressOf(state, this.all));
     this.draw();
   }
 
@@ -149,7 +155,7 @@ class View {
       if (map.key === "attention" && !Number.isFinite(massOf(run, word, at, head, false))) values.fill(NaN);
       return { run, word, layer: at, head, map: map.label, unit: map.unit, signed: map.signed, values, words };
     };
-    if (this.runs.length < 2 || compare === "single") return [one(this.current)];
+    if (this.runs.length < 2 || compare === "single") return [one(0)];
     const both = [one(0), one(1)];
     if (compare === "side" || both[0].words) return both;
     const values = both[1].values.map((value, p) => value - both[0].values[p]);
@@ -164,7 +170,12 @@ class View {
     get("map-select").value = map;
     get("compare").value = compare;
     get("run").value = this.current;
-    get("run-choice").hidden = this.runs.length < 2;
+    const single = this.runs.length < 2 || compare === "single";
+    for (const id of ["run2", "run-choice"]) get(id).hidden = single;
+    get("run-a-choice").hidden = this.all.length < 3;
+    get("run-b-choice").hidden = this.all.length < 3 || single;
+    get("run-a").value = this.state.a;
+    get("run-b").value = this.state.b;
     get("sinks-switch").checked = sinks;
     get("layer").max = run.model.layers.length - 1;
     get("layer").value = layer;

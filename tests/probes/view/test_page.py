@@ -106,14 +106,12 @@ def test_save_in_a_missing_folder_raises_and_leaves_nothing(shipped, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_compare_has_both_runs_and_a_third_is_refused(shipped):
+def test_compare_has_the_runs_of_both_pages(shipped):
     model, inputs, tokens, words, image = shipped
     attention = record_words(model, inputs, tokens, words)
     first, second = attention.view(images=[image], name="first"), attention.view(images=[image], name="second")
-    both = first.compare(second)
-    assert [run["name"] for run in page_data(both.html())["runs"]] == ["first", "second"]
-    with pytest.raises(ValueError, match="found 3"):
-        both.compare(first)
+    page = first.compare(second).compare(first).html()
+    assert [run["name"] for run in page_data(page)["runs"]] == ["first", "second", "first"]
 
 
 def test_jupyter_frame_holds_the_page(shipped):
