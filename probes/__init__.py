@@ -19,6 +19,7 @@ Submodules offer more: `probes.plots` draws figures, `probes.pruning` implements
 
 from probes.attention.record import AttentionRecord
 from probes.attention.recording import record_attention
+from probes.attention.sinks import Sinks, find_sinks
 from probes.attribution import Relevancy, relevancy
 from probes.fusion.depth import Agreement, FusionDepth, agreement, fusion_depth
 from probes.fusion.onset import FusionOnset, fusion_onset
@@ -41,9 +42,11 @@ __all__ = [
     "Receipt",
     "Relevancy",
     "RemoveTokens",
+    "Sinks",
     "States",
     "TokenMap",
     "agreement",
+    "find_sinks",
     "fusion_depth",
     "fusion_onset",
     "intervene",

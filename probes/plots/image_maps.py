@@ -8,14 +8,14 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from probes.plots.style import DIVERGING, FIGURE_STYLE, SEQUENTIAL, UNDEFINED, NotebookFigure
-from probes.plots.tile_panels import CELL_OPACITY, draw_background, draw_cells, find_tile_panels
+from probes.plots.tile_panels import CELL_OPACITY, draw_background, draw_cells, find_tile_panels, mark_cells
 from probes.tokens.token_map import TokenMap
 
 
@@ -28,6 +28,7 @@ def plot_patches(
     image: int = 0,
     frame: int = 0,
     label: str = "",
+    marked: Mapping[str, Bool[Tensor, " positions"]] | None = None,
 ) -> Figure:
     """Plot the image, and maps of one value for each visual token over it, all on one colour scale.
 
@@ -44,13 +45,15 @@ def plot_patches(
         image: Number of the image in the sample, from 0.
         frame: Frame of a video, from 0.
         label: Label of the colour scale: what the values are, and their unit.
+        marked: Positions to draw a cross over, `[positions]`, by title of a map, such as the attention sinks
+            `{"layer 2": sinks.by_attention[2, 0]}`.
 
     Returns:
         Figure with the image and a panel for each map.
 
     Raises:
-        ValueError: Places are not known, there is no such image or frame, or a map does not have one value for each
-            position.
+        ValueError: Places are not known, there is no such image or frame, a map does not have one value for each
+            position, or `marked` has a title of no map.
 
     Example:
         >>> placed = TokenMap.from_inputs(model, inputs, processor, [image])
@@ -59,8 +62,11 @@ def plot_patches(
     """
     panels, in_pixels = find_tile_panels(tokens, sample, image, frame)
     values = {title: torch.as_tensor(part).detach().float().cpu() for title, part in maps.items()}
+    marks = {title: torch.as_tensor(part).cpu() for title, part in (marked or {}).items()}
+    if unknown := sorted(set(marks) - set(values)):
+        raise ValueError(f"marked has {unknown[0]!r}: the maps are {', '.join(map(repr, values))}")
     length = tokens.labels.shape[1]
-    for title, part in values.items():
+    for title, part in (*values.items(), *marks.items()):
         if part.shape != (length,):
             raise ValueError(f"map {title!r} has shape {list(part.shape)}: one value for each of {length} positions")
     if not values:
@@ -87,6 +93,8 @@ def plot_patches(
     for axis, (title, panel) in zip(map_axes, titled_panels, strict=False):
         draw_background(axis, pixels, panel, in_pixels)
         draw_cells(axis, panel, colors(norm(values[title][panel.positions].numpy())))
+        if title in marks:
+            mark_cells(axis, panel, marks[title][panel.positions].numpy())
         axis.set_title(title if one_panel else f"{title}, {panel.name}", loc="left")
     for axis in axes.flat:
         axis.set_axis_off()

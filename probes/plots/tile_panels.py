@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 
@@ -101,3 +101,10 @@ def draw_cells(axis: Axes, panel: TilePanel, colors: Float[np.ndarray, "cells 4"
     axis.add_collection(
         PolyCollection(list(corners), facecolors=colors, alpha=CELL_OPACITY, edgecolors="white", linewidths=0.2)
     )
+
+
+def mark_cells(axis: Axes, panel: TilePanel, marked: Bool[np.ndarray, " cells"]) -> None:
+    """Draw a cross over the marked visual tokens."""
+    boxes = panel.boxes[marked]
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    axis.plot(centres[:, 0], centres[:, 1], linestyle="none", marker="x", color="black", markersize=5)

@@ -128,6 +128,19 @@ def test_plot_patches_draws_cells_in_their_boxes_on_one_scale():
         assert axis.get_ylim() == (20, 0), "y grows downwards"
 
 
+def test_plot_patches_with_marked_positions_draws_crosses_at_their_centres():
+    tokens = token_map_of_grids([Grid(0, 2, 4, (0, 0, 40, 20))])
+    marked = torch.zeros(11, dtype=torch.bool)
+    marked[[0, 2, 9]] = True  # a text position, the first patch and the last
+    figure = plot_patches(PIXELS, tokens, {"a": torch.ones(11), "b": torch.ones(11)}, marked={"b": marked})
+    first, second = (axis for axis in figure.axes if axis.get_title(loc="left") in ("a", "b"))
+    assert not first.lines
+    (crosses,) = second.lines
+    assert crosses.get_xydata().tolist() == [[5, 5], [35, 15]]
+    with pytest.raises(ValueError, match=r"marked has 'c'.*'a'"):
+        plot_patches(PIXELS, tokens, {"a": torch.ones(11)}, marked={"c": marked})
+
+
 def test_plot_patches_of_signed_map_is_symmetric_with_undefined_grey():
     tokens = token_map_of_grids([Grid(0, 1, 3, (0, 0, 40, 20))])
     figure = plot_patches(PIXELS, tokens, {"change": torch.tensor([0, 0, -4.0, 2.0, torch.nan, 0])})
