@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-# Name of the wrapped module in OptimizedModule, in DataParallel, DistributedDataParallel, FSDP, DeepSpeed's engine and
+# Name of the wrapped module in OptimizedModule, in DataParallel, DistributedDataParallel, DeepSpeed's engine and
 # AveragedModel, and in torch's checkpoints of layers. All of these run its hooks.
 _MODULE_NAMES = ("_orig_mod", "module", "_checkpoint_wrapped_module")
 # The same in PEFT's models and in the tuner inside them.
@@ -36,8 +36,9 @@ def unwrap_module(module: Any) -> Any:
 def unwrap_model(model: Any) -> Any:
     """Return the transformers model inside any nesting of wrappers.
 
-    Known are PEFT's models, `torch.compile`'s OptimizedModule, DataParallel, DistributedDataParallel, FSDP, DeepSpeed's
-    engine, and what accelerate's `prepare` returns. A probe on the inner model also acts in calls of the wrapper.
+    Known are PEFT's models, `torch.compile`'s OptimizedModule, DataParallel, DistributedDataParallel, DeepSpeed's engine
+    (not tested), and what accelerate's `prepare` returns. A probe on the inner model also acts in calls of the wrapper.
+    `fully_shard` needs no unwrapping.
 
     Args:
         model: A transformers model, or a wrapped one.
@@ -46,7 +47,8 @@ def unwrap_model(model: Any) -> Any:
         The transformers model. An object that holds none is returned as it is unwrapped so far.
 
     Raises:
-        ValueError: If the active PEFT adapter adds tokens to the prompt, which no token map describes.
+        ValueError: If the active PEFT adapter adds tokens to the prompt, which no token map describes, or the wrapper is
+            FullyShardedDataParallel, whose parameters exist only inside its own calls.
 
     Example:
         >>> unwrap_model(torch.compile(model)) is model
@@ -73,6 +75,11 @@ def _unwrap(module: Any, names: tuple[str, ...]) -> Any:
     """Return the innermost module of a chain in which each module has one child, of one of these names."""
     while isinstance(module, nn.Module) and not isinstance(module, PreTrainedModel):
         _refuse_prompt_learning(module)
+        if type(module).__name__ == "FullyShardedDataParallel":  # by name: its import is slow
+            raise ValueError(
+                "a model in FullyShardedDataParallel cannot be probed, since its parameters exist only inside its calls: "
+                "use torch.distributed.fsdp.fully_shard, or probe the model without the wrapper"
+            )
         name, *others = module._modules or (None,)
         if others or name not in names:
             break

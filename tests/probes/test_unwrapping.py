@@ -13,6 +13,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import compile_regions
 from nnsight import NNsight
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from transformers import LlavaForConditionalGeneration
@@ -172,6 +174,38 @@ def test_replay_and_curves_of_model_in_bridge_equal_those_of_eager_model(
         with resume_from(1):
             torch.testing.assert_close(inner(**inputs, use_cache=False).logits, first)
     torch.testing.assert_close(inner(**inputs).logits, eager(**inputs).logits)
+
+
+def test_unwrap_model_in_fully_sharded_data_parallel_raises(
+    make_llava: Callable[..., Model], process_group: None
+) -> None:
+    wrapped = FullyShardedDataParallel(make_llava(), device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"FullyShardedDataParallel cannot be probed.*fully_shard"):
+        unwrap_model(wrapped)
+
+
+@torch.no_grad()
+def test_probes_of_fully_sharded_model_equal_those_of_plain_model(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], process_group: None
+) -> None:
+    plain, sharded, inputs = make_llava(), make_llava(), make_inputs()
+    for layer in sharded.model.language_model.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+    tokens = TokenMap.from_inputs(plain, inputs)
+    for cut in (
+        RemoveTokens("vision", [1, 2]),
+        RemoveTokens("vision", [1, 2], how="drop"),
+        BlockAttention("vision", "instruction", [1]),
+        PatchActivations("vision", [1], "mlp", "zero"),
+    ):
+        with intervene(plain, tokens, cut), intervene(sharded, tokens, cut):
+            torch.testing.assert_close(sharded(**inputs).logits, plain(**inputs).logits)
+    with record_attention(plain, tokens) as expected, record_attention(sharded, tokens) as actual:
+        plain(**inputs), sharded(**inputs)
+    torch.testing.assert_close(actual.mass, expected.mass, equal_nan=True)
+    with pytest.raises(ValueError, match="under fully_shard cannot be copied: use backend='native'"):
+        record_attention(sharded, tokens, backend="nnsight").__enter__()
 
 
 def test_require_model_without_transformers_model_raises(make_llava: Callable[..., Model]) -> None:

@@ -24,12 +24,18 @@ def copy_sharing_weights(model: Model) -> Model:
     Returns:
         The copy. No weight is copied, so writing to a weight changes it in both.
 
+    Raises:
+        ValueError: If `fully_shard` has sharded the model, which then cannot be copied.
+
     Example:
         >>> from probes.attention.backends.shared_copy import copy_sharing_weights
         >>> other = copy_sharing_weights(model)
         >>> other.get_decoder() is model.get_decoder(), other.lm_head.weight is model.lm_head.weight
         (False, True)
     """
+    # `fully_shard` changes the classes of modules to subclasses with this method.
+    if any(hasattr(module, "unshard") for module in model.modules()):
+        raise ValueError(f"a {type(model).__name__} under fully_shard cannot be copied: use backend='native'")
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     duplicate = copy.deepcopy(model, shared)
     _remove_compilation(duplicate)
