@@ -14,7 +14,7 @@ from rich.console import Console
 
 from experiments.report import figures, html, terminal
 from experiments.report.experiment_specs import ExperimentSpec
-from experiments.report.figure_entries import COST_SUFFIX, FIXED_STEMS
+from experiments.report.figure_entries import EXPERIMENT_SUFFIXES, FIXED_STEMS
 from experiments.report.results import Report
 from experiments.report.tables import writers
 
@@ -68,7 +68,7 @@ def _move_files(temporary: Path, out: Path, specs: Sequence[ExperimentSpec]) -> 
     made = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
     # Files of an earlier report that these records no longer give would contradict the page.
     names = [spec.name for spec in specs]
-    stems = [*FIXED_STEMS, *(name + ending for name in names for ending in ("", COST_SUFFIX))]
+    stems = [*FIXED_STEMS, *(name + ending for name in names for ending in EXPERIMENT_SUFFIXES)]
     possible = {f"figures/{stem}.{suffix}" for stem in stems for suffix in ("png", "pdf")}
     possible |= {f"tables/{name}{end}.{suffix}" for name in names for end in ("", "_orderings") for suffix in WRITERS}
     for stale in possible - {path.as_posix() for path in made}:

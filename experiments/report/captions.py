@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from experiments.records.views import Record, record_label
-from experiments.report.experiment_results import ExperimentResults
+from experiments.report.experiment_results import ExperimentResults, ResultRow
 from experiments.report.run_groups import RunGroup
+from experiments.report.training_ends import STILL_IMPROVING, describe_training, training_end
 
 _PARETO_FRONT = "Broad dashes: the Pareto front, the {} whose accuracy no other reaches at the same or lower cost."
 EXPERIMENT_COST = (
@@ -31,6 +34,26 @@ def experiment_rows(results: ExperimentResults) -> str:
     return (
         "Accuracy of each row, with its 95% bootstrap interval over examples and seeds, and the FLOPs of one prompt."
         f"{seeds} Vertical lines: the first row and the blind controls."
+    )
+
+
+def learning_curves(results: ExperimentResults, rows: Sequence[ResultRow]) -> str:
+    """Return the caption of an experiment's learning-curve figure, with the last accuracy of each row.
+
+    Args:
+        results: The experiment's rows with their runs.
+        rows: The rows with a learning curve.
+    """
+    band = " Band: range over seeds." if len(results.seeds) > 1 else ""
+    ends = []
+    for row in rows:
+        assert row.runs is not None
+        last = [record["train"]["validation"][-1]["accuracy"] for record in row.runs.finished]
+        ends.append(f"{row.label} {100 * np.mean(last):.1f} ({training_end(row.runs)})")
+    return (
+        f"Accuracy and loss on the validation split during training. Line: mean over seeds.{band} A seed that ended earlier "
+        f"keeps its last value. An open marker ends a row that was {STILL_IMPROVING}. Accuracy at the end (%): "
+        f"{'; '.join(ends)}. {describe_training(record for row in rows if row.runs for record in row.runs.finished)}"
     )
 
 

@@ -16,6 +16,7 @@ from experiments.records.views import Record, parse_outcomes, record_seed, start
 from experiments.report.experiment_specs import ExperimentSpec, RowSettings
 from experiments.report.run_groups import RunGroup
 from experiments.report.statistics import CONFIDENCE_LEVEL, Interval, difference_interval, holm, paired_test
+from experiments.report.training_ends import is_still_improving
 
 ALPHA = 1 - CONFIDENCE_LEVEL
 DIFFERENCE_RULE = (
@@ -54,6 +55,11 @@ class ResultRow:
     def status(self) -> str:
         """ "finished" if at least one seed is, else "failed" or "not run"."""
         return "not run" if self.runs is None else "finished" if self.finished else "failed"
+
+    @property
+    def still_improving(self) -> bool:
+        """Whether a finished seed was to train until a plateau, and reached its greatest length before."""
+        return self.runs is not None and any(map(is_still_improving, self.runs.finished))
 
     @property
     def first_record_id(self) -> str:
@@ -116,6 +122,10 @@ class ExperimentResults:
         """Return whether both rows are finished with equally many examples, so that examples can be paired by index."""
         return first.finished and second.finished and first.outcomes.shape[1] == second.outcomes.shape[1]
 
+    def may_be_ordered(self, first: ResultRow, second: ResultRow) -> bool:
+        """Return whether an ordering of two rows is judged: they are comparable, and neither was still improving."""
+        return self.comparable(first, second) and not (first.still_improving or second.still_improving)
+
     def difference(self, first: ResultRow, second: ResultRow) -> Interval:
         """Return the accuracy of the first row minus that of the second, with a 95% interval over examples and seeds.
 
@@ -154,13 +164,13 @@ class ExperimentResults:
     def best_row(self) -> ResultRow | None:
         """The row with the highest accuracy if it differs from every other finished row by the rule, else None.
 
-        All tests must agree, so their p-values need no correction.
+        There is none among rows of which one was still improving. All tests must agree, so their p-values need no correction.
         """
         if len(self.finished_rows) < 2:
             return None
         first, *others = self.ranked_rows
         beats_others = (
-            self.comparable(first, other) and self.is_significant(first, other, self.p_value(first, other))
+            self.may_be_ordered(first, other) and self.is_significant(first, other, self.p_value(first, other))
             for other in others
         )
         return first if all(beats_others) else None

@@ -17,6 +17,10 @@ from experiments.report.run_groups import RunGroup, name_differing_settings
 
 COST_SUFFIX = "_cost"
 """Ending of the stem of an experiment's cost figure."""
+CURVES_SUFFIX = "_learning_curves"
+"""Ending of the stem of an experiment's learning-curve figure."""
+EXPERIMENT_SUFFIXES = ("", CURVES_SUFFIX, COST_SUFFIX)
+"""Endings of the stems of all figures of an experiment, in the order of the page."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ def figure_entries(
 ) -> Iterator[FigureEntry]:
     """List every figure of a report, in order.
 
-    Each experiment has a figure of its rows, and one of their cost if they differ in it. Each probe is drawn for the
+    Each experiment has a figure of its rows, one of their learning curves if they were measured, and one of their cost if
+    they differ in it. Each probe is drawn for the
     first record that holds it. The ablation figures show the largest family of run groups.
 
     Args:
@@ -69,6 +74,13 @@ def _experiment_entries(results: ExperimentResults) -> Iterator[FigureEntry]:
         return
     draw_rows = partial(figures.rows_figure, results)
     yield FigureEntry(results.name, title, captions.experiment_rows(results), draw_rows)
+    if rows := figures.rows_with_curves(results):
+        yield FigureEntry(
+            f"{results.name}{CURVES_SUFFIX}",
+            f"Learning curves: {results.name}",
+            captions.learning_curves(results, rows),
+            partial(figures.learning_curves_figure, results),
+        )
     if figures.differing_costs(results):
         title = f"Accuracy against cost: {results.name}"
         draw_cost = partial(figures.experiment_cost_figure, results)

@@ -9,7 +9,7 @@ from pathlib import Path
 import jinja2
 
 from experiments.records.views import record_label
-from experiments.report.figure_entries import COST_SUFFIX
+from experiments.report.figure_entries import EXPERIMENT_SUFFIXES
 from experiments.report.results import Report
 from experiments.report.verdict import CLAIM, CLAIM_RULE
 
@@ -33,7 +33,7 @@ def render_page(report: Report, images: Mapping[str, Path]) -> str:
     )
     encoded = {stem: base64.b64encode(path.read_bytes()).decode() for stem, path in images.items()}
     figures = {entry.stem: (entry, encoded.get(entry.stem)) for entry in report.figures}
-    experiment_stems = {name + ending for name in report.experiments for ending in ("", COST_SUFFIX)}
+    experiment_stems = {name + ending for name in report.experiments for ending in EXPERIMENT_SUFFIXES}
     return environment.get_template("page.html.j2").render(
         claim=CLAIM,
         rule=CLAIM_RULE,
@@ -43,7 +43,7 @@ def render_page(report: Report, images: Mapping[str, Path]) -> str:
         tables=report.tables,
         figures=figures,
         other_figures=[figure for stem, figure in figures.items() if stem not in experiment_stems],
-        cost_suffix=COST_SUFFIX,
+        experiment_suffixes=EXPERIMENT_SUFFIXES,
         records=report.records,
         record_label=record_label,
     )

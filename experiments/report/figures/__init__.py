@@ -1,7 +1,8 @@
 """Figures of a report, one module for each.
 
 - One record: `attention_figure`, `entropy_figure`, `fusion_figure`, `lens_figure` and `removal_figure`.
-- One experiment: `rows_figure` shows its rows; `experiment_cost_figure` shows accuracy against each of `differing_costs`.
+- One experiment: `rows_figure` shows its rows; `experiment_cost_figure` shows accuracy against each of `differing_costs`;
+  `learning_curves_figure` shows the training of `rows_with_curves`.
 - All ablations: `ablation_figure` and `ablation_cost_figure`.
 
 `save` writes a figure as PNG and PDF.
@@ -12,6 +13,7 @@ from experiments.report.figures.attention import attention_figure, entropy_figur
 from experiments.report.figures.cost import ablation_cost_figure, differing_costs, experiment_cost_figure
 from experiments.report.figures.experiment_rows import rows_figure
 from experiments.report.figures.fusion_depth import fusion_figure
+from experiments.report.figures.learning_curves import learning_curves_figure, rows_with_curves
 from experiments.report.figures.logit_lens import lens_figure
 from experiments.report.figures.removal import removal_figure
 from experiments.report.figures.style import save
@@ -24,8 +26,10 @@ __all__ = [
     "entropy_figure",
     "experiment_cost_figure",
     "fusion_figure",
+    "learning_curves_figure",
     "lens_figure",
     "removal_figure",
     "rows_figure",
+    "rows_with_curves",
     "save",
 ]

@@ -8,9 +8,16 @@ from experiments.report.experiment_results import ExperimentResults
 from experiments.report.tables.experiment_rows import experiment_table
 from experiments.report.tables.orderings import orderings_table
 from experiments.report.tables.table import Table
+from experiments.report.tables.uncut_comparison import with_uncut_columns
 
 
 def experiment_tables(experiments: Sequence[ExperimentResults]) -> list[Table]:
-    """Return the tables of experiments, in order: the rows, then the paper's orderings if the paper prints values."""
-    tables = [table for results in experiments for table in (experiment_table(results), orderings_table(results))]
+    """Return the tables of experiments, in order: the rows, then the paper's orderings if the paper prints values.
+
+    The rows of an experiment without training also have the score relative to the first row, and the share of equal
+    answers.
+    """
+    tables = []
+    for results in experiments:
+        tables += [with_uncut_columns(experiment_table(results), results), orderings_table(results)]
     return [table for table in tables if table is not None]

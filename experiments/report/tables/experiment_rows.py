@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,11 @@ from experiments.report.formatting import (
 )
 from experiments.report.run_groups import RunGroup
 from experiments.report.tables.table import LATENCY_COLUMN, Table, interval_columns
+from experiments.report.training_ends import STILL_IMPROVING, describe_training, training_end, trains_until_plateau
 
 BENCHMARKS = {"vqav2": "VQAv2", "gqa": "GQA", "mmb": "MMB"}
 """Benchmarks that the paper's ablations print, by the names that an experiment's rows use."""
+_TRAINING_COLUMN = "Trained until"
 _MEASURED_COLUMNS = ("Tokens", "FLOPs", LATENCY_COLUMN, "Accuracy (%)", "Difference", "p", "n")
 
 
@@ -37,6 +39,7 @@ def experiment_table(results: ExperimentResults) -> Table:
     p_values = [None, *results.holm_p_values([(row, baseline) for row in results.rows[1:]])]
     varied = _varied_keys(results)
     timed = any(row.runs.latency > 0 for row in results.finished_rows if row.runs)
+    until_plateau = any(map(trains_until_plateau, finished_records(results)))
     data, text = [], []
     for row, p_value in zip(results.rows, p_values, strict=True):
         difference = results.difference(row, baseline) if p_value is not None else None
@@ -55,12 +58,14 @@ def experiment_table(results: ExperimentResults) -> Table:
                 "flops": row.runs.flops if row.runs else None,
                 **({"latency_seconds": row.runs.latency if row.runs else None} if timed else {}),
                 **({f"paper_{benchmark}": _paper_value(row, benchmark)} if benchmark else {}),
+                **({"still_improving": row.still_improving} if until_plateau else {}),
                 "status": row.status,
             }
         )
         cells = {"Row": row.label} | {column_heading(key): _cell_text(row.settings.values[key]) for key in varied}
         if row.runs is None or row.runs.accuracy is None:
             columns = [column for column in _MEASURED_COLUMNS if timed or column != LATENCY_COLUMN]
+            columns += [_TRAINING_COLUMN] if until_plateau else []
             text.append({**cells, **dict.fromkeys(columns, row.status), "Seeds": f"0 of {len(results.seeds)}"})
         else:
             reason = "baseline" if row is baseline else "other questions" if baseline.finished else "no baseline"
@@ -74,6 +79,7 @@ def experiment_table(results: ExperimentResults) -> Table:
                     "Difference": format_interval(difference, sign=True) if difference else reason,
                     "p": format_p_value(p_value) if p_value is not None else reason,
                     "n": str(row.runs.examples),
+                    **({_TRAINING_COLUMN: training_end(row.runs)} if until_plateau else {}),
                     "Seeds": _seed_count(row, results),
                 }
             )
@@ -85,7 +91,7 @@ def experiment_table(results: ExperimentResults) -> Table:
     text_columns = {
         column_heading(key) for key in varied if not all(_is_number(r.settings.values[key]) for r in results.rows)
     }
-    numeric = tuple(column for column in text[0] if column not in {"Row", *text_columns})
+    numeric = tuple(column for column in text[0] if column not in {"Row", _TRAINING_COLUMN, *text_columns})
     notes = tuple(_notes(results))
     return Table(results.name, _caption(results), pd.DataFrame(data), pd.DataFrame(text), numeric, notes, bold)
 
@@ -98,7 +104,7 @@ def column_heading(key: str) -> str:
 
 def describe_measurement(results: ExperimentResults) -> str:
     """Describe data, number of questions, seeds, model and device of an experiment's finished runs."""
-    records = _finished_records(results)
+    records = finished_records(results)
     if not records:
         return "nothing finished"
     tasks = sorted({f"{record['data']['name']}, {record['data'].get('split', 'test')} split" for record in records})
@@ -111,7 +117,8 @@ def describe_measurement(results: ExperimentResults) -> str:
     )
 
 
-def _finished_records(results: ExperimentResults) -> list[Record]:
+def finished_records(results: ExperimentResults) -> list[Record]:
+    """Return the records of all finished runs of an experiment, in the order of its rows."""
     return [record for row in results.finished_rows if row.runs for record in row.runs.finished]
 
 
@@ -126,7 +133,7 @@ def _caption(results: ExperimentResults) -> str:
 
 
 def _notes(results: ExperimentResults) -> list[str]:
-    records = _finished_records(results)
+    records = finished_records(results)
     blind = "; ".join(f"{name} {100 * value:.1f}" for name, value in blind_accuracies(results).items())
     conventions = sorted({r["cost"].get("convention") or "unstated" for r in records if r.get("cost")})
     code_versions = {record["provenance"].get("code") for record in records}
@@ -144,6 +151,7 @@ def _notes(results: ExperimentResults) -> list[str]:
         "way.",
         *(f"FLOPs of one prompt: {convention}." for convention in conventions),
         *(f"Latency: {note}." for note in latency_notes),
+        *_training_notes(records),
         *(note for row in results.rows for note in _missing_run_notes(row)),
     ]
     if len(fingerprints) > 1:
@@ -160,9 +168,20 @@ def _notes(results: ExperimentResults) -> list[str]:
     return notes
 
 
+def _training_notes(records: Sequence[Record]) -> list[str]:
+    if not any(map(trains_until_plateau, records)):
+        return []
+    return [
+        f"{describe_training(records)} A row that was {STILL_IMPROVING} would be better after a longer training, so it is "
+        "neither bold nor ordered."
+    ]
+
+
 def _why_no_bold(results: ExperimentResults) -> str:
     if results.best_row is not None or len(results.finished_rows) < 2:
         return ""
+    if improving := [row.label for row in results.finished_rows if row.still_improving]:
+        return f" No row is bold here, because rows were {STILL_IMPROVING}: {'; '.join(improving)}."
     first, second = results.ranked_rows[:2]
     if not results.comparable(first, second):
         return " No row is bold here."

@@ -10,18 +10,21 @@ import pandas as pd
 
 from experiments.report.experiment_results import DIFFERENCE_RULE, ExperimentResults, ResultRow
 from experiments.report.formatting import format_interval, format_p_value, format_signed
-from experiments.report.tables.experiment_rows import BENCHMARKS, describe_measurement
+from experiments.report.tables.experiment_rows import BENCHMARKS, describe_measurement, finished_records
 from experiments.report.tables.table import Table, interval_columns
+from experiments.report.training_ends import STILL_IMPROVING, describe_training
 from experiments.report.verdict import UNDECIDED
 
 HOLDS, REVERSED = "holds", "does not hold"
+IMPROVING = f"{UNDECIDED} ({STILL_IMPROVING})"
 
 
 def orderings_table(results: ExperimentResults) -> Table | None:
     """Build the table of all pairs of rows that the paper orders the same way on every one of `BENCHMARKS`.
 
     An ordering holds if the two rows differ by `DIFFERENCE_RULE`, with p-values Holm-corrected for the number of pairs,
-    in the paper's direction. It does not hold if they differ in the opposite direction. Otherwise it cannot be told.
+    in the paper's direction. It does not hold if they differ in the opposite direction. Otherwise it cannot be told. An
+    ordering of a row that was still improving when its training ended is not tested.
 
     Args:
         results: The experiment's rows with their runs.
@@ -33,12 +36,18 @@ def orderings_table(results: ExperimentResults) -> Table | None:
     if not pairs:
         return None
     data, text = [], []
-    for (higher, lower), p_value in zip(pairs, results.holm_p_values(pairs), strict=True):
-        difference = None if p_value is None else results.difference(higher, lower)
-        answer = UNDECIDED
+    tested = [pair for pair in pairs if results.may_be_ordered(*pair)]
+    p_values = iter(results.holm_p_values(tested))
+    for higher, lower in pairs:
+        comparable = results.comparable(higher, lower)
+        improving = comparable and not results.may_be_ordered(higher, lower)
+        p_value = next(p_values) if comparable and not improving else None
+        difference = results.difference(higher, lower) if comparable else None
+        answer = IMPROVING if improving else UNDECIDED
         if p_value is not None and difference is not None and results.is_significant(higher, lower, p_value):
             answer = HOLDS if difference.mean > 0 else REVERSED
-        reason = next((row.status for row in (higher, lower) if not row.finished), "other questions")
+        unfinished = next((row.status for row in (higher, lower) if not row.finished), "other questions")
+        reason = STILL_IMPROVING if improving else unfinished
         margins = {name: _smallest_margin(higher, lower, name) for name in BENCHMARKS}
         data.append(
             {
@@ -55,13 +64,15 @@ def orderings_table(results: ExperimentResults) -> Table | None:
                 "Higher in the paper": higher.label,
                 "Lower": lower.label,
                 **{f"Paper, {BENCHMARKS[name]}": format_signed(margin) for name, margin in margins.items()},
-                "Here": format_interval(difference, sign=True) if difference else reason,
+                "Here": format_interval(difference, sign=True) if difference else unfinished,
                 "p": format_p_value(p_value) if p_value is not None else reason,
                 "Ordering": answer,
             }
         )
     frame = pd.DataFrame(data)
     counts = {answer: int((frame["answer"] == answer).sum()) for answer in (HOLDS, REVERSED, UNDECIDED)}
+    if improving_count := int((frame["answer"] == IMPROVING).sum()):
+        counts[IMPROVING] = improving_count
     merged = [row.label for row in results.rows if len(row.settings.paper) > 1]
     notes = (
         f"Percentage points. An ordering holds, or does not hold, if the two rows differ here by the rule: "
@@ -75,6 +86,8 @@ def orderings_table(results: ExperimentResults) -> Table | None:
         + "; ".join(f"{answer}: {count}" for answer, count in counts.items())
         + "."
     )
+    if training := describe_training(finished_records(results)):
+        caption += f" {training}"
     numeric = tuple(column for column in text[0] if column not in ("Higher in the paper", "Lower", "Ordering"))
     return Table(f"{results.name}_orderings", caption, frame, pd.DataFrame(text), numeric, notes)
 
