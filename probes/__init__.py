@@ -13,7 +13,7 @@ Example:
     >>> receipt[0].tokens  # visual tokens hidden in each layer
     {2: 36, 3: 36}
 
-Submodules offer more: `probes.plots` draws figures, `probes.pruning` implements FastV, VTW and PyramidDrop, and
+Submodules offer more: `probes.plots` draws figures, `probes.pruning` has FastV, DART, SparseVLM and others, and
 `probes.fusion.curves` computes the curves that `fusion_depth` reads, and `probes.fusion.onset` that of `fusion_onset`.
 """
 
