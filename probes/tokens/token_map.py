@@ -101,8 +101,8 @@ class TokenMap:
 
         Raises:
             ValueError: If `input_ids` are missing or not 2-D, another tensor has another shape, the config names no
-                image token, no row holds a visual token, the visual tokens do not match the images, or the model has
-                no such stack.
+                image token, no row holds a visual token, the visual tokens do not match the images, `input_ids`
+                hold audio tokens, or the model has no such stack.
 
         Example:
             >>> tokens = TokenMap.from_inputs(model, inputs, processor, [image])
@@ -119,6 +119,11 @@ class TokenMap:
             if inputs.get(name) is not None and torch.as_tensor(inputs[name]).shape != input_ids.shape:
                 shapes = f"{list(torch.as_tensor(inputs[name]).shape)}, input_ids {list(input_ids.shape)}"
                 raise ValueError(f"{name} has shape {shapes}; both must be [batch, positions]")
+        audio = getattr(model.config, "audio_token_id", None)
+        if audio is not None and (input_ids == audio).any():
+            raise ValueError(
+                f"input_ids hold audio tokens ({audio}), which no group of a token map describes: leave the audio out"
+            )
         visual_ids = visual_token_ids(model.config)
         vision = torch.isin(input_ids, torch.tensor(visual_ids, device=input_ids.device))
         pad = torch.zeros_like(vision)

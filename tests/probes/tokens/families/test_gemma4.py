@@ -41,3 +41,13 @@ def test_patch_activations_in_generation_patches_all_positions_of_layers_that_sh
     assert lengths == [1, tokens.labels.shape[1]]
     assert receipt[0].tokens == {LAYERS - 1: int(tokens.mask("vision").sum())}
     assert torch.equal(plain, patched), "no position attends to another one after the last layer"
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4"])
+def test_token_map_with_audio_tokens_raises_value_error(name: str) -> None:
+    """Audio would count as text."""
+    family, image = tiny(name), CoordinateImage(30, 30).image
+    inputs, model = dict(family(["#ab"], [[image]])), family.model()
+    model.config.audio_token_id = int(inputs["input_ids"][0, -1])
+    with pytest.raises(ValueError, match=rf"hold audio tokens \({model.config.audio_token_id}\)"):
+        TokenMap.from_inputs(model, inputs)
