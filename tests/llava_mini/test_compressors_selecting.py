@@ -246,3 +246,25 @@ def test_downsample_at_full_size_equals_the_vision_tower(tiny_mini, sample):
 def test_downsample_with_kept_patches_raises(tiny_mini):
     with pytest.raises(ValueError, match=r"keep_patches=True .*compressor='downsample'"):
         tiny_mini(compressor="downsample", compressor_size=1, prefusion_layers=0, keep_patches=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", [*SELECTING, "downsample"])
+def test_compressor_in_a_padded_batch_of_several_images_equals_rows_alone(tiny_mini, sample, name, side):
+    """The first row has two images, the second one image and less text."""
+    model = tiny_mini(compressor=name, compressor_size=2, prefusion_layers=0)
+    (first, first_pixels), (second, second_pixels), (third, third_pixels) = sample(4, 5), sample(4, 3), sample(4, 2)
+    rows = [torch.cat([first, second]), third]
+    pixels = [torch.stack([first_pixels, second_pixels]), third_pixels[None]]
+    missing = len(rows[0]) - len(rows[1])
+    padding = (missing, 0) if side == "left" else (0, missing)
+    ids = torch.stack([rows[0], torch.nn.functional.pad(rows[1], padding)])
+    mask = torch.stack([torch.ones_like(rows[0]), torch.nn.functional.pad(torch.ones_like(rows[1]), padding)])
+    layout = torch.tensor([[0, 1, 1], [0, 1, 1], [1, 1, 1]])
+    together = model(input_ids=ids, pixel_values=torch.cat(pixels), attention_mask=mask, visual_layout=layout).logits
+    for row in range(2):
+        alone = model(
+            input_ids=rows[row][None], pixel_values=pixels[row], visual_layout=layout[:2] if row == 0 else None
+        )
+        torch.testing.assert_close(together[row, mask[row].bool()], alone.logits[0], atol=1e-5, rtol=1e-4)
