@@ -35,6 +35,7 @@ from experiments.evaluation.accuracy import (
     validation_scores,
 )
 from experiments.evaluation.analyses import check_probe_layers, run_probes
+from experiments.evaluation.attention_page import attention_page_path, write_attention_page
 from experiments.evaluation.flops import forward_cost
 from experiments.evaluation.questions import EncodedQuestions
 from experiments.models.build import build_model
@@ -99,6 +100,10 @@ def run_cell(cell: Cell, work: Path, write_record: Callable[[dict[str, Any]], ob
     }
     log.info("accuracy in percent, %s split:\n%s", data.test.name, accuracy_by_question_type(record))
     write_record(record)
+    if config.probe.view_questions:
+        page = attention_page_path(config.results, cell.id)
+        samples = list(islice(single_questions(data.test.samples), config.probe.view_questions))
+        write_attention_page(model, processor, samples, page, cell.label)
     if config.save:
         save_model(model, processor, work / ADAPTER_FOLDER, Path(config.save), cell.id)
     return record

@@ -11,7 +11,8 @@ from typing import Any, get_args, get_type_hints
 from omegaconf import MISSING, OmegaConf
 
 from experiments.config.benchmark_schema import BenchConfig, CostConfig
-from experiments.config.schema import DATA, MODELS, Config, TrainConfig
+from experiments.config.data_schema import DATA
+from experiments.config.schema import MODELS, Config, TrainConfig
 from experiments.markdown import markdown_cell, markdown_table
 
 _ALTERNATIVES: dict[str, dict[str, type]] = {"model": MODELS, "data": DATA}

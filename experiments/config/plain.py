@@ -9,7 +9,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.config.schema import DATA, MODELS, Config
+from experiments.config.data_schema import DATA
+from experiments.config.schema import MODELS, Config
 
 _NOT_RECORDED = ("rows", "row", "retry_failed")
 

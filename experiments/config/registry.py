@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from hydra.core.config_store import ConfigStore
 
+from experiments.config.data_schema import DATA
 from experiments.config.documentation import register_help
 from experiments.config.rows import register_resolvers
 from experiments.config.schema import (
-    DATA,
     MODELS,
     CompressorConfig,
     Config,

@@ -30,6 +30,7 @@ _PLATEAU = {"until": "steps", "eval_steps": 0, "patience": 3, "min_improvement":
 _ADDED = {
     "data.max_length": None,
     "data.validation_samples": 0,
+    "probe.view_questions": 0,
     **{f"{group}.prefusion_learning_rate": None for group in _TRAIN_GROUPS},
     **{f"{group}.{name}": value for group in _TRAIN_GROUPS for name, value in _PLATEAU.items()},
 }

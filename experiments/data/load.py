@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from experiments.config.schema import DataConfig, LlavaJsonData, PhotosData, ShapesData, ShapesVideoData
+from experiments.config.data_schema import DataConfig, LlavaJsonData, PhotosData, ShapesData, ShapesVideoData
 from experiments.data.bad_entries import BadEntry
 from experiments.data.held_out import hold_out
 from experiments.data.llava_json import LlavaJsonSamples, load_llava_json

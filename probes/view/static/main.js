@@ -58,7 +58,6 @@ class View {
     get("sinks-rule").textContent = sinks.length ? sinks[0].rule : "";
     get("boxes-note").textContent = this.runs.map((run) => run.boxes_note).filter(Boolean)[0] ?? "";
     get("compare").querySelector("option[value=difference]").disabled = Boolean(this.problem);
-    get("compare-note").textContent = this.problem && this.runs.length > 1 ? `No difference: ${this.problem}.` : "";
   }
 
   listen() {
@@ -172,6 +171,7 @@ class View {
     get("run").value = this.current;
     const single = this.runs.length < 2 || compare === "single";
     for (const id of ["run2", "run-choice"]) get(id).hidden = single;
+    get("compare-note").textContent = this.problem && !single ? `No difference: ${this.problem}.` : "";
     get("run-a-choice").hidden = this.all.length < 3;
     get("run-b-choice").hidden = this.all.length < 3 || single;
     get("run-a").value = this.state.a;

@@ -12,7 +12,7 @@ import torch
 
 from experiments.benchmarks import prefill_latency
 from experiments.config import plain as plain_module
-from experiments.config import schema
+from experiments.config import data_schema, schema
 from experiments.records.files import load_records
 from experiments.records.latency import FILE, latency_key
 from experiments.report.run_groups import compare_with_baselines, group_runs
@@ -26,7 +26,7 @@ def plain() -> dict[str, Any]:
     """Return a resolved configuration of the tiny LLaVA."""
     typed = schema.Config(
         model=schema.CheckpointModel(name="tiny", path="asset:tiny", grid=6),
-        data=schema.ShapesData(name="shapes", train_samples=8, test_samples=4),
+        data=data_schema.ShapesData(name="shapes", train_samples=8, test_samples=4),
         train=schema.TrainConfig(max_steps=7),
     )
     return plain_module.to_plain(typed)
@@ -77,7 +77,7 @@ def write_records(folder: Path, *records: dict[str, Any]) -> Path:
 def test_from_plain_recorded_config_gives_typed_config(plain: dict[str, Any]) -> None:
     typed = plain_module.from_plain(plain)
     assert isinstance(typed.model, schema.CheckpointModel)
-    assert isinstance(typed.data, schema.ShapesData)
+    assert isinstance(typed.data, data_schema.ShapesData)
     assert typed.train.max_steps == 7
     assert plain_module.to_plain(typed) == plain
     older = copy.deepcopy(plain)

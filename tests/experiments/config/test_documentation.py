@@ -4,8 +4,9 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from experiments.config.data_schema import DATA
 from experiments.config.documentation import help_text, markdown, settings
-from experiments.config.schema import DATA, MODELS, BenchConfig, Config, CostConfig
+from experiments.config.schema import MODELS, BenchConfig, Config, CostConfig
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "settings.md"
 

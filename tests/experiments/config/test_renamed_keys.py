@@ -6,8 +6,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments.config import renamed_keys
+from experiments.config.data_schema import ShapesData
 from experiments.config.renamed_keys import current_name, migrate
-from experiments.config.schema import Config, ScratchModel, ShapesData
+from experiments.config.schema import Config, ScratchModel
 from experiments.errors import INPUT_ERRORS, one_line
 from experiments.sweeps.hydra_api import compose_job, compose_sweep
 from experiments.sweeps.plan import select_row

@@ -5,9 +5,9 @@ import json
 import pytest
 from PIL import Image
 
+from experiments.config.data_schema import LlavaJsonData
 from experiments.config.plain import from_plain, to_plain
 from experiments.config.renamed_keys import migrate
-from experiments.config.schema import LlavaJsonData
 from experiments.data.load import clear_data_cache, load_data
 from experiments.records.files import read_record
 from experiments.sweeps.plan import identify_cell

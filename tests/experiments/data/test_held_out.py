@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.config.schema import LlavaJsonData, PhotosData, ShapesData, ShapesVideoData
+from experiments.config.data_schema import LlavaJsonData, PhotosData, ShapesData, ShapesVideoData
 from experiments.data.held_out import hold_out
 from experiments.data.load import load_data
 from experiments.data.samples import Split, llava_conversation, single_questions

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments.config.schema import Config, ReductionConfig, ShapesData, TrainConfig
+from experiments.config.data_schema import ShapesData
+from experiments.config.schema import Config, ReductionConfig, TrainConfig
 from experiments.data.encoding import Collator, SampleEncoder
 from experiments.data.samples import IndexedImageLoader, Sample, llava_conversation
 from experiments.data.shapes import load_shapes

@@ -10,7 +10,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from experiments.config.schema import Config, DataConfig, JoinedModel, TrainConfig
+from experiments.config.data_schema import DataConfig
+from experiments.config.schema import Config, JoinedModel, TrainConfig
 from experiments.evaluation.questions import EncodedQuestions
 from experiments.models import lora, scratch
 from experiments.models.build import build_model

@@ -13,14 +13,8 @@ import torch
 from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 
-from experiments.config.schema import (
-    CheckpointModel,
-    CompressorConfig,
-    Config,
-    LlavaJsonData,
-    PrefusionConfig,
-    ShapesData,
-)
+from experiments.config.data_schema import LlavaJsonData, ShapesData
+from experiments.config.schema import CheckpointModel, CompressorConfig, Config, PrefusionConfig
 from experiments.data.load import load_data
 from experiments.data.samples import TextOnlyBaseline
 from experiments.models import build

@@ -16,7 +16,8 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import set_seed
 
-from experiments.config.schema import Config, ScratchModel, ShapesData, TrainConfig
+from experiments.config.data_schema import ShapesData
+from experiments.config.schema import Config, ScratchModel, TrainConfig
 from experiments.data.samples import single_questions
 from experiments.data.shapes import load_shapes
 from experiments.evaluation.accuracy import validation_scores

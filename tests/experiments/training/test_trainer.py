@@ -27,14 +27,8 @@ from safetensors import safe_open
 from transformers import set_seed
 
 from experiments.config import registry as configuration
-from experiments.config.schema import (
-    CheckpointModel,
-    CompressorConfig,
-    Config,
-    PrefusionConfig,
-    ShapesData,
-    TrainConfig,
-)
+from experiments.config.data_schema import ShapesData
+from experiments.config.schema import CheckpointModel, CompressorConfig, Config, PrefusionConfig, TrainConfig
 from experiments.data.encoding import Collator, SampleEncoder
 from experiments.data.llava_json import load_llava_json
 from experiments.data.samples import Sample, llava_conversation

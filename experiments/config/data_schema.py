@@ -1,0 +1,126 @@
+"""Settings of the data sets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import MISSING
+
+from experiments.config.fields import group, require_at_least, setting
+
+BAD_ENTRIES = ("stop", "skip")
+
+
+@dataclass
+class DataConfig:
+    """A data set with a training and a test split, and a validation split where the learning curve is measured."""
+
+    name: str = setting(MISSING, "name of the data set in tables")
+    train_samples: int = setting(0, "training samples (images with their questions); 0 for all of a finite set")
+    test_samples: int = setting(0, "test samples, one question asked of each; 0 for all of a finite set")
+    validation_samples: int = setting(
+        0, "validation samples, for the learning curve; a finite set holds them out of its training samples"
+    )
+    seed: int = setting(0, "seed of generated data, and of the shares of several files")
+    max_length: int | None = setting(
+        None,
+        "tokens of a sample, as transformers' max_length: a longer one loses its last turns, then the end of its "
+        "question; none refuses samples that exceed the model's positions",
+    )
+
+    def __post_init__(self) -> None:
+        require_at_least("data", self, {"validation_samples": 0})
+
+
+@dataclass
+class ShapesRounds:
+    """Questions of each type per training image."""
+
+    place: int = setting(1, "questions about the colour at a row and column")
+    existence: int = setting(1, "questions whether there is a shape of a colour")
+    count: int = setting(1, "questions how many there are")
+    relation: int = setting(1, "questions about the neighbour of a shape")
+    comparison: int = setting(1, "questions whether one colour is more frequent than another")
+    reading: int = setting(1, "questions about the order from left to right, top to bottom")
+
+
+@dataclass
+class ShapesData(DataConfig):
+    """Generated scenes of coloured shapes (experiments/data/shapes.py)."""
+
+    rounds: ShapesRounds = group(ShapesRounds, "questions of each type per training image")
+
+
+@dataclass
+class ShapesVideoData(DataConfig):
+    """Generated clips of coloured shapes, one frame a second (experiments/data/shapes_video.py)."""
+
+    frames: int = setting(0, "frames of each clip, evenly spaced; 0 for one a second")
+
+
+@dataclass
+class LlavaJsonData(DataConfig):
+    """Conversations in LLaVA's JSON format.
+
+    Raises:
+        ValueError: If a value is out of range, or there are several files without a test file.
+    """
+
+    path: Any = setting(
+        MISSING, "JSON file, or a list of them; without test_path it is one and all of it is the test split"
+    )
+    images: Any = setting(MISSING, "folder that holds the images and videos, or a list with one for each file of path")
+    shares: list[float] = setting(
+        [], "how often the entries of each file of path are taken: 0.5 draws half, 2 takes each twice; empty for once"
+    )
+    test_path: str | None = setting(None, "JSON file of the test split; `path` is then the training split")
+    test_images: str | None = setting(None, "folder of the test split's images and videos, if another than `images`")
+    frames: int = setting(8, "frames of each video, evenly spaced (8 in the released training code)")
+    bad: str = setting(
+        "stop",
+        "entries that cannot be used (malformed, or an image or video is missing or damaged): stop ends the run before "
+        "training; skip leaves them out, and lists them in the results folder",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bad not in BAD_ENTRIES:
+            raise ValueError(f"data.bad: unknown '{self.bad}'; use {' or '.join(BAD_ENTRIES)}")
+        for name in ("path", "images"):
+            given = getattr(self, name)
+            if not (isinstance(given, str) and given) and not (
+                isinstance(given, list) and given and all(isinstance(part, str) for part in given)
+            ):
+                raise ValueError(f"data.{name}: must be a path or a list of paths, found {given!r}")
+        for share in self.shares:
+            if not 0 < share < math.inf:
+                raise ValueError(f"data.shares: each must be more than 0, found {share}")
+        if self.test_path is None and (isinstance(self.path, list) or self.shares or self.test_images):
+            raise ValueError(
+                "data.test_path: missing; several files, shares and test_images need a training and a test split"
+            )
+        if self.test_path is not None and self.test_images is None and isinstance(self.images, list):
+            raise ValueError(
+                f"data.test_images: missing; data.images names {len(self.images)} folders, so name that of the test split"
+            )
+
+
+@dataclass
+class PhotosData(DataConfig):
+    """Photographs alone and in grids, and scenes of shapes (experiments/data/photos.py)."""
+
+    photos: str = setting(MISSING, "folder with train.npz, test.npz and classes.json")
+    parts: list[str] = setting(["one", "2x2", "3x3", "shapes"], "kinds of image, taken in turn")
+    side: int = setting(16, "patches per side of an image")
+    patch: int = setting(14, "pixels per side of a patch")
+    captions: bool = setting(False, "train on descriptions alone, as in LLaVA's first stage")
+
+
+DATA: dict[str, type] = {
+    "shapes": ShapesData,
+    "shapes_video": ShapesVideoData,
+    "llava_json": LlavaJsonData,
+    "photos": PhotosData,
+}
