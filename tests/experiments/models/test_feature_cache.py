@@ -290,6 +290,10 @@ def test_open_feature_cache_returns_none_or_raises_where_features_cannot_be_cach
     assert open_feature_cache(config, mini, mini_processor, shapes_split) is not None
     mini.model.compressor.needs = ("saliency",)
     assert open_feature_cache(config, mini, mini_processor, shapes_split) is None
+    small = LlavaMiniForConditionalGeneration.from_llava(
+        llava, compressor="downsample", compressor_size=1, prefusion_layers=0
+    )
+    assert open_feature_cache(config, small, mini_processor, shapes_split) is None
     with pytest.raises(ValueError, match=r"train\.train_vision") as error:
         dataclasses.replace(config, train=TrainConfig(train_vision=True))
     assert "\n" not in str(error.value)
