@@ -1,14 +1,10 @@
 """Training until validation loss stops falling."""
 
 import dataclasses
-import json
-import os
+import multiprocessing
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,9 +27,8 @@ from experiments.training.plateau import (
     learning_rate_factor,
     training_part,
 )
-from experiments.training.trainer import train_llava
+from experiments.training.trainer import latest_complete_checkpoint, train_llava
 
-ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 PLATEAU = TrainConfig(
     until="plateau",
@@ -228,44 +223,55 @@ def test_scratch_model_refuses_measurements_of_its_pretraining():
         ScratchModel(name="x", vision_pretraining=TrainConfig(eval_steps=5))
 
 
-CELL = [
-    *("model=tiny", "train=plateau", "device=cpu", "probe=none", "compressor=query", "prefusion=none"),
-    *("data.train_samples=40", "data.test_samples=6", "data.validation_samples=24", "train.batch_size=4"),
-    *("train.eval_steps=4", "train.save_steps=3", "train.patience=1"),
-    *("train.min_improvement=0.9", "train.warmup_steps=2"),
-]
+@pytest.mark.parametrize("moment", ["training", "measurement"])
+def test_train_llava_until_plateau_killed_resumes_to_the_same_curve_and_weights(
+    llava, processor, shapes_split, validation_samples, tmp_path, moment
+):
+    """SIGKILL comes in step 4, after the checkpoint of step 3, or in the measurement after step 4."""
+    config = dataclasses.replace(PLATEAU, save_steps=3)
+    questions = EncodedQuestions(validation_samples, processor, 5, CPU)
+    start = {name: value.clone() for name, value in llava.state_dict().items()}
+    reached = tmp_path / "reached"
 
+    def wait_for_the_kill():
+        reached.touch()
+        time.sleep(600)
 
-@pytest.mark.slow
-@pytest.mark.parametrize("moment", ["training", "validation"])
-def test_cell_killed_resumes_to_the_same_record_and_model(tmp_path, moment):
-    """The kill comes after the checkpoint of step 9, or during the measurement after step 8."""
-    command = [sys.executable, "-m", "experiments.run", *CELL]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    class StoppingSamples(list):
+        def __getitem__(self, index):
+            if moment == "training" and (tmp_path / "interrupted" / "checkpoint-3" / "trainer_state.json").exists():
+                wait_for_the_kill()
+            return super().__getitem__(index)
 
-    def run(results):
-        arguments = [*command, f"results={results}", f"save={results}/model"]
-        subprocess.run(arguments, cwd=ROOT, env=environment, check=True, capture_output=True)
-        (path,) = (results / "records").glob("*.json")
-        record = json.loads(path.read_text())
-        return record, (results / "model" / "model.safetensors").read_bytes()
+    def stopping_scores():
+        scores = validation_scores(llava, questions)
+        if moment == "measurement" and (tmp_path / "interrupted" / "checkpoint-3").exists():
+            wait_for_the_kill()
+        return scores
 
-    uninterrupted, weights = run(tmp_path / "uninterrupted")
-    results = tmp_path / "interrupted"
-    log = (tmp_path / "log").open("wb")
-    arguments = [*command, f"results={results}", f"save={results}/model"]
-    killed = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=log, stderr=log)
-    while not (
-        list((results / "work").glob("*/checkpoint-9/trainer_state.json"))
-        if moment == "training"
-        else (tmp_path / "log").read_text().count("validation:   0%") == 2
-    ):
-        assert killed.poll() is None
+    def run(folder, samples, validate):
+        llava.load_state_dict(start)
+        set_seed(0)
+        return train_llava(llava, processor, samples, config, tmp_path / folder, 0, CPU, validate=validate)
+
+    def weights():
+        return {name: value.clone() for name, value in llava.state_dict().items()}
+
+    samples = list(shapes_split.samples)
+    expected = run("uninterrupted", samples, lambda: validation_scores(llava, questions)), weights()
+    child = multiprocessing.get_context("fork").Process(
+        target=run, args=("interrupted", StoppingSamples(samples), stopping_scores)
+    )
+    child.start()
+    while not reached.exists():
+        assert child.is_alive()
         time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    resumed, resumed_weights = run(results)
-    assert (resumed["train"]["stopped"], resumed["train"]["steps"]) == ("plateau", 12)
-    for part in ("id", "train", "accuracy"):
-        assert resumed[part] == uninterrupted[part]
-    assert resumed_weights == weights
+    child.kill()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    checkpoint = latest_complete_checkpoint(tmp_path / "interrupted")
+    assert checkpoint == tmp_path / "interrupted" / "checkpoint-3"
+    log = run("interrupted", samples, lambda: validation_scores(llava, questions))
+    assert log == expected[0]
+    assert log[-1]["step"] == 6
+    assert all(torch.equal(value, expected[1][name]) for name, value in weights().items())
