@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments.config.rows import read_rows, scaled_size
+from experiments.config.rows import read_rows, scaled_size, size_of_tokens, token_share
 from llava_mini.compressors import COMPRESSORS
 
 FILES = sorted((Path(__file__).resolve().parents[3] / "conf" / "experiment").glob("*.yaml"))
@@ -61,3 +61,17 @@ def test_scaled_size_keeps_place_on_logarithmic_scale(grid, resolution, sizes, e
 def test_scaled_size_without_grid_raises():
     with pytest.raises(ValueError, match=r"model\.grid"):
         scaled_size(None, 4)
+
+
+@pytest.mark.parametrize("grid", [6, 16, 24])
+@pytest.mark.parametrize("tokens", [64, 128, 192, 576])
+def test_size_of_tokens_is_the_least_size_with_the_share_of_patches(grid, tokens):
+    size = size_of_tokens(grid, tokens)
+    assert size**2 * 576 >= tokens * grid**2 > (size - 1) ** 2 * 576
+    assert token_share(grid, size) == pytest.approx(size**2 / grid**2)
+
+
+@pytest.mark.parametrize("scale", [size_of_tokens, token_share])
+def test_scale_without_a_grid_raises(scale):
+    with pytest.raises(ValueError, match=r"model\.grid: missing"):
+        scale(None, 64)
