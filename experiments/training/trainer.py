@@ -116,7 +116,7 @@ class ResumingTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """Create the schedule of `learning_rate_factor`, or Trainer's own."""
         factor = self.learning_rate_factor
-        if factor is None or self.lr_scheduler is not None:
+        if factor is None or self.lr_scheduler is not None:  # type: ignore[has-type]
             return super().create_scheduler(num_training_steps, optimizer)
         warmup_steps = self.args.get_warmup_steps(num_training_steps)
         self.lr_scheduler = LambdaLR(
