@@ -97,5 +97,5 @@ def test_training_killed_within_an_epoch_resumes_to_the_same_weights(tmp_path):
     assert checkpoint in (work / "checkpoint-14", work / "checkpoint-28")
     resumed = train_cell(tmp_path / "interrupted", 2, *overrides, f"save={tmp_path / 'again'}")
     assert resumed["id"] == uninterrupted["id"]
-    weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("model", "resumed")]
+    weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("model", "again")]
     assert weights[0] == weights[1]
