@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from probes.attention.record import AttentionRecord
 from probes.attention.recording import record_attention
+from probes.attention.sinks import SINK_STATISTICS, find_sinks
 from probes.attribution import Relevancy, relevancy
 from probes.fusion.curves import answer_logprob, removal_curve
 from probes.hooks.decoder import decoder_layers, find_decoder
@@ -28,6 +29,12 @@ from probes.view.run_data import LayerCurve, PatchMap, PatchTexts
 from probes.view.words import find_words
 
 MOST_NEW_TOKENS = 64
+SINK_RULE = (
+    "Visual sinks (dashed): patches that stand out for at least half of the words and heads of a layer. A patch stands out "
+    "for a word and a head if it gets at least 10 times the attention of the median patch, and is an outlier among the "
+    "patches' scores. No constant depends on the model."
+)
+STATISTICS = ("received", *SINK_STATISTICS)
 log = logging.getLogger(__name__)
 
 
@@ -70,6 +77,8 @@ class Answer:
             title: Title of the page; by default the question.
         """
         parts: dict[str, Any] = {"maps": [*self._relevancy_maps(), *self._lens_maps()], "notes": self.notes}
+        sinks = find_sinks(self.attention, self.tokens, self.attention.words.groups)  # type: ignore[union-attr]
+        parts["sinks"] = sinks.by_attention[:, 0], SINK_RULE
         if self.removal is not None:
             label = "probability of the answer's first token without the image, from a layer on"
             starts = range(len(self.removal))
@@ -158,7 +167,7 @@ def ask(
     notes: list[str] = []
     with torch.no_grad(), ExitStack() as stack:
         _intervene(stack, model, tokens, interventions)
-        attention = stack.enter_context(record_attention(model, tokens, words=words))
+        attention = stack.enter_context(record_attention(model, tokens, words=words, statistics=STATISTICS))
         model(**inputs)
     first = ids[:1].cpu()
     measurements: dict[str, Callable[[], Any]] = {

@@ -31,7 +31,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Pr
         OSError: If there is no such model.
 
     Example:
-        >>> model, processor = load_model("experiments/assets/tiny", device="cpu")
+        >>> model, processor = load_model(model.name_or_path, device="cpu")
         >>> model.config.model_type
         'llava'
     """

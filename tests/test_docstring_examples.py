@@ -1,7 +1,7 @@
 """The examples in docstrings run, and print what they say.
 
 They find these names: `model` and `processor` (the tiny LLaVA that ships with the project), `mini` (a LLaVA-Mini made of
-it), `image`, `inputs` (a question about the image), `tokens` (its token map) and `torch`.
+it), `image`, `inputs` (a question about the image), `tokens` (its token map), `folder` (an empty one) and `torch`.
 """
 
 import copy
@@ -40,6 +40,7 @@ def names():
         "image": image,
         "inputs": inputs,
         "tokens": TokenMap.from_inputs(model, inputs),
+        "folder": Path(),
         "torch": torch,
     }
 

@@ -49,9 +49,9 @@ def hold_out(train: Split, media: Sequence[Iterable[str]], count: int, seed: int
 
     Example:
         >>> split = Split("train", ["a", "b", "c"], "0123456789abcdef")
-        >>> rest, validation = hold_out(split, [["1.png"], ["2.png"], ["2.png"]], 2, seed=0)
+        >>> rest, validation = hold_out(split, [["1.png"], ["2.png"], ["2.png"]], 1, seed=0)
         >>> list(rest.samples), list(validation.samples)
-        (['a'], ['b', 'c'])
+        (['b', 'c'], ['a'])
     """
     groups = _entries_by_media(media)
     held: set[int] = set()

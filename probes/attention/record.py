@@ -249,7 +249,11 @@ class AttentionRecord:
         targets = [self.targets.index(group) for group in self.words.groups]
         vision = self.tokens.mask("vision")[0].cpu()
         keys = self.receivers[:, 0, targets]  # layers, words, positions
-        attention = PatchMap("attention", "attention", "share of the word's attention", self.received[:, 0, :, targets])
+        received = self.received[:, 0, :, targets]  # layers, heads, words, positions
+        own_maps = [PatchMap("attention", "attention", "share of the word's attention", received)]
+        if "value_norm" in self.statistics:
+            weighted = received * self.value_norm[:, 0, :, None]
+            own_maps.append(PatchMap("value", "attention times value norm", "share times norm", weighted))
         return ViewRun(
             name=name or self.facts.get("model", "model"),
             model=self.facts,
@@ -259,7 +263,7 @@ class AttentionRecord:
             heads=self.heads,
             mass=self.mass[:, 0][:, :, targets, self.sources.index("vision")],
             uniform=keys[..., vision].sum(-1) / keys.sum(-1),
-            maps=[attention, *parts.pop("maps", ())],
+            maps=[*own_maps, *parts.pop("maps", ())],
             images=images,
             **parts,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -107,7 +108,7 @@ def find_sinks(record: AttentionRecord, tokens: TokenMap, target: str = "instruc
     Args:
         record: Attention recorded with statistics "sink_rate" and "value_norm", and `target` among its targets.
         tokens: Map of the inputs.
-        target: Group whose queries attend.
+        target: Group whose queries attend. Several, such as the words of a prompt, count alike.
         source: Group of the positions. Sources with fewer than 8 positions have no sinks.
 
     Returns:
@@ -125,9 +126,12 @@ def find_sinks(record: AttentionRecord, tokens: TokenMap, target: str = "instruc
         >>> sinks.by_attention.sum(-1).flatten().tolist()  # visual sinks by layer
         [0, 0, 0, 0, 0, 0]
     """
-    if target not in record.targets:
-        raise ValueError(f"target is {target!r}: the record has {', '.join(record.targets)}")
-    norm, rate = record.value_norm, record.sink_rate[:, :, :, record.targets.index(target)]
+    targets = [target] if isinstance(target, str) else list(target)
+    for name in targets:
+        if name not in record.targets:
+            raise ValueError(f"target is {name!r}: the record has {', '.join(record.targets)}")
+    norm = record.value_norm
+    rate = record.sink_rate[:, :, :, [record.targets.index(name) for name in targets]].nanmean(dim=3)
     in_source = tokens.mask(source).cpu()
     copies, remainder = divmod(rate.shape[1], max(len(in_source), 1))
     if remainder or in_source.shape[1] > rate.shape[-1]:

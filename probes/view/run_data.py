@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
@@ -87,7 +87,7 @@ class ViewRun:
         uniform: The same for attention spread evenly over the keys that a word can attend to.
         maps: What can be shown on the patches; the first is shown first.
         images: The images in reading order. A video is a list of its frames.
-        sinks: Positions of visual sinks, and the rule that found them.
+        sinks: Which positions are visual sinks in each layer, and the rule that found them.
         removal: Score of the answer without the image from each layer on.
     """
 
@@ -101,7 +101,7 @@ class ViewRun:
     uniform: Float[Tensor, "layers words"]
     maps: Sequence[PatchMap | PatchTexts]
     images: Sequence[Any] = ()
-    sinks: tuple[Sequence[int], str] | None = None
+    sinks: tuple[Bool[Tensor, "layers positions"], str] | None = None
     removal: LayerCurve | None = None
     notes: Sequence[str] = field(default_factory=tuple)
 
@@ -136,8 +136,8 @@ class ViewRun:
     def _sink_data(self, positions: Tensor) -> dict[str, Any] | None:
         if self.sinks is None:
             return None
-        index = {position: patch for patch, position in enumerate(positions.tolist())}
-        return {"patches": [index[position] for position in self.sinks[0] if position in index], "rule": self.sinks[1]}
+        by_layer = [layer[positions].nonzero().flatten().tolist() for layer in self.sinks[0].cpu()]
+        return {"patches": by_layer, "rule": self.sinks[1]}
 
 
 def _map_data(part: PatchMap | PatchTexts, positions: Tensor) -> dict[str, Any]:

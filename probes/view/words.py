@@ -123,7 +123,7 @@ def find_words(
 
     Example:
         >>> [word.text for word in find_words(tokens, inputs["input_ids"], processor.tokenizer).words]
-        ['how', 'many', 'rings', 'are', 'there?', 'predicts the answer']
+        ['how', 'many', 'shapes', 'are', 'there']
     """
     _require_one_row(tokens)
     groups = [tokens.groups[label] for label in tokens.labels[0].tolist()]

@@ -239,6 +239,39 @@ def test_boxes_of_a_family_lie_where_its_places_say(open_page, tmp_path, family)
     assert checked >= 4
 
 
+def test_sinks_switch_leaves_the_sinks_out_of_the_map_the_scale_and_the_mass(answers, open_page, tmp_path):
+    record = answers[0].attention
+    visual = answers[0].tokens.mask("vision")[0].nonzero().flatten()
+    sinks = torch.zeros(6, answers[0].tokens.labels.shape[1], dtype=torch.bool)
+    sinks[2, visual[[7, 20]]] = True  # in layer 2 alone
+    run = record.view_run(answers[0].images, sinks=(sinks, "the rule"))
+    page = open_page(AttentionView([run]).save(tmp_path / "page.html"), address="#word=8&layer=2")
+    values = recorded(answers[0], 8, 2)
+    assert page.text_content("#sinks-rule") == "the rule"
+    page.uncheck("#sinks-switch")
+    rest = np.delete(values, [7, 20])
+    assert float(page.text_content("#scale-high")) == pytest.approx(rest.max(), rel=0.02)
+    assert page.evaluate("attentionView.mass(8, 2, 'mean')") == pytest.approx(rest.sum(), abs=2e-3)
+    assert page.evaluate("attentionView.mass(8, 3, 'mean')") == pytest.approx(
+        recorded(answers[0], 8, 3).sum(), abs=1e-4
+    )
+    assert "sinks=0" in page.evaluate("location.hash")
+    page.check("#sinks-switch")
+    assert page.evaluate("attentionView.mass(8, 2, 'mean')") == pytest.approx(values.sum(), abs=1e-4)
+
+
+def test_menu_shows_attention_times_value_norm(page, answers):
+    record, word, layer = answers[0].attention, 5, 3
+    page.click(f'#words [data-word="{word}"]')
+    page.evaluate(f"document.getElementById('layer').value = {layer}")
+    page.dispatch_event("#layer", "input")
+    page.select_option("#map-select", "value")
+    vision = record.tokens.mask("vision")[0]
+    target = record.targets.index(record.words.groups[word])
+    expected = (record.received[layer, 0, :, target] * record.value_norm[layer, 0])[:, vision].mean(0).numpy()
+    assert_shown(page, expected)
+
+
 def seven_b_run():
     """Return a run of the shape of LLaVA-1.5-7B, whose attention is a softmax of random scores."""
     layers, heads, count, side = 32, 32, 20, 24

@@ -1,6 +1,6 @@
 // Files of what is shown: a PNG of the heat maps, a CSV of the patches.
 
-import { format } from "./numbers.js";
+import { format, sinksOf } from "./numbers.js";
 
 function offer(blob, name) {
   const link = document.createElement("a");
@@ -20,7 +20,7 @@ export function csvOf(shown) {
   const lines = ["run,word,layer,head,map,position,image,frame,tile,row,column,left,top,right,bottom,sink,value"];
   for (const { run, word, layer, head, map, values } of shown) {
     const { position, image, frame, tile, row, column, box } = run.patches;
-    const sinks = new Set(run.sinks?.patches ?? []);
+    const sinks = new Set(sinksOf(run, layer));
     values.forEach((value, p) => {
       const places = [position[p], image[p], frame[p], tile[p], row[p], column[p], ...(box[p] ?? ["", "", "", ""])];
       const cells = [

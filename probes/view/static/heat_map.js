@@ -103,8 +103,8 @@ export class HeatCanvas {
     return found < 0 ? null : this.part.patches[found];
   }
 
-  /** Draw values by patch: `values` and `hidden` are over all patches of the run. */
-  draw(values, scale, hidden, overlay, words = null) {
+  /** Draw values by patch; `values`, `hidden` and `sinks` are over all patches of the run. */
+  draw(values, scale, hidden, sinks, overlay, words = null) {
     const context = this.canvas.getContext("2d");
     context.setTransform(1, 0, 0, 1, 0, 0);
     context.clearRect(0, 0, this.canvas.width, this.canvas.height);
@@ -128,12 +128,11 @@ export class HeatCanvas {
       context.fillRect(left, top, width, height);
       context.globalAlpha = 1;
     });
-    if (!words) this.markSinks(context, hidden);
+    if (!words) this.markSinks(context, hidden, new Set(sinks));
     this.describe(values, hidden, words);
   }
 
-  markSinks(context, hidden) {
-    const sinks = new Set(this.run.sinks?.patches ?? []);
+  markSinks(context, hidden, sinks) {
     context.lineWidth = 1.5 / this.zoom;
     this.part.patches.forEach((patch, i) => {
       if (!sinks.has(patch)) return;

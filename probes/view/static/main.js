@@ -15,6 +15,7 @@ import {
   massOf,
   patchValues,
   patchWords,
+  sinksOf,
   uniformByLayer,
 } from "./numbers.js";
 import { colourScale, gradient, scaleStops } from "./palette.js";
@@ -54,7 +55,7 @@ class View {
     get("map-select").replaceChildren(...this.runs[0].maps.map((map) => new Option(map.label, map.key)));
     get("map-choice").hidden = this.runs[0].maps.length < 2;
     const sinks = this.runs.map((run) => run.sinks).filter(Boolean);
-    get("sinks-choice").hidden = !sinks.length;
+    get("sinks-choice").hidden = !sinks.some(({ patches }) => patches.some((layer) => layer.length));
     get("sinks-rule").textContent = sinks.length ? sinks[0].rule : "";
     get("boxes-note").textContent = this.runs.map((run) => run.boxes_note).filter(Boolean)[0] ?? "";
     get("compare").querySelector("option[value=difference]").disabled = Boolean(this.problem);
@@ -201,7 +202,8 @@ class View {
 
   drawHeat() {
     const shown = this.shown();
-    const hidden = shown.map(({ run }) => new Set(this.state.sinks ? [] : (run.sinks?.patches ?? [])));
+    const sinks = shown.map(({ run, layer }) => sinksOf(run, layer));
+    const hidden = sinks.map((patches) => new Set(this.state.sinks ? [] : patches));
     const numbers = shown.flatMap(({ values, words }, i) =>
       words ? [] : [...values].filter((_, p) => !hidden[i].has(p)),
     );
@@ -238,7 +240,8 @@ class View {
       });
     }
     this.canvases.forEach((canvases, i) => {
-      for (const canvas of canvases) canvas.draw(shown[i].values, this.scale, hidden[i], this.overlay, shown[i].words);
+      for (const canvas of canvases)
+        canvas.draw(shown[i].values, this.scale, hidden[i], sinks[i], this.overlay, shown[i].words);
     });
     const isWords = Boolean(shown[0].words);
     get("scale").hidden = isWords;
@@ -254,7 +257,7 @@ class View {
     const entry = this.shown().find(({ run }) => run === canvas.run);
     const { row, column, box, position } = canvas.run.patches;
     const place = box[patch] ? `, pixels ${box[patch].map((side) => Math.round(side)).join(", ")}` : "";
-    const sink = canvas.run.sinks?.patches.includes(patch) ? ", visual sink" : "";
+    const sink = sinksOf(canvas.run, entry.layer).includes(patch) ? ", visual sink" : "";
     const value = entry.words ? `“${entry.words[patch]}”` : format(entry.values[patch]);
     get("hover").textContent =
       `row ${row[patch] + 1}, column ${column[patch] + 1} (position ${position[patch]}${place}${sink}): ${value}`;

@@ -31,6 +31,11 @@ export function patchValues(run, map, word, layer, head) {
   return values;
 }
 
+/** Return the patches that are visual sinks in a layer. */
+export function sinksOf(run, layer) {
+  return run.sinks?.patches[layerIndex(run, layer)] ?? [];
+}
+
 /** Return the attention mass of a word on the image, in one layer. */
 export function massOf(run, word, layer, head, leaveOutSinks) {
   const [layers, heads, words] = [run.model.layers.length, run.model.heads.length, run.words.length];
@@ -38,10 +43,10 @@ export function massOf(run, word, layer, head, leaveOutSinks) {
   const row = Math.min(layer, layers - 1) * heads;
   let mass = 0;
   for (const h of chosen) mass += run.mass.values[(row + h) * words + word] / chosen.length;
-  if (leaveOutSinks && run.sinks) {
+  if (leaveOutSinks && sinksOf(run, layer).length) {
     // The sinks are subtracted: rounding to 8 bits would lose many small values of a sum over all other patches.
     const values = patchValues(run, mapOf(run, "attention"), word, layer, head);
-    for (const patch of run.sinks.patches) mass -= values[patch];
+    for (const patch of sinksOf(run, layer)) mass -= values[patch];
   }
   return mass;
 }
