@@ -77,7 +77,7 @@ class Answer:
             title: Title of the page; by default the question.
         """
         parts: dict[str, Any] = {"maps": [*self._relevancy_maps(), *self._lens_maps()], "notes": self.notes}
-        sinks = find_sinks(self.attention, self.tokens, self.attention.words.groups)  # type: ignore[union-attr]
+        sinks = find_sinks(self.attention, self.tokens, self.attention.targets)
         parts["sinks"] = sinks.by_attention[:, 0], SINK_RULE
         if self.removal is not None:
             label = "probability of the answer's first token without the image, from a layer on"
@@ -87,9 +87,7 @@ class Answer:
 
     def image_mass(self) -> Float[Tensor, " layers"]:
         """Return the attention on the image by layer: mean over heads and over the words that can attend to it."""
-        targets = [self.attention.targets.index(group) for group in self.attention.words.groups]  # type: ignore[union-attr]
-        vision = self.attention.sources.index("vision")
-        return self.attention.mass[:, 0][:, :, targets, vision].nanmean((1, 2))
+        return self.attention.mass[:, 0, ..., self.attention.sources.index("vision")].nanmean((1, 2))
 
     def _relevancy_maps(self) -> list[PatchMap]:
         if self.relevancy is None:

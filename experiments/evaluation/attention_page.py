@@ -13,6 +13,7 @@ from experiments.data.samples import Sample
 from experiments.errors import one_line
 from probes.ask import ask
 from probes.view import AttentionView
+from probes.view.run_data import ViewRun
 
 VIEWS = "views"  # folder beside the records
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def write_attention_page(
         path: The page.
         title: Its title.
     """
-    runs = []
+    runs: list[ViewRun] = []
     for sample in samples:
         question, right_answer = sample.questions[0], sample.answers[0]
         images = [image for image in sample.visual_inputs if isinstance(image, Image.Image)]

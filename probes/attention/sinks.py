@@ -87,7 +87,9 @@ class Sinks:
         return pd.DataFrame({name: values.numpy() for name, values in columns.items()})
 
 
-def find_sinks(record: AttentionRecord, tokens: TokenMap, target: str = "instruction", source: str = "vision") -> Sinks:
+def find_sinks(
+    record: AttentionRecord, tokens: TokenMap, target: str | Sequence[str] = "instruction", source: str = "vision"
+) -> Sinks:
     """Find the sinks of `source` for the queries of `target`, in each layer and sample.
 
     **By attention.** A position stands out for one query of one head if its attention is at least 10 times that of the
