@@ -72,24 +72,35 @@ def key_length(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """Return the number of keys in the attention of a layer call, with cached keys and empty static cache slots.
 
     Raises:
-        ValueError: If the mask is not [batch, 1, queries, keys], as for flash and flex attention.
+        ValueError: If the mask is not [batch, 1, queries, keys], as for flash and flex attention, or is a bool mask under
+            eager attention, which would add it to the scores as 0 and 1.
     """
     mask, query_count = kwargs["attention_mask"], input_states(args, kwargs).shape[-2]
+    attention = layer.get_submodule("self_attn")
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.ndim != 4:
+        if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[1] != 1:
             shape = list(getattr(mask, "shape", []))
+            advice = "pass one mask for all heads" if len(shape) == 4 and shape[1] > 1 else "load the model with 'sdpa'"
             raise ValueError(
                 f"the attention mask of {type(layer).__name__} is a {type(mask).__name__} {shape}, not "
-                "[batch, 1, queries, keys]; load the model with 'sdpa' to intervene"
+                f"[batch, 1, queries, keys]; {advice} to intervene"
+            )
+        if mask.dtype == torch.bool and _is_eager(attention):
+            raise ValueError(
+                f"eager attention of {type(layer).__name__} adds its mask to the scores, a torch.bool one as 0 and 1: "
+                "pass an additive mask, or load the model with 'sdpa'"
             )
         return mask.shape[-1]
-    attention = layer.get_submodule("self_attn")
     if getattr(attention, "is_kv_shared_layer", False):  # Gemma 3n and 4: its keys are those of an earlier layer
         return int(kwargs["shared_kv_states"][attention.layer_type][0].shape[-2])
     if (cache := kwargs.get(cache_name(kwargs))) is not None:
         key_count, _ = cache.get_mask_sizes(query_count, attention.layer_idx)
         return int(key_count)
     return query_count
+
+
+def _is_eager(attention: nn.Module) -> bool:
+    return getattr(getattr(attention, "config", None), "_attn_implementation", None) == "eager"
 
 
 def materialize_mask(layer: nn.Module, mask: Tensor | None, hidden: Tensor, key_count: int) -> Tensor:

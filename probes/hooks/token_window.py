@@ -25,6 +25,9 @@ class TokenWindow:
     Pre-fusion processes the rows of a map in chunks. The language model may receive each row of a map several times,
     side by side: `generate` arranges beams, and several answers to one prompt, in this way.
 
+    The cache may hold earlier positions of the map from before the block, such as the first turns of a conversation. The
+    map then describes the whole conversation.
+
     Compiled code runs eagerly meanwhile, and calls whose layers would run again in the backward pass are refused.
 
     Attributes:
@@ -86,10 +89,18 @@ class TokenWindow:
         if self.stop and start not in (0, self.stop):
             raise RuntimeError(
                 f"the model continued at position {start} after {self.stop}; probes need a cache that only grows, so "
-                "generate without assisted decoding"
+                "generate without assisted decoding or guidance"
             )
+        is_first_call = not self.stop
         self.start, self.stop = start, start + length
         rows, positions = self.tokens.labels.shape
+        if start and (
+            start < positions < self.stop or (is_first_call and _continues_other_text(start, length, positions))
+        ):
+            raise ValueError(
+                f"the language model was called with {length} positions after {start} in its cache, but the token map has "
+                f"{positions}; build the map from the whole conversation"
+            )
         copies, remainder = divmod(batch, rows) if rows else (0, 1)
         if remainder or not copies or (start == 0 and length > positions):
             self._raise_shape_mismatch(batch, length)
@@ -123,7 +134,7 @@ class TokenWindow:
 
     def _raise_shape_mismatch(self, batch: int, length: int) -> None:
         rows, positions = self.tokens.labels.shape
-        callee, advice = "the language model", ", and generate without an assistant"
+        callee, advice = "the language model", ", and generate with a cache and without an assistant"
         if self.tokens.stack == "prefusion":
             callee, advice = "pre-fusion", ""
         raise ValueError(
@@ -141,6 +152,19 @@ class TokenWindow:
 def _run_all_positions(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Make the last layers of Gemma 4 run on all positions of the call, not only on those whose logits are needed."""
     return args, kwargs | {"logits_to_keep": 0}
+
+
+def _continues_other_text(start: int, length: int, positions: int) -> bool:
+    """Return whether a call on a cache from before the block is rather the text of the map than a continuation of it.
+
+    A map of the last turn of a conversation alone would label the cached turns as that turn.
+
+    Args:
+        start: Positions in the cache.
+        length: Positions of the call, one for a step of generation.
+        positions: Positions of the token map.
+    """
+    return length > 1 and (start > positions or start == length == positions)
 
 
 def _is_repeated(inputs: Tensor, copies: int) -> bool:
