@@ -17,6 +17,10 @@ EXPERIMENT_COST = (
     "cost of one prompt. There is a panel for each cost that was measured and in which rows differ. "
     f"{_PARETO_FRONT.format('rows')} Horizontal lines: the blind controls."
 )
+CLAIMS = (
+    "The statistic of each claim with its 95% interval over questions and seeds, and the line above which the claim holds. "
+    "Shares lie from 0 to 100% unless parts have opposite signs."
+)
 ABLATION = (
     "Test accuracy of every ablation cell. Horizontal lines are plain LLaVA and the blind controls; a cross marks a cell "
     "that failed. Points are offset sideways to keep bars readable."

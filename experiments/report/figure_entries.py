@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 
 from experiments.records.views import Record
 from experiments.report import captions, figures
+from experiments.report.claims.registry import Finding
 from experiments.report.experiment_results import ExperimentResults
 from experiments.report.figures.cost import COST_MEASURES
 from experiments.report.run_groups import RunGroup, name_differing_settings
@@ -19,6 +21,8 @@ COST_SUFFIX = "_cost"
 """Ending of the stem of an experiment's cost figure."""
 CURVES_SUFFIX = "_learning_curves"
 """Ending of the stem of an experiment's learning-curve figure."""
+CLAIMS_STEM, REMOVAL_STEM, ABLATION_STEM = "claims", "removal_by_block", "ablation"
+"""Stems of the figures that the page opens with."""
 EXPERIMENT_SUFFIXES = ("", CURVES_SUFFIX, COST_SUFFIX)
 """Endings of the stems of all figures of an experiment, in the order of the page."""
 
@@ -41,7 +45,10 @@ class FigureEntry:
 
 
 def figure_entries(
-    experiments: Sequence[ExperimentResults], probed: Sequence[Record], ablation: Sequence[RunGroup]
+    experiments: Sequence[ExperimentResults],
+    probed: Sequence[Record],
+    ablation: Sequence[RunGroup],
+    findings: Sequence[Finding] = (),
 ) -> Iterator[FigureEntry]:
     """List every figure of a report, in order.
 
@@ -53,7 +60,10 @@ def figure_entries(
         experiments: Experiments with their runs. If there are any, other figures that were not run are left out.
         probed: Records with a probe, in order of preference.
         ablation: Run groups that belong to no experiment, compared with their baselines.
+        findings: The answers to the paper's claims.
     """
+    if not all(math.isnan(finding.estimate.value) for finding in findings):
+        yield FigureEntry(CLAIMS_STEM, "The paper's claims", captions.CLAIMS, partial(figures.claims_figure, findings))
     for results in experiments:
         yield from _experiment_entries(results)
     for stem, title, part, draw, caption in _PROBE_FIGURES:
@@ -111,7 +121,7 @@ def _ablation_entries(ablation: Sequence[RunGroup]) -> Iterator[FigureEntry]:
 
 _PROBE_FIGURES: tuple[tuple[str, str, str, Callable[[Record], Figure], Callable[[Record], str]], ...] = (
     (
-        "removal_by_block",
+        REMOVAL_STEM,
         "Accuracy without visual tokens",
         "removal",
         figures.removal_figure,
@@ -148,9 +158,9 @@ _PROBE_FIGURES: tuple[tuple[str, str, str, Callable[[Record], Figure], Callable[
 )
 """Stem, title, required part of the record, drawing function and caption of each probe's figure."""
 _ABLATION_TITLES = {
-    "ablation": "Accuracy by visual tokens, pre-fusion depth and compressor",
+    ABLATION_STEM: "Accuracy by visual tokens, pre-fusion depth and compressor",
     "accuracy_vs_cost": "Accuracy against cost",
 }
 """Titles of the ablation figures by stem."""
-FIXED_STEMS = (*(entry[0] for entry in _PROBE_FIGURES), *_ABLATION_TITLES)
+FIXED_STEMS = (CLAIMS_STEM, *(entry[0] for entry in _PROBE_FIGURES), *_ABLATION_TITLES)
 """Stems of the figures that belong to no experiment."""

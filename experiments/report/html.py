@@ -1,21 +1,56 @@
-"""The report's HTML page: one file without scripts that needs no network."""
+"""The report's HTML page: one file that needs no network."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup
 
-from experiments.records.views import record_label
-from experiments.report.figure_entries import EXPERIMENT_SUFFIXES
+from experiments.report.figure_entries import ABLATION_STEM, EXPERIMENT_SUFFIXES, REMOVAL_STEM, FigureEntry
 from experiments.report.results import Report
-from experiments.report.verdict import CLAIM, CLAIM_RULE
+from experiments.report.tables.claims import summarize
+from experiments.report.tables.table import Table
+
+_FOLDER = Path(__file__).parent
+_OTHER_TABLES = {
+    "claims_by_question_type": "Claims by question type",
+    "fusion_depth": "Fusion depth",
+    "sight": "Blind controls",
+    "accuracy_by_kind": "Accuracy by question type",
+    "removal_by_kind": "Removal by question type",
+}
+"""Tables that belong to no experiment and are folded, with their titles."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page with its figures and tables.
+
+    Args:
+        anchor: Its identifier in links.
+        title: Its heading.
+        figures: Figures with their images as base64 text; None if a figure could not be drawn.
+        tables: Tables with at least one row.
+    """
+
+    anchor: str
+    title: str
+    figures: tuple[tuple[FigureEntry, str | None], ...]
+    tables: tuple[Table, ...]
+
+    @property
+    def label(self) -> str:
+        """The heading without what follows a colon, for the contents."""
+        return self.title.partition(":")[0]
 
 
 def render_page(report: Report, images: Mapping[str, Path]) -> str:
-    """Render the page: each experiment with its figures and tables, then the other figures and tables.
+    """Render the page: the claims, what the image is worth by layer, the ablation; then all else, folded.
 
     Args:
         report: The report.
@@ -25,25 +60,72 @@ def render_page(report: Report, images: Mapping[str, Path]) -> str:
         The page as HTML text.
     """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(_FOLDER),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    encoded = {stem: base64.b64encode(path.read_bytes()).decode() for stem, path in images.items()}
-    figures = {entry.stem: (entry, encoded.get(entry.stem)) for entry in report.figures}
-    experiment_stems = {name + ending for name in report.experiments for ending in EXPERIMENT_SUFFIXES}
+    script = (_FOLDER / "page_script.js").read_text(encoding="utf-8")
+    first, folded = split_sections(report, images)
     return environment.get_template("page.html.j2").render(
-        claim=CLAIM,
-        rule=CLAIM_RULE,
-        headline=report.headline,
-        verdicts=report.verdicts,
-        experiments=list(report.experiments),
-        tables=report.tables,
-        figures=figures,
-        other_figures=[figure for stem, figure in figures.items() if stem not in experiment_stems],
-        experiment_suffixes=EXPERIMENT_SUFFIXES,
+        summary=summarize(report.findings),
+        claims=report.tables["claims"],
+        first=first,
+        folded=folded,
+        provenance=report.tables["provenance"],
         records=report.records,
-        record_label=record_label,
+        script=Markup(script),
+        # The page may run this script and no other.
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
+
+
+def split_sections(report: Report, images: Mapping[str, Path]) -> tuple[list[Section], ...]:
+    """Return the sections that the page opens with, and those that it folds.
+
+    The page opens with removal by layer and with the ablation. Without ablation cells, the first experiment takes their
+    place.
+
+    Args:
+        report: The report.
+        images: PNG of every drawn figure by stem.
+    """
+    ablation = report.tables["ablation"]
+    compared = ABLATION_STEM if not ablation.text.empty else next(iter(report.experiments), ABLATION_STEM)
+    first, folded = [], []
+    for section in _sections(report, images):
+        if section.anchor == compared:
+            rest = Section(f"{compared}-more", f"More on {section.label}", section.figures[1:], section.tables[1:])
+            first.append(replace(section, figures=section.figures[:1], tables=section.tables[:1]))
+            folded.append(rest)
+        else:
+            (first if section.anchor == REMOVAL_STEM else folded).append(section)
+    return tuple([section for section in part if section.figures or section.tables] for part in (first, folded))
+
+
+def _sections(report: Report, images: Mapping[str, Path]) -> Iterator[Section]:
+    figures = {
+        entry.stem: (
+            entry,
+            base64.b64encode(images[entry.stem].read_bytes()).decode() if entry.stem in images else None,
+        )
+        for entry in report.figures
+    }
+    tables = {name: table for name, table in report.tables.items() if not table.text.empty}
+    names = (REMOVAL_STEM, *report.experiments, ABLATION_STEM)
+    shown: set[str] = set()
+    for name in names:
+        stems = [name, *(name + suffix for suffix in EXPERIMENT_SUFFIXES if suffix)]
+        stems += ["accuracy_vs_cost"] if name == ABLATION_STEM else []
+        found = tuple(figures[stem] for stem in stems if stem in figures)
+        results = report.experiments.get(name)
+        title = results.spec.title if results else found[0][0].title if found else "Ablation"
+        yield Section(name, title, found, tuple(tables[n] for n in (name, f"{name}_orderings") if n in tables))
+        shown |= set(stems)
+    for stem, figure in figures.items():
+        if stem not in shown:
+            yield Section(f"figure-{stem}", figure[0].title, (figure,), ())
+    for name, title in _OTHER_TABLES.items():
+        if name in tables:
+            yield Section(f"table-{name}", title, (), (tables[name],))

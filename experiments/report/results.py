@@ -1,4 +1,4 @@
-"""The report of a results folder: its records, tables, figures and verdicts as objects."""
+"""The report of a results folder: its records, tables, figures and claims as objects."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ from matplotlib.figure import Figure
 from experiments.records.files import Records, load_records, select_records
 from experiments.records.views import Record, is_attention_experiment, parse_outcomes, record_seed
 from experiments.report import tables
+from experiments.report.claims.registry import Finding, judge_by_question_type, judge_claims
 from experiments.report.experiment_results import ExperimentResults, match_results
 from experiments.report.experiment_specs import ExperimentSpec, load_all_specs, load_specs
 from experiments.report.figure_entries import FigureEntry, figure_entries
+from experiments.report.fusion_depths import probed_records
 from experiments.report.request import ReportRequest, parse_request
 from experiments.report.run_groups import RunGroup, compare_with_baselines, group_runs
-from experiments.report.tables import ablation, blind_controls, fusion_depth, provenance, question_types, writers
-from experiments.report.tables.table import Table
-from experiments.report.verdict import (
-    CLAIM_RULE,
-    Headline,
-    Verdict,
-    judge_record,
-    make_headline,
-    probed_records,
+from experiments.report.tables import (
+    ablation,
+    blind_controls,
+    claims,
+    fusion_depth,
+    provenance,
+    question_types,
+    writers,
 )
+from experiments.report.tables.table import Table
 
 _VIEWS = ("image", "blank", "shuffled")
 _MODEL_COLUMNS = ("visual_tokens", "compressor", "prefusion_layers")
 _FRAME_COLUMNS = [
     *("record", "experiment", "name", "seed", "model", *_MODEL_COLUMNS, "question", "question_type", *_VIEWS, "guess")
 ]
-_CURVES = ("removal", "knockout", "readout", "attention")
 
 
 class Report:
-    """Records, tables, figures and verdicts of one results folder.
+    """Records, tables, figures and claims of one results folder.
 
     `load` makes it from a folder. `python -m experiments.report` writes it to files.
 
@@ -65,8 +66,6 @@ class Report:
             groups = group_runs(self.records)
         self.groups: tuple[RunGroup, ...] = groups
         self.probed: tuple[Record, ...] = probed_records(self.records)
-        self.verdicts: tuple[Verdict, ...] = tuple(map(judge_record, self.probed))
-        self.headline: Headline = make_headline(self.verdicts)
 
     def __repr__(self) -> str:
         finished, failed = len(self.records.finished), len(self.records.failed)
@@ -145,55 +144,40 @@ class Report:
         return draw()
 
     def claims(self) -> pd.DataFrame:
-        """Return the verdict on shallow-layer fusion for every probed model.
+        """Return the paper's claims as far as these records can test them (docs/claims.md).
 
         Returns:
-            One row for each probed record: `record` (identity), `name`, `seed`, `model`, `rule` (the name of the rule,
-            whose text is in `.attrs["rule"]`), `answer`, `layers` of the language model, and the fusion depth with its
-            95% interval from each curve, such as `removal_depth`, `removal_low` and `removal_high`. A depth is NaN if it
-            was not measured or does not exist. `reasons` explains the answer.
+            One row for each claim and model that it was tested on: `claim`, `source` in the paper, `statement`, `model`,
+            what was `compared`, `unit`, `value` with its 95% interval (`low`, `high`), the `line` above which the claim
+            holds, `questions`, `seeds`, `smallest_effect`, `answer`, `reason` and `records` (identities). Shares and
+            differences of accuracy are fractions.
 
         Example:
             >>> from experiments.report import load
-            >>> load("results/smol").claims()[["answer", "layers", "removal_depth"]]
-                           answer  layers  removal_depth
-            0  does not reproduce      30           24.0
+            >>> claims = load("results/smol").claims().set_index("claim")
+            >>> claims.answer["prefusion_rescues"].unique().tolist()
+            ['holds']
         """
-        rows = []
-        for verdict in self.verdicts:
-            record = verdict.record
-            row = {
-                "record": record["id"],
-                "name": record["name"],
-                "seed": record_seed(record),
-                "model": record["model"]["label"],
-                "rule": "shallow-layer fusion",
-                "answer": verdict.answer,
-                "layers": record["model"]["layers"],
-            }
-            for curve in _CURVES:
-                depth = (record.get("fusion") or {}).get(curve) or {}
-                for key in ("depth", "low", "high"):
-                    value = depth.get(key)
-                    row[f"{curve}_{key}"] = np.nan if value is None else float(value)
-            rows.append({**row, "reasons": " ".join(verdict.reasons)})
-        depths = [f"{curve}_{key}" for curve in _CURVES for key in ("depth", "low", "high")]
-        columns = ["record", "name", "seed", "model", "rule", "answer", "layers", *depths, "reasons"]
-        frame = pd.DataFrame(rows, columns=columns)
-        frame.attrs["rule"] = CLAIM_RULE
-        return frame
+        return self.tables["claims"].data.drop(columns="question_type")
+
+    @functools.cached_property
+    def findings(self) -> tuple[Finding, ...]:
+        """The answers to the paper's claims, one for each claim and model."""
+        return judge_claims(self.groups)
 
     @functools.cached_property
     def tables(self) -> dict[str, Table]:
         """All tables by name, in the order of the page."""
         failed_probes = [record for record in self.records.failed if is_attention_experiment(record)]
         made = (
+            claims.claims_table(self.findings),
             *tables.experiment_tables(tuple(self.experiments.values())),
             ablation.ablation_table(self._ablation_groups),
-            fusion_depth.fusion_depth_table(self.verdicts, failed_probes),
+            fusion_depth.fusion_depth_table(self.probed, failed_probes),
             blind_controls.blind_controls_table(self.probed),
             question_types.question_type_table(self.groups, self.probed),
             question_types.removal_by_question_type_table(self.probed),
+            claims.claims_by_question_type_table(judge_by_question_type(self.findings)),
             provenance.provenance_table(self.records),
         )
         return {table.name: table for table in made}
@@ -201,10 +185,10 @@ class Report:
     @functools.cached_property
     def figures(self) -> tuple[FigureEntry, ...]:
         """All figures with their captions, in the order of the page; a figure is drawn when its `draw` is called."""
-        # A logit lens gives no verdict, so a record that holds nothing else is drawn but not judged.
+        # A record that holds nothing but a logit lens has no fusion depth, so it is not among the probed.
         with_lens = (record for record in self.records.finished if record.get("lens") is not None)
         experiments = tuple(self.experiments.values())
-        return tuple(figure_entries(experiments, (*self.probed, *with_lens), self._ablation_groups))
+        return tuple(figure_entries(experiments, (*self.probed, *with_lens), self._ablation_groups, self.findings))
 
     @property
     def _drawable(self) -> dict[str, FigureEntry]:
@@ -251,8 +235,8 @@ def load(folder: Path | str, *request: str) -> Report:
     Example:
         >>> from experiments.report import load
         >>> report = load("results/smol")
-        >>> report.headline.title
-        'Shallow-layer fusion does not reproduce here'
+        >>> report
+        Report of 43 finished and 0 failed records, experiments: smol_ablations
     """
     records = load_records(Path(folder) / "records")
     return Report(records, parse_request(request), load_all_specs(Path(folder)))

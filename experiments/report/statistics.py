@@ -9,6 +9,7 @@ mean depends only on the distinct values and their counts. Its cost does not gro
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,8 @@ BOOTSTRAP_DRAWS = 2000
 CONFIDENCE_LEVEL = 0.95
 MAX_SHARED_SAMPLES = 5000
 """Largest number of samples whose draws are cached (40 MB)."""
-_TAILS = ((1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2)
+TAILS = ((1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2)
+"""Quantiles of the draws that bound an interval."""
 
 
 class Interval(NamedTuple):
@@ -46,7 +48,7 @@ def mean_interval(
     defined = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
         mean = np.where(defined, values, 0).sum(axis=1) / defined.sum(axis=1)
-    low, high = np.quantile(_resampled_means(values), _TAILS, axis=0)
+    low, high = np.quantile(_resampled_means(values), TAILS, axis=0)
     return mean, low, high
 
 
@@ -63,7 +65,7 @@ def accuracy_interval(outcomes: Integer[np.ndarray, "seeds examples"]) -> Interv
         Mean accuracy with its bounds, from 0 to 1.
     """
     draws = _resample_seeds(_resampled_means(outcomes), np.random.default_rng(0))
-    return Interval(float(outcomes.mean()), *map(float, np.quantile(draws, _TAILS)))
+    return Interval(float(outcomes.mean()), *map(float, np.quantile(draws, TAILS)))
 
 
 def difference_interval(
@@ -81,10 +83,48 @@ def difference_interval(
     Returns:
         Mean difference (first minus second) with its bounds, from -1 to 1.
     """
+    return contrast_interval([(1, outcomes), (-1, baseline)])
+
+
+def contrast_interval(terms: Sequence[tuple[int, Float[np.ndarray, "seeds examples"]]]) -> Interval:
+    """Return a sum of signed means on the same examples, with a 95% interval (crossed bootstrap).
+
+    A draw takes the same examples for all terms, and draws the seeds of each term independently.
+
+    Args:
+        terms: Sign (1 or -1) and values of each term; the numbers of seeds may differ.
+
+    Returns:
+        The sum with its bounds, in the unit of the values.
+
+    Example:
+        >>> right, wrong = np.ones((1, 4)), np.zeros((2, 4))
+        >>> contrast_interval([(1, right), (-1, wrong)])
+        Interval(mean=1.0, low=1.0, high=1.0)
+    """
     rng = np.random.default_rng(0)
-    means = _resampled_means(np.concatenate([outcomes, baseline]))
-    draws = _resample_seeds(means[:, : len(outcomes)], rng) - _resample_seeds(means[:, len(outcomes) :], rng)
-    return Interval(float(outcomes.mean() - baseline.mean()), *map(float, np.quantile(draws, _TAILS)))
+    means = _resampled_means(np.concatenate([values for _, values in terms]))
+    ends = np.cumsum([len(values) for _, values in terms])
+    parts = np.split(means, ends[:-1], axis=1)
+    draws = sum(sign * _resample_seeds(part, rng) for (sign, _), part in zip(terms, parts, strict=True))
+    mean = float(sum(sign * values.mean() for sign, values in terms))
+    return Interval(mean, *map(float, np.quantile(draws, TAILS)))
+
+
+def crossed_draws(values: Float[np.ndarray, "quantities seeds examples"]) -> Float[np.ndarray, "quantities draws"]:
+    """Return the mean of each quantity in every draw of examples and seeds, the same draws for all quantities.
+
+    Args:
+        values: The quantities, without NaN.
+
+    Example:
+        >>> crossed_draws(np.ones((2, 3, 50))).shape
+        (2, 2000)
+    """
+    quantities, seeds, examples = values.shape
+    means = _resampled_means(values.reshape(-1, examples)).reshape(-1, quantities, seeds)
+    chosen = np.random.default_rng(0).integers(seeds, size=(len(means), 1, seeds))
+    return np.take_along_axis(means, chosen, axis=2).mean(axis=2).T
 
 
 def paired_test(

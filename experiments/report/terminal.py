@@ -1,4 +1,4 @@
-"""The terminal summary of a report: fusion depths, tables and the path of the page."""
+"""The terminal summary of a report: the claims, one table of accuracies and the path of the page."""
 
 from __future__ import annotations
 
@@ -8,50 +8,60 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from experiments.records.views import record_label
 from experiments.report.results import Report
 from experiments.report.tables.table import Table
-from experiments.report.verdict import depth_text, reported_curves
 
-_OMITTED_COLUMNS = ("n", "Seeds", "Parameters")
+MOST_LINES = 25
+_MOST_CLAIMS = 12
+_OMITTED_COLUMNS = ("n", "Seeds", "Parameters", "Paper", "Measured on", "Line", "Smallest effect")
+_EXPERIMENT_COLUMNS = ("Row", "FLOPs", "Accuracy (%)", "Difference", "p")
 
 
 def print_summary(console: Console, report: Report, page: Path) -> None:
-    """Print the fusion depths, the table of each experiment, the ablation table and the path of the page.
+    """Print the claims, the ablation table and the path of the page, in at most `MOST_LINES` lines.
+
+    Without ablation cells, the first experiment's table takes their place. Rows that do not fit are counted, and tables
+    that do not fit are named.
 
     Args:
         console: Where to print.
         report: The report.
         page: Path of its HTML page.
     """
-    if report.verdicts or not report.experiments:
-        console.print(Text(report.headline.title, style="bold"))
-    if not report.verdicts and not report.experiments:
-        console.print(Text(report.headline.sentence))
-    for verdict in report.verdicts:
-        console.print(Text(f"{record_label(verdict.record)}: {verdict.answer}"))
-        for curve in reported_curves(verdict.record):
-            console.print(Text(f"  fusion depth from {curve}: {depth_text(verdict.record, curve)}"))
-    for name, results in report.experiments.items():
-        console.print(Text(report.tables[name].caption))
-        console.print(_terminal_table(report.tables[name]))
-        if orderings := report.tables.get(f"{name}_orderings"):
-            console.print(Text(orderings.caption.removeprefix(results.spec.title).strip()))
-        console.print()
-    if not report.tables["ablation"].text.empty:
-        console.print(_terminal_table(report.tables["ablation"]))
+    claims, ablation = report.tables["claims"], report.tables["ablation"]
+    compared = ablation if not ablation.text.empty else next((report.tables[name] for name in report.experiments), None)
+    others = [name for name in report.experiments if compared is None or name != compared.name]
+    console.print(Text(claims.caption, style="bold"), no_wrap=True, overflow="ellipsis")
+    # The caption, the two headings, the names of other tables and the page.
+    lines = MOST_LINES - 5
+    if not claims.text.empty:
+        lines -= _print_rows(console, claims, _MOST_CLAIMS if compared is not None else lines)
+    if compared is not None and not compared.text.empty:
+        _print_rows(console, compared, lines)
+    if others:
+        console.print(Text(f"Also on the page: {', '.join(others)}"), no_wrap=True, overflow="ellipsis")
     console.print(Text(f"Page: {page}"), soft_wrap=True)
 
 
-def _terminal_table(table: Table) -> RichTable:
+def _print_rows(console: Console, table: Table, most: int) -> int:
+    """Print the first rows of a table, one line each, and return how many lines its rows took."""
     columns = [column for column in table.text.columns if column not in _OMITTED_COLUMNS]
+    # The label of a row names its settings.
+    columns = [column for column in columns if "Row" not in columns or column in _EXPERIMENT_COLUMNS]
     rendered = RichTable(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        rendered.add_column(column, justify="right" if column in table.numeric else "left")
-    for number, row in enumerate(table.text[columns].itertuples(index=False)):
+        rendered.add_column(
+            column, justify="right" if column in table.numeric else "left", no_wrap=True, overflow="ellipsis"
+        )
+    rows = list(table.text[columns].itertuples(index=False))
+    shown = rows if len(rows) <= most else rows[: most - 1]
+    for number, row in enumerate(shown):
         # Text objects, because rich would read a bracketed interval as markup.
         cells = zip(columns, row, strict=True)
         rendered.add_row(
             *(Text(cell, style="bold" if (number, column) in table.bold else "") for column, cell in cells)
         )
-    return rendered
+    console.print(rendered)
+    if len(shown) < len(rows):
+        console.print(Text(f"... and {len(rows) - len(shown)} more rows in {table.name}.md"))
+    return min(len(rows), most)

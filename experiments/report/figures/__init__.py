@@ -3,6 +3,7 @@
 - One record: `attention_figure`, `entropy_figure`, `fusion_figure`, `lens_figure` and `removal_figure`.
 - One experiment: `rows_figure` shows its rows; `experiment_cost_figure` shows accuracy against each of `differing_costs`;
   `learning_curves_figure` shows the training of `rows_with_curves`.
+- All records: `claims_figure`.
 - All ablations: `ablation_figure` and `ablation_cost_figure`.
 
 `save` writes a figure as PNG and PDF.
@@ -10,6 +11,7 @@
 
 from experiments.report.figures.ablation import ablation_figure
 from experiments.report.figures.attention import attention_figure, entropy_figure
+from experiments.report.figures.claims import claims_figure
 from experiments.report.figures.cost import ablation_cost_figure, differing_costs, experiment_cost_figure
 from experiments.report.figures.experiment_rows import rows_figure
 from experiments.report.figures.fusion_depth import fusion_figure
@@ -22,6 +24,7 @@ __all__ = [
     "ablation_cost_figure",
     "ablation_figure",
     "attention_figure",
+    "claims_figure",
     "differing_costs",
     "entropy_figure",
     "experiment_cost_figure",

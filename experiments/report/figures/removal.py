@@ -1,4 +1,4 @@
-"""Removal figure: accuracy without visual tokens, by layer (paper, Fig. 5), with controls."""
+"""Removal figure: accuracy without visual tokens, by layer (paper, Fig. 5), with controls and the onset curve."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments.records.views import Record, layers_with_vision, parse_outcomes, percent_right
 from experiments.report.figures.style import (
+    BLUE,
     CONTROL,
     MEASURED,
     REFERENCES,
@@ -32,7 +33,8 @@ def removal_figure(record: Record) -> Figure:
     """Draw accuracy with visual tokens hidden inside one block of layers (left) and from a layer onward (right).
 
     Bars and band are 95% bootstrap intervals over examples. Horizontal lines are the accuracy of the intact model, with a
-    blank image, and of the text-only guess. The right panel marks the fusion depth with its interval.
+    blank image, and of the text-only guess. The right panel marks the fusion depth with its interval. If the record holds
+    the onset curve, it also shows accuracy with visual tokens hidden in the first layers.
 
     Args:
         record: A finished record of an attention experiment.
@@ -68,11 +70,22 @@ def removal_figure(record: Record) -> Figure:
         mark_depth(onward, depth, f"fusion depth {depth['depth']} (95% CI {depth['low']:g} to {depth['high']:g})")
     onward.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
     onward.set_xlabel("First layers that attend to the visual tokens")
+    if onset := record.get("onset"):
+        _draw_onset(onward, onset["upto"])
+        onward.set_xlabel("First layers, with visual tokens in these alone or in all others")
 
     for axis in (inside, onward):
         _draw_references(axis, record)
     legend(figure, [inside, onward], columns=3)
     return figure
+
+
+def _draw_onset(axis: Axes, runs: Sequence[Any]) -> None:
+    """Draw accuracy with visual tokens hidden in the first layers, by their number."""
+    mean, low, high = mean_interval(percent_right(runs))
+    hidden = [len(run["layers"]) for run in runs]
+    axis.fill_between(hidden, low, high, color=BLUE, alpha=0.18, linewidth=0)
+    axis.plot(hidden, mean, color=BLUE, marker="^", linestyle="--", label="hidden up to a layer (onset)")
 
 
 def _draw_references(axis: Axes, record: Record) -> None:

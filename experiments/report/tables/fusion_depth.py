@@ -1,4 +1,4 @@
-"""Fusion-depth table: the depth of every probed model from each curve, with the verdict."""
+"""Fusion-depth table: the depth of every probed model from each curve."""
 
 from __future__ import annotations
 
@@ -8,30 +8,29 @@ import pandas as pd
 
 from experiments.records.views import Record, failure_reason, record_label, record_seed
 from experiments.report.formatting import NONE
+from experiments.report.fusion_depths import depth_text, reported_curves
 from experiments.report.tables.table import Table, data_frame, format_optional, shorten_reason
-from experiments.report.verdict import Verdict, depth_text, reported_curves
 
-_LABELS = ("model", "seed", "kind", "verdict")
+_LABELS = ("model", "seed", "kind")
 _DEPTH_KEYS = ("depth", "low", "high", "layers", "threshold", "samples")
 
 
-def fusion_depth_table(verdicts: Sequence[Verdict], failed: Sequence[Record]) -> Table:
+def fusion_depth_table(probed: Sequence[Record], failed: Sequence[Record]) -> Table:
     """Build the table of fusion depths.
 
     Args:
-        verdicts: The rule's answer for every probed record.
+        probed: Finished records with a probe.
         failed: Failed records of attention experiments.
     """
     data, text, reasons = [], [], []
-    for verdict in verdicts:
-        record = verdict.record
+    for record in probed:
         for curve in reported_curves(record):
             depth = (record.get("fusion") or {}).get(curve)
             has_depth = depth is not None and depth["depth"] is not None
             if not has_depth:
                 reasons.append(f"{record_label(record)}, {curve}: {depth_text(record, curve)}.")
             depth = depth or {}
-            row = {"model": record["name"], "seed": record_seed(record), "kind": curve, "verdict": verdict.answer}
+            row = {"model": record["name"], "seed": record_seed(record), "kind": curve}
             data.append({**row, **{key: depth.get(key) for key in _DEPTH_KEYS}})
             text.append(
                 {
@@ -44,17 +43,16 @@ def fusion_depth_table(verdicts: Sequence[Verdict], failed: Sequence[Record]) ->
                     "95% CI": f"{depth['low']:g} to {depth['high']:g}" if has_depth else NONE,
                     "Threshold": format_optional(depth.get("threshold")),
                     "n": format_optional(depth.get("samples")),
-                    "Verdict": verdict.answer,
                 }
             )
     for record in failed:
-        data.append({"model": record["name"], "seed": record_seed(record), "verdict": failure_reason(record)})
+        data.append({"model": record["name"], "seed": record_seed(record)})
         text.append(
             {
                 "Model": record["name"],
                 "Seed": format_optional(record_seed(record)),
                 "Fusion depth": shorten_reason(failure_reason(record)),
-                **dict.fromkeys(("Measured by", "95% CI", "Threshold", "n", "Verdict"), "failed"),
+                **dict.fromkeys(("Measured by", "95% CI", "Threshold", "n"), "failed"),
             }
         )
     notes = (
@@ -68,7 +66,7 @@ def fusion_depth_table(verdicts: Sequence[Verdict], failed: Sequence[Record]) ->
         *reasons,
         *(f"{record_label(record)}: {failure_reason(record)}." for record in failed),
     )
-    columns = ["Model", "Seed", "Measured by", "Fusion depth", "95% CI", "Threshold", "n", "Verdict"]
+    columns = ["Model", "Seed", "Measured by", "Fusion depth", "95% CI", "Threshold", "n"]
     text_frame = pd.DataFrame(text, columns=columns)
     caption = "Fusion depth of every probed model."
     return Table("fusion_depth", caption, data_frame(data, (*_LABELS, *_DEPTH_KEYS)), text_frame, ("Seed", "n"), notes)

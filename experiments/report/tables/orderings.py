@@ -8,12 +8,12 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
+from experiments.report.claims.answers import UNDECIDED
 from experiments.report.experiment_results import DIFFERENCE_RULE, ExperimentResults, ResultRow
 from experiments.report.formatting import format_interval, format_p_value, format_signed
 from experiments.report.tables.experiment_rows import BENCHMARKS, describe_measurement, finished_records
 from experiments.report.tables.table import Table, interval_columns
 from experiments.report.training_ends import STILL_IMPROVING, describe_training
-from experiments.report.verdict import UNDECIDED
 
 HOLDS, REVERSED = "holds", "does not hold"
 IMPROVING = f"{UNDECIDED} ({STILL_IMPROVING})"

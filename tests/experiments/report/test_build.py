@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import subprocess
@@ -32,6 +34,8 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.references: list[str] = []
         self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.images_without_text = 0
         self.words: list[str] = []
         self.feed(text)
         self.close()
@@ -39,6 +43,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        self.ids += [value or "" for key, value in attrs if key == "id"]
+        self.images_without_text += tag == "img" and not dict(attrs).get("alt")
         self.references += [value or "" for key, value in attrs if key in ("src", "href", "srcset", "action", "data")]
         if tag not in VOID:
             self.open.append(tag)
@@ -87,7 +93,16 @@ def read(results: Path) -> Page:
 
 
 def test_write_report_whole_study_writes_all_files(whole: Path) -> None:
-    names = ("ablation", "accuracy_by_kind", "fusion_depth", "provenance", "removal_by_kind", "sight")
+    names = (
+        "ablation",
+        "accuracy_by_kind",
+        "claims",
+        "claims_by_question_type",
+        "fusion_depth",
+        "provenance",
+        "removal_by_kind",
+        "sight",
+    )
     drawn = figure_entries.FIXED_STEMS
     tables = {f"tables/{name}.{suffix}" for name in names for suffix in ("md", "tex", "csv")}
     wanted = {"index.html"} | tables | {f"figures/{stem}.{suffix}" for stem in drawn for suffix in ("png", "pdf")}
@@ -100,27 +115,49 @@ def test_write_report_whole_study_writes_all_files(whole: Path) -> None:
 
 def test_page_is_self_contained_and_its_links_exist(whole: Path) -> None:
     page = read(whole)
-    assert {"script", "link", "iframe"}.isdisjoint(page.tags)
+    assert {"link", "iframe"}.isdisjoint(page.tags)
     embedded = [reference for reference in page.references if reference.startswith("data:")]
-    assert len(embedded) == 7
-    for reference in set(page.references) - set(embedded):
+    assert len(embedded) == 8
+    links = {reference for reference in page.references if reference.startswith("#")}
+    assert len(links) > 10
+    assert {link.removeprefix("#") for link in links} <= set(page.ids)
+    for reference in set(page.references) - set(embedded) - links:
         assert (whole / "report" / reference).is_file()
     raw = (whole / "report" / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://|@import|url\(", raw)
-    assert "Shallow-layer fusion reproduces here" in page.text
+    assert "Text attends to the image more in the first third" in page.text
     assert "tiny | average 2x2, 2 pre-fusion layers, seed 1 : failed: RuntimeError: out of memory" in page.text
 
 
+def test_page_opens_with_claims_removal_and_ablation_and_folds_the_rest(whole: Path) -> None:
+    page = read(whole)
+    assert page.images_without_text == 0
+    raw = (whole / "report" / "index.html").read_text(encoding="utf-8")
+    unfolded = re.sub(r"<details.*?</details>", "", raw, flags=re.DOTALL)
+    assert re.findall(r'<section id="(\w+)">', unfolded) == ["claims", "removal_by_block", "ablation"]
+    assert unfolded.count("<img") == 2
+    assert unfolded.count("<table") == 2
+    assert raw.count("<details") > 8
+
+
+def test_page_allows_its_own_script_alone(whole: Path) -> None:
+    raw = (whole / "report" / "index.html").read_text(encoding="utf-8")
+    (script,) = re.findall(r"<script>(.*?)</script>", raw, flags=re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src &#39;sha256-{digest}&#39;" in raw or f"script-src 'sha256-{digest}'" in raw
+
+
 @pytest.mark.usefixtures("undrawn")
-def test_summary_prints_depths_tables_and_page(
-    records: Records, write_records: Write, capsys: pytest.CaptureFixture[str]
+def test_summary_prints_claims_one_table_and_page_in_25_lines(
+    records: Records, table_records: Records, write_records: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results = write_records(records)
+    results = write_records([*records, *as_table6(table_records)])
     assert main(["--results", str(results)]) == 0
     output = capsys.readouterr()
-    assert "fusion depth from removal: 2 of 6 layers (95% CI 2 to 3, n = 120)" in output.out
-    assert "fusion depth from attention: 5 of 6 layers (95% CI 5 to 5, n = 40)" in output.out
+    assert len(output.out.splitlines()) <= 25
+    assert re.search(r"The image can leave after half of the layers +\d", output.out)
     assert "64.2 [55.8, 72.5]" in output.out
+    assert "Also on the page: table6_prefusion" in output.out
     assert str(results / "report" / "index.html") in output.out.replace("\n", "")
     assert output.err == ""
 
@@ -144,7 +181,7 @@ def test_page_escapes_text_of_records(records: Records, write_records: Write) ->
     results = write_records(records)
     main(["--results", str(results)])
     page = read(results)
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 1
     assert "<script>alert(1)</script> & co" in page.text
 
 
@@ -157,7 +194,7 @@ def test_failed_records_alone_make_a_page_of_missing_results(
     assert "cannot be told" in text
     assert "Not drawn" in text
     assert "out of memory" in text
-    assert "No finished record holds a probe" in capsys.readouterr().out
+    assert "These records hold no measurement" in capsys.readouterr().out
 
 
 def test_main_folder_without_records_is_one_error_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,13 +230,13 @@ def test_write_report_removes_stale_figures(records: Records, write_records: Wri
     assert [path.name for path in figures.iterdir()] == ["mine.png"]
 
 
-def test_lens_alone_is_drawn_but_not_judged(records: Records, write_records: Write) -> None:
+def test_lens_alone_is_drawn_and_tests_no_claim(records: Records, write_records: Write) -> None:
     others = ("removal", "attention", "knockout", "readout", "fusion")
     results = write_records([records[-1] | dict.fromkeys(others)])
     assert main(["--results", str(results)]) == 0
     drawn = {path.name for path in (results / "report" / "figures").iterdir()}
     assert drawn == {"lens_by_layer.png", "lens_by_layer.pdf"}
-    assert "No finished record holds a probe" in read(results).text
+    assert "These records hold no measurement" in read(results).text
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -232,10 +269,8 @@ def test_experiment_table_removes_its_groups_from_the_ablation(
     assert not (tables / "table8_compression.md").exists()
     page = read(results)
     assert "Table 6: " in page.text
-    assert "The paper's orderings" in page.text
-    output = capsys.readouterr().out
-    assert "fusion depth from removal" in output
-    assert "16 tokens" in output
+    assert "the paper orders the same way" in page.text
+    assert "Also on the page: table6_prefusion" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -255,11 +290,11 @@ def test_request_for_one_experiment_covers_only_its_records(
     assert stale.with_name("mine.csv").exists()
     page = read(results)
     assert "Table 6" in page.text
-    assert "Shallow-layer fusion" not in page.text
+    assert "Figure 5" not in {word.strip() for word in page.words}
     assert "Not drawn" not in page.text
     assert "10 finished and 1 failed records" in page.text
     assert "average" not in (results / "report" / "tables" / "ablation.md").read_text()
-    assert "fusion depth from" not in capsys.readouterr().out
+    assert "16 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -312,12 +347,12 @@ def test_report_imports_no_model(write_records: Write, table_records: Records) -
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "['config', 'markdown', 'records', 'report'] []"
     drawn = results / "report" / "figures"
-    stems = ("table6_prefusion", "table6_prefusion_cost")
+    stems = ("claims", "table6_prefusion", "table6_prefusion_cost")
     assert {path.name for path in drawn.iterdir()} == {f"{stem}.{end}" for stem in stems for end in ("png", "pdf")}
     page = read(results)
     assert {f"figures/{stem}.pdf" for stem in stems} <= set(page.references)
     assert "Accuracy against cost: table6_prefusion" in page.text
-    assert page.tags.count("img") == 2
+    assert page.tags.count("img") == 3
 
 
 def break_folder(results: Path, fault: str) -> None:

@@ -14,7 +14,6 @@ import pytest
 from experiments.report import load
 from experiments.report.results import Report
 from experiments.report.tables import writers
-from experiments.report.verdict import CLAIM_RULE
 
 RecordList = list[dict[str, Any]]
 
@@ -102,16 +101,14 @@ def test_figure_is_drawn_and_displayed(report: Report) -> None:
     assert figure._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]
 
 
-def test_claims_give_answer_and_depths_of_each_probed_model(report: Report) -> None:
-    claims = report.claims()
-    assert list(claims.answer) == ["reproduces"]
-    row = claims.iloc[0]
-    assert (row.removal_depth, row.removal_low, row.removal_high, row.layers) == (2, 2, 3, 6)
-    assert np.isnan(row.readout_depth)
-    assert row.model == "LLaVA"
-    assert row.rule == "shallow-layer fusion"
-    assert "First block" in row.reasons
-    assert claims.attrs["rule"] == CLAIM_RULE
+def test_claims_returns_the_rows_of_the_claims_table(report: Report) -> None:
+    claims = report.claims().set_index("claim")
+    outcomes = report.probed[0]["removal"]["onward"]
+    none, half, whole = (np.mean([digit == "1" for digit in outcomes[layers]["correct"]]) for layers in (0, 3, 6))
+    assert claims.value["image_may_leave"] == pytest.approx((half - none) / (whole - none))
+    assert claims.records["image_may_leave"] == report.probed[0]["id"]
+    assert list(report.table("claims").text["Answer"]) == list(claims.answer)
+    assert set(claims.answer) <= {"holds", "does not hold", "cannot be told"}
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,33 @@ import pandas as pd
 import pytest
 
 from experiments.records.files import Records
+from experiments.report.claims.registry import judge_by_question_type, judge_claims
 from experiments.report.formatting import format_quantity
+from experiments.report.fusion_depths import probed_records
 from experiments.report.run_groups import compare_with_baselines, group_runs
-from experiments.report.tables import ablation, blind_controls, fusion_depth, provenance, question_types, writers
+from experiments.report.tables import (
+    ablation,
+    blind_controls,
+    claims,
+    fusion_depth,
+    provenance,
+    question_types,
+    writers,
+)
 from experiments.report.tables import table as table_module
-from experiments.report.verdict import judge_record, probed_records
 
 GOLDEN = Path(__file__).parent / "golden"
 WRITERS = {"md": writers.markdown, "tex": writers.latex, "csv": writers.csv}
-NAMES = ("ablation", "accuracy_by_kind", "fusion_depth", "provenance", "removal_by_kind", "sight")
+NAMES = (
+    "ablation",
+    "accuracy_by_kind",
+    "claims",
+    "claims_by_question_type",
+    "fusion_depth",
+    "provenance",
+    "removal_by_kind",
+    "sight",
+)
 
 
 @pytest.fixture
@@ -29,12 +47,15 @@ def made(records: list[dict[str, Any]]) -> dict[str, table_module.Table]:
     finished = tuple(record for record in records if record["status"] == "finished")
     loaded = Records(finished, tuple(record for record in records if record["status"] == "failed"), (), ())
     groups, with_probe = compare_with_baselines(group_runs(loaded)), probed_records(loaded)
+    findings = judge_claims(group_runs(loaded))
     all_tables = (
+        claims.claims_table(findings),
+        claims.claims_by_question_type_table(judge_by_question_type(findings)),
         ablation.ablation_table(groups),
         question_types.question_type_table(groups, with_probe),
         question_types.removal_by_question_type_table(with_probe),
         blind_controls.blind_controls_table(with_probe),
-        fusion_depth.fusion_depth_table([judge_record(record) for record in with_probe], []),
+        fusion_depth.fusion_depth_table(with_probe, []),
         provenance.provenance_table(loaded),
     )
     return {table.name: table for table in all_tables}
