@@ -1,0 +1,64 @@
+"""Questions to a model of every family: the prompt with its answer is what the model generated from."""
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from probes import RemoveTokens
+from probes.ask import append_answer, ask, encode_prompt
+from probes.view.page import page_data
+from tests.experiments.model_families import chat_family, noise_image
+from tests.probes.tokens.families.build import MODEL_FAMILIES
+
+TINY = "experiments/assets/tiny"
+
+
+@pytest.mark.parametrize("name", MODEL_FAMILIES)
+def test_append_answer_gives_the_logits_that_the_answer_was_generated_from(name, monkeypatch):
+    """The answer's positions, token types and masks are right if every generated token is predicted again."""
+    family = chat_family(name, monkeypatch)
+    model = family.model()
+    prompt = encode_prompt(model, family.processor, "what is it?", [noise_image(0, (40, 24))])
+    with torch.no_grad():
+        generated = model.generate(
+            **prompt, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        ids = generated.sequences[0, prompt["input_ids"].shape[1] :]
+        inputs, labels = append_answer(model, prompt, ids)
+        logits = model(**inputs).logits[0, -len(ids) - 1 : -1]
+    assert torch.equal(labels[0, -len(ids) :], ids)
+    torch.testing.assert_close(logits.float(), torch.cat(generated.logits).float(), atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", MODEL_FAMILIES)
+def test_ask_records_every_word_of_the_question_and_the_answer(name, monkeypatch):
+    family = chat_family(name, monkeypatch)
+    answer = ask(family.model(), family.processor, "what is it?", [noise_image(0, (40, 24))], answer=" a thing")
+    texts = [word["text"].strip() for word in page_data(answer.view().html())["runs"][0]["words"]]
+    assert [text for text in texts if text != "predicts the answer"] == ["what", "is", "it?", "a", "thing"]
+    assert answer.image_mass().isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    model, processor = AutoModelForImageTextToText.from_pretrained(TINY).eval(), AutoProcessor.from_pretrained(TINY)
+    return model, processor, Image.open("experiments/assets/scene.png").convert("RGB")
+
+
+def test_ask_under_an_intervention_answers_as_the_intervened_model_does(shipped):
+    model, processor, image = shipped
+    everywhere = RemoveTokens("vision", layers=range(6))
+    question = "what shape is right of the green ring?"
+    blind = ask(model, processor, question, [image], interventions=[everywhere])
+    assert blind.attention.mass[..., blind.attention.sources.index("vision")].isnan().all()
+    other = ask(model, processor, question, [Image.new("RGB", image.size)], interventions=[everywhere])
+    assert blind.text == other.text
+    assert blind.removal is None
+
+
+@pytest.mark.parametrize(("images", "key"), [([], "images"), (["empty"], "answer")])
+def test_ask_what_cannot_be_asked_is_named(shipped, images, key):
+    model, processor, image = shipped
+    with pytest.raises(ValueError, match=f"^{key}: "):
+        ask(model, processor, "what is it?", [image for _ in images], max_new_tokens=1, answer="" if images else None)

@@ -1,0 +1,103 @@
+"""The command line of the probes: its output, and one line for wrong input."""
+
+import re
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from probes.__main__ import main
+from probes.view.page import page_data
+from tests.tiny_models import tiny_llama
+
+TINY, SCENE = "experiments/assets/tiny", "experiments/assets/scene.png"
+QUESTION = ["--question", "what shape is right of the green ring?"]
+
+
+def test_main_prints_a_row_for_each_layer_and_writes_the_page(tmp_path, capsys):
+    out = tmp_path / "page.html"
+    assert main([TINY, "--image", SCENE, *QUESTION, "--device", "cpu", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert [int(layer) for layer in re.findall(r"^ +(\d) +\d\.\d\d", printed, re.MULTILINE)] == [*range(6)]
+    assert f"page: {out}" in printed
+    assert len(page_data(out.read_text())["runs"]) == 1
+
+
+def test_main_with_two_images_and_two_models_has_both(tmp_path):
+    out = tmp_path / "page.html"
+    images = ["--image", SCENE, "--image", SCENE]
+    assert main([TINY, *images, *QUESTION, "--compare", TINY, "--device", "cpu", "--out", str(out)]) == 0
+    runs = page_data(out.read_text())["runs"]
+    assert [len(run["images"]) for run in runs] == [2, 2]
+    assert {*runs[0]["patches"]["image"]} == {0, 1}
+
+
+def test_main_turns_a_photograph_upright_before_the_model_reads_it(tmp_path):
+    image = Image.open(SCENE).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by a quarter clockwise
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    answers = []
+    for path in (SCENE, str(tmp_path / "turned.png")):
+        out = tmp_path / "page.html"
+        assert main([TINY, "--image", path, *QUESTION, "--device", "cpu", "--out", str(out)]) == 0
+        answers.append(page_data(out.read_text())["runs"][0])
+    assert answers[0]["images"][0]["frames"] == answers[1]["images"][0]["frames"]
+    assert answers[0]["maps"][0] == answers[1]["maps"][0]
+
+
+def text_model(folder):
+    tiny_llama().save_pretrained(folder)
+    return folder
+
+
+def incomplete_model(folder):
+    AutoModelForImageTextToText.from_pretrained(TINY).save_pretrained(folder)
+    AutoProcessor.from_pretrained(TINY).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file(dict(list(weights.items())[:-1]), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def broken_config(folder):
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "lla')
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "value"), [(text_model, "llama"), (incomplete_model, "weights"), (broken_config, "config.json")]
+)
+def test_main_model_that_cannot_be_shown_ends_in_one_line(make, value, tmp_path, capsys):
+    model = make(tmp_path / "model")
+    assert main([str(model), "--image", SCENE, *QUESTION, "--out", str(tmp_path / "page.html")]) == 1
+    assert value in one_error_line(capsys)
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "value"),
+    [
+        ([], "--image", "at least one image"),
+        (["--image", "none.png"], "--image", "none.png"),
+        (["--video", "none.mp4"], "--video", "none.mp4"),
+        (["--image", "pyproject.toml"], "--image", "pyproject.toml"),
+        (["--video", "pyproject.toml"], "--video", "pyproject.toml"),
+        (["--image", SCENE, "--out", "missing/page.html"], "--out", "missing"),
+        (["--image", SCENE, "--out", "docs"], "--out", "docs"),
+        (["--image", SCENE, "--device", "cuda:99"], "device", "cuda:99"),
+        (["--image", SCENE, "--dtype", "float12"], "dtype", "float12"),
+    ],
+)
+def test_main_wrong_input_ends_in_one_line(arguments, key, value, capsys):
+    assert main([TINY, *QUESTION, *arguments]) == 1
+    line = one_error_line(capsys)
+    assert line.startswith(f"error: {key}")
+    assert value in line
+
+
+def one_error_line(capsys):
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
