@@ -31,6 +31,11 @@ class _Dispatch:
         self.functions = functions
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        if module not in self.functions:
+            raise RuntimeError(
+                f"this {type(module).__name__} was copied from a model while its attention was recorded: copy the model "
+                "outside the block of record_attention"
+            )
         return self.functions[module](module, *args, **kwargs)
 
 

@@ -135,7 +135,10 @@ def test_record_attention_assisted_decoding_raises(
     """Its first call has guesses after the prompt; later calls resume at a wrong guess."""
     model, assistant, ids = make_llama(), make_llama(seed=1), make_inputs()["input_ids"][:1]
     tokens = TokenMap.from_inputs(model, {"input_ids": ids})
-    with pytest.raises(ValueError, match="generate with a cache and without an assistant"), record_attention(model, tokens):
+    with (
+        pytest.raises(ValueError, match="generate with a cache and without an assistant"),
+        record_attention(model, tokens),
+    ):
         model.generate(ids, assistant_model=assistant, max_new_tokens=20, do_sample=False)
 
 

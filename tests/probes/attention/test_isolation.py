@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -154,3 +155,15 @@ def test_record_attention_offloaded_weights_equals_plain_record(
         with record_attention(model, tokens) as offloaded:
             model(**inputs)
     assert torch.equal(plain.mass.nan_to_num(), offloaded.mass.nan_to_num())
+
+
+def test_record_attention_copy_made_inside_block_raises(make_llava: Callable[..., Model], inputs: Inputs) -> None:
+    """The copy has the redirected config, but no record."""
+    model = make_llava()
+    with torch.no_grad():
+        with record_attention(model, TokenMap.from_inputs(model, inputs)):
+            copied = copy.deepcopy(model)
+            expected = model(**inputs).logits
+        with pytest.raises(RuntimeError, match=r"LlamaAttention was copied .* outside the block of record_attention"):
+            copied(**inputs)
+        assert torch.equal(model(**inputs).logits, expected)
