@@ -19,6 +19,7 @@ from experiments.data.shapes import load_shapes
 from experiments.evaluation.accuracy import validation_scores
 from experiments.evaluation.questions import EncodedQuestions
 from experiments.models.feature_cache import VisionFeatureCache
+from experiments.sweeps.plan import identify_cell
 from experiments.training.plateau import (
     LAST_PLATEAU,
     RATE_FACTOR,
@@ -63,6 +64,21 @@ def test_learning_rate_factor_warms_up_and_falls_at_each_plateau():
     assert [learning_rate_factor(config, step, log[:2], 4) for step in (0, 1, 2, 4, 9)] == [0, 0.25, 0.5, 1, 1]
     assert learning_rate_factor(config, 9, log[:3], 4) == pytest.approx(RATE_FACTOR)
     assert learning_rate_factor(config, 9, log, 0) == pytest.approx(RATE_FACTOR**2)
+
+
+def test_plateau_recipe_composes_with_a_validation_split(compose_config):
+    overrides = ["train=plateau", "data.validation_samples=5", "data.train_samples=8", "data.test_samples=6"]
+    train_config = identify_cell(compose_config(*overrides), overrides).config.train
+    assert (train_config.until, train_config.lr_scheduler_type) == ("plateau", "reduce_lr_on_plateau")
+    # the warm-up is over at the first measurement, and there is time for more than the two last plateaus
+    assert train_config.warmup_steps <= train_config.eval_steps
+    assert train_config.max_steps > (LAST_PLATEAU * train_config.patience + 1) * train_config.eval_steps
+
+
+def test_plateau_recipe_without_validation_split_raises(compose_config):
+    overrides = ["train=plateau", "data.train_samples=8", "data.test_samples=6"]
+    with pytest.raises(ValueError, match=r"data\.validation_samples: .*30"):
+        identify_cell(compose_config(*overrides), overrides)
 
 
 @pytest.fixture
