@@ -16,7 +16,7 @@ from experiments.config.rows import register_resolvers
 from experiments.config.schema import Config
 from experiments.errors import INPUT_ERRORS, UnfinishedCellError, exit_with_error, full_error_requested
 from experiments.records.views import parse_outcomes
-from experiments.sweeps.distributed import is_distributed, is_main_process
+from experiments.sweeps.distributed import is_main_process
 from experiments.sweeps.hydra_api import BASIC_SWEEPER
 from experiments.sweeps.kept_tables import table_of
 from experiments.sweeps.plan import identify_cell, is_benchmark, select_row
@@ -51,7 +51,7 @@ def run_job(config: DictConfig) -> float | None:
                 table.keep(cell.config.results)
             status = run_if_needed(cell, record_input_errors=sweeping)
             searching = sweeping and hydra.sweeper._target_ != BASIC_SWEEPER
-            while searching and status.state == "running" and not is_distributed():
+            while searching and status.state == "running":
                 time.sleep(1)  # a search needs the accuracy, and may try the same cell twice at once
                 status = run_if_needed(cell, record_input_errors=True)
             if is_main_process() and not sweeping:

@@ -38,6 +38,7 @@ __all__ = [
     "BASIC_SWEEPER",
     "CONF",
     "BasicLauncher",
+    "Callbacks",
     "CompositionCache",
     "ConfigSource",
     "Hydra",
@@ -51,6 +52,7 @@ __all__ = [
     "parse_command_line",
     "parse_overrides",
     "split_jobs",
+    "sweep_callbacks",
     "sweep_launcher",
 ]
 
@@ -262,13 +264,32 @@ def _load_files(
     return *composed[files], values
 
 
-def sweep_launcher(hydra: Hydra, sweep: DictConfig, task: Callable[[DictConfig], Any]) -> Launcher:
+@contextmanager
+def sweep_callbacks(sweep: DictConfig, config_name: str) -> Iterator[Callbacks]:
+    """Call `on_multirun_start` and `on_multirun_end` of `hydra.callbacks` around the block, as Hydra does.
+
+    Like Hydra's, the second is left out after an exception.
+
+    Args:
+        sweep: The configuration of the sweep.
+        config_name: The name that --config-name gives.
+    """
+    callbacks = Callbacks(sweep)
+    callbacks.on_multirun_start(config=sweep, config_name=config_name)
+    yield callbacks
+    callbacks.on_multirun_end(config=sweep, config_name=config_name)
+
+
+def sweep_launcher(
+    hydra: Hydra, sweep: DictConfig, task: Callable[[DictConfig], Any], callbacks: Callbacks
+) -> Launcher:
     """Return the sweep's launcher.
 
     Args:
         task: The function that runs one job. Launchers pickle it, so it must be importable by name.
+        callbacks: Those of `sweep_callbacks`, which the launcher calls around each job.
     """
-    context = HydraContext(hydra.config_loader, Callbacks(sweep))
+    context = HydraContext(hydra.config_loader, callbacks)
     return Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=sweep)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobStatus
+from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
 from experiments.errors import one_line
@@ -18,11 +20,11 @@ from experiments.records.views import failure_reason
 from experiments.sweeps.distributed import is_distributed, is_main_process
 from experiments.sweeps.hydra_api import (
     ConfigSource,
-    Hydra,
     compose_sweep,
     configure_logging,
     has_basic_sweeper,
     open_hydra,
+    sweep_callbacks,
     sweep_launcher,
 )
 from experiments.sweeps.local_launcher import LocalLauncher
@@ -58,6 +60,11 @@ def run_sweep(
     with open_hydra(source) as hydra:
         sweep = compose_sweep(hydra, overrides, source.config_name)
         if not has_basic_sweeper(sweep):
+            if is_distributed():
+                raise ValueError(
+                    f"hydra.sweeper._target_: {sweep.hydra.sweeper._target_} would search in each process by itself, found "
+                    f"WORLD_SIZE={os.environ['WORLD_SIZE']}; run the search without torchrun"
+                )
             return None
         jobs = sweep_jobs(hydra, sweep)
         configure_logging(sweep)
@@ -72,7 +79,8 @@ def run_sweep(
         for job in jobs if is_main_process() else ():
             if job.cell and job.table:
                 job.table.keep(job.cell.config.results)
-        errors = _launch(hydra, sweep, task, to_run) if to_run else []
+        with sweep_callbacks(sweep, source.config_name) as callbacks:
+            errors = _launch(sweep_launcher(hydra, sweep, task, callbacks), to_run) if to_run else []
         if not is_main_process():
             return 0
         configure_logging(sweep)
@@ -159,9 +167,8 @@ def _unfinished(jobs: Sequence[SweepJob], statuses: Mapping[str, CellStatus]) ->
     return list(to_run.values())
 
 
-def _launch(hydra: Hydra, sweep: DictConfig, task: Callable[[DictConfig], Any], jobs: Sequence[SweepJob]) -> list[str]:
+def _launch(launcher: Launcher, jobs: Sequence[SweepJob]) -> list[str]:
     """Launch jobs, and return the errors that no record holds."""
-    launcher = sweep_launcher(hydra, sweep, task)
     if isinstance(launcher, LocalLauncher):
         launcher.planned = {tuple(job.overrides): job for job in jobs}
     try:

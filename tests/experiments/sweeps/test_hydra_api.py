@@ -123,7 +123,8 @@ def test_sweep_launcher_runs_each_job_and_returns_status_and_overrides(hydra, tm
     sweep = hydra_api.compose_sweep(hydra, ["seed=0,1,2", f"results={tmp_path}", "hydra/launcher=basic"])
     jobs = hydra_api.split_jobs(hydra, sweep)
     with restored_logging():
-        returned = hydra_api.sweep_launcher(hydra, sweep, record_seed).launch(jobs, 0)
+        launcher = hydra_api.sweep_launcher(hydra, sweep, record_seed, hydra_api.Callbacks())
+        returned = launcher.launch(jobs, 0)
     assert seeds == [(seed, RunMode.MULTIRUN) for seed in range(3)]
     assert [job.status for job in returned] == [JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.COMPLETED]
     assert [list(job.overrides) for job in returned] == jobs

@@ -13,7 +13,7 @@ import pytest
 from hydra.core.utils import JobStatus
 
 from experiments.sweeps import local_launcher
-from experiments.sweeps.hydra_api import compose_sweep, sweep_launcher
+from experiments.sweeps.hydra_api import Callbacks, compose_sweep, sweep_launcher
 from experiments.sweeps.local_launcher import LocalLauncher
 from experiments.sweeps.worker_limits import WorkerPlan
 from tests.experiments.sweeps.run_sweep import ROOT, TINY_CELL, restored_logging
@@ -28,7 +28,7 @@ def launch(hydra, tmp_path, capsys):
         words = ["hydra.launcher.workers=2", *TINY_CELL, *overrides, f"results={tmp_path}"]
         with restored_logging():
             sweep = compose_sweep(hydra, words)
-            returned = sweep_launcher(hydra, sweep, act).launch([[*words[1:], *job] for job in jobs], 0)
+            returned = sweep_launcher(hydra, sweep, act, Callbacks()).launch([[*words[1:], *job] for job in jobs], 0)
         return returned, capsys.readouterr().err.splitlines()
 
     return run
@@ -118,7 +118,9 @@ def test_launch_on_one_core_runs_in_this_process(hydra, tmp_path, monkeypatch):
     monkeypatch.setattr("joblib.cpu_count", lambda: 1)
     with restored_logging():
         sweep = compose_sweep(hydra, [*TINY_CELL, f"results={tmp_path}"])
-        sweep_launcher(hydra, sweep, act).launch([[f"seed={seed}", f"results={tmp_path}"] for seed in (1, 2)], 0)
+        sweep_launcher(hydra, sweep, act, Callbacks()).launch(
+            [[f"seed={seed}", f"results={tmp_path}"] for seed in (1, 2)], 0
+        )
     assert {note["pid"] for note in notes(tmp_path).values()} == {os.getpid()}
 
 

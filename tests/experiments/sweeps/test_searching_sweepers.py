@@ -74,6 +74,12 @@ def test_searching_sweeper_with_failed_cell_ends_with_one_line(tmp_path):
     assert "Traceback" not in ended.stderr
 
 
+def test_search_in_several_processes_is_refused(sweep, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"hydra\.sweeper\._target_: .*Search.*WORLD_SIZE=2"):
+        sweep("hydra.sweeper._target_=hydra_plugins.search.Search")
+
+
 @pytest.mark.parametrize("sweeper", ["ax", "nevergrad"])
 def test_sweeper_that_is_not_installed_ends_with_one_line_and_pip_command(tmp_path, sweeper):
     ended = search(tmp_path, f"hydra/sweeper={sweeper}")
