@@ -29,7 +29,7 @@ def write_report(report: Report, out: Path) -> None:
 
     Args:
         report: The report.
-        out: Folder for `index.html`, `tables/` and `figures/`.
+        out: Folder for `index.html`, `view.html`, `tables/` and `figures/`.
 
     Raises:
         OSError: if `out` cannot be written.
@@ -45,6 +45,8 @@ def write_report(report: Report, out: Path) -> None:
                 (temporary / "tables" / f"{table.name}.{suffix}").write_text(write(table), encoding="utf-8")
         entries = report.figures
         images = {e.stem: figures.save(e.draw(), temporary / "figures" / e.stem)[0] for e in entries if e.draw}
+        if report.attention_page:
+            shutil.copyfile(report.attention_page, temporary / html.ATTENTION_PAGE)
         (temporary / "index.html").write_text(html.render_page(report, images), encoding="utf-8")
         with _writing(out):
             _move_files(temporary, out, report.specs)
@@ -71,6 +73,7 @@ def _move_files(temporary: Path, out: Path, specs: Sequence[ExperimentSpec]) -> 
     stems = [*FIXED_STEMS, *(name + ending for name in names for ending in EXPERIMENT_SUFFIXES)]
     possible = {f"figures/{stem}.{suffix}" for stem in stems for suffix in ("png", "pdf")}
     possible |= {f"tables/{name}{end}.{suffix}" for name in names for end in ("", "_orderings") for suffix in WRITERS}
+    possible.add(html.ATTENTION_PAGE)
     for stale in possible - {path.as_posix() for path in made}:
         (out / stale).unlink(missing_ok=True)
     for path in sorted(made, key=lambda path: path.name == "index.html"):

@@ -16,6 +16,9 @@ from experiments.report.results import Report
 from experiments.report.tables.claims import summarize
 from experiments.report.tables.table import Table
 
+ATTENTION_PAGE = "view.html"
+"""The attention page, beside the report's page."""
+
 _FOLDER = Path(__file__).parent
 _OTHER_TABLES = {
     "claims_by_question_type": "Claims by question type",
@@ -73,6 +76,7 @@ def render_page(report: Report, images: Mapping[str, Path]) -> str:
         claims=report.tables["claims"],
         first=first,
         folded=folded,
+        attention_page=ATTENTION_PAGE if report.attention_page else None,
         provenance=report.tables["provenance"],
         records=report.records,
         script=Markup(script),

@@ -47,14 +47,20 @@ class Report:
         records: The records of a results folder.
         request: Experiments and settings that the report covers; all by default.
         specs: Tables that the report may show; those of conf/experiment/ by default.
+        attention_page: Attention page of some test questions, which the report links; None if there is none.
 
     Raises:
         ValueError: if the request names an experiment without records, or a setting that no record has.
     """
 
     def __init__(
-        self, records: Records, request: ReportRequest | None = None, specs: Sequence[ExperimentSpec] | None = None
+        self,
+        records: Records,
+        request: ReportRequest | None = None,
+        specs: Sequence[ExperimentSpec] | None = None,
+        attention_page: Path | None = None,
     ) -> None:
+        self.attention_page = attention_page
         request = request or ReportRequest((), {})
         self.specs: tuple[ExperimentSpec, ...] = load_specs() if specs is None else tuple(specs)
         self.records: Records = request.select_records(records)
@@ -239,7 +245,17 @@ def load(folder: Path | str, *request: str) -> Report:
         Report of 43 finished and 0 failed records, experiments: smol_ablations
     """
     records = load_records(Path(folder) / "records")
-    return Report(records, parse_request(request), load_all_specs(Path(folder)))
+    return Report(records, parse_request(request), load_all_specs(Path(folder)), _attention_page(records, Path(folder)))
+
+
+def _attention_page(records: Records, folder: Path) -> Path | None:
+    """Return the attention page of the newest attention experiment that has one."""
+    with_page = [
+        (record["provenance"]["started"], page)
+        for record in records.finished
+        if is_attention_experiment(record) and (page := folder / "views" / f"{record['id']}.html").is_file()
+    ]
+    return max(with_page)[1] if with_page else None
 
 
 def _look_up(kind: str, name: str, known: dict):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from experiments.report import load
+from experiments.report.build import write_report
 from experiments.report.results import Report
 from experiments.report.tables import writers
 
@@ -151,3 +152,22 @@ def test_import_of_the_package_is_light() -> None:
     root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_report_copies_the_attention_page_of_the_newest_attention_experiment(
+    make_results: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    folder = make_results(tmp_path / "results")
+    found = [record for record in load(folder).records.finished if record["experiment"] == "attention"]
+    newest = max(found, key=lambda record: record["provenance"]["started"])
+    (folder / "views").mkdir()
+    for record in load(folder).records.finished:  # also of cells that are no attention experiment
+        (folder / "views" / f"{record['id']}.html").write_text(f"page of {record['id']}")
+    write_report(load(folder), tmp_path / "report")
+    assert (tmp_path / "report" / "view.html").read_text() == f"page of {newest['id']}"
+    assert 'href="view.html"' in (tmp_path / "report" / "index.html").read_text()
+    for page in (folder / "views").iterdir():
+        page.unlink()
+    write_report(load(folder), tmp_path / "report")
+    assert not (tmp_path / "report" / "view.html").exists()
+    assert "view.html" not in (tmp_path / "report" / "index.html").read_text()
