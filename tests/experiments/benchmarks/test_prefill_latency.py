@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from experiments.benchmarks import prefill_latency
-from experiments.config import plain as plain_module
 from experiments.config import data_schema, schema
+from experiments.config import plain as plain_module
 from experiments.records.files import load_records
 from experiments.records.latency import FILE, latency_key
 from experiments.report.run_groups import compare_with_baselines, group_runs
