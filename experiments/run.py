@@ -26,7 +26,6 @@ _RETRY_FLAG = "--retry-failed"
 def main() -> None:
     """Run the command line. Wrong input ends the program with one line."""
     register_configs()
-    _keep_current_folder_off_path()
     os.environ[FULL_ERROR_VARIABLE] = "1"  # Hydra then raises instead of printing; what is shown is decided here
     sys.argv[1:] = flags_first(_with_retry_override(sys.argv[1:]))
     arguments = parse_command_line()
@@ -44,13 +43,13 @@ def main() -> None:
         sys.exit(130)
 
 
-def _keep_current_folder_off_path() -> None:
-    """Keep packages of the current folder from the processes of launchers, if `llava-mini-run` keeps them from this one.
+def run_script() -> None:
+    """Run the console script `llava-mini-run`, which ignores packages of the current folder.
 
-    Python 3.10 does not know the variable.
+    The variable keeps them from the processes of launchers too. Python 3.10 does not know it.
     """
-    if sys.path[0] not in ("", os.getcwd()):
-        os.environ["PYTHONSAFEPATH"] = "1"
+    os.environ["PYTHONSAFEPATH"] = "1"
+    main()
 
 
 def _is_sweep(arguments: argparse.Namespace) -> bool:

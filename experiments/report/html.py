@@ -6,12 +6,19 @@ import base64
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
 
-from experiments.report.figure_entries import ABLATION_STEM, EXPERIMENT_SUFFIXES, REMOVAL_STEM, FigureEntry
+from experiments.report.figure_entries import (
+    ABLATION_STEM,
+    CURVES_SUFFIX,
+    EXPERIMENT_SUFFIXES,
+    REMOVAL_STEM,
+    FigureEntry,
+)
 from experiments.report.results import Report
 from experiments.report.tables.claims import summarize
 from experiments.report.tables.table import Table
@@ -100,9 +107,12 @@ def split_sections(report: Report, images: Mapping[str, Path]) -> tuple[list[Sec
     first, folded = [], []
     for section in _sections(report, images):
         if section.anchor == compared:
-            rest = Section(f"{compared}-more", f"More on {section.label}", section.figures[1:], section.tables[1:])
-            first.append(replace(section, figures=section.figures[:1], tables=section.tables[:1]))
-            folded.append(rest)
+            # Learning curves show whether rows of the table were still improving.
+            shown = [i == 0 or entry.stem.endswith(CURVES_SUFFIX) for i, (entry, _) in enumerate(section.figures)]
+            opening = tuple(compress(section.figures, shown))
+            others = tuple(figure for figure in section.figures if figure not in opening)
+            first.append(replace(section, figures=opening, tables=section.tables[:1]))
+            folded.append(Section(f"{compared}-more", f"More on {section.label}", others, section.tables[1:]))
         else:
             (first if section.anchor == REMOVAL_STEM else folded).append(section)
     return tuple([section for section in part if section.figures or section.tables] for part in (first, folded))

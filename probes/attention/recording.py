@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
@@ -14,7 +15,9 @@ from probes.hooks.decoder import MASK_FORMATS, find_decoder, select_attention_la
 from probes.hooks.token_window import TokenWindow
 from probes.tokens.token_map import TokenMap
 from probes.unwrapping import unwrap_model
-from probes.view.words import Words
+
+if TYPE_CHECKING:  # the page draws with matplotlib, which recording does not need
+    from probes.view.words import Words
 
 
 @contextmanager

@@ -249,10 +249,10 @@ def test_console_script_ignores_packages_of_the_current_folder(tmp_path):
     for name in ("experiments", "probes", "llava_mini", "conf"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('a package of the user')\n")
-    assert 'llava-mini-run = "experiments.run:main"' in (ROOT / "pyproject.toml").read_text()
+    assert 'llava-mini-run = "experiments.run:run_script"' in (ROOT / "pyproject.toml").read_text()
     (tmp_path / "bin").mkdir()
     script = tmp_path / "bin" / "llava-mini-run"  # as pip writes it: its own folder comes first on the path
-    script.write_text("from experiments.run import main\nmain()\n")
+    script.write_text("from experiments.run import run_script\nrun_script()\n")
     words = [sys.executable, str(script), "--cfg", "job", "seed=3"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

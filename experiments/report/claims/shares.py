@@ -77,7 +77,8 @@ class Share:
 def mean_is_positive(values: Float[np.ndarray, " questions"], least: float) -> bool:
     """Return whether the mean over all questions is positive: Student's t, one-sided, level 0.025.
 
-    One more question with an adverse value is added: minus the largest absolute value measured, or -`least`. Without it, a sample that happens to hold no rare adverse question would have too small a variance.
+    One more question with an adverse value is added: minus the largest absolute value measured, or -`least`. Without it,
+    a sample that happens to hold no rare adverse question would have too small a variance.
 
     Args:
         values: One value for each question.
@@ -85,7 +86,7 @@ def mean_is_positive(values: Float[np.ndarray, " questions"], least: float) -> b
 
     Example:
         >>> import numpy as np
-        >>> mean_is_positive(np.ones(6), 1.0), mean_is_positive(np.ones(60), 1.0)
+        >>> mean_is_positive(np.ones(5), 1.0), mean_is_positive(np.ones(60), 1.0)
         (False, True)
     """
     guarded = np.append(values, -max(least, float(np.abs(values).max())))
