@@ -76,7 +76,7 @@ class Answer:
             name: Name of the run on the page; by default the model's type.
             title: Title of the page; by default the question.
         """
-        parts: dict[str, Any] = {"maps": [*self._relevancy_maps(), *self._lens_maps()], "notes": self.notes}
+        parts: dict[str, Any] = {"maps": [*self._relevancy_maps(), *self._lens_maps()]}
         sinks = find_sinks(self.attention, self.tokens, self.attention.targets)
         parts["sinks"] = sinks.by_attention[:, 0], SINK_RULE
         if self.removal is not None:

@@ -8,7 +8,14 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 
 def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -81,7 +88,5 @@ def _import_package_of_model_type(name: str) -> None:
         model_type = json.loads(path.read_text()).get("model_type", "")
     except (ValueError, AttributeError):
         raise ValueError(f"model: {path} is not a JSON object; is it a complete checkpoint?") from None
-    from transformers import CONFIG_MAPPING
-
     if str(model_type).isidentifier() and model_type not in CONFIG_MAPPING and importlib.util.find_spec(model_type):
         importlib.import_module(model_type)

@@ -142,13 +142,7 @@ def removal_curve(
         >>> removal_curve(model, tokens, inputs, score, starts=[0, 3, 6]).shape
         (3, 1)
     """
-    layers = len(decoder_layers(find_decoder(model)))
-    starts = range(layers + 1) if starts is None else starts
-    outside = [start for start in starts if not 0 <= start <= layers]
-    if outside:
-        raise ValueError(
-            f"starts {outside} are outside the model: it has {layers} layers, so starts go from 0 to {layers}"
-        )
+    layers, starts = points_of_curve(model, "starts", starts)
     return removal_scores(model, tokens, inputs, score, [range(start, layers) for start in starts])
 
 
@@ -286,6 +280,30 @@ def text_states(
     return torch.stack(
         [_mean_per_sample(state, positions) for state in (*embeddings, *(states[i] for i in states.layers))]
     )
+
+
+def points_of_curve(model: PreTrainedModel, name: str, points: Sequence[int] | None) -> tuple[int, Sequence[int]]:
+    """Return the number of layers of a model, and the points of a curve between its layers.
+
+    Args:
+        model: A transformers model with a decoder.
+        name: What the points are called in an error.
+        points: Numbers of layers; None for 0, 1, ..., all layers.
+
+    Raises:
+        ValueError: A point is outside the model.
+
+    Example:
+        >>> points_of_curve(model, "starts", None)
+        (6, range(0, 7))
+    """
+    layers = len(decoder_layers(find_decoder(model)))
+    points = range(layers + 1) if points is None else points
+    if outside := [point for point in points if not 0 <= point <= layers]:
+        raise ValueError(
+            f"{name} {outside} are outside the model: it has {layers} layers, so {name} go from 0 to {layers}"
+        )
+    return layers, points
 
 
 def _logits_without_cache(

@@ -14,9 +14,8 @@ from jaxtyping import Float
 from transformers import PreTrainedModel
 
 from probes.fusion.bootstrap import resampled_means
-from probes.fusion.curves import ScoreFunction, removal_scores
+from probes.fusion.curves import ScoreFunction, points_of_curve, removal_scores
 from probes.fusion.depth import READING_SHARE, ROUNDING_SLACK
-from probes.hooks.decoder import decoder_layers, find_decoder
 from probes.tokens.token_map import TokenMap
 
 
@@ -52,11 +51,7 @@ def onset_curve(
         >>> onset_curve(model, tokens, inputs, score, ends=[0, 3, 6]).shape
         (3, 1)
     """
-    layers = len(decoder_layers(find_decoder(model)))
-    ends = range(layers + 1) if ends is None else ends
-    outside = [end for end in ends if not 0 <= end <= layers]
-    if outside:
-        raise ValueError(f"ends {outside} are outside the model: it has {layers} layers, so ends go from 0 to {layers}")
+    _, ends = points_of_curve(model, "ends", ends)
     return removal_scores(model, tokens, inputs, score, [range(end) for end in ends])
 
 

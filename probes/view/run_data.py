@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -103,7 +103,6 @@ class ViewRun:
     images: Sequence[Any] = ()
     sinks: tuple[Bool[Tensor, "layers positions"], str] | None = None
     removal: LayerCurve | None = None
-    notes: Sequence[str] = field(default_factory=tuple)
 
     def data(self) -> dict[str, Any]:
         """Return the run as the page reads it."""
@@ -116,7 +115,6 @@ class ViewRun:
             "patches": patches,
             "panels": panels,
             "boxes_note": note,
-            "notes": list(self.notes),
             "text": [{"text": part.text, "group": part.group, "word": part.word} for part in self.words.text],
             "words": [
                 {"text": word.text, "group": word.group, "positions": list(word.positions)} for word in self.words.words

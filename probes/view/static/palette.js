@@ -40,22 +40,22 @@ function blend(colours, share) {
   return `rgb(${mixed.join(",")})`;
 }
 
+/** Return the colours of a scale, from low to high. */
+export function scaleStops(signed) {
+  return signed ? DIVERGING : SEQUENTIAL;
+}
+
 /** Return a colour scale: from 0 to the largest value, or even around 0. */
 export function colourScale(largest, signed) {
   const limit = largest > 0 ? largest : 1;
   const colour = (value) => {
     if (!Number.isFinite(value)) return UNDEFINED;
-    return signed ? blend(DIVERGING, (value / limit + 1) / 2) : blend(SEQUENTIAL, value / limit);
+    return blend(scaleStops(signed), signed ? (value / limit + 1) / 2 : value / limit);
   };
   return { colour, low: signed ? -limit : 0, high: limit };
 }
 
 /** Return CSS for a bar of the whole scale. */
 export function gradient(signed) {
-  return `linear-gradient(to right, ${(signed ? DIVERGING : SEQUENTIAL).join(",")})`;
-}
-
-/** Return the colours of a scale, from low to high. */
-export function scaleStops(signed) {
-  return signed ? DIVERGING : SEQUENTIAL;
+  return `linear-gradient(to right, ${scaleStops(signed).join(",")})`;
 }

@@ -18,15 +18,6 @@ from tests.probes.pruning.rows import TEXTS, assert_rows_independent, embed, rem
 Inputs = dict[str, Tensor]
 
 
-@pytest.fixture
-def rows(make_rows: Callable[..., Inputs]) -> Callable[[str], Inputs]:
-    def make(side: str) -> Inputs:
-        inputs = make_rows(TEXTS, side)
-        return {name: values for name, values in inputs.items() if name != "pixel_values"}
-
-    return make
-
-
 def dart_by_loops(
     states: np.ndarray, keys: np.ndarray, vision: list[int], question: list[int], keep: float
 ) -> list[int]:

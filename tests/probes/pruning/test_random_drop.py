@@ -16,15 +16,6 @@ from tests.probes.pruning.rows import TEXTS, assert_rows_independent, removed_in
 Inputs = dict[str, torch.Tensor]
 
 
-@pytest.fixture
-def rows(make_rows: Callable[..., Inputs]) -> Callable[[str], Inputs]:
-    def make(side: str) -> Inputs:
-        inputs = make_rows(TEXTS, side)
-        return {name: values for name, values in inputs.items() if name != "pixel_values"}
-
-    return make
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("keep", [0.0, 0.1, 0.5, 0.95])
 def test_random_drop_keeps_exact_number_of_visual_tokens(
