@@ -25,6 +25,7 @@ from probes.fusion.depth import Agreement, FusionDepth, agreement, fusion_depth
 from probes.fusion.onset import FusionOnset, fusion_onset
 from probes.fusion.planted_models import planted
 from probes.interventions import BlockAttention, PatchActivations, Receipt, RemoveTokens, intervene
+from probes.readouts.contextual_lens import ContextualLens, contextual_lens
 from probes.readouts.hidden_states import States, record_states
 from probes.readouts.linear_probe import Readout, linear_readout
 from probes.readouts.logit_lens import LogitLens, logit_lens
@@ -34,6 +35,7 @@ __all__ = [
     "Agreement",
     "AttentionRecord",
     "BlockAttention",
+    "ContextualLens",
     "FusionDepth",
     "FusionOnset",
     "LogitLens",
@@ -46,6 +48,7 @@ __all__ = [
     "States",
     "TokenMap",
     "agreement",
+    "contextual_lens",
     "find_sinks",
     "fusion_depth",
     "fusion_onset",
