@@ -24,7 +24,16 @@ from probes.attribution import Relevancy, relevancy
 from probes.fusion.depth import Agreement, FusionDepth, agreement, fusion_depth
 from probes.fusion.onset import FusionOnset, fusion_onset
 from probes.fusion.planted_models import planted
-from probes.interventions import BlockAttention, PatchActivations, Receipt, RemoveTokens, intervene
+from probes.fusion.reading_layer import ReadingLayer, reading_layer
+from probes.interventions import (
+    BlockAttention,
+    PatchActivations,
+    Receipt,
+    RemoveTokens,
+    Swaps,
+    intervene,
+    swap_images,
+)
 from probes.readouts.contextual_lens import ContextualLens, contextual_lens
 from probes.readouts.hidden_states import States, record_states
 from probes.readouts.linear_probe import Readout, linear_readout
@@ -40,12 +49,14 @@ __all__ = [
     "FusionOnset",
     "LogitLens",
     "PatchActivations",
+    "ReadingLayer",
     "Readout",
     "Receipt",
     "Relevancy",
     "RemoveTokens",
     "Sinks",
     "States",
+    "Swaps",
     "TokenMap",
     "agreement",
     "contextual_lens",
@@ -56,7 +67,9 @@ __all__ = [
     "linear_readout",
     "logit_lens",
     "planted",
+    "reading_layer",
     "record_attention",
     "record_states",
     "relevancy",
+    "swap_images",
 ]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from probes.tokens.token_map import TokenMap
 
 # Colours of images and hints. The index of a colour is red + 2 * blue; its answer token is ANSWER_IDS[index].
 COLOURS = ("black", "red", "blue", "purple")
@@ -61,6 +64,26 @@ class PlantedSamples:
 
 
 @dataclass(frozen=True, eq=False)
+class PlantedPairs:
+    """Minimal pairs: questions that differ in one of the two properties of the image's colour, red or blue.
+
+    Attributes:
+        model: The model that they are made for.
+        inputs: Arguments of its forward call. Rows 2p and 2p + 1 are pair p.
+        answers: Colour of each image as a token, `[pairs, 2]`. The text-only control answers with the hint instead.
+    """
+
+    model: LlavaForConditionalGeneration
+    inputs: dict[str, Tensor]
+    answers: Int[Tensor, "pairs 2"]
+
+    @property
+    def arguments(self) -> tuple[LlavaForConditionalGeneration, TokenMap, dict[str, Tensor], Tensor]:
+        """The arguments of `probes.interventions.swapping.swap_images`."""
+        return self.model, TokenMap.from_inputs(self.model, self.inputs), self.inputs, self.answers
+
+
+@dataclass(frozen=True, eq=False)
 class PlantedModel:
     """A model with the layers in which its text reads the image.
 
@@ -111,6 +134,31 @@ class PlantedModel:
             "pixel_values": channels[:, :, None, None] + 0.3 * noise,
         }
         return PlantedSamples(inputs, colours, hints, ANSWER_IDS.start + (colours if self.reads else hints))
+
+    def pairs(self, count: int, changed: Literal["red", "blue"], seed: int = 0) -> PlantedPairs:
+        """Generate questions in two versions, whose images differ in red alone or in blue alone.
+
+        Text and noise are the same. Red changes black to red and blue to purple, blue changes black to blue and red to
+        purple, and the reverse.
+
+        Args:
+            count: Number of pairs.
+            changed: The property that differs.
+            seed: Seed of texts, hints and noise.
+
+        Returns:
+            The pairs with their answers.
+
+        Example:
+            >>> pairs = planted(layer=2, layers=4).pairs(4, changed="blue")
+            >>> [[VOCABULARY[token] for token in pair] for pair in pairs.answers]
+            [['black', 'blue'], ['red', 'purple'], ['blue', 'black'], ['purple', 'red']]
+        """
+        samples, bit = self.samples(count, seed), ("red", "blue").index(changed)
+        inputs = {name: value.repeat_interleave(2, dim=0) for name, value in samples.inputs.items()}
+        inputs["pixel_values"][1::2, 2 * bit] -= 2 * ((samples.colours >> bit & 1) * 2.0 - 1)[:, None, None]
+        colours = torch.stack([samples.colours, samples.colours ^ (1 << bit)], dim=1)
+        return PlantedPairs(self.model, inputs, ANSWER_IDS.start + colours)
 
 
 def planted(layer: int | tuple[int, int] | None, layers: int) -> PlantedModel:

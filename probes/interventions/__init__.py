@@ -13,9 +13,19 @@ from probes.interventions.effects import Effect, Receipt
 from probes.interventions.knockout import BlockAttention
 from probes.interventions.patching import PatchActivations
 from probes.interventions.removal import RemoveTokens
+from probes.interventions.swapping import Swaps, swap_images
 from probes.tokens.token_map import TokenMap
 
-__all__ = ["BlockAttention", "Effect", "PatchActivations", "Receipt", "RemoveTokens", "intervene"]
+__all__ = [
+    "BlockAttention",
+    "Effect",
+    "PatchActivations",
+    "Receipt",
+    "RemoveTokens",
+    "Swaps",
+    "intervene",
+    "swap_images",
+]
 
 Intervention = BlockAttention | RemoveTokens | PatchActivations
 
