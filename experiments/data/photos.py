@@ -109,9 +109,17 @@ class PhotoGridSamples(Sequence[Sample]):
 
     def render(self, index: int) -> Image.Image:
         """Return the image: its photographs on a grey background."""
+        return self.render_photos(self.photo_indices[index])
+
+    def render_photos(self, photos: Int[np.ndarray, " cells"]) -> Image.Image:
+        """Return the image of a grid of photographs.
+
+        Args:
+            photos: Indices of the photographs, in reading order.
+        """
         image = Image.new("RGB", (self.side * self.patch,) * 2, MARGIN_COLOUR)
         corners = [(x * self.patch, y * self.patch) for y in self.starts for x in self.starts]
-        for corner, photo in zip(corners, self.photos.images[self.photo_indices[index]], strict=True):
+        for corner, photo in zip(corners, self.photos.images[photos], strict=True):
             resized = Image.fromarray(photo).resize((self.photo_side * self.patch,) * 2, Image.Resampling.BICUBIC)
             image.paste(resized, corner)
         return image
