@@ -247,8 +247,16 @@ class ProbeConfig:
     attention: bool = setting(False, "attention mass and entropy between token groups, by layer (Figures 2 and 3)")
     attention_questions: int = setting(300, "questions that attention is recorded on")
     random_control: bool = setting(False, "the same attention in a model with random weights")
+    contribution: bool = setting(
+        False, "with attention: how much each token group adds to the attention's output, by layer and head"
+    )
+    sinks: bool = setting(False, "with attention: visual attention sinks by layer, by attention and by value norm")
+    leave_out_sinks: bool = setting(
+        False, "with attention: mass, entropy and contribution count no visual sink (one more pass finds them)"
+    )
     removal: bool = setting(False, "accuracy without visual tokens in a block of layers, and from it on (Figure 5)")
-    removal_block_size: int = setting(1, "layers of a block")
+    removal_block_size: int = setting(1, "layers of a block, also of the onset's steps")
+    onset: bool = setting(False, "accuracy without visual tokens in the first layers, for each number of them")
     knockout: bool = setting(False, "accuracy with attention from text to vision blocked in windows of layers")
     knockout_width: int = setting(1, "layers of a window")
     readout: bool = setting(

@@ -1,7 +1,6 @@
-"""The analyses of a cell: attention, removal, knock-out, linear readout and logit lens on the test questions.
+"""The analyses of a cell: attention, removal, onset, knock-out, linear readout and logit lens on the test questions.
 
-The first two are the paper's analyses: attention mass and entropy, and removal of visual tokens. Knock-out and readout
-check them.
+The first two are the paper's analyses: attention mass and entropy, and removal of visual tokens. The others check them.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 from experiments.config.schema import ProbeConfig
 from experiments.evaluation.attention_by_layer import measure_attention
 from experiments.evaluation.layerwise_ablation import measure_knockout, measure_removal
+from experiments.evaluation.onset import measure_onset
 from experiments.evaluation.questions import EncodedQuestions
 from experiments.evaluation.readouts import measure_lens, measure_readout
 
@@ -46,8 +46,8 @@ def run_probes(
         config: Which analyses to run.
 
     Returns:
-        The parts `attention`, `removal`, `knockout`, `readout`, `fusion`, `lens` and `lens_note` of a record. A part that
-        is not configured is None.
+        The parts `attention`, `removal`, `onset`, `knockout`, `readout`, `fusion`, `lens` and `lens_note` of a record. A
+        part that is not configured is None.
     """
     parts: dict[str, dict[str, Any] | None] = dict.fromkeys(("attention", "removal", "knockout", "readout"))
     if config.attention:
@@ -55,13 +55,14 @@ def run_probes(
     with questions.features_as_pixel_values():
         if config.removal:
             parts["removal"] = measure_removal(model, questions, config.removal_block_size)
+        onset = measure_onset(model, questions, config.removal_block_size) if config.onset else None
         if config.knockout:
             parts["knockout"] = measure_knockout(model, questions, config.knockout_width)
         if config.readout:
             parts["readout"] = measure_readout(model, questions)
         lens = _lens_or_reason(model, questions, config)
     fusion_depths = {name: part.pop("fusion") for name, part in parts.items() if part}
-    return {**parts, "fusion": fusion_depths or None, **lens}
+    return {**parts, "onset": onset, "fusion": fusion_depths or None, **lens}
 
 
 def _lens_or_reason(model: PreTrainedModel, questions: EncodedQuestions, config: ProbeConfig) -> dict[str, Any]:

@@ -37,13 +37,13 @@ def measure_removal(model: PreTrainedModel, questions: EncodedQuestions, block: 
     def measure(tokens: TokenMap, inputs: ModelInputs, score: ScoreFunction) -> np.ndarray:
         return removal_scores(model, tokens, inputs, score, [*blocks, *onwards])
 
-    outcomes = _measure_batches(questions, model, "removal of visual tokens", measure)
+    outcomes = measure_batches(questions, model, "removal of visual tokens", measure)
     inside, onward = np.split(outcomes, [len(blocks)])
     question_types = [sample.question_types[0] for sample in questions.samples]
     return {
         "block": block,
-        "inside": _layer_outcomes(blocks, inside),
-        "onward": _layer_outcomes(onwards, onward),
+        "inside": layer_outcomes(blocks, inside),
+        "onward": layer_outcomes(onwards, onward),
         "by_kind": removal_depth_by_question_type(onward, question_types, block, depth),
         "fusion": _removal_depth(onward, block, depth),
     }
@@ -65,11 +65,11 @@ def measure_knockout(model: PreTrainedModel, questions: EncodedQuestions, width:
     def measure(tokens: TokenMap, inputs: ModelInputs, score: ScoreFunction) -> np.ndarray:
         return knockout_curve(model, tokens, inputs, score, width)
 
-    outcomes = _measure_batches(questions, model, "attention knock-out", measure)
+    outcomes = measure_batches(questions, model, "attention knock-out", measure)
     windows = [range(max(end - width, 0), min(end, depth)) for end in range(1, depth + width)]
     return {
         "width": width,
-        "windows": _layer_outcomes([range(0), *windows], outcomes),
+        "windows": layer_outcomes([range(0), *windows], outcomes),
         "fusion": asdict(fusion_depth(outcomes, "knockout", width=width)),
     }
 
@@ -93,7 +93,7 @@ def removal_depth_by_question_type(
     }
 
 
-def _measure_batches(
+def measure_batches(
     questions: EncodedQuestions,
     model: PreTrainedModel,
     progress_label: str,
@@ -116,7 +116,7 @@ def _measure_batches(
     return np.concatenate(batches, axis=1)
 
 
-def _layer_outcomes(layers: Sequence[range], outcomes: np.ndarray) -> list[dict[str, Any]]:
+def layer_outcomes(layers: Sequence[range], outcomes: np.ndarray) -> list[dict[str, Any]]:
     """Return the ablated layers with one digit per question."""
     return [
         {"layers": list(ablated), "correct": outcome_digits(row)} for ablated, row in zip(layers, outcomes, strict=True)

@@ -162,7 +162,7 @@ def check_token_reduction(model: PreTrainedModel, config: Config) -> None:
         raise ValueError(
             f"{setting}: with compressor.size=0 the language model gets no visual token to drop; set it to at least 1"
         )
-    probes: Sequence[str] = ("attention", "removal", "knockout", "readout", "lens", "view_questions")
+    probes: Sequence[str] = ("attention", "removal", "onset", "knockout", "readout", "lens", "view_questions")
     for name in probes:
         if getattr(config.probe, name):
             raise ValueError(

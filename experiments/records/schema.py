@@ -125,6 +125,24 @@ class RemovalPart(_Part):
     by_kind: dict[str, Depth] | None = Field(None, description="fusion depth by type of question")
 
 
+class Onset(_Part):
+    """A fusion onset with its 95% bootstrap interval, as layers counted from 1; null where there is none."""
+
+    onset: int | None = Field(description="first layer that needs the image")
+    low: int | None
+    high: int | None
+    layers: int = Field(description="layers of the language model")
+
+
+class OnsetPart(_Part):
+    """Outcomes without visual tokens in the first layers."""
+
+    block: int | None = Field(None, description="layers of a block")
+    upto: list[Intervention] = Field(min_length=2, description="removed in no layer, in the first layers, in all")
+    estimate: Onset | None = None
+    by_kind: dict[str, Onset] | None = Field(None, description="fusion onset by type of question")
+
+
 class KnockoutPart(_Part):
     """Outcomes with attention from text to vision blocked in windows of layers."""
 
@@ -211,6 +229,7 @@ class FinishedRecord(_AnyRecord):
     cost: CostPart | None = None
     attention: AttentionPart | None = None
     removal: RemovalPart | None = None
+    onset: OnsetPart | None = None
     knockout: KnockoutPart | None = None
     readout: ReadoutPart | None = None
     lens: LensPart | None = None
@@ -231,6 +250,8 @@ class FinishedRecord(_AnyRecord):
             _check_length(f"accuracy.{view}", getattr(self.accuracy, view), examples)
         if self.removal is not None:
             _check_removal(self.removal, layers, examples)
+        if self.onset is not None:
+            _check_onset(self.onset, layers, examples)
         if self.knockout is not None:
             _check_knockout(self.knockout, layers, examples)
         if self.readout is not None:
@@ -303,6 +324,14 @@ def _check_removal(removal: RemovalPart, layers: int, examples: int) -> None:
     tails = [list(range(start, layers)) for start in starts]
     if tails != [run.layers for run in removal.onward] or sorted({0, layers, *starts}) != starts:
         raise ValueError(f"removal.onward: must go from all {layers} layers to none, each from one layer to the last")
+
+
+def _check_onset(onset: OnsetPart, layers: int, examples: int) -> None:
+    ends = [len(run.layers) for run in onset.upto]
+    if [list(range(end)) for end in ends] != [run.layers for run in onset.upto] or sorted({0, layers, *ends}) != ends:
+        raise ValueError(f"onset.upto: must go from no layer to all {layers}, each from the first layer to one")
+    for index, run in enumerate(onset.upto):
+        _check_length(f"onset.upto[{index}].correct", run.correct, examples)
 
 
 def _check_knockout(knockout: KnockoutPart, layers: int, examples: int) -> None:

@@ -112,6 +112,7 @@ def with_value(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (without_field("config"), "config: is missing"),
         (without_field("model.layers"), "model.layers: is missing"),
         (with_value("model.layers", "six"), "model.layers: .*'six'"),
+        (with_value("onset", {"upto": [{"layers": [0], "correct": ""}] * 2}), "onset.upto: .*all 6"),
         (with_value("data.examples", True), "data.examples: .*True"),
         (with_value("accuracy.image", "01"), "accuracy.image: .*2 outcomes for 120"),
         (with_value("accuracy.blank", "x" * 120), "accuracy.blank: .*'xxx"),
