@@ -22,6 +22,7 @@ from experiments.data.encoding import SampleEncoder
 from experiments.data.length_limit import LengthLimit
 from experiments.data.load import TEXT_BASELINE_SAMPLES, DataSplits
 from experiments.data.media_files import check_decodable
+from experiments.data.minimal_pairs import check_minimal_pairs, draw_minimal_pairs
 from experiments.data.samples import Sample, single_questions
 from experiments.data.shapes import require_shape_samples
 from experiments.devices import select_device
@@ -38,6 +39,7 @@ from experiments.evaluation.analyses import check_probe_layers, run_probes
 from experiments.evaluation.attention_page import attention_page_path, write_attention_page
 from experiments.evaluation.flops import forward_cost
 from experiments.evaluation.questions import EncodedQuestions
+from experiments.evaluation.swaps import measure_swaps
 from experiments.models.build import build_model
 from experiments.models.feature_cache import open_feature_cache
 from experiments.models.saved_models import check_save_folder, save_model
@@ -114,6 +116,8 @@ def _build(config: Config, data: DataSplits, device: torch.device) -> tuple[PreT
     transformers.logging.set_verbosity_error()  # it warns of new weights; load_checkpoint refuses missing ones
     model, processor = build_model(config, data.train)
     check_probe_layers(model, config.probe)
+    if config.probe.swaps:
+        check_minimal_pairs(config.data)
     check_token_reduction(model, config)
     model.to(device)
     return model, processor
@@ -198,7 +202,15 @@ def _evaluate(
         "data": _data_part(config, data, samples),
         **_answer_parts(model, processor, config, questions, device),
         **run_probes(model, questions, questions_with_pixels, config.probe),
+        "swaps": _swaps_part(model, processor, config, device, limit) if config.probe.swaps else None,
     }
+
+
+def _swaps_part(
+    model: PreTrainedModel, processor: ProcessorMixin, config: Config, device: torch.device, limit: LengthLimit
+) -> dict[str, Any]:
+    pairs = draw_minimal_pairs(config.data, config.probe.swap_pairs)
+    return measure_swaps(model, processor, pairs, config.batch_size, device, limit)
 
 
 def _data_part(config: Config, data: DataSplits, samples: list[Sample]) -> dict[str, Any]:

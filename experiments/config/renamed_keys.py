@@ -31,6 +31,8 @@ _ADDED = {
     "data.max_length": None,
     "data.validation_samples": 0,
     "probe.view_questions": 0,
+    "probe.swaps": False,
+    "probe.swap_pairs": 100,
     **{f"probe.{name}": False for name in ("contribution", "sinks", "leave_out_sinks", "onset")},
     **{f"{group}.prefusion_learning_rate": None for group in _TRAIN_GROUPS},
     **{f"{group}.{name}": value for group in _TRAIN_GROUPS for name, value in _PLATEAU.items()},

@@ -264,6 +264,13 @@ class ProbeConfig:
     )
     view_questions: int = setting(0, "test questions on the attention page, which is written beside the records")
     lens: bool = setting(False, "logit lens: rank and log-probability of the answer's first token, by layer")
+    swaps: bool = setting(
+        False, "layer at which text reads each property, by swaps of minimal pairs; for data shapes and photos"
+    )
+    swap_pairs: int = setting(100, "minimal pairs of each property")
+
+    def __post_init__(self) -> None:
+        require_at_least("probe", self, {"swap_pairs": 10})
 
 
 @dataclass
