@@ -1,7 +1,8 @@
-"""Attention mass and entropy between token groups, by layer (Figures 2 and 3 of the paper)."""
+"""Attention mass, entropy and contribution between token groups, by layer (Figures 2 and 3 of the paper)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,11 +12,14 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from experiments.config.schema import ProbeConfig
 from experiments.data.encoding import restrict_to_answers
 from experiments.devices import inference_mode
 from experiments.evaluation.questions import EncodedQuestions, ModelInputs, instruction_token_map
-from probes import fusion_depth, record_attention
+from experiments.evaluation.visual_sinks import find_question_sinks, sinks_part
+from probes import TokenMap, fusion_depth, record_attention
 
+TEXT_TARGETS = ("instruction", "response")
 TOKEN_GROUP_PAIRS = (  # (target, source)
     ("instruction", "vision"),
     ("instruction", "instruction"),
@@ -25,77 +29,137 @@ TOKEN_GROUP_PAIRS = (  # (target, source)
 FUSION_PAIR_INDEX = TOKEN_GROUP_PAIRS.index(("instruction", "vision"))
 _DIGITS = 5  # decimal places that records store
 
+Curves = dict[str, Float[np.ndarray, "pairs layers samples_or_heads"]]
 
-def measure_attention(model: PreTrainedModel, questions: EncodedQuestions, control: bool) -> dict[str, Any]:
-    """Measure the `attention` part of a record.
+
+def measure_attention(model: PreTrainedModel, questions: EncodedQuestions, config: ProbeConfig) -> dict[str, Any]:
+    """Measure the parts `attention` and `sinks` of a record.
 
     Args:
         model: The model.
         questions: The questions, with pixels.
-        control: Add the attention of the same model with random weights.
+        config: Which statistics to record, and whether to leave out visual sinks and to add the control.
+
+    Returns:
+        Both parts; `sinks` is None if they are not configured.
     """
-    measured = attention_mass_and_entropy(model, questions, "attention")
+    maps = [instruction_token_map(model, inputs) for inputs in questions.batches("token maps")]
+    sinks: dict[str, Any] | None = None
+    if config.sinks or config.leave_out_sinks:
+        found = find_question_sinks(model, questions, maps, TEXT_TARGETS)
+        sinks = sinks_part(found, maps, TEXT_TARGETS) | {"left_out": config.leave_out_sinks}
+        if config.leave_out_sinks:
+            maps = [batch.sinks.leave_out(tokens) for batch, tokens in zip(found, maps, strict=True)]
+    measured = attention_statistics(model, questions, maps, config.contribution, "attention")
     part: dict[str, Any] = {
         "pairs": TOKEN_GROUP_PAIRS,
         "samples": len(questions),
         "queries_note": "a response query is an answer token that is read, not the position that predicts it",
-        **{name: _nested_lists(values) for name, values in measured.items()},
-        **uniform_attention(model, questions),
+        **{name: nested_lists(values) for name, values in measured.items()},
+        **uniform_attention(model, questions, maps),
         "control": None,
     }
-    if control:
+    if config.random_control:
         random = type(model)._from_config(model.config, dtype=model.dtype).to(model.device)
-        random_attention = attention_mass_and_entropy(random, questions, "random weights")
-        means = {name: _nested_lists(np.nanmean(values, -1)) for name, values in random_attention.items()}
+        random_attention = attention_statistics(random, questions, maps, config.contribution, "random weights")
+        random_attention.pop("contribution_by_head", None)
+        means = {name: nested_lists(np.nanmean(values, -1)) for name, values in random_attention.items()}
         part["control"] = {"name": "same model, random weights", **means}
     part["fusion"] = asdict(fusion_depth(measured["mass"][FUSION_PAIR_INDEX], "attention"))
-    return part
+    return {"attention": part, "sinks": sinks}
 
 
-def attention_mass_and_entropy(
-    model: PreTrainedModel, questions: EncodedQuestions, progress_label: str
-) -> dict[str, Float[np.ndarray, "pairs layers samples"]]:
-    """Record `mass` and `entropy` (nats) of `TOKEN_GROUP_PAIRS` for each question, as means over heads.
+def attention_statistics(
+    model: PreTrainedModel,
+    questions: EncodedQuestions,
+    maps: Sequence[TokenMap],
+    contribution: bool,
+    progress_label: str,
+) -> Curves:
+    """Record statistics of `TOKEN_GROUP_PAIRS`.
+
+    The norms of `contribution` depend on a layer's weights and have no common scale. So the share of a source is its
+    norm over the sum of the norms of all sources, both as means over heads. It is 0 where no source adds anything.
 
     Args:
         model: The model.
         questions: The questions.
+        maps: Token map of each batch of questions.
+        contribution: Record contributions too.
         progress_label: Label of the progress bar.
+
+    Returns:
+        `mass`, `entropy` (nats) and `contribution_share` are means over heads, [pairs, layers, samples].
+        `contribution_by_head` is the norm as a mean over samples, [pairs, layers, heads].
     """
+    statistics = ("entropy", "contribution") if contribution else ("entropy",)
     batches: dict[str, list[Tensor]] = {"mass": [], "entropy": []}
+    by_head: list[Tensor] = []
     with inference_mode(model):
-        for inputs in questions.batches(progress_label):
-            tokens = instruction_token_map(model, inputs)
-            with record_attention(model, tokens, targets=("instruction", "response")) as record:
+        for tokens, inputs in zip(maps, questions.batches(progress_label), strict=True):
+            with record_attention(model, tokens, targets=TEXT_TARGETS, statistics=statistics) as record:
                 model(**restrict_to_answers(inputs)[0])
-            for name, parts in batches.items():
-                parts.append(_select_pairs(getattr(record, name).mean(2), record.sources, record.targets))
-    return {name: torch.cat(parts, -1).numpy() for name, parts in batches.items()}
+            groups = record.sources, record.targets
+            for name in ("mass", "entropy"):
+                batches[name].append(_select_pairs(getattr(record, name).mean(2), *groups))
+            if contribution:
+                norms = record.contribution
+                batches.setdefault("contribution_share", []).append(_select_pairs(share_of_norms(norms), *groups))
+                by_head.append(_select_pairs(norms.movedim(2, -1), *groups))
+    curves = {name: torch.cat(parts, 2).numpy() for name, parts in batches.items()}
+    if contribution:
+        curves["contribution_by_head"] = torch.cat(by_head, 2).nanmean(2).numpy()
+    return curves
+
+
+def share_of_norms(
+    norms: Float[Tensor, "layers batch heads targets sources"],
+) -> Float[Tensor, "layers batch targets sources"]:
+    """Return the norm of each source over the sum over all sources, both as means over heads.
+
+    NaN stays NaN: the target cannot attend to the source. It is 0 where no source adds anything.
+
+    Args:
+        norms: `contribution` of an attention record.
+
+    Example:
+        >>> share_of_norms(torch.tensor([1.0, 3.0, torch.nan]).view(1, 1, 1, 1, 3)).flatten().tolist()
+        [0.25, 0.75, nan]
+    """
+    means = norms.mean(2)
+    total = means.nansum(-1, keepdim=True)
+    return torch.where(total > 0, means / total, torch.where(means.isnan(), means, 0))
 
 
 def _select_pairs(
-    values: Float[Tensor, "layers batch targets sources"], sources: tuple[str, ...], targets: tuple[str, ...]
-) -> Float[Tensor, "pairs layers batch"]:
+    values: Float[Tensor, "layers batch targets sources ..."], sources: tuple[str, ...], targets: tuple[str, ...]
+) -> Float[Tensor, "pairs layers batch ..."]:
     return torch.stack(
         [values[:, :, targets.index(target), sources.index(source)] for target, source in TOKEN_GROUP_PAIRS]
     )
 
 
-def uniform_attention(model: PreTrainedModel, questions: EncodedQuestions) -> dict[str, list[float] | None]:
+def uniform_attention(
+    model: PreTrainedModel, questions: EncodedQuestions, maps: Sequence[TokenMap]
+) -> dict[str, list[float] | None]:
     """Return mass and entropy of each pair for attention spread evenly over all visible positions.
 
     This entropy is the logarithm of the number of visible source tokens. It is the upper bound for any attention.
+
+    Args:
+        model: The model.
+        questions: The questions.
+        maps: Token map of each batch of questions.
 
     Returns:
         `uniform_mass` and `uniform_entropy` (nats), one mean over questions for each pair. None for a model that is not
         causal, or whose windows are shorter than the questions: its layers differ in what is visible.
     """
     masses, entropies = [], []
-    for inputs in questions.batches("uniform attention"):
+    for tokens, inputs in zip(maps, questions.batches("uniform attention"), strict=True):
         if not _sees_all_earlier(model, inputs):
             return {"uniform_mass": None, "uniform_entropy": None}
-        tokens = instruction_token_map(model, inputs)
-        visible = {group: tokens.mask(group).cumsum(1).float() for group in ("instruction", "response", "vision")}
+        visible = {group: tokens.mask(group).cumsum(1).float() for group in tokens.groups if group != "pad"}
         all_visible = sum(visible.values())
         by_pair = []
         for target, source in TOKEN_GROUP_PAIRS:
@@ -121,7 +185,7 @@ def _sees_all_earlier(model: PreTrainedModel, inputs: ModelInputs) -> bool:
     return "token_type_ids" not in inputs and all(window is None or window >= length for window in windows)
 
 
-def _nested_lists(values: np.ndarray) -> list[Any]:
+def nested_lists(values: np.ndarray) -> list[Any]:
     """Return rounded nested lists with None for undefined values: JSON has no NaN."""
     rounded = np.round(values.astype(np.float64), _DIGITS)
     return np.where(np.isnan(rounded), None, rounded).tolist()  # type: ignore[call-overload]

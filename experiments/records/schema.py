@@ -6,11 +6,20 @@ Outcomes are strings with one character a question, "1" for a right answer.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
+
+from experiments.records.consistency import (
+    check_attention,
+    check_depths,
+    check_knockout,
+    check_length,
+    check_onset,
+    check_removal,
+    check_sinks,
+    check_swaps,
+)
 
 SCHEMA = 1
 """The version of the format."""
@@ -79,6 +88,7 @@ class AttentionControl(_Part):
     name: str | None = Field(None, description="the control model")
     mass: MeansByPair | None = Field(None, description="[pairs, layers]")
     entropy: MeansByPair | None = Field(None, description="[pairs, layers]")
+    contribution_share: MeansByPair | None = Field(None, description="[pairs, layers]")
 
 
 class AttentionPart(_Part):
@@ -88,9 +98,29 @@ class AttentionPart(_Part):
     samples: int = Field(description="number of questions")
     mass: CurvesByPair = Field(description="[pairs, layers, samples], from 0 to 1; null where undefined")
     entropy: CurvesByPair = Field(description="[pairs, layers, samples], nats; null where undefined")
+    contribution_share: CurvesByPair | None = Field(
+        None, description="[pairs, layers, samples], norm of what the source adds over the sum of all sources' norms"
+    )
+    contribution_by_head: CurvesByPair | None = Field(
+        None, description="[pairs, layers, heads], norm of what the source adds to the attention's output"
+    )
     uniform_mass: list[float] | None = Field(None, description="[pairs], of attention spread evenly")
     uniform_entropy: list[float] | None = Field(None, description="[pairs], of attention spread evenly")
     control: AttentionControl | None = None
+
+
+class SinksPart(_Part):
+    """Visual tokens that take large attention from nearly every query and head."""
+
+    targets: list[str] = Field(description="groups whose queries count")
+    samples: int
+    by_attention: list[list[int]] = Field(description="[layers, samples], number of sinks by attention")
+    by_value: list[list[int]] = Field(description="[layers, samples], number of sinks by value norm")
+    mass: list[list[list[float]]] = Field(description="[targets, layers, samples], attention on sinks by attention")
+    tokens: list[list[float]] | None = Field(
+        None, description="[layers, visual tokens], share of samples in which a token is a sink by attention"
+    )
+    left_out: bool = Field(False, description="whether mass, entropy and contribution count no sink")
 
 
 class Intervention(_Part):
@@ -178,6 +208,27 @@ class LensPart(_Part):
     depths: list[LensDepth] = Field(description="after 0, 1, ... all layers")
 
 
+class SwapsOfProperty(_Part):
+    """The layer at which text reads one property; the curves are empty where there is none."""
+
+    layer: int | None = Field(description="smallest number of layers after which less than half of the move is left")
+    low: int | None = Field(description="lower end of its 95% bootstrap interval")
+    high: int | None = Field(description="upper end")
+    pairs: int = Field(description="minimal pairs that were measured")
+    right: int = Field(description="pairs of which the model answers both images right; the others are left out")
+    chance: Number = Field(description="share of assignments of answers to the property that are as good", ge=0, le=1)
+    moved: list[Number] = Field(description="share of the answer's move, other image from layer 0, 1, ... on")
+    moved_low: list[Number] = Field(description="lower end of its 95% bootstrap interval")
+    moved_high: list[Number] = Field(description="upper end")
+    flipped: list[Number] = Field(description="share of runs that give the answer to the other image")
+
+
+class SwapsPart(_Part):
+    """Answers to minimal pairs whose images are swapped from a layer on."""
+
+    properties: dict[str, SwapsOfProperty] = Field(description="by the property that differs")
+
+
 class ValidationPoint(_Part):
     """A measurement of the validation split during training."""
 
@@ -228,12 +279,14 @@ class FinishedRecord(_AnyRecord):
     )
     cost: CostPart | None = None
     attention: AttentionPart | None = None
+    sinks: SinksPart | None = None
     removal: RemovalPart | None = None
     onset: OnsetPart | None = None
     knockout: KnockoutPart | None = None
     readout: ReadoutPart | None = None
     lens: LensPart | None = None
     lens_note: str | None = Field(None, description="why there is no logit lens, where one was asked for")
+    swaps: SwapsPart | None = None
     fusion: dict[str, Depth | None] | None = Field(None, description="fusion depth by curve")
     train: TrainPart | None = None
     provenance: dict[str, Any]
@@ -243,23 +296,27 @@ class FinishedRecord(_AnyRecord):
         examples, layers = self.data.examples, self.model.layers
         if len(self.data.kinds) != examples:
             raise ValueError(f"data.kinds: has {len(self.data.kinds)} entries for {examples} examples")
-        _check_length("data.guess", self.data.guess, examples)
+        check_length("data.guess", self.data.guess, examples)
         if self.answers is not None and len(self.answers) != examples:
             raise ValueError(f"answers: has {len(self.answers)} entries for {examples} examples")
         for view in type(self.accuracy).model_fields:
-            _check_length(f"accuracy.{view}", getattr(self.accuracy, view), examples)
+            check_length(f"accuracy.{view}", getattr(self.accuracy, view), examples)
         if self.removal is not None:
-            _check_removal(self.removal, layers, examples)
+            check_removal(self.removal, layers, examples)
         if self.onset is not None:
-            _check_onset(self.onset, layers, examples)
+            check_onset(self.onset, layers, examples)
         if self.knockout is not None:
-            _check_knockout(self.knockout, layers, examples)
+            check_knockout(self.knockout, layers, examples)
         if self.readout is not None:
-            _check_depths("readout", self.readout.depths, ("correct", "control"), self.readout.samples, layers)
+            check_depths("readout", self.readout.depths, ("correct", "control"), self.readout.samples, layers)
         if self.lens is not None:
-            _check_depths("lens", self.lens.depths, ("correct",), self.lens.samples, layers)
+            check_depths("lens", self.lens.depths, ("correct",), self.lens.samples, layers)
         if self.attention is not None:
-            _check_attention(self.attention, layers)
+            check_attention(self.attention, layers)
+        if self.sinks is not None:
+            check_sinks(self.sinks, layers)
+        if self.swaps is not None:
+            check_swaps(self.swaps, layers)
         return self
 
 
@@ -304,73 +361,6 @@ def _one_line(error: Any) -> str:
     if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
         return f"status: must be 'finished' or 'failed', found {error['input'].get('status')!r}"
     return f"{path}: {error['msg'][0].lower()}{error['msg'][1:]}, found {error['input']!r:.40}"
-
-
-def _check_length(path: str, outcomes: str | None, examples: int) -> None:
-    if outcomes is not None and len(outcomes) != examples:
-        raise ValueError(f"{path}: has {len(outcomes)} outcomes for {examples} examples")
-
-
-def _check_removal(removal: RemovalPart, layers: int, examples: int) -> None:
-    for part in ("inside", "onward", "random_inside"):
-        runs = getattr(removal, part) or []
-        for index, run in enumerate(runs):
-            _check_length(f"removal.{part}[{index}].correct", run.correct, examples)
-            if not set(run.layers) <= set(range(layers)):
-                raise ValueError(f"removal.{part}[{index}].layers: {run.layers} are not layers of a model of {layers}")
-        if part != "onward" and not all(run.layers for run in runs):
-            raise ValueError(f"removal.{part}: has a block without layers")
-    starts = [layers - len(run.layers) for run in removal.onward]
-    tails = [list(range(start, layers)) for start in starts]
-    if tails != [run.layers for run in removal.onward] or sorted({0, layers, *starts}) != starts:
-        raise ValueError(f"removal.onward: must go from all {layers} layers to none, each from one layer to the last")
-
-
-def _check_onset(onset: OnsetPart, layers: int, examples: int) -> None:
-    ends = [len(run.layers) for run in onset.upto]
-    if [list(range(end)) for end in ends] != [run.layers for run in onset.upto] or sorted({0, layers, *ends}) != ends:
-        raise ValueError(f"onset.upto: must go from no layer to all {layers}, each from the first layer to one")
-    for index, run in enumerate(onset.upto):
-        _check_length(f"onset.upto[{index}].correct", run.correct, examples)
-
-
-def _check_knockout(knockout: KnockoutPart, layers: int, examples: int) -> None:
-    width = knockout.width
-    windows = [list(range(max(end - width, 0), min(end, layers))) for end in range(1, layers + width)]
-    if [run.layers for run in knockout.windows] != [[], *windows]:
-        raise ValueError(f"knockout.windows: must be the intact model and all windows of {width} of {layers} layers")
-    for index, run in enumerate(knockout.windows):
-        _check_length(f"knockout.windows[{index}].correct", run.correct, examples)
-
-
-def _check_depths(part: str, depths: Sequence[Any], names: Sequence[str], samples: int, layers: int) -> None:
-    if len(depths) != layers + 1:
-        raise ValueError(f"{part}.depths: has {len(depths)} entries, not {layers + 1} for a model of {layers} layers")
-    for index, entry in enumerate(depths):
-        for name in names:
-            _check_length(f"{part}.depths[{index}].{name}", getattr(entry, name), samples)
-
-
-def _check_attention(attention: AttentionPart, layers: int) -> None:
-    pairs, samples = len(attention.pairs), attention.samples
-    control = attention.control
-    arrays: list[tuple[str, Any, tuple[int, ...]]] = [
-        ("mass", attention.mass, (pairs, layers, samples)),
-        ("entropy", attention.entropy, (pairs, layers, samples)),
-        ("uniform_mass", attention.uniform_mass, (pairs,)),
-        ("uniform_entropy", attention.uniform_entropy, (pairs,)),
-        ("control.mass", control and control.mass, (pairs, layers)),
-        ("control.entropy", control and control.entropy, (pairs, layers)),
-    ]
-    for name, values, shape in arrays:
-        if values is None:
-            continue
-        try:
-            found = np.asarray(values, dtype=float).shape
-        except ValueError:
-            raise ValueError(f"attention.{name}: its rows differ in length; must have shape {shape}") from None
-        if found != shape:
-            raise ValueError(f"attention.{name}: must have shape {shape}, found {found}")
 
 
 if __name__ == "__main__":
