@@ -1,4 +1,4 @@
-"""The analyses of a cell: attention, sinks, removal, onset, knock-out, linear readout and logit lens on the test questions.
+"""The analyses of a cell on the test questions, such as attention, removal of visual tokens and knock-out.
 
 The paper's analyses are attention mass and entropy, and removal of visual tokens. The others check them.
 """
@@ -46,14 +46,14 @@ def run_probes(
         config: Which analyses to run.
 
     Returns:
-        The parts `attention`, `sinks`, `removal`, `onset`, `knockout`, `readout`, `fusion`, `lens` and `lens_note` of a
-        record. A part that is not configured is None.
+        The parts `attention`, `contribution`, `sinks`, `removal`, `onset`, `knockout`, `readout`, `fusion`, `lens` and
+        `lens_note` of a record. A part that is not configured is None.
     """
     parts: dict[str, dict[str, Any] | None] = dict.fromkeys(("attention", "removal", "knockout", "readout"))
-    sinks = None
+    beside_attention: dict[str, Any] = {"contribution": None, "sinks": None}
     if config.attention:
-        measured = measure_attention(model, attention_questions, config)
-        parts["attention"], sinks = measured["attention"], measured["sinks"]
+        beside_attention = measure_attention(model, attention_questions, config)
+        parts["attention"] = beside_attention.pop("attention")
     with questions.features_as_pixel_values():
         if config.removal:
             parts["removal"] = measure_removal(model, questions, config.removal_block_size)
@@ -64,7 +64,7 @@ def run_probes(
             parts["readout"] = measure_readout(model, questions)
         lens = _lens_or_reason(model, questions, config)
     fusion_depths = {name: part.pop("fusion") for name, part in parts.items() if part}
-    return {**parts, "sinks": sinks, "onset": onset, "fusion": fusion_depths or None, **lens}
+    return {**parts, **beside_attention, "onset": onset, "fusion": fusion_depths or None, **lens}
 
 
 def _lens_or_reason(model: PreTrainedModel, questions: EncodedQuestions, config: ProbeConfig) -> dict[str, Any]:

@@ -33,7 +33,7 @@ Curves = dict[str, Float[np.ndarray, "pairs layers samples_or_heads"]]
 
 
 def measure_attention(model: PreTrainedModel, questions: EncodedQuestions, config: ProbeConfig) -> dict[str, Any]:
-    """Measure the parts `attention` and `sinks` of a record.
+    """Measure the parts `attention`, `contribution` and `sinks` of a record.
 
     Args:
         model: The model.
@@ -41,7 +41,7 @@ def measure_attention(model: PreTrainedModel, questions: EncodedQuestions, confi
         config: Which statistics to record, and whether to leave out visual sinks and to add the control.
 
     Returns:
-        Both parts; `sinks` is None if they are not configured.
+        The parts. A part that is not configured is None.
     """
     maps = [instruction_token_map(model, inputs) for inputs in questions.batches("token maps")]
     sinks: dict[str, Any] | None = None
@@ -51,22 +51,28 @@ def measure_attention(model: PreTrainedModel, questions: EncodedQuestions, confi
         if config.leave_out_sinks:
             maps = [batch.sinks.leave_out(tokens) for batch, tokens in zip(found, maps, strict=True)]
     measured = attention_statistics(model, questions, maps, config.contribution, "attention")
+    head = {"pairs": TOKEN_GROUP_PAIRS, "samples": len(questions)}
     part: dict[str, Any] = {
-        "pairs": TOKEN_GROUP_PAIRS,
-        "samples": len(questions),
+        **head,
         "queries_note": "a response query is an answer token that is read, not the position that predicts it",
-        **{name: nested_lists(values) for name, values in measured.items()},
+        **{name: nested_lists(measured[name]) for name in ("mass", "entropy")},
         **uniform_attention(model, questions, maps),
         "control": None,
     }
+    added = None
+    if config.contribution:
+        names = {"share": "contribution_share", "by_head": "contribution_by_head"}
+        added = {**head, **{key: nested_lists(measured[name]) for key, name in names.items()}, "control": None}
     if config.random_control:
         random = type(model)._from_config(model.config, dtype=model.dtype).to(model.device)
         random_attention = attention_statistics(random, questions, maps, config.contribution, "random weights")
-        random_attention.pop("contribution_by_head", None)
         means = {name: nested_lists(np.nanmean(values, -1)) for name, values in random_attention.items()}
-        part["control"] = {"name": "same model, random weights", **means}
+        name = {"name": "same model, random weights"}
+        part["control"] = {**name, "mass": means["mass"], "entropy": means["entropy"]}
+        if added is not None:
+            added["control"] = {**name, "share": means["contribution_share"]}
     part["fusion"] = asdict(fusion_depth(measured["mass"][FUSION_PAIR_INDEX], "attention"))
-    return {"attention": part, "sinks": sinks}
+    return {"attention": part, "contribution": added, "sinks": sinks}
 
 
 def attention_statistics(

@@ -79,19 +79,31 @@ def check_attention(attention: Any, layers: int) -> None:
         ("entropy", attention.entropy, (pairs, layers, samples)),
         ("uniform_mass", attention.uniform_mass, (pairs,)),
         ("uniform_entropy", attention.uniform_entropy, (pairs,)),
-        ("contribution_share", attention.contribution_share, (pairs, layers, samples)),
         ("control.mass", control and control.mass, (pairs, layers)),
         ("control.entropy", control and control.entropy, (pairs, layers)),
     ]
     for name, values, shape in arrays:
-        if values is None:
-            continue
-        try:
-            found = np.asarray(values, dtype=float).shape
-        except ValueError:
-            raise ValueError(f"attention.{name}: its rows differ in length; must have shape {shape}") from None
-        if found != shape:
-            raise ValueError(f"attention.{name}: must have shape {shape}, found {found}")
+        _check_shape(f"attention.{name}", values, shape)
+
+
+def check_contribution(contribution: Any, layers: int) -> None:
+    """Check the shapes of contributions; the number of heads is not in the record."""
+    pairs, by_head = len(contribution.pairs), contribution.by_head
+    heads = len(by_head[0][0]) if by_head and by_head[0] else 0
+    _check_shape("contribution.share", contribution.share, (pairs, layers, contribution.samples))
+    _check_shape("contribution.by_head", by_head, (pairs, layers, heads))
+
+
+def _check_shape(path: str, values: Any, shape: tuple[int, ...]) -> None:
+    """Check the shape of nested lists; None passes."""
+    if values is None:
+        return
+    try:
+        found = np.asarray(values, dtype=float).shape
+    except ValueError:
+        raise ValueError(f"{path}: its rows differ in length; must have shape {shape}") from None
+    if found != shape:
+        raise ValueError(f"{path}: must have shape {shape}, found {found}")
 
 
 def check_sinks(sinks: Any, layers: int) -> None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapte
 
 from experiments.records.consistency import (
     check_attention,
+    check_contribution,
     check_depths,
     check_knockout,
     check_length,
@@ -88,7 +89,6 @@ class AttentionControl(_Part):
     name: str | None = Field(None, description="the control model")
     mass: MeansByPair | None = Field(None, description="[pairs, layers]")
     entropy: MeansByPair | None = Field(None, description="[pairs, layers]")
-    contribution_share: MeansByPair | None = Field(None, description="[pairs, layers]")
 
 
 class AttentionPart(_Part):
@@ -98,15 +98,28 @@ class AttentionPart(_Part):
     samples: int = Field(description="number of questions")
     mass: CurvesByPair = Field(description="[pairs, layers, samples], from 0 to 1; null where undefined")
     entropy: CurvesByPair = Field(description="[pairs, layers, samples], nats; null where undefined")
-    contribution_share: CurvesByPair | None = Field(
-        None, description="[pairs, layers, samples], norm of what the source adds over the sum of all sources' norms"
-    )
-    contribution_by_head: CurvesByPair | None = Field(
-        None, description="[pairs, layers, heads], norm of what the source adds to the attention's output"
-    )
     uniform_mass: list[float] | None = Field(None, description="[pairs], of attention spread evenly")
     uniform_entropy: list[float] | None = Field(None, description="[pairs], of attention spread evenly")
     control: AttentionControl | None = None
+
+
+class ContributionControl(_Part):
+    """The same statistic in a control model, means over samples."""
+
+    name: str | None = Field(None, description="the control model")
+    share: MeansByPair | None = Field(None, description="[pairs, layers]")
+
+
+class ContributionPart(_Part):
+    """How much a source group adds to the attention's output of a target group."""
+
+    pairs: list[list[str]] = Field(description="target and source of each pair")
+    samples: int = Field(description="number of questions")
+    share: CurvesByPair = Field(
+        description="[pairs, layers, samples], norm of what the source adds over the sum of all sources' norms"
+    )
+    by_head: CurvesByPair = Field(description="[pairs, layers, heads], norm of what the source adds, mean over samples")
+    control: ContributionControl | None = None
 
 
 class SinksPart(_Part):
@@ -279,6 +292,7 @@ class FinishedRecord(_AnyRecord):
     )
     cost: CostPart | None = None
     attention: AttentionPart | None = None
+    contribution: ContributionPart | None = None
     sinks: SinksPart | None = None
     removal: RemovalPart | None = None
     onset: OnsetPart | None = None
@@ -313,6 +327,8 @@ class FinishedRecord(_AnyRecord):
             check_depths("lens", self.lens.depths, ("correct",), self.lens.samples, layers)
         if self.attention is not None:
             check_attention(self.attention, layers)
+        if self.contribution is not None:
+            check_contribution(self.contribution, layers)
         if self.sinks is not None:
             check_sinks(self.sinks, layers)
         if self.swaps is not None:

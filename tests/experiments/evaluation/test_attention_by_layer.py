@@ -48,7 +48,7 @@ def expected_norms(model, inputs, tokens):
 def test_measure_attention_contribution_equals_whole_matrices(deep_llava, shapes_split, processor):
     questions = EncodedQuestions(list(single_questions(shapes_split.samples))[:2], processor, 1, CPU)
     config = ProbeConfig(attention=True, contribution=True)
-    part = measure_attention(deep_llava, questions, config)["attention"]
+    part = measure_attention(deep_llava, questions, config)["contribution"]
     shares, by_head = [], []
     for inputs in questions.batches("all"):
         tokens = instruction_token_map(deep_llava, inputs)
@@ -67,9 +67,9 @@ def test_measure_attention_contribution_equals_whole_matrices(deep_llava, shapes
             by_head.append(means[source])
     pairs, layers = len(TOKEN_GROUP_PAIRS), 4
     expected = torch.stack(shares).view(2, pairs, layers).permute(1, 2, 0)
-    assert np.asarray(part["contribution_share"]) == pytest.approx(expected.numpy(), abs=2e-4)
+    assert np.asarray(part["share"]) == pytest.approx(expected.numpy(), abs=2e-4)
     expected = torch.stack(by_head).view(2, pairs, layers, -1).mean(0)
-    assert np.asarray(part["contribution_by_head"]) == pytest.approx(expected.numpy(), rel=1e-3, abs=1e-5)
+    assert np.asarray(part["by_head"]) == pytest.approx(expected.numpy(), rel=1e-3, abs=1e-5)
 
 
 def test_share_of_norms_without_any_contribution_is_zero():

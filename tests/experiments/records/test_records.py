@@ -112,6 +112,16 @@ def with_value(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (without_field("config"), "config: is missing"),
         (without_field("model.layers"), "model.layers: is missing"),
         (with_value("model.layers", "six"), "model.layers: .*'six'"),
+        (
+            with_value("contribution", {"pairs": [["a", "b"]], "samples": 1, "share": [[[0.5]]], "by_head": []}),
+            r"contribution.share: .*\(1, 6, 1\)",
+        ),
+        (
+            with_value(
+                "sinks", {"targets": [], "samples": 1, "by_attention": [[0]] * 6, "by_value": [[0]], "mass": []}
+            ),
+            "sinks.by_value: .*6 rows",
+        ),
         (with_value("onset", {"upto": [{"layers": [0], "correct": ""}] * 2}), "onset.upto: .*all 6"),
         (with_value("data.examples", True), "data.examples: .*True"),
         (with_value("accuracy.image", "01"), "accuracy.image: .*2 outcomes for 120"),
