@@ -26,20 +26,28 @@ def grid_cell_name(cell: int, grid_size: int) -> str:
     return f"row {cell // grid_size + 1} column {cell % grid_size + 1}"
 
 
-def neighbours(cell: int, grid_size: int) -> Iterator[tuple[str, int]]:
-    """Yield the up to four neighbours of a grid cell.
+def neighbours(cell: int, grid_size: int, filled: Sequence[bool]) -> Iterator[tuple[str, int]]:
+    """Yield the nearest filled grid cell in each direction, within the row or column of a grid cell.
 
     Args:
         cell: Index of the grid cell in reading order, from 0.
         grid_size: Cells per side of the grid.
+        filled: Whether each grid cell holds something, in reading order.
 
     Yields:
         The direction of the neighbour (a key of `NEIGHBOUR_OFFSETS`) and its index.
+
+    Example:
+        >>> dict(neighbours(0, 2, [True, False, True, True]))
+        {'below': 2}
     """
     for direction, (down, right) in NEIGHBOUR_OFFSETS.items():
         row, column = cell // grid_size + down, cell % grid_size + right
-        if 0 <= row < grid_size and 0 <= column < grid_size:
-            yield direction, row * grid_size + column
+        while 0 <= row < grid_size and 0 <= column < grid_size:
+            if filled[row * grid_size + column]:
+                yield direction, row * grid_size + column
+                break
+            row, column = row + down, column + right
 
 
 def draw_questions(

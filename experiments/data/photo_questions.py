@@ -58,7 +58,7 @@ def photo_grid_questions(
         "beside": [
             (f"What is {direction} the {names[i]}?", names[j])
             for i in unique
-            for direction, j in neighbours(i, grid_size)
+            for direction, j in neighbours(i, grid_size, [True] * len(names))
         ],
         "row": [(f"Which row holds the {names[i]}?", f"row {i // grid_size + 1}") for i in unique],
     }

@@ -15,15 +15,17 @@ COLOURS = {
     "purple": (142, 68, 173),
 }
 SHAPES = ("square", "triangle", "ring", "cross")
-GRID_SIZE = 3  # grid cells per side
-CELL_SIZE = 16  # pixels per side of a grid cell
+GRID_SIZE = 4  # grid cells per side
+CELL_SIZE = 12  # pixels per side of a grid cell; no multiple of the tiny LLaVA's patches, so patches cut objects
 IMAGE_SIZE = GRID_SIZE * CELL_SIZE  # pixels per side
-MIN_OBJECTS = 6
+MIN_OBJECTS, MAX_OBJECTS = 5, 9  # of five objects on four rows, two share a row: every scene has neighbours
+MIN_RADIUS, MAX_RADIUS = 3.5, 5.0  # pixels
 SPLIT_TENTHS = {"train": range(2, 10), "validation": range(1, 2), "test": range(1)}  # tenths of all layouts
 _BLOCK = 4096  # scenes per block of draws; blocks have a fixed size so that a longer split begins with the shorter one
 _EMPTY = -1
 _BACKGROUND = 235  # grey level
 _NOISE_STD = 6  # grey levels
+_SOFT_EDGE = 0.5  # pixels
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,15 @@ def draw_scenes(split: str, seed: int, count: int) -> Scenes:
 
 def _draw_block(rng: np.random.Generator) -> Scenes:
     size = (_BLOCK, GRID_SIZE * GRID_SIZE)
-    objects = rng.integers(MIN_OBJECTS, GRID_SIZE * GRID_SIZE + 1, size=(_BLOCK, 1))
+    objects = rng.integers(MIN_OBJECTS, MAX_OBJECTS + 1, size=(_BLOCK, 1))
     filled = rng.random(size).argsort(axis=1).argsort(axis=1) < objects
+    radius = rng.uniform(MIN_RADIUS, MAX_RADIUS, size)
+    shift = CELL_SIZE / 2 - _SOFT_EDGE - radius[..., None]  # an object of any size stays in its grid cell
     return Scenes(
         colour=np.where(filled, rng.integers(len(COLOURS), size=size), _EMPTY),
         shape=np.where(filled, rng.integers(len(SHAPES), size=size), _EMPTY),
-        centre=CELL_SIZE / 2 + rng.uniform(-1.5, 1.5, (*size, 2)),
-        radius=rng.uniform(4.5, 6.5, size),
+        centre=CELL_SIZE / 2 + shift * rng.uniform(-1, 1, (*size, 2)),
+        radius=radius,
         noise_seed=rng.integers(2**31, size=_BLOCK),
     )
 
@@ -108,7 +112,7 @@ def render_scenes(scenes: Scenes) -> UInt8[np.ndarray, "scenes side side 3"]:
     ring = abs(np.hypot(dx, dy) - 0.75 * radius) - 0.25 * radius
     cross = np.maximum(box - radius, np.minimum(abs(dx), abs(dy)) - 0.3 * radius)
     distance = np.choose(np.maximum(shape, 0), [square, triangle, ring, cross])
-    opacity = np.where(shape == _EMPTY, 0, np.clip(0.5 - distance, 0, 1))[..., None]
+    opacity = np.where(shape == _EMPTY, 0, np.clip(_SOFT_EDGE - distance, 0, 1))[..., None]
     paint = np.array(list(COLOURS.values()), np.float32)[np.maximum(scenes.colour, 0)][:, :, None, None, :]
     cells = _BACKGROUND * (1 - opacity) + paint * opacity
     image = cells.reshape(-1, GRID_SIZE, GRID_SIZE, CELL_SIZE, CELL_SIZE, 3).transpose(0, 1, 3, 2, 4, 5)

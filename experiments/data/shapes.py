@@ -69,14 +69,13 @@ def _property_counts(cells: Sequence[CellContent]) -> tuple[dict[str, int], dict
 
 
 def relation_questions(cells: Sequence[CellContent]) -> list[QuestionAnswer]:
-    """Return questions about the neighbours of each object that the scene holds exactly once."""
+    """Return questions about the nearest objects in row and column of each object that the scene holds once."""
     pairs = []
     for i, content in enumerate(cells):
         if not content or cells.count(content) > 1:
             continue
-        for direction, j in neighbours(i, GRID_SIZE):
-            if neighbour := cells[j]:
-                pairs += _colour_and_shape_questions(f"what {{}} is {direction} {{}}?", content, neighbour)
+        for direction, j in neighbours(i, GRID_SIZE, [c is not None for c in cells]):
+            pairs += _colour_and_shape_questions(f"what {{}} is {direction} {{}}?", content, cells[j])
     return pairs
 
 
@@ -163,7 +162,7 @@ class ShapeSamples(Sequence[Sample]):
 class SceneDescriptions(ShapeSamples):
     """The same scenes, each with one long answer that names the content of all grid cells in random order.
 
-    The answer has eighteen facts, each about one place in the image. A language model learns from it to find a place
+    The answer has a fact for each place in the image. A language model learns from it to find a place
     and to name the content, before it understands questions. LLaVA's first stage trains on captions for the same reason.
     """
 

@@ -8,6 +8,7 @@ import torch
 from transformers import LlavaForConditionalGeneration, ProcessorMixin
 
 from experiments.config.schema import ScratchModel
+from experiments.data.mixture import Mixture
 from experiments.data.shapes import ShapeSamples
 from experiments.training import trainer, vision_pretraining
 
@@ -21,7 +22,7 @@ def pretrain_from_scratch(
     seed: int,
     device: torch.device,
 ) -> None:
-    """Pretrain the vision tower on labelled scenes, then the whole model on descriptions of them.
+    """Pretrain the vision tower on labelled scenes, then the rest on descriptions of them and questions, in equal parts.
 
     Args:
         model: The model; trained in place.
@@ -40,7 +41,8 @@ def pretrain_from_scratch(
         trainer.train_llava(
             model,
             processor,
-            samples.with_descriptions(),
+            # Alone, descriptions would leave the words of questions untrained, and learning those would undo the rest.
+            Mixture([("", samples.with_descriptions()), ("", samples)]),
             config.caption_pretraining,
             work / "describe",
             seed,

@@ -2,9 +2,11 @@
 
 LLaVA starts from a vision tower that was pretrained on other images and labels, whose patch features hold their context.
 The tiny vision tower is trained here to classify, from each patch feature: the position of the patch's grid cell, and the
-colour and shape of the object there, of its four neighbours, and of the next two objects in reading order. The linear
-heads are then discarded. The position matters because rotary positions give the language model only distances between
-tokens.
+colour and shape of the object there, of the nearest object in each direction, and of the next two objects in reading
+order. The position matters because rotary positions give the language model only distances between tokens.
+
+The class token is trained to report which objects the scene holds and how many. Its attention then falls on objects, as
+CLIP's does, and compressors choose patches by it. The linear heads are discarded.
 """
 
 from __future__ import annotations
@@ -29,12 +31,16 @@ from experiments.training.trainer import run_trainer
 
 CELL_COUNT = GRID_SIZE * GRID_SIZE
 VIEW_COUNT = 1 + len(NEIGHBOUR_OFFSETS) + 2  # the grid cell itself, its neighbours, the next two objects
+OBJECT_KINDS = len(COLOURS) * len(SHAPES)
+PRESENCE_WEIGHT = 3.0  # a loss over yes-or-no labels is smaller than one over many classes
 
 
-class PatchClassifier(nn.Module):
-    """Linear heads on every patch feature, for the position of its grid cell and the colour and shape in each view.
+class SceneClassifier(nn.Module):
+    """Linear heads on the vision tower: on every patch feature, and on the class token.
 
-    A view is a grid cell relative to the patch's own one. Class 0 of colour and shape stands for an empty view.
+    A patch is classified by the position of its grid cell, and the colour and shape in each view. A view is a grid cell
+    relative to the patch's own one. Class 0 of colour and shape stands for an empty view. The class token's heads report
+    which of the 20 kinds of object the scene holds, and how many objects.
 
     Args:
         vision_tower: The vision tower that is trained.
@@ -50,7 +56,10 @@ class PatchClassifier(nn.Module):
             "position": CELL_COUNT,
         }
         width = vision_tower.config.hidden_size
-        self.heads = nn.ModuleDict({name: nn.Linear(width, count) for name, count in class_counts.items()})
+        self.class_heads = nn.ModuleDict(
+            {"presence": nn.Linear(width, OBJECT_KINDS), "count": nn.Linear(width, 1 + CELL_COUNT)}
+        )
+        self.patch_heads = nn.ModuleDict({name: nn.Linear(width, count) for name, count in class_counts.items()})
 
     def forward(
         self,
@@ -59,13 +68,49 @@ class PatchClassifier(nn.Module):
         shape: Int[Tensor, "batch cells views"],
     ) -> dict[str, Tensor]:
         """Return the sum of the cross-entropies of all heads, as `loss`."""
-        features = self.vision_tower(pixel_values).last_hidden_state[:, 1:]  # without the class token
+        states = self.vision_tower(pixel_values).last_hidden_state
+        class_state, features = states[:, 0], states[:, 1:]
         position = torch.arange(CELL_COUNT, device=features.device).expand(len(features), -1)[..., None]
-        losses = []
+        losses = self._class_losses(class_state, colour[..., 0], shape[..., 0])
         for name, labels in (("colour", colour), ("shape", shape), ("position", position)):
             targets = labels[:, self.cells].flatten()  # one for each patch and view
-            losses.append(F.cross_entropy(self.heads[name](features).view(len(targets), -1), targets))
+            losses.append(F.cross_entropy(self.patch_heads[name](features).view(len(targets), -1), targets))
         return {"loss": torch.stack(losses).sum()}
+
+    def _class_losses(
+        self,
+        class_state: Float[Tensor, "batch width"],
+        colour: Int[Tensor, "batch cells"],
+        shape: Int[Tensor, "batch cells"],
+    ) -> list[Tensor]:
+        """Return the losses of the class token's heads."""
+        presence = F.binary_cross_entropy_with_logits(
+            self.class_heads["presence"](class_state), object_presence(colour, shape)
+        )
+        count = F.cross_entropy(self.class_heads["count"](class_state), (colour > 0).sum(1))
+        return [PRESENCE_WEIGHT * presence, count]
+
+
+def object_presence(
+    colour: Int[Tensor, "batch cells"], shape: Int[Tensor, "batch cells"]
+) -> Float[Tensor, "batch kinds"]:
+    """Return 1 for each kind of object that a scene holds, and 0 for the others.
+
+    Args:
+        colour: Colour class of each grid cell, from 1; 0 in empty cells.
+        shape: Shape class of each grid cell, from 1; 0 in empty cells.
+
+    Returns:
+        Kinds in the order of colours, the shapes of a colour in a row.
+
+    Example:
+        >>> object_presence(torch.tensor([[0, 2]]), torch.tensor([[0, 1]])).nonzero().tolist()  # a green square
+        [[0, 4]]
+    """
+    filled = colour > 0
+    kind = torch.where(filled, (colour - 1) * len(SHAPES) + shape - 1, 0)
+    presence = torch.zeros(len(colour), OBJECT_KINDS, device=colour.device)
+    return presence.scatter_reduce(1, kind, filled.float(), "amax")
 
 
 class LabelledScenes(Dataset[dict[str, Any]]):
@@ -96,7 +141,7 @@ def view_cells(colour: Int[np.ndarray, " cells"]) -> Int[np.ndarray, "cells view
     cells = np.full((CELL_COUNT, VIEW_COUNT), -1)
     cells[:, 0] = np.arange(CELL_COUNT)
     for cell in range(CELL_COUNT):
-        for direction, neighbour in neighbours(cell, GRID_SIZE):
+        for direction, neighbour in neighbours(cell, GRID_SIZE, (colour >= 0).tolist()):
             cells[cell, 1 + list(NEIGHBOUR_OFFSETS).index(direction)] = neighbour
     filled = np.flatnonzero(colour >= 0)
     for step in (1, 2):
@@ -105,12 +150,12 @@ def view_cells(colour: Int[np.ndarray, " cells"]) -> Int[np.ndarray, "cells view
 
 
 def patch_grid_cells(patch: int) -> Int[Tensor, " patches"]:
-    """Return the grid cell that each patch lies in, patches in reading order.
+    """Return the grid cell that holds the middle of each patch, patches in reading order.
 
     Args:
         patch: Pixels per side of a patch.
     """
-    along_side = torch.arange(IMAGE_SIZE // patch) * patch // CELL_SIZE
+    along_side = (torch.arange(IMAGE_SIZE // patch) * patch + patch // 2) // CELL_SIZE
     return (along_side[:, None] * GRID_SIZE + along_side).flatten()
 
 
@@ -139,5 +184,5 @@ def pretrain_vision_tower(
         labels = {name: torch.stack([item[name] for item in items]) for name in ("colour", "shape")}
         return {**processor.image_processor([item["image"] for item in items], return_tensors="pt"), **labels}
 
-    classifier = PatchClassifier(vision_tower).to(device)
+    classifier = SceneClassifier(vision_tower).to(device)
     run_trainer(classifier, LabelledScenes(samples), collate, config, work, seed, device)

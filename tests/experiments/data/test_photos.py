@@ -63,12 +63,8 @@ def test_load_photos_puts_each_photograph_on_whole_patches_where_answers_place_i
 
 def test_load_photos_takes_the_parts_in_turn(photos):
     split = load(photos, "test", 120)
-    assert [sample.id.split("-")[2:4] for sample in list(split.samples)[:4]] == [
-        ["0", "1"],
-        ["0", "2"],
-        ["0", "3"],
-        ["0", "0.4"],
-    ]
+    assert [sample.id.split("-")[0] for sample in list(split.samples)[:4]] == [*["photos"] * 3, "shapes"]
+    assert [sample.id.split("-")[3] for sample in list(split.samples)[:3]] == ["1", "2", "3"]  # photographs a side
     assert [sample.loaders[0].index for sample in split.samples] == list(range(split.image_count)) == list(range(120))
     assert all(len(sample.question_types) == 1 for sample in split.samples)
     types = Counter(sample.question_types[0] for sample in split.samples)

@@ -17,25 +17,21 @@ from experiments.data.shapes import (
     relation_questions,
 )
 
-# row 1: red ring, blue cross, nothing; row 2: blue cross, red square, green ring; row 3: nothing, nothing, red ring
+# row 1: red ring, nothing, blue cross, nothing; row 2: blue cross, nothing, red square, green ring;
+# row 3: nothing; row 4: nothing, nothing, nothing, red ring
 CELLS = [
-    ("red", "ring"),
-    ("blue", "cross"),
-    None,
-    ("blue", "cross"),
-    ("red", "square"),
-    ("green", "ring"),
-    None,
-    None,
-    ("red", "ring"),
+    *(("red", "ring"), None, ("blue", "cross"), None),
+    *(("blue", "cross"), None, ("red", "square"), ("green", "ring")),
+    *(None, None, None, None),
+    *(None, None, None, ("red", "ring")),
 ]
 
 
 def test_place_questions_ask_about_filled_grid_cells():
     pairs = dict(place_questions(CELLS))
-    assert pairs["what colour is at row 2 column 3?"] == "green"
-    assert pairs["what shape is at row 1 column 2?"] == "cross"
-    assert not any("row 1 column 3" in question for question in pairs)
+    assert pairs["what colour is at row 2 column 4?"] == "green"
+    assert pairs["what shape is at row 1 column 3?"] == "cross"
+    assert not any("row 1 column 2" in question for question in pairs)
 
 
 def test_existence_questions_cover_all_colours_and_shapes():
@@ -60,7 +56,7 @@ def test_comparison_questions_answer_no_to_a_tie():
     assert pairs["are there more yellow shapes than purple shapes?"] == "no"  # a tie is no more
 
 
-def test_relation_questions_ask_only_about_neighbours_of_unique_objects():
+def test_relation_questions_ask_for_the_nearest_object_and_about_unique_objects_alone():
     assert dict(relation_questions(CELLS)) == {
         "what colour is left of the red square?": "blue",
         "what shape is left of the red square?": "cross",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.data.samples import OneQuestionPerImage, TextOnlyBaseline
-from experiments.data.scenes import CELL_SIZE, COLOURS, IMAGE_SIZE
+from experiments.data.scenes import CELL_SIZE, COLOURS, GRID_SIZE, IMAGE_SIZE
 from experiments.data.shapes_video import (
     CLIP_SECONDS,
     clip_count_questions,
@@ -83,7 +83,7 @@ def test_load_shapes_video_shows_objects_in_all_grid_cells():
     cells = Counter(
         shown_object(frame)[1] for sample in load_shapes_video("train", 60).samples for frame in sample.visual_inputs[0]
     )
-    assert len(cells) == 9
+    assert len(cells) == GRID_SIZE**2
 
 
 def test_load_shapes_video_with_frames_takes_them_evenly_and_keeps_the_questions():
