@@ -7,7 +7,8 @@ RESULTS ?= results
 
 # make test-slurm: a sweep through a SLURM of one node, which root may install here (Debian, Ubuntu) and the test starts.
 # make test-browser: the attention page in Chromium, which root may install here too.
-.PHONY: reproduce smol test test-slow test-slurm test-browser lint lint-js clean
+# make test-benchmarks: the public benchmarks through lmms-eval, in an environment of their own (docs/benchmarks.md).
+.PHONY: reproduce smol test test-slow test-slurm test-browser test-benchmarks lint lint-js clean
 
 reproduce: $(STAMP)
 	$(BIN)/python -m experiments.run -m experiment=attention,ablation results=$(RESULTS)
@@ -29,8 +30,9 @@ smol: $(STAMP)
 	$(BIN)/python -m experiments.run -m experiment=smol_ablations seed=0,1 results=$(AGAIN) model.adapter=$(AGAIN)/stage2/adapter $(SMOL) $(PARTS)
 	$(BIN)/python -m experiments.report --results $(AGAIN)
 
+# worksteal: each worker gets neighbouring tests, so that fixtures of a module are made once
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
@@ -45,6 +47,20 @@ test-browser: $(STAMP)
 	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt playwright
 	$(BIN)/python -m pytest -m browser tests/browser -rs
+
+# lmms-eval without its own requirements: they bring a torchvision that does not fit this torch, and other versions of
+# packages that are here already. It needs filelock 3, which nothing else here minds.
+BENCHMARKS ?= .venv-benchmarks
+LMMS_EVAL = datasets evaluate loguru "tenacity>=8.3" sacrebleu pytablewriter openpyxl "filelock<4"
+
+test-benchmarks: $(BENCHMARKS)/.installed
+	OMP_NUM_THREADS=2 $(BENCHMARKS)/bin/python -m pytest -m lmms tests/lmms
+
+$(BENCHMARKS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(BENCHMARKS)
+	$(BENCHMARKS)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[video]" $(LMMS_EVAL) pytest hypothesis
+	$(BENCHMARKS)/bin/python -m pip install --quiet --no-deps lmms-eval==0.7.3
+	@touch $@
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
@@ -66,5 +82,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(BENCHMARKS)
 	git clean -fdXq results

@@ -1,0 +1,49 @@
+"""Inputs of `generate` for a batch of prompts that may mix images, videos and text alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+from transformers import ProcessorMixin
+
+from experiments.data.encoding import chat_messages
+from experiments.data.samples import Sample
+from llava_mini import LlavaMiniProcessor
+
+
+def prompt_inputs(processor: ProcessorMixin, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Return the inputs of a left-padded batch, one row for each sample, up to the header of its answer.
+
+    Args:
+        processor: The model's processor.
+        samples: Samples without answers.
+
+    Returns:
+        Tensors. A LLaVA-Mini gets `pixel_values` as a stream, so that a long video is never in memory as a whole.
+
+    Raises:
+        ValueError: If the processor refuses a sample.
+    """
+    texts = [
+        processor.apply_chat_template(chat_messages(sample), add_generation_prompt=True, tokenize=False)
+        for sample in samples
+    ]
+    images = [[v for v in sample.visual_inputs if isinstance(v, Image.Image)] for sample in samples]
+    visual: dict[str, Any] = {"images": images if any(images) else None}
+    if isinstance(processor, LlavaMiniProcessor):
+        videos = [[v for v in sample.visual_inputs if not isinstance(v, Image.Image)] for sample in samples]
+        visual |= {"videos": videos, "stream": True}
+    bos = processor.tokenizer.bos_token
+    return dict(
+        processor(
+            text=texts,
+            **visual,
+            # A template that writes the start token itself must not get a second one.
+            add_special_tokens=not (bos and texts[0].startswith(bos)),
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+    )
