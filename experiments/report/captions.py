@@ -150,6 +150,21 @@ def logit_lens(record: Record) -> str:
     )
 
 
+def swaps(record: Record) -> str:
+    """Return the caption of the swaps figure."""
+    properties = record["swaps"]["properties"]
+    right = [f"{name} {entry['right']} of {entry['pairs']}" for name, entry in properties.items()]
+    without = [name for name, entry in properties.items() if entry["layer"] is None]
+    note = f" Not drawn, as the model does not answer by it: {', '.join(without)}." if without else ""
+    return (
+        "Minimal pairs: two images that differ in one property, and one question. Text attends to one image in the first "
+        "layers, and to the other image in the layers after. Left: the move of log p(answer to the other image) - log "
+        "p(answer to the own image), as a share of the move between the two intact runs. The reading layer is the first "
+        "with less than half of it from there on. Right: runs whose most likely answer is that to the other image. Bands: "
+        f"95% bootstrap intervals over the pairs that the model answers right on both images: {', '.join(right)}.{note}"
+    )
+
+
 def _attention_controls(record: Record) -> str:
     control = (record["attention"].get("control") or {}).get("name")
     dashed = f"Dashed: {control}." if control else "No control model was recorded."

@@ -70,7 +70,7 @@ def figure_entries(
         record = next((record for record in probed if record.get(part) is not None), None)
         if record is not None:
             yield FigureEntry(stem, title, f"{caption(record)} {captions.probe_source(record)}", partial(draw, record))
-        elif probed or not experiments:
+        elif part != _SWAPS_PART and (probed or not experiments):
             note = next((f" ({note})" for record in probed if (note := record.get(f"{part}_note"))), "")
             yield FigureEntry(stem, title, f"Not drawn: no finished record holds {part} measurements{note}.", None)
     if ablation or not experiments:
@@ -119,6 +119,8 @@ def _ablation_entries(ablation: Sequence[RunGroup]) -> Iterator[FigureEntry]:
             yield FigureEntry(stem, title, caption, partial(draw, groups))
 
 
+_SWAPS_PART = "swaps"
+"""Part of a record that an experiment of its own measures; a report without it does not mention it."""
 _PROBE_FIGURES: tuple[tuple[str, str, str, Callable[[Record], Figure], Callable[[Record], str]], ...] = (
     (
         REMOVAL_STEM,
@@ -154,6 +156,13 @@ _PROBE_FIGURES: tuple[tuple[str, str, str, Callable[[Record], Figure], Callable[
         "lens",
         figures.lens_figure,
         captions.logit_lens,
+    ),
+    (
+        "swaps_by_property",
+        "Reading layer by property",
+        _SWAPS_PART,
+        figures.swaps_figure,
+        captions.swaps,
     ),
 )
 """Stem, title, required part of the record, drawing function and caption of each probe's figure."""

@@ -191,10 +191,10 @@ class Report:
     @functools.cached_property
     def figures(self) -> tuple[FigureEntry, ...]:
         """All figures with their captions, in the order of the page; a figure is drawn when its `draw` is called."""
-        # A record that holds nothing but a logit lens has no fusion depth, so it is not among the probed.
-        with_lens = (record for record in self.records.finished if record.get("lens") is not None)
+        # A record that holds nothing but a logit lens or swaps has no fusion depth, so it is not among the probed.
+        others = [r for r in self.records.finished if r.get("lens") is not None or r.get("swaps") is not None]
         experiments = tuple(self.experiments.values())
-        return tuple(figure_entries(experiments, (*self.probed, *with_lens), self._ablation_groups, self.findings))
+        return tuple(figure_entries(experiments, (*self.probed, *others), self._ablation_groups, self.findings))
 
     @property
     def _drawable(self) -> dict[str, FigureEntry]:

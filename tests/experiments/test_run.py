@@ -94,6 +94,8 @@ def test_option_composes_to_plain_config(compose_config, path):
         (["results=/proc/results"], "'/proc/results'"),
         (["model.dtype=int8"], "model.dtype: 'int8'"),
         (["probe.removal_block_size=99"], "probe.removal_block_size: 99 "),
+        (["experiment=swaps", "data=shapes_video"], "probe.swaps: data 'shapes_video' has no minimal pairs"),
+        (["experiment=swaps", "probe.swap_pairs=9"], "probe.swap_pairs: must be at least 10, found 9"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )

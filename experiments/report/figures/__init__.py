@@ -1,6 +1,6 @@
 """Figures of a report, one module for each.
 
-- One record: `attention_figure`, `entropy_figure`, `fusion_figure`, `lens_figure` and `removal_figure`.
+- One record: `attention_figure`, `entropy_figure`, `fusion_figure`, `lens_figure`, `removal_figure` and `swaps_figure`.
 - One experiment: `rows_figure` shows its rows; `experiment_cost_figure` shows accuracy against each of `differing_costs`;
   `learning_curves_figure` shows the training of `rows_with_curves`.
 - All records: `claims_figure`.
@@ -19,6 +19,7 @@ from experiments.report.figures.learning_curves import learning_curves_figure, r
 from experiments.report.figures.logit_lens import lens_figure
 from experiments.report.figures.removal import removal_figure
 from experiments.report.figures.style import save
+from experiments.report.figures.swaps import swaps_figure
 
 __all__ = [
     "ablation_cost_figure",
@@ -35,4 +36,5 @@ __all__ = [
     "rows_figure",
     "rows_with_curves",
     "save",
+    "swaps_figure",
 ]

@@ -12,6 +12,7 @@ from experiments.report.figures import (
     lens_figure,
     removal_figure,
     save,
+    swaps_figure,
 )
 
 
@@ -34,6 +35,7 @@ def draw_record(path: Path) -> list[Path]:
         ("removal", "removal", removal_figure),
         ("knockout", "fusion", fusion_figure),
         ("lens", "lens", lens_figure),
+        ("swaps", "swaps", swaps_figure),
     ):
         if record.get(part):
             png, _ = save(figure(record), folder / f"{path.stem}-{name}")
