@@ -38,6 +38,12 @@ from experiments.evaluation.accuracy import (
 from experiments.evaluation.analyses import check_probe_layers, run_probes
 from experiments.evaluation.attention_page import attention_page_path, write_attention_page
 from experiments.evaluation.flops import forward_cost
+from experiments.evaluation.patch_words import (
+    SCORED_IMAGES,
+    description_corpus,
+    measure_patch_words,
+    shape_samples,
+)
 from experiments.evaluation.questions import EncodedQuestions
 from experiments.evaluation.swaps import measure_swaps
 from experiments.models.build import build_model
@@ -201,9 +207,24 @@ def _evaluate(
         "cost": forward_cost(model, questions_with_pixels, token_dropper_for_inference(config)),
         "data": _data_part(config, data, samples),
         **_answer_parts(model, processor, config, questions, device),
-        **run_probes(model, questions, questions_with_pixels, config.probe),
+        **(probes := run_probes(model, questions, questions_with_pixels, config.probe)),
+        "patch_words": _patch_words_part(model, processor, config, data, device) if probes["lens"] else None,
         "swaps": _swaps_part(model, processor, config, device, limit) if config.probe.swaps else None,
     }
+
+
+def _patch_words_part(
+    model: PreTrainedModel, processor: ProcessorMixin, config: Config, data: DataSplits, device: torch.device
+) -> dict[str, Any] | None:
+    """Return the `patch_words` part of scenes whose objects are known, None for other data."""
+    test, train = shape_samples(data.test.samples), data.train and shape_samples(data.train.samples)
+    if test is None or not train:
+        return None
+    scenes = test.scenes[:SCORED_IMAGES]
+    samples = list(islice(data.test.samples, len(scenes)))
+    limit = LengthLimit.for_model(model.config, config.data.max_length)
+    questions = EncodedQuestions(samples, processor, config.batch_size, device, limit=limit)
+    return measure_patch_words(model, processor, questions, scenes, description_corpus(train))
 
 
 def _swaps_part(

@@ -263,7 +263,11 @@ class ProbeConfig:
         False, "accuracy of a linear probe for the answer on the question's hidden states, by layer"
     )
     view_questions: int = setting(0, "test questions on the attention page, which is written beside the records")
-    lens: bool = setting(False, "logit lens: rank and log-probability of the answer's first token, by layer")
+    lens: bool = setting(
+        False,
+        "logit lens: rank and log-probability of the answer's first token, by layer; with data=shapes also which words "
+        "patches get, by it and by contextual embeddings",
+    )
     swaps: bool = setting(
         False, "layer at which text reads each property, by swaps of minimal pairs; for data shapes and photos"
     )

@@ -61,6 +61,22 @@ def check_depths(part: str, depths: Sequence[Any], names: Sequence[str], samples
             check_length(f"{part}.depths[{index}].{name}", getattr(entry, name), samples)
 
 
+def check_patch_words(part: Any, layers: int) -> None:
+    """Check that words of patches have an entry after 0, 1, ... all layers, with a count for each image."""
+    if len(part.depths) != layers + 1:
+        raise ValueError(
+            f"patch_words.depths: has {len(part.depths)} entries, not {layers + 1} for a model of {layers} layers"
+        )
+    counts = [("patches", part.patches)]
+    for index, entry in enumerate(part.depths):
+        counts += [(f"depths[{index}].{lens}.right", getattr(entry, lens).right) for lens in ("logit", "contextual")]
+    for path, values in counts:
+        if len(values) != part.images:
+            raise ValueError(f"patch_words.{path}: has {len(values)} counts for {part.images} images")
+        if any(value > patches for value, patches in zip(values, part.patches, strict=True)):
+            raise ValueError(f"patch_words.{path}: has more patches of an image than lie on objects")
+
+
 def check_swaps(swaps: Any, layers: int) -> None:
     """Check that the curves of swaps have a point for each number of layers, or none without a layer."""
     for name, entry in swaps.properties.items():

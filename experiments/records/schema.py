@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
 from experiments.records.consistency import (
     check_attention,
@@ -17,10 +17,13 @@ from experiments.records.consistency import (
     check_knockout,
     check_length,
     check_onset,
+    check_patch_words,
     check_removal,
     check_sinks,
     check_swaps,
 )
+from experiments.records.part import Part
+from experiments.records.patch_words import PatchWordsPart
 
 SCHEMA = 1
 """The version of the format."""
@@ -31,13 +34,7 @@ CurvesByPair = list[list[list[float | None]]]
 MeansByPair = list[list[float | None]]
 
 
-class _Part(BaseModel):
-    """A part of a record. Keys that are not listed are allowed: newer records may have more."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-
-class ModelPart(_Part):
+class ModelPart(Part):
     """The model that was measured."""
 
     label: str = Field(description="LLaVA, LLaVA-Mini, or the class of another model")
@@ -51,7 +48,7 @@ class ModelPart(_Part):
     parameters: Number = Field(description="number of parameters")
 
 
-class DataPart(_Part):
+class DataPart(Part):
     """The test questions."""
 
     name: str = Field(description="name of the data set")
@@ -67,7 +64,7 @@ class DataPart(_Part):
     skipped_file: str | None = Field(None, description="the list of them, inside the results folder")
 
 
-class AccuracyPart(_Part):
+class AccuracyPart(Part):
     """Outcomes by input."""
 
     image: Outcomes = Field(description="outcomes with the question's image")
@@ -75,7 +72,7 @@ class AccuracyPart(_Part):
     shuffled: Outcomes | None = Field(None, description="outcomes with another question's image")
 
 
-class CostPart(_Part):
+class CostPart(Part):
     """The cost of one prompt."""
 
     flops: Number = Field(description="floating-point operations of the prefill")
@@ -83,7 +80,7 @@ class CostPart(_Part):
     convention: str | None = Field(None, description="what is counted")
 
 
-class AttentionControl(_Part):
+class AttentionControl(Part):
     """The same statistics in a control model, means over samples."""
 
     name: str | None = Field(None, description="the control model")
@@ -91,7 +88,7 @@ class AttentionControl(_Part):
     entropy: MeansByPair | None = Field(None, description="[pairs, layers]")
 
 
-class AttentionPart(_Part):
+class AttentionPart(Part):
     """Attention from a target to a source group, mean over heads."""
 
     pairs: list[list[str]] = Field(description="target and source of each pair")
@@ -103,14 +100,14 @@ class AttentionPart(_Part):
     control: AttentionControl | None = None
 
 
-class ContributionControl(_Part):
+class ContributionControl(Part):
     """The same statistic in a control model, means over samples."""
 
     name: str | None = Field(None, description="the control model")
     share: MeansByPair | None = Field(None, description="[pairs, layers]")
 
 
-class ContributionPart(_Part):
+class ContributionPart(Part):
     """How much a source group adds to the attention's output of a target group."""
 
     pairs: list[list[str]] = Field(description="target and source of each pair")
@@ -122,7 +119,7 @@ class ContributionPart(_Part):
     control: ContributionControl | None = None
 
 
-class SinksPart(_Part):
+class SinksPart(Part):
     """Visual tokens that take large attention from nearly every query and head."""
 
     targets: list[str] = Field(description="groups whose queries count")
@@ -136,14 +133,14 @@ class SinksPart(_Part):
     left_out: bool = Field(False, description="whether mass, entropy and contribution count no sink")
 
 
-class Intervention(_Part):
+class Intervention(Part):
     """Outcomes with an intervention in some layers."""
 
     layers: list[int] = Field(description="the layers, counted from 0")
     correct: Outcomes
 
 
-class Depth(_Part):
+class Depth(Part):
     """A fusion depth with its 95% bootstrap interval, in layers; null where there is none."""
 
     depth: int | None
@@ -158,7 +155,7 @@ class Depth(_Part):
         return self
 
 
-class RemovalPart(_Part):
+class RemovalPart(Part):
     """Outcomes without visual tokens in some layers."""
 
     block: int | None = Field(None, description="layers of a block")
@@ -168,7 +165,7 @@ class RemovalPart(_Part):
     by_kind: dict[str, Depth] | None = Field(None, description="fusion depth by type of question")
 
 
-class Onset(_Part):
+class Onset(Part):
     """A fusion onset with its 95% bootstrap interval, as layers counted from 1; null where there is none."""
 
     onset: int | None = Field(description="first layer that needs the image")
@@ -177,7 +174,7 @@ class Onset(_Part):
     layers: int = Field(description="layers of the language model")
 
 
-class OnsetPart(_Part):
+class OnsetPart(Part):
     """Outcomes without visual tokens in the first layers."""
 
     block: int | None = Field(None, description="layers of a block")
@@ -186,42 +183,42 @@ class OnsetPart(_Part):
     by_kind: dict[str, Onset] | None = Field(None, description="fusion onset by type of question")
 
 
-class KnockoutPart(_Part):
+class KnockoutPart(Part):
     """Outcomes with attention from text to vision blocked in windows of layers."""
 
     width: int = Field(description="layers of a window")
     windows: list[Intervention] = Field(description="the intact model, then every window in order")
 
 
-class ReadoutDepth(_Part):
+class ReadoutDepth(Part):
     """A linear probe's outcomes after some layers."""
 
     correct: Outcomes
     control: Outcomes = Field(description="outcomes with shuffled answers")
 
 
-class ReadoutPart(_Part):
+class ReadoutPart(Part):
     """A linear probe on the question's hidden states."""
 
     samples: int
     depths: list[ReadoutDepth] = Field(description="after 0, 1, ... all layers")
 
 
-class LensDepth(_Part):
+class LensDepth(Part):
     """A logit lens after some layers."""
 
     correct: Outcomes = Field(description="whether the answer's first token ranks first")
     logprob: Number = Field(description="mean log-probability of that token, nats")
 
 
-class LensPart(_Part):
+class LensPart(Part):
     """A logit lens at the position that predicts the answer."""
 
     samples: int
     depths: list[LensDepth] = Field(description="after 0, 1, ... all layers")
 
 
-class SwapsOfProperty(_Part):
+class SwapsOfProperty(Part):
     """The layer at which text reads one property; the curves are empty where there is none."""
 
     layer: int | None = Field(description="smallest number of layers after which less than half of the move is left")
@@ -236,13 +233,13 @@ class SwapsOfProperty(_Part):
     flipped: list[Number] = Field(description="share of runs that give the answer to the other image")
 
 
-class SwapsPart(_Part):
+class SwapsPart(Part):
     """Answers to minimal pairs whose images are swapped from a layer on."""
 
     properties: dict[str, SwapsOfProperty] = Field(description="by the property that differs")
 
 
-class ValidationPoint(_Part):
+class ValidationPoint(Part):
     """A measurement of the validation split during training."""
 
     step: int = Field(description="optimizer steps taken")
@@ -251,7 +248,7 @@ class ValidationPoint(_Part):
     learning_rate: Number = Field(description="learning rate of the next step")
 
 
-class TrainPart(_Part):
+class TrainPart(Part):
     """Training. Records from before `steps` have the log alone."""
 
     log: list[dict[str, Any]] = Field(description="Trainer's log: loss, learning rate and gradient norm by step")
@@ -262,7 +259,7 @@ class TrainPart(_Part):
     validation: list[ValidationPoint] | None = Field(None, description="the learning curve, in the order of steps")
 
 
-class _AnyRecord(_Part):
+class _AnyRecord(Part):
     version: Literal[1] = Field(alias="schema")
     id: str = Field(description="identity of the cell: 16 hex digits")
     experiment: str
@@ -300,6 +297,7 @@ class FinishedRecord(_AnyRecord):
     readout: ReadoutPart | None = None
     lens: LensPart | None = None
     lens_note: str | None = Field(None, description="why there is no logit lens, where one was asked for")
+    patch_words: PatchWordsPart | None = None
     swaps: SwapsPart | None = None
     fusion: dict[str, Depth | None] | None = Field(None, description="fusion depth by curve")
     train: TrainPart | None = None
@@ -325,6 +323,8 @@ class FinishedRecord(_AnyRecord):
             check_depths("readout", self.readout.depths, ("correct", "control"), self.readout.samples, layers)
         if self.lens is not None:
             check_depths("lens", self.lens.depths, ("correct",), self.lens.samples, layers)
+        if self.patch_words is not None:
+            check_patch_words(self.patch_words, layers)
         if self.attention is not None:
             check_attention(self.attention, layers)
         if self.contribution is not None:

@@ -70,6 +70,21 @@ def test_load_records_fills_in_settings_younger_than_a_record(
     assert [record["id"] for record in loaded.finished] == [same["id"], other["id"], without_train["id"]]
 
 
+def patch_words(**changed: Any) -> dict[str, Any]:
+    """Return a `patch_words` part of two images and six layers.
+
+    Args:
+        changed: Fields that differ.
+    """
+    lens = {"right": [1, 0], "chance": 0.2}
+    part = {"label": "object", "images": 2, "patches": [3, 1], "corpus_words": 9}
+    return part | {"depths": [{"logit": lens, "contextual": lens}] * 7} | changed
+
+
+def test_check_record_with_words_of_patches_accepts_it(probed: dict[str, Any]) -> None:
+    check_record(probed | {"patch_words": patch_words()})
+
+
 def without_field(path: str) -> Callable[[dict[str, Any]], None]:
     """Return a function that removes a field of a record.
 
@@ -146,6 +161,9 @@ def with_value(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (with_value("lens.depths", []), "lens.depths: .*0 entries.*6 layers"),
         (with_value("lens.samples", 5), r"lens.depths\[0\].correct: .*120 outcomes for 5"),
         (lambda record: record["lens"]["depths"][2].pop("logprob"), r"lens.depths\[2\].logprob: is missing"),
+        (with_value("patch_words", patch_words(depths=[])), "patch_words.depths: .*0 entries.*6 layers"),
+        (with_value("patch_words", patch_words(patches=[3])), "patch_words.patches: .*1 counts for 2 images"),
+        (with_value("patch_words", patch_words(patches=[0, 9])), r"patch_words.depths\[0\].logit.right: .*more"),
         (without_field("fusion.removal.layers"), "fusion.removal.layers: is missing"),
         (with_value("fusion.removal.low", None), "fusion.removal: .*no interval"),
     ],
