@@ -155,13 +155,15 @@ def test_import_of_the_package_is_light() -> None:
 
 
 def test_report_copies_the_attention_page_of_the_newest_attention_experiment(
-    make_results: Callable[[Path], Path], tmp_path: Path
+    records: RecordList, write_records: Callable[[RecordList], Path], tmp_path: Path
 ) -> None:
-    folder = make_results(tmp_path / "results")
-    found = [record for record in load(folder).records.finished if record["experiment"] == "attention"]
-    newest = max(found, key=lambda record: record["provenance"]["started"])
+    newest, oldest, other = records[:3]
+    for record, year in ((newest, 2026), (oldest, 2025), (other, 2027)):
+        record["provenance"]["started"] = f"{year}-01-01T00:00:00+00:00"
+    newest["experiment"] = oldest["experiment"] = "attention"
+    folder = write_records([newest, oldest, other])
     (folder / "views").mkdir()
-    for record in load(folder).records.finished:  # also of cells that are no attention experiment
+    for record in (newest, oldest, other):
         (folder / "views" / f"{record['id']}.html").write_text(f"page of {record['id']}")
     write_report(load(folder), tmp_path / "report")
     assert (tmp_path / "report" / "view.html").read_text() == f"page of {newest['id']}"
