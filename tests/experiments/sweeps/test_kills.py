@@ -1,5 +1,7 @@
 """A sweep in workers that is killed many times, and whose records are damaged, ends as an uninterrupted serial one."""
 
+import contextlib
+import glob
 import json
 import os
 import random
@@ -59,14 +61,22 @@ def records_without_times(results: Path) -> dict[str, dict]:
     return records
 
 
+def files_of(results: Path, pattern: str) -> set[str]:
+    """Return the paths that match a pattern, without hidden ones.
+
+    `glob.glob` passes over a folder that a running sweep removes meanwhile; `Path.glob` of Python 3.10 to 3.12 raises.
+    """
+    return set(glob.glob(f"{glob.escape(str(results))}/{pattern}"))
+
+
 def phase_at_kill(results: Path) -> str:
     """Return in words what the sweep is doing: one of its cells, if several run."""
-    recorded = len(list((results / "records").glob("*.json")))
-    locked = [path.name for path in (results / "locks").glob("[!.]*") if any(path.iterdir())]
+    recorded = len(files_of(results, "records/*.json"))
+    locked = sorted({Path(owner).parent.name for owner in files_of(results, "locks/*/*")})
     if not locked:
         return f"between cells, {recorded} recorded"
-    checkpoints = results.glob(f"work/{locked[0]}/checkpoint-*")
-    steps = [int(match[1]) for path in checkpoints if (match := re.search(r"-(\d+)$", path.name))]
+    checkpoints = files_of(results, f"work/{locked[0]}/checkpoint-*")
+    steps = [int(match[1]) for path in checkpoints if (match := re.search(r"-(\d+)$", path))]
     if not steps:
         return f"building or in the first steps, {recorded} recorded"
     complete = (results / "work" / locked[0] / f"checkpoint-{max(steps)}" / "trainer_state.json").is_file()
@@ -106,10 +116,13 @@ def kill(process: subprocess.Popen[str], victim: str, rng: random.Random) -> str
     Returns:
         Who was killed: all processes, if there is no worker yet.
     """
-    children = psutil.Process(process.pid).children()
-    workers = [child for child in children if any("spawn_main" in word for word in child.cmdline())]
+    workers = []
+    for child in psutil.Process(process.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            workers += [child] if any("spawn_main" in word for word in child.cmdline()) else []
     if victim == "a worker" and workers:
-        rng.choice(workers).kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rng.choice(workers).kill()
         assert process.wait() in (0, 1)  # 0 if the worker had no cell any more
         return victim
     if victim == "the parent" and workers:
@@ -135,8 +148,8 @@ def start_and_kill(results: Path, rng: random.Random) -> str | None:
     pattern = rng.choice([None, "locks/*/*", "work/*/*", "work/*/*", "work/*/*"])
     victim = rng.choice(VICTIMS)
     if pattern:
-        before = set(results.glob(pattern))
-        while process.poll() is None and set(results.glob(pattern)) <= before:
+        before = files_of(results, pattern)
+        while process.poll() is None and files_of(results, pattern) <= before:
             time.sleep(0.02)
     try:
         process.wait(delay)
