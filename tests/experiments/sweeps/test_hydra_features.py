@@ -31,50 +31,59 @@ def _joined(value):
     return " ".join(value) if isinstance(value, list) else str(value)
 
 
+SWEEPS = [
+    ["seed=2,3", "other=${seed}"],
+    ["seed=range(1,4)"],
+    ["seed=choice(5,7)", "name=b,c"],
+    ["list=[1,2],[3]"],
+    ["name='a,b'", "seed=1,2"],
+    ["seed=glob(nothing*)"],
+    ["other=${oc.env:HOME_OF_NOBODY,4}", "seed=1,2"],
+]
+REFUSED = [["--cfg", "job", "-m"], ["-m", "--info", "config"]]
+
+
 @pytest.fixture(scope="module")
 def plain_hydra(tmp_path_factory):
-    """A plain Hydra application without anything of ours, and a function that runs it with the arguments of a test."""
+    """What a plain Hydra application without anything of ours makes of SWEEPS and REFUSED.
+
+    One process runs all command lines, since its start takes most of the time.
+
+    Returns:
+        The overrides of the jobs of each command line, and the text of what ended it.
+    """
     folder = tmp_path_factory.mktemp("application")
     (folder / "config.yaml").write_text("seed: 0\nother: 1\nlist: [1]\nname: a\nresults: r\n")
     (folder / "app.py").write_text(
-        "import json, hydra\n"
+        "import contextlib, io, json, sys, hydra\n"
         "from hydra.core.hydra_config import HydraConfig\n"
         "from omegaconf import OmegaConf\n"
+        "jobs = []\n"
         "@hydra.main(version_base='1.3', config_path='.', config_name='config')\n"
         "def main(config):\n"
-        "    task = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)\n"
-        "    print('JOB', json.dumps(task))\n"
-        "main()\n"
+        "    jobs.append(OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))\n"
+        "outcomes = []\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    jobs, error, sys.argv[1:] = [], io.StringIO(), words\n"
+        "    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(error):\n"
+        "        try:\n"
+        "            main()\n"
+        "        except SystemExit as ended:\n"
+        "            error.write(f'status {ended.code}')\n"
+        "        except ValueError as refused:\n"
+        "            error.write(f'{refused} status 1')\n"
+        "    outcomes.append([jobs, error.getvalue()])\n"
+        "print(json.dumps(outcomes))\n"
     )
-
-    def run(*arguments):
-        return subprocess.run(
-            [sys.executable, "app.py", *arguments],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    return run
+    lines = [*(["-m", *overrides] for overrides in SWEEPS), *REFUSED]
+    command = [sys.executable, "app.py", json.dumps(lines)]
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return dict(zip(map(_joined, [*SWEEPS, *REFUSED]), json.loads(ended.stdout), strict=True))
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["seed=2,3", "other=${seed}"],
-        ["seed=range(1,4)"],
-        ["seed=choice(5,7)", "name=b,c"],
-        ["list=[1,2],[3]"],
-        ["name='a,b'", "seed=1,2"],
-        ["seed=glob(nothing*)"],
-        ["other=${oc.env:HOME_OF_NOBODY,4}", "seed=1,2"],
-    ],
-    ids=_joined,
-)
+@pytest.mark.parametrize("overrides", SWEEPS, ids=_joined)
 def test_split_jobs_gives_the_jobs_of_plain_hydra(hydra, plain_hydra, overrides):
-    plain = plain_hydra("-m", *overrides)
-    expected = [json.loads(line[4:]) for line in plain.stdout.splitlines() if line.startswith("JOB ")]
+    expected, _ = plain_hydra[_joined(overrides)]
     sweep = OmegaConf.create({"hydra": {"sweeper": {"params": None}, "overrides": {"task": overrides}}})
     if not expected:  # refused there
         with pytest.raises(ValueError, match="empty sweep"):
@@ -119,14 +128,16 @@ def test_flags_first_keeps_all_words_and_the_order_of_overrides(arguments):
     assert reordered[len(reordered) - len(after.overrides) :] == after.overrides
 
 
-@pytest.mark.parametrize("overrides", [["--cfg", "job", "-m"], ["-m", "--info", "config"]], ids=_joined)
+@pytest.mark.parametrize("overrides", REFUSED, ids=_joined)
 def test_run_with_multirun_and_a_flag_that_shows_is_refused_as_plain_hydra_does(plain_hydra, tmp_path, overrides):
     command = [sys.executable, "-m", "experiments.run", *overrides, "data.test_samples=2", f"results={tmp_path / 'r'}"]
     ours = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    plain = plain_hydra(*overrides)
-    assert (ours.returncode, plain.returncode) == (1, 1)
+    jobs, plain = plain_hydra[_joined(overrides)]
+    assert ours.returncode == 1
+    assert plain.endswith("status 1")
+    assert not jobs
     (line,) = ours.stderr.strip().splitlines()
-    assert line.removeprefix("error: ") in plain.stderr
+    assert line.removeprefix("error: ") in plain
     assert not (tmp_path / "r").exists()
 
 
