@@ -1,4 +1,4 @@
-"""Check of the fusion depth and onset estimates on planted models: `python -m probes.fusion.validation` prints a table."""
+"""Check of fusion depth, onset and reading layers on planted models: `python -m probes.fusion.validation` prints a table."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from probes.fusion.curves import attention_curve, knockout_curve, removal_curve,
 from probes.fusion.depth import FusionDepth, fusion_depth
 from probes.fusion.onset import FusionOnset, fusion_onset, onset_curve
 from probes.fusion.planted_models import PlantedModel, planted
+from probes.fusion.reading_layer import ReadingLayer, reading_layer
+from probes.interventions.swapping import swap_images
 from probes.readouts.linear_probe import linear_readout
 from probes.tokens.token_map import TokenMap
 
@@ -63,6 +65,25 @@ def estimate_onset(model: PlantedModel, count: int = 32, seed: int = 0) -> Fusio
     return fusion_onset(onset_curve(*arguments, samples.score), seed=seed)
 
 
+def estimate_reading_layers(model: PlantedModel, count: int = 32, seed: int = 0) -> tuple[ReadingLayer, ReadingLayer]:
+    """Estimate the layers that read red and blue, by swaps of minimal pairs.
+
+    Args:
+        model: A planted model.
+        count: Pairs of each colour, measured in one batch.
+        seed: Seed of the pairs and of the bootstrap.
+
+    Returns:
+        The reading layers of red and of blue.
+
+    Example:
+        >>> [estimate.layer for estimate in estimate_reading_layers(planted(layer=(2, 4), layers=4))]
+        [2, 4]
+    """
+    red, blue = (model.pairs(count, "red", seed), model.pairs(count, "blue", seed))
+    return reading_layer(swap_images(*red.arguments), seed=seed), reading_layer(swap_images(*blue.arguments), seed=seed)
+
+
 def planted_cases(layer_counts: Iterable[int] = LAYER_COUNTS) -> Iterator[tuple[int, int | tuple[int, int] | None]]:
     """Yield the number of layers and the planted layer of each model to check.
 
@@ -76,13 +97,14 @@ def planted_cases(layer_counts: Iterable[int] = LAYER_COUNTS) -> Iterator[tuple[
 
 def validation_table() -> Iterator[str]:
     """Yield the lines of a Markdown table with the estimates for all `planted_cases`."""
-    yield "| Layers | Read at | Attention | Removal | Knock-out | Read-out | Onset |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| Layers | Read at | Attention | Removal | Knock-out | Read-out | Onset | Red by swaps | Blue by swaps |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for layers, layer in planted_cases():
         model = planted(layer, layers)
         estimates = [_format_estimate(depth.depth, depth) for depth in estimate_depths(model)]
         onset = estimate_onset(model)
-        columns = [str(layers), _join_layers(model.reads), *estimates, _format_estimate(onset.onset, onset)]
+        swaps = [_format_estimate(reading.layer, reading) for reading in estimate_reading_layers(model)]
+        columns = [str(layers), _join_layers(model.reads), *estimates, _format_estimate(onset.onset, onset), *swaps]
         yield f"| {' | '.join(columns)} |"
 
 
@@ -90,7 +112,7 @@ def _join_layers(layers: Iterable[int]) -> str:
     return ", ".join(map(str, layers)) or "none"
 
 
-def _format_estimate(layer: int | None, estimate: FusionDepth | FusionOnset) -> str:
+def _format_estimate(layer: int | None, estimate: FusionDepth | FusionOnset | ReadingLayer) -> str:
     """Return one table entry, such as "3, read at 3" or "none"."""
     if layer is None:
         return "none"

@@ -8,7 +8,14 @@ import pytest
 
 from probes.fusion.depth import agreement
 from probes.fusion.planted_models import planted
-from probes.fusion.validation import LAYER_COUNTS, estimate_depths, estimate_onset, planted_cases, validation_table
+from probes.fusion.validation import (
+    LAYER_COUNTS,
+    estimate_depths,
+    estimate_onset,
+    estimate_reading_layers,
+    planted_cases,
+    validation_table,
+)
 
 
 def check_estimates(layer: int | tuple[int, int] | None, layers: int, width: int) -> None:
@@ -25,6 +32,10 @@ def check_estimates(layer: int | tuple[int, int] | None, layers: int, width: int
     onset, first = estimate_onset(model), model.reads[0] if model.reads else None
     assert (onset.onset, onset.low, onset.high) == (first,) * 3, onset
     assert (onset.layers, onset.reads) == (layers, model.reads), onset
+    for reading, own in zip(estimate_reading_layers(model), (model.reads[:1], model.reads[-1:]), strict=True):
+        expected = own[0] if own else None
+        assert (reading.layer, reading.low, reading.high) == (expected,) * 3, reading
+        assert (reading.layers, reading.reads) == (layers, own), reading
 
 
 @pytest.mark.parametrize(
@@ -59,7 +70,7 @@ def test_validation_table_of_three_models_lists_estimates(monkeypatch: pytest.Mo
     assert list(LAYER_COUNTS) == list(range(4, 13))
     monkeypatch.setattr("probes.fusion.validation.planted_cases", lambda: [(4, 3), (4, (1, 4)), (4, None)])
     assert list(validation_table())[2:] == [
-        "| 4 | 3 | 3, read at 3 | 3, read at 3 | 3, read at 3 | 3, read at 3 | 3, read at 3 |",
-        "| 4 | 1, 4 | 4, read at 1, 4 | 4, read at 1, 4 | 4, read at 1, 4 | 4, read at 1, 4 | 1, read at 1, 4 |",
-        "| 4 | none | none | none | none | none | none |",
+        f"| 4 | 3 {7 * '| 3, read at 3 '}|",
+        f"| 4 | 1, 4 {4 * '| 4, read at 1, 4 '}| 1, read at 1, 4 | 1, read at 1 | 4, read at 4 |",
+        f"| 4 | none {7 * '| none '}|",
     ]
