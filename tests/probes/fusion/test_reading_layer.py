@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 
@@ -124,6 +125,16 @@ def test_reading_layer_tells_two_planted_properties_apart(layers: int) -> None:
             for changed, layer in (("red", first), ("blue", second)):
                 result = reading_layer(swap_images(*model.pairs(12, changed).arguments), resamples=100)  # type: ignore[arg-type]
                 assert (result.layer, result.low, result.high, result.reads) == (layer, layer, layer, (layer,))
+
+
+def test_reading_layer_of_property_read_twice_names_both_layers() -> None:
+    """Each of two layers adds what it reads to the answer, so half of the move is left between them."""
+    model = planted(2, layers=5)
+    layers = model.model.model.language_model.layers
+    layers[3].self_attn.load_state_dict(copy.deepcopy(layers[1].self_attn.state_dict()))
+    result = reading_layer(swap_images(*model.pairs(12, "red").arguments))
+    assert result.moved == pytest.approx((1, 1, 0.5, 0.5, 0, 0), abs=1e-3)
+    assert result.reads == (2, 4)
 
 
 def test_reading_layer_of_text_only_control_is_none() -> None:
