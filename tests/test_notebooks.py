@@ -57,7 +57,7 @@ def kernel(monkeypatch, tmp_path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_in_a_kernel_shows_every_figure_as_an_image(path, tmp_path):
     figures = shown_figures(run_notebook(path, tmp_path))
-    drawn = {"ablation_tables": 1, "attention_analysis": 6, "smol_study": 8}
+    drawn = {"ablation_tables": 1, "attention_analysis": 7, "smol_study": 8}
     assert len(figures) == drawn[path.stem]
     assert all("image/png" in data for data in figures)
 
