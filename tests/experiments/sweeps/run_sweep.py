@@ -17,11 +17,12 @@ from experiments.sweeps.plan import expand_sweep
 from experiments.sweeps.store import RecordStore
 
 ROOT = Path(__file__).resolve().parents[3]
-# Three cells that train for ten steps. The middle one fails: a forward pass of 2 does not divide a step of 3.
+# Three cells that train for four steps. The middle one fails: a forward pass of 2 does not divide a step of 3.
 TRAINING_SWEEP = [
+    "data.train_samples=60",
     "data.test_samples=10",
     "compressor=query",
-    "train.max_steps=10",
+    "train.max_steps=4",
     "train.per_device_train_batch_size=2",
     "train.batch_size=2,3,4",
 ]
