@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .partial_vision_tower import hidden_states_at
 from .tiles import stitch_tiles
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def run_vision_tower(
     pixel_values: Float[Tensor, "crops channels height width"],
     with_attention: bool,
 ) -> VisionFeatures:
-    """Run the vision tower once, with its own attention implementation.
+    """Run the vision tower once up to the deepest selected layer, with its own attention implementation.
 
     If `config.encoded_side` is set, the pixels are resized first and the vision tower interpolates its positions.
 
@@ -173,11 +174,10 @@ def run_vision_tower(
         # DINOv2 has no such option, because it always interpolates.
         if "interpolate_pos_encoding" in inspect.signature(type(vision_tower).forward).parameters:
             options["interpolate_pos_encoding"] = True
-    with capture_outputs(*projections) as captured:
-        output = vision_tower(pixel_values, output_hidden_states=True, return_dict=True, **options)
-    hidden_states = output.hidden_states
     layers = [selected] if isinstance(selected, int) else selected
-    features = torch.cat([hidden_states[layer] for layer in layers], dim=-1)[:, first:]
+    with capture_outputs(*projections) as captured:
+        hidden_states = hidden_states_at(vision_tower, layers, pixel_values, **options)
+    features = torch.cat(hidden_states, dim=-1)[:, first:]
     if not with_attention:
         return VisionFeatures(features)
     queries, keys = cast(list[Tensor], captured)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +16,7 @@ from transformers import AutoModelForImageTextToText, LlavaConfig
 from llava_mini import LlavaMiniConfig
 from llava_mini.compressors import Compressor
 from llava_mini.prefusion import SUPPORTED_ATTENTION
+from llava_mini.vision_tower import run_vision_tower
 from llava_mini.visual_layout import crops_per_frame
 
 Convention = Literal["paper", "full"]
@@ -29,8 +31,8 @@ class FlopCount:
     Args:
         linear: FLOPs of linear maps as the released code runs them, patch embedding included.
         other: FLOPs of all other products: those of attention, causal or not, over all pairs.
-        skipped_linear: The part of `linear` that this project does not run. Its last pre-fusion layer computes only keys
-            and values for patches.
+        skipped_linear: The part of `linear` that this project does not run: layers of the vision tower behind the selected
+            one, and all but keys and values of patches in the last pre-fusion layer.
     """
 
     linear: float = 0.0
@@ -225,7 +227,15 @@ class CostModel:
         vision = self.config.vision_config
         pixels = (1, vision.num_channels, vision.image_size, vision.image_size)
         inner = self.model.model
-        return count_module_flops(getattr(inner, "look_at", inner.vision_tower), *pixels)
+        if not hasattr(inner, "look_at"):
+            return count_module_flops(inner.vision_tower, *pixels)
+        run = count_module_flops(inner.look_at, *pixels)
+        every_layer = copy.copy(self.config)  # as the released code runs them
+        every_layer.vision_feature_layer = -1
+        whole = count_module_flops(
+            lambda pixels: run_vision_tower(inner.vision_tower, every_layer, pixels, with_attention=False), *pixels
+        )
+        return FlopCount(whole.linear, run.other, whole.linear - run.linear)
 
     @cached_property
     def patches(self) -> int:

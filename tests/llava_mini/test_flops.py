@@ -100,6 +100,9 @@ def teraflops(compressor: str, size: int, layers: int, tiles: int) -> float:
     ],
 )
 def test_flops_are_those_of_the_paper(compressor, size, layers, tiles, printed):
+    # The released code also runs the vision tower's last layer, which nothing reads.
+    crops = 1 if tiles == 1 else tiles**2 + 1
+    printed -= 2 * (4 * 1024**2 + 2 * 1024 * 4096) * 577 * crops / 1e12
     if compressor == "query" and not layers:
         printed -= 0.024  # the released code also projects patches that nothing reads
     assert teraflops(compressor, size, layers, tiles) == pytest.approx(printed, abs=0.011)

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from experiments.cost.architectures import llava_config, llava_mini_config
-from experiments.cost.estimate import LINEAR_OPERATIONS, CostModel, Prompt
+from experiments.cost.estimate import LINEAR_OPERATIONS, CostEstimate, CostModel, Prompt
 from tests.tiny_models import tiny_llava_config, tiny_text_config, tiny_vision_config
 
 # All widths are different, so that a count with the width of another part fails
@@ -66,6 +66,11 @@ def counted_flops(config: LlavaConfig, visual: int, text: int, crops: int) -> tu
     return sum(flops for operation, flops in counts.items() if operation in LINEAR_OPERATIONS), sum(counts.values())
 
 
+def skipped_linear(estimate: CostEstimate) -> float:
+    """Return the linear FLOPs of the released code that this project does not run."""
+    return estimate.tower.skipped_linear + estimate.prefusion.skipped_linear
+
+
 @pytest.mark.parametrize("tower", VISION_TOWERS)
 @pytest.mark.parametrize(
     "text", [tiny_text_config(**TEXT), tiny_text_config(Qwen3Config, **TEXT, head_dim=24)], ids=["llama", "qwen3"]
@@ -100,7 +105,10 @@ def test_estimate_of_llava_mini_equals_torch_count(
     crops = 1 if tiles == 1 else 5
     linear, total = counted_flops(config, estimate.visual_tokens, 11, crops)
     assert estimate.visual_tokens == (16 * tiles**2 if compressor == "none" else 4)
-    assert estimate.flops("paper") - estimate.prefusion.skipped_linear == linear
+    assert estimate.flops("paper") - skipped_linear(estimate) == linear
+    vision = config.vision_config
+    layer_weights = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
+    assert estimate.tower.skipped_linear == 2 * layer_weights * 17 * crops  # the last layer: -2 is selected
     assert (estimate.prefusion.skipped_linear > 0) == (layers > 0 and (compressor != "none" or not prefuse_tokens))
     assert estimate.flops("full") == pytest.approx(total, rel=0.005)
 
@@ -115,7 +123,7 @@ def test_estimate_without_visual_tokens_skips_patches_in_last_prefusion_layer(ti
     estimate, more = (CostModel(config)(Prompt(text=11, tiles=tiles)) for config in (none, one))
     linear, total = counted_flops(none, 0, 11, 1 if tiles == 1 else 5)
     assert estimate.visual_tokens == 0
-    assert estimate.flops("paper") - estimate.prefusion.skipped_linear == linear
+    assert estimate.flops("paper") - skipped_linear(estimate) == linear
     assert estimate.flops("full") == pytest.approx(total, rel=0.005)
     assert estimate.flops("full") < more.flops("full")
 
@@ -128,7 +136,7 @@ def test_estimate_of_compressor_with_needs_equals_torch_count(tower: str, compre
     cost_model = CostModel(config)
     estimate = cost_model(Prompt(text=11, tiles=tiles))
     linear, total = counted_flops(config, estimate.visual_tokens, 11, 1 if tiles == 1 else 5)
-    assert estimate.flops("paper") == linear
+    assert estimate.flops("paper") - skipped_linear(estimate) == linear
     assert estimate.flops("full") == pytest.approx(total, rel=0.005)
     assert (
         cost_model(Prompt(text=10.6, tiles=tiles)).compressor == estimate.compressor
@@ -149,7 +157,7 @@ def test_estimate_of_full_size_model_equals_torch_count(name: str, size: int, la
         config = llava_mini_config(config, compressor_size=size, prefusion_layers=layers)
     estimate = CostModel(config)(Prompt(text=60))
     linear, total = counted_flops(config, estimate.visual_tokens, 60, 1)
-    assert estimate.flops("paper") - estimate.prefusion.skipped_linear == pytest.approx(linear, rel=1e-9)
+    assert estimate.flops("paper") - skipped_linear(estimate) == pytest.approx(linear, rel=1e-9)
     assert estimate.flops("full") == pytest.approx(total, rel=0.005)
 
 
