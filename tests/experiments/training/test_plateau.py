@@ -77,7 +77,7 @@ def test_plateau_recipe_composes_with_a_validation_split(compose_config):
 
 def test_plateau_recipe_without_validation_split_raises(compose_config):
     overrides = ["train=plateau", "data.train_samples=8", "data.test_samples=6"]
-    with pytest.raises(ValueError, match=r"data\.validation_samples: .*30"):
+    with pytest.raises(ValueError, match=r"data\.validation_samples: .*40"):
         identify_cell(compose_config(*overrides), overrides)
 
 
