@@ -86,7 +86,7 @@ _SHAPE_PROPERTIES = {
 _PHOTO_PROPERTIES = {
     "object": ("object", "place"),
     "count": ("object", "count"),
-    "place": ("place", "where"),
+    "place": ("place", "beside"),
     "relation": ("object", "beside"),
 }
 
@@ -102,7 +102,8 @@ def draw_minimal_pairs(config: DataConfig, count: int) -> dict[str, list[Minimal
     - place: the same question, as an object moves to an empty cell.
 
     Grids of photographs differ in one photograph, or in the order of two: object (what is in a cell), count, relation
-    (what is beside another photograph), and place (where a photograph is, as it changes places with another).
+    (what is beside another photograph), and place (the same question, as two photographs change places). No question
+    asks where a photograph is: its answers are too few words to tell a model that knows them from one that guesses.
 
     Args:
         config: The data config; its seed is that of the pairs.
@@ -237,10 +238,7 @@ def _photo_scenes(config: PhotosData, count: int) -> Iterator[_Scene]:
             [photos.classes[label] for label in photos.labels[indices]],
             partial(grid.render_photos, indices),
             partial(_photo_changes, grid, indices),
-            {
-                question_type: partial(questions, question_type)
-                for question_type in ("place", "count", "beside", "where")
-            },
+            {question_type: partial(questions, question_type) for question_type in ("place", "count", "beside")},
         )
 
 

@@ -46,7 +46,7 @@ def swaps_figure(record: Record) -> Figure:
     located = {name: entry for name, entry in swaps["properties"].items() if entry["layer"] is not None}
     for number, (name, entry) in enumerate(located.items()):
         index = number % len(_COLOURS)
-        style = {"color": _COLOURS[index], "marker": MARKERS[index], "linestyle": LINESTYLES[index]}
+        style: dict[str, Any] = {"color": _COLOURS[index], "marker": MARKERS[index], "linestyle": LINESTYLES[index]}
         label = f"{name}: layer {entry['layer']} (95% CI {entry['low']} to {entry['high']})"
         _draw_moved(moved, entry, style | {"label": label})
         flipped.plot(100 * np.array(entry["flipped"]), **style)

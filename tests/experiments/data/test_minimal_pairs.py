@@ -152,8 +152,10 @@ def test_draw_minimal_pairs_of_photos_have_the_answers_that_their_pixels_show(ph
                     assert answer == seen[names.index(pair.question[len("What is at ") : -1])]
                 elif name == "count":
                     assert answer == str(seen.count(pair.question[:-1].split()[-1]))
-                elif name == "place":
-                    assert answer == names[seen.index(pair.question[len("Where is the ") : -1])]
+                else:
+                    direction, reference = re.fullmatch(r"What is (.+) the (\w+)\?", pair.question).groups()
+                    step = {"left of": -1, "right of": 1, "above": -2, "below": 2}[direction]
+                    assert answer == seen[seen.index(reference) + step]
 
 
 def test_minimal_pair_sample_has_one_image_and_any_answer(shape_pairs):
