@@ -41,6 +41,7 @@ class AttentionRecord:
         sources: Groups on the source axis: all groups of the token map.
         statistics: Statistics that were recorded. Reading another one raises RuntimeError.
         tokens: The token map.
+        target_tokens: The token map that `targets` are groups of: with words, one in which each is a group of its own.
         words: The words that `view` shows, or None.
         facts: Facts of the model that `view` shows: its type, device and dtype.
 
@@ -64,6 +65,7 @@ class AttentionRecord:
         statistics: tuple[str, ...] = DEFAULT_STATISTICS,
     ) -> None:
         self.tokens, self.words, self.facts = tokens, words, dict[str, str]()
+        self.target_tokens = tokens if words is None else words.label(tokens)
         self.layers, self.heads, self.targets, self.sources = layers, heads, targets, tokens.groups
         self.statistics = statistics
         self._shape = tokens.labels.shape
@@ -314,19 +316,21 @@ class AttentionRecord:
 
 
 def query_and_key_groups(
-    window: TokenWindow, subset: CallSubset | None, keys: int
+    window: TokenWindow, target_tokens: TokenMap, subset: CallSubset | None, keys: int
 ) -> tuple[Int[Tensor, "batch queries"], Int[Tensor, "batch keys"]]:
     """Return the group of each query and of each key of a layer's call.
 
     Args:
         window: The positions of the token map that the call covers.
+        target_tokens: The map whose groups the queries have; the keys have those of the window's map.
         subset: The tokens that the layer runs on; None if it runs on all tokens of the call.
         keys: Number of keys of the call.
 
     Returns:
         Group indices of the queries and of the keys. Filler and empty cache slots have -1.
     """
+    queries = window.labels_by(target_tokens)[:, window.start :]
     if subset is None:
-        return window.queries, window.keys(keys)
-    queries = subset.select_queries(window.queries).masked_fill(subset.query_filler, -1)
+        return queries, window.keys(keys)
+    queries = subset.select_queries(queries).masked_fill(subset.query_filler, -1)
     return queries, window.labels.gather(1, subset.keys).masked_fill(subset.key_filler, -1)

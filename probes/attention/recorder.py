@@ -49,7 +49,7 @@ class AttentionRecorder:
     ) -> None:
         self.record, self.window = record, window
         self.heads = None if all_heads else torch.tensor(record.heads)
-        self.targets = tuple(tokens.index(target) for target in record.targets)
+        self.targets = tuple(record.target_tokens.index(target) for target in record.targets)
         self.layers = layers = decoder_layers(decoder)
         self.layer_of = {unwrap_module(layers[layer].get_submodule("self_attn")): layer for layer in record.layers}
         self.layouts: dict[Any, tuple[Visibility, GroupLayout]] = {}
@@ -145,7 +145,7 @@ class AttentionRecorder:
             with_rest,
         )
         if cache_key is None or cache_key not in self.layouts:
-            query_groups, key_groups = query_and_key_groups(window, subset, keys)
+            query_groups, key_groups = query_and_key_groups(window, self.record.target_tokens, subset, keys)
             layout = GroupLayout.build(
                 query_groups.to(query.device),
                 key_groups.to(query.device),

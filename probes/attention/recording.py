@@ -61,8 +61,9 @@ def record_attention(
         statistics: What to record beside mass, by property of the record: "entropy" and "received" by default;
             "contribution", "sink_rate" and "value_norm" need the native back end. `["mass"]` alone costs least: under
             sdpa on the CPU, the scores of the widest source are not computed a second time.
-        words: Words of one prompt, from `probes.view.find_words`. Each becomes a group of its own, and by default they
-            are the targets. `received` then holds the attention of each word to every position, and `view` shows it.
+        words: Words of one prompt, from `probes.view.find_words`. Each is a target of its own, and by default they are
+            all targets; the sources stay the groups of `tokens`. `received` then holds the attention of each word to
+            every position, and `view` shows it.
 
     Yields:
         The record. It can be read once the model has run the whole prompt.
@@ -84,18 +85,19 @@ def record_attention(
     # These import this file.
     from probes.attention.backends import record_with_backend, underlying_model
 
-    if words is not None:
-        tokens, targets = words.label(tokens), words.groups if targets is None else targets
     model = unwrap_model(model)
     transformers_model = underlying_model(model, backend)
     decoder = find_decoder(transformers_model, tokens.stack, MASK_FORMATS.values())
     if not transformers_model.get_decoder()._can_set_attn_implementation():
         raise ValueError(f"{type(decoder).__name__} does not use the attention interface: it cannot be recorded")
-    groups = tuple(group for group in tokens.groups if group != "pad") if targets is None else tuple(targets)
+    target_tokens = tokens if words is None else words.label(tokens)
+    if targets is None:
+        targets = (group for group in tokens.groups if group != "pad") if words is None else words.groups
+    groups = tuple(targets)
     if not groups:
-        raise ValueError(f"targets are empty: name at least one of {', '.join(tokens.groups)}")
+        raise ValueError(f"targets are empty: name at least one of {', '.join(target_tokens.groups)}")
     for group in groups:
-        tokens.index(group)
+        target_tokens.index(group)
     selected_statistics = _select_statistics(statistics, backend)
     selected_heads = _select_heads(decoder.config.num_attention_heads, heads)
     record = AttentionRecord(

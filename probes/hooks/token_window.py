@@ -63,10 +63,11 @@ class TokenWindow:
             handle.remove()
         self._eager.__exit__()
 
-    @property
-    def queries(self) -> Int[Tensor, "batch queries"]:
-        """Groups of the call's queries."""
-        return self.labels[:, self.start :]
+    def labels_by(self, tokens: TokenMap) -> Int[Tensor, "batch stop"]:
+        """Return the groups that another map of the same inputs gives to all positions so far."""
+        if self.tokens.stack == "prefusion":
+            return tokens.labels[self.rows].to(self.labels.device)[:, : self.stop]
+        return self._with_generated(tokens).to(self.labels.device)
 
     def first_key(self, length: int) -> int:
         """Return the position of the first of `length` keys, not 0 if a sliding cache has dropped the oldest."""
@@ -109,10 +110,13 @@ class TokenWindow:
         if start and self.rows.stop and copies != self.copies:
             self._raise_shape_mismatch(batch, length)
         self.rows, self.copies = slice(0, rows), copies
-        generated_count = max(self.stop - positions, 0)
-        generated = self.tokens.index(self.tokens.generated)
-        labels = nn.functional.pad(self.tokens.labels, (0, generated_count), value=generated)
-        self.labels = labels[:, : self.stop].to(inputs.device).repeat_interleave(copies, dim=0)
+        self.labels = self._with_generated(self.tokens).to(inputs.device)
+
+    def _with_generated(self, tokens: TokenMap) -> Int[Tensor, "batch stop"]:
+        """Return the groups of all positions so far, generated ones among them, for each row of the call."""
+        generated_count = max(self.stop - tokens.labels.shape[1], 0)
+        labels = nn.functional.pad(tokens.labels, (0, generated_count), value=tokens.index(tokens.generated))
+        return labels[:, : self.stop].repeat_interleave(self.copies, dim=0)
 
     def _before_prefusion_call(self, prefusion: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._require_one_thread()

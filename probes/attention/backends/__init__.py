@@ -144,11 +144,11 @@ def record_with_backend(backend: str, model: Any, tokens: TokenMap, record: Atte
         ValueError: An unknown back end, a model that it cannot record, or a call that does not fit `tokens`.
         RuntimeError: The model is being recorded already.
     """
-    targets = tuple(tokens.index(target) for target in record.targets)
+    targets = tuple(record.target_tokens.index(target) for target in record.targets)
 
     def add(layer: int, scores: Tensor, weights: Tensor) -> None:
         subset, keys, heads = current_subset(layers[layer]), scores.shape[-1], list(record.heads)
-        groups = query_and_key_groups(window, subset, keys)
+        groups = query_and_key_groups(window, record.target_tokens, subset, keys)
         sums = dense_statistics(scores[:, heads], weights[:, heads], *groups, targets, len(record.sources))
         record._add(layer, window, subset, keys, sums)
 
