@@ -58,8 +58,8 @@ test-benchmarks: $(BENCHMARKS)/.installed
 
 $(BENCHMARKS)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(BENCHMARKS)
-	$(BENCHMARKS)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[video]" $(LMMS_EVAL) pytest hypothesis
-	$(BENCHMARKS)/bin/python -m pip install --quiet --no-deps lmms-eval==0.7.3
+	$(BENCHMARKS)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[video]" $(LMMS_EVAL) pytest hypothesis
+	$(BENCHMARKS)/bin/python -m pip install --quiet --no-compile --no-deps lmms-eval==0.7.3
 	@touch $@
 
 lint: $(STAMP)

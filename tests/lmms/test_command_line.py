@@ -23,9 +23,7 @@ def shapes(tmp_path_factory):
 
 def command(folder, output, processes=1, arguments="pretrained=asset:tiny"):
     """Run lmms-eval on shapes, and return the finished process."""
-    launcher = (
-        ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"] if processes > 1 else []
-    )
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"] if processes > 1 else []
     options = ["--model", "llava_mini", "--model_args", arguments, "--tasks", "shapes_write,shapes_score"]
     options += ["--include_path", str(folder / "tasks"), "--log_samples", "--output_path", str(output)]
     options += ["--batch_size", "3"]
