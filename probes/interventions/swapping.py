@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from probes.hooks.decoder import decoder_layers, find_decoder
+from probes.hooks.image_features import reuse_image_features
 from probes.hooks.layer_io import input_states, replace_input_states
 from probes.hooks.partial_call import can_run_subset
 from probes.replay import replay
@@ -94,7 +95,7 @@ def swap_images(
 
     Positions of the text that precede the first visual token stay. Both directions of all pairs cost one pass on the
     batch, and a pass on the text after the image for each k, on layers k and later (on all positions if the model does
-    not support fewer).
+    not support fewer). Images are encoded once, by LLaVA-Mini in each pass.
 
     Args:
         model: A transformers model with a decoder.
@@ -139,7 +140,8 @@ def swap_images(
         return replace_input_states(args, kwargs, torch.where(mask[..., None], others, hidden))
 
     runs = []
-    with replay(model, range(len(layers)), text if can_run_text_alone else None) as resume_from:
+    rows = text if can_run_text_alone else None
+    with reuse_image_features(model), replay(model, range(len(layers)), rows) as resume_from:
         with ExitStack() as stack:
             for layer in layers:
                 stack.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)

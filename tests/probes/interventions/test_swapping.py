@@ -96,6 +96,14 @@ def test_swap_images_leaves_model_and_logits_as_they_were(make_pairs: Any) -> No
         assert torch.equal(model(**inputs).logits, before)
 
 
+def test_swap_images_encodes_images_once(make_pairs: Any) -> None:
+    model, inputs = tiny_llava(), make_pairs("left")
+    runs: list[int] = []
+    model.model.vision_tower.register_forward_hook(lambda tower, args, output: runs.append(1))
+    swap_images(model, TokenMap.from_inputs(model, inputs), inputs, ANSWERS)
+    assert len(runs) == 1
+
+
 def test_swap_images_with_last_logits_alone_equals_all_logits(make_pairs: Any) -> None:
     model, inputs = tiny_llava(), make_pairs("left")
     tokens = TokenMap.from_inputs(model, inputs)
