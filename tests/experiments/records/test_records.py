@@ -85,6 +85,24 @@ def test_check_record_with_words_of_patches_accepts_it(probed: dict[str, Any]) -
     check_record(probed | {"patch_words": patch_words()})
 
 
+def swaps(points: int, layer: int | None, **changed: Any) -> dict[str, Any]:
+    """Return a `swaps` part of one property.
+
+    Args:
+        points: Points of its curves.
+        layer: Its reading layer.
+        changed: Fields that differ.
+    """
+    curves = {name: [0.5] * points for name in ("moved", "moved_low", "moved_high", "flipped")}
+    fields = {"layer": layer, "low": layer, "high": layer, "pairs": 20, "right": 18, "chance": 0.01}
+    return {"properties": {"colour": fields | curves | changed}}
+
+
+def test_check_record_with_swaps_accepts_them_with_and_without_a_layer(probed: dict[str, Any]) -> None:
+    check_record(probed | {"swaps": swaps(7, 2)})
+    check_record(probed | {"swaps": swaps(0, None)})
+
+
 def without_field(path: str) -> Callable[[dict[str, Any]], None]:
     """Return a function that removes a field of a record.
 
@@ -137,6 +155,9 @@ def with_value(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
             ),
             "sinks.by_value: .*6 rows",
         ),
+        (with_value("swaps", swaps(7, 2, flipped=[0.5])), "swaps.properties.colour.flipped: has 1 points, not 7"),
+        (with_value("swaps", swaps(7, None)), "swaps.properties.colour.moved: has 7 points, not 0"),
+        (with_value("swaps", swaps(7, 2, chance=1.5)), "swaps.properties.colour.chance: .*1.5"),
         (with_value("onset", {"upto": [{"layers": [0], "correct": ""}] * 2}), "onset.upto: .*all 6"),
         (with_value("data.examples", True), "data.examples: .*True"),
         (with_value("accuracy.image", "01"), "accuracy.image: .*2 outcomes for 120"),
