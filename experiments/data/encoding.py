@@ -14,14 +14,16 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
-from experiments.data.chat_rendering import CharacterSpans, check_rendered_texts, first_line, render_chat
+from experiments.data.chat_rendering import CharacterSpans, first_line
 from experiments.data.length_limit import LengthLimit, shorten
 from experiments.data.media_files import with_orientation_of
+from experiments.data.rendered_chats import RenderedChats
 from experiments.data.samples import IMAGE_PLACEHOLDER, PLACEHOLDER, VIDEO_PLACEHOLDER, Sample
 from llava_mini import LlavaMiniProcessor
 
 IGNORE_INDEX = -100
 EncodedSample = dict[str, Any]
+_RENDERED_CHATS = RenderedChats()  # of all encoders of this process
 log = logging.getLogger(__name__)
 
 
@@ -130,14 +132,13 @@ class SampleEncoder:
             name = type(self.processor).__name__
             raise ValueError(f"sample {sample.id}: a {name} accepts images, not videos; LLaVA-Mini accepts both")
         messages = chat_messages(sample)
-        text, answers = render_chat(self.processor, sample.id, messages)
+        text, answers = _RENDERED_CHATS.render(self.processor, sample.id, messages)
         for token, placeholder in ((self.image_token, IMAGE_PLACEHOLDER), (VIDEO_PLACEHOLDER, VIDEO_PLACEHOLDER)):
             if (written := text.count(token)) != (needed := sample.placeholders.count(placeholder)):
                 raise ValueError(
                     f"sample {sample.id}: the chat template writes {written} {token} where the sample has {needed} "
                     f"{placeholder}; use a template that writes every image and video"
                 )
-        check_rendered_texts(self.processor, sample.id, messages, text, answers)
         return text, answers
 
     def _encode_for_llava_mini(
