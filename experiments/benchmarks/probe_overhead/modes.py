@@ -7,7 +7,7 @@ returns None.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -72,9 +72,9 @@ def prepare_mode(mode: str, model: PreTrainedModel, ids: Int[Tensor, "1 length"]
         tokens: The token map of the prompt.
     """
     model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    model.set_attn_implementation("sdpa" if mode in ("plain", *_RECORDED_TARGETS) else "eager")
-    if mode in _RECORDED_TARGETS:
-        return _recorded(model, ids, tokens, _RECORDED_TARGETS[mode])
+    model.set_attn_implementation("sdpa" if mode in ("plain", *_RECORDED) else "eager")
+    if mode in _RECORDED:
+        return _recorded(model, ids, tokens, _RECORDED[mode])
     membership = torch.nn.functional.one_hot(tokens.labels[0], len(tokens.groups)).to(ids.device, model.dtype)
     queries = int(tokens.mask("instruction").sum())
 
@@ -89,7 +89,7 @@ def attention_matrices_gib(mode: str, model: BenchModel, config: BenchConfig, vi
 
     `record_attention` holds none.
     """
-    if mode in ("plain", *_RECORDED_TARGETS):
+    if mode in ("plain", *_RECORDED):
         return 0.0
     # Scores, weights in float32 and weights in the model's dtype; `output_attentions` also keeps the weights per layer.
     matrices = 3 + (model.layers if mode == "output_attentions" else 0)
@@ -97,11 +97,11 @@ def attention_matrices_gib(mode: str, model: BenchModel, config: BenchConfig, vi
     return matrices * model.heads * (visual + config.text) ** 2 * bytes_each / 2**30
 
 
-def _recorded(model: PreTrainedModel, ids: Tensor, tokens: TokenMap, targets: tuple[str, ...] | None) -> Run:
+def _recorded(model: PreTrainedModel, ids: Tensor, tokens: TokenMap, arguments: Mapping[str, Any]) -> Run:
     def run() -> Masses:
-        with record_attention(model, tokens, targets=targets) as attention:
+        with record_attention(model, tokens, **arguments) as attention:
             model(ids, use_cache=False)
-        # The record also holds entropy and received attention.
+        # The record also holds entropy and received attention, unless the arguments name other statistics.
         return attention.mass[:, 0, :, attention.targets.index("instruction")].nan_to_num()
 
     return run
@@ -168,8 +168,13 @@ def _bridge(model: PreTrainedModel, ids: Tensor, layer_mass: LayerMass) -> Run:
     return run
 
 
-# Targets of `record_attention`, by mode.
-_RECORDED_TARGETS = {"text": ("system", "instruction"), "all": None}
+# Arguments of `record_attention`, by mode.
+_RECORDED: dict[str, dict[str, Any]] = {
+    "text": {"targets": ("system", "instruction")},
+    "all": {},
+    "mass": {"statistics": ("mass",)},
+    "contribution": {"statistics": ("contribution",)},
+}
 _MODE_FUNCTIONS: dict[str, Callable[[PreTrainedModel, Tensor, LayerMass], Run]] = {
     "plain": _plain,
     "output_attentions": _output_attentions,
@@ -177,4 +182,4 @@ _MODE_FUNCTIONS: dict[str, Callable[[PreTrainedModel, Tensor, LayerMass], Run]] 
     "nnsight": _nnsight,
     "bridge": _bridge,
 }
-MODES = ("plain", *_RECORDED_TARGETS, *(mode for mode in _MODE_FUNCTIONS if mode != "plain"))
+MODES = ("plain", *_RECORDED, *(mode for mode in _MODE_FUNCTIONS if mode != "plain"))

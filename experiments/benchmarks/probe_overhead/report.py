@@ -8,21 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from experiments.markdown import markdown_table
-from experiments.report.figures.style import BLUE, GREEN, GREY, ORANGE, WIDTH, save, styled
+from experiments.report.figures.style import BLUE, GREEN, GREY, ORANGE, ORDERED, WIDTH, save, styled
 
 MODE_LABELS = {
     "plain": "plain forward, sdpa",
     "text": "record_attention, text targets",
     "all": "record_attention, all targets",
+    "mass": "record_attention, all targets, mass alone",
+    "contribution": "record_attention, all targets, contribution",
     "output_attentions": "eager, output_attentions",
     "hooks": "eager, forward hooks",
     "nnsight": "nnsight (eager)",
     "bridge": "TransformerBridge (eager)",
 }
 MIB = 2**20
+LIGHT_BLUE, DARK_BLUE = ORDERED[0], ORDERED[3]
 _MODE_COLOURS = {
     "text": BLUE,
     "all": GREEN,
+    "mass": LIGHT_BLUE,
+    "contribution": DARK_BLUE,
     "output_attentions": GREY,
     "hooks": GREY,
     "nnsight": ORANGE,
@@ -110,7 +115,7 @@ def draw_overhead(record: Mapping[str, Any], stem: Path) -> tuple[Path, Path]:
                 0.8 / len(modes),
                 yerr=[[max(value, 0.0) for value in side] for side in spread],
                 color=_MODE_COLOURS[mode],
-                alpha=1.0 if mode in ("text", "output_attentions", "nnsight") else 0.6,
+                alpha=1.0 if mode in ("text", "mass", "contribution", "output_attentions", "nnsight") else 0.6,
                 label=MODE_LABELS[mode],
                 error_kw={"linewidth": 0.7},
             )
