@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
-from experiments.data.chat_rendering import CharacterSpans, first_line
+from experiments.data.chat_rendering import CharacterSpans, check_rendered_texts, first_line
 from experiments.data.length_limit import LengthLimit, shorten
 from experiments.data.media_files import with_orientation_of
 from experiments.data.rendered_chats import RenderedChats
@@ -139,6 +139,7 @@ class SampleEncoder:
                     f"sample {sample.id}: the chat template writes {written} {token} where the sample has {needed} "
                     f"{placeholder}; use a template that writes every image and video"
                 )
+        check_rendered_texts(self.processor, sample.id, messages, text, answers)
         return text, answers
 
     def _encode_for_llava_mini(

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
-from experiments.data.chat_rendering import CharacterSpans, check_rendered_texts, render_chat
+from experiments.data.chat_rendering import CharacterSpans, render_chat
 
 MAX_CHATS = 50_000  # of a few hundred characters each for the generated data
 
@@ -40,7 +40,7 @@ class RenderedChats:
     def render(
         self, processor: ProcessorMixin, sample_id: str, messages: list[dict[str, Any]]
     ) -> tuple[str, CharacterSpans]:
-        """Return the text of a conversation and the spans of its answers, checked.
+        """Return the text of a conversation and the spans of its answers.
 
         Args:
             processor: The processor of the chat template.
@@ -48,13 +48,11 @@ class RenderedChats:
             messages: The turns, as for `render_chat`.
 
         Raises:
-            ValueError: As `render_chat` and `check_rendered_texts`.
+            ValueError: As `render_chat`.
         """
         key = json.dumps([*_template_key(processor), messages])
         if key not in self._chats:
-            text, answers = render_chat(processor, sample_id, messages)
-            check_rendered_texts(processor, sample_id, messages, text, answers)
-            self._chats[key] = text, answers
+            self._chats[key] = render_chat(processor, sample_id, messages)
             if len(self._chats) > self.limit:
                 self._chats.popitem(last=False)
         return self._chats[key]
