@@ -25,6 +25,7 @@ from experiments.report.tables import (
     blind_controls,
     claims,
     fusion_depth,
+    patch_words,
     provenance,
     question_types,
     writers,
@@ -183,6 +184,7 @@ class Report:
             blind_controls.blind_controls_table(self.probed),
             question_types.question_type_table(self.groups, self.probed),
             question_types.removal_by_question_type_table(self.probed),
+            *patch_words.patch_words_tables(self.records.finished),
             claims.claims_by_question_type_table(judge_by_question_type(self.findings)),
             provenance.provenance_table(self.records),
         )
