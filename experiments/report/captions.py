@@ -112,10 +112,39 @@ def attention_entropy(record: Record) -> str:
 def removal(record: Record) -> str:
     """Return the caption of the removal figure."""
     control = "; open squares hide as many random text tokens instead" if record["removal"].get("random_inside") else ""
+    onset = (
+        "Triangles: visual tokens hidden in the first layers, so that the image arrives late; the blue line is the onset, "
+        "the first layer that needs the image. "
+        if record.get("onset")
+        else ""
+    )
     return (
         f"Left: visual tokens hidden inside one block of layers and visible in all others{control}. Right: visual tokens "
         "hidden from a layer onward, so that only the first layers attend to them; the shaded range is the 95% interval "
-        f"of the fusion depth. Bars and band: 95% bootstrap intervals over n = {record['data']['examples']} examples."
+        f"of the fusion depth. {onset}Bars and band: 95% bootstrap intervals over n = {record['data']['examples']} examples."
+    )
+
+
+def contribution(record: Record) -> str:
+    """Return the caption of the contribution figure."""
+    control = (record["contribution"].get("control") or {}).get("name")
+    dashed = f" Dashed: {control}." if control else ""
+    return (
+        "Norm of what attention to the image adds to the output of the attention module (attention times value, through "
+        "the output projection), as a share of the norms of all token groups. Means over heads and queries; line and band: "
+        f"mean and 95% bootstrap interval over n = {record['contribution']['samples']} samples.{dashed} Right: the norm "
+        "for the instruction, by layer and head."
+    )
+
+
+def sinks(record: Record) -> str:
+    """Return the caption of the sinks figure."""
+    left_out = " Attention mass and entropy of this record leave them out." if record["sinks"].get("left_out") else ""
+    return (
+        "A visual token is a sink by attention if it takes far more attention than the others from at least half of the "
+        "text's queries and heads, and a sink by value norm if its value is far smaller. Left: questions with at least one "
+        "sink in the layer. Right: attention on the sinks by attention. Line and band: mean and 95% bootstrap interval "
+        f"over n = {record['sinks']['samples']} samples.{left_out}"
     )
 
 

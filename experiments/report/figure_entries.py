@@ -70,7 +70,7 @@ def figure_entries(
         record = next((record for record in probed if record.get(part) is not None), None)
         if record is not None:
             yield FigureEntry(stem, title, f"{caption(record)} {captions.probe_source(record)}", partial(draw, record))
-        elif part != _SWAPS_PART and (probed or not experiments):
+        elif part not in _UNMENTIONED_PARTS and (probed or not experiments):
             note = next((f" ({note})" for record in probed if (note := record.get(f"{part}_note"))), "")
             yield FigureEntry(stem, title, f"Not drawn: no finished record holds {part} measurements{note}.", None)
     if ablation or not experiments:
@@ -119,8 +119,8 @@ def _ablation_entries(ablation: Sequence[RunGroup]) -> Iterator[FigureEntry]:
             yield FigureEntry(stem, title, caption, partial(draw, groups))
 
 
-_SWAPS_PART = "swaps"
-"""Part of a record that an experiment of its own measures; a report without it does not mention it."""
+_UNMENTIONED_PARTS = ("contribution", "sinks", "swaps")
+"""Parts of a record that a report does not mention if no record has them."""
 _PROBE_FIGURES: tuple[tuple[str, str, str, Callable[[Record], Figure], Callable[[Record], str]], ...] = (
     (
         REMOVAL_STEM,
@@ -151,6 +151,20 @@ _PROBE_FIGURES: tuple[tuple[str, str, str, Callable[[Record], Figure], Callable[
         captions.attention_entropy,
     ),
     (
+        "contribution_by_layer",
+        "Contribution of the image by layer",
+        "contribution",
+        figures.contribution_figure,
+        captions.contribution,
+    ),
+    (
+        "sinks_by_layer",
+        "Visual attention sinks by layer",
+        "sinks",
+        figures.sinks_figure,
+        captions.sinks,
+    ),
+    (
         "lens_by_layer",
         "Logit lens: the right answer's first token by layer",
         "lens",
@@ -160,7 +174,7 @@ _PROBE_FIGURES: tuple[tuple[str, str, str, Callable[[Record], Figure], Callable[
     (
         "swaps_by_property",
         "Reading layer by property",
-        _SWAPS_PART,
+        "swaps",
         figures.swaps_figure,
         captions.swaps,
     ),

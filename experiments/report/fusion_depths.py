@@ -12,7 +12,11 @@ _ALWAYS_REPORTED = {"removal": True, "knockout": False, "readout": False, "atten
 
 def probed_records(records: Records) -> tuple[Record, ...]:
     """Return the finished records with a probe: attention experiments first, then plain LLaVA, then by name."""
-    probed = [r for r in records.finished if any(r.get(key) is not None for key in ("attention", "removal", "fusion"))]
+    probed = [
+        r
+        for r in records.finished
+        if any(r.get(key) is not None for key in ("attention", "removal", "onset", "fusion"))
+    ]
     return tuple(
         sorted(
             probed,

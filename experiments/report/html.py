@@ -30,6 +30,7 @@ _FOLDER = Path(__file__).parent
 _OTHER_TABLES = {
     "claims_by_question_type": "Claims by question type",
     "fusion_depth": "Fusion depth",
+    "onset": "Fusion onset",
     "sight": "Blind controls",
     "accuracy_by_kind": "Accuracy by question type",
     "removal_by_kind": "Removal by question type",

@@ -106,7 +106,10 @@ def finished(
             "shuffled": draw(rng, rng.random(examples), 0.33),
         },
         "removal": None,
+        "onset": None,
         "attention": None,
+        "contribution": None,
+        "sinks": None,
         "knockout": None,
         "readout": None,
         "lens": None,
@@ -138,6 +141,10 @@ def probes(record: dict[str, Any], difficulty: np.ndarray, samples: int) -> dict
     chance = [draw(rng, rng.random(len(difficulty) - 3), 0.3) for _ in readable]
     worded = [draw(rng, difficulty, rate) for rate in (0.05, 0.1, 0.2, 0.4, 0.7, 0.8, 0.87)]
     depth = {"threshold": 0.9, "layers": LAYERS, "level": 0.95, "curve": [0.0] * LAYERS}
+    arrived_late = [draw(rng, difficulty, rate) for rate in (0.62, 0.42, 0.38, 0.36, 0.36)]
+    onset = {"threshold": 0.1, "layers": LAYERS, "level": 0.95}
+    in_layers = np.array([0.0, 0.0, 0.9, 0.9, 0.8, 0.3])[:, None]  # share of samples with a sink
+    sinks = (rng.random((LAYERS, samples)) < in_layers).astype(int)
     return record | {
         "removal": {
             "block": 1,
@@ -161,6 +168,37 @@ def probes(record: dict[str, Any], difficulty: np.ndarray, samples: int) -> dict
                 "name": "same model, random weights",
                 "mass": [[0.6] * LAYERS, [0.58] * LAYERS, [0.23] * LAYERS],
                 "entropy": [[3.5] * LAYERS, [3.5] * LAYERS, [2.3] * LAYERS],
+            },
+        },
+        "contribution": {
+            "pairs": PAIRS,
+            "samples": samples,
+            "share": np.round(np.clip(shape[..., None] * [0.9] + rng.normal(0, 0.05, mass.shape), 0, 1), 4).tolist(),
+            "by_head": np.round(shape[..., None] * np.array([2.0, 1.0, 0.5]), 4).tolist(),
+            "control": {
+                "name": "same model, random weights",
+                "share": [[0.5] * LAYERS, [0.5] * LAYERS, [0.3] * LAYERS],
+            },
+        },
+        "sinks": {
+            "targets": ["instruction", "response"],
+            "samples": samples,
+            "by_attention": sinks.tolist(),
+            "by_value": (sinks * [index % 2 for index in range(samples)]).tolist(),
+            "mass": [(0.1 * sinks).tolist(), (0.05 * sinks).tolist()],
+            "tokens": None,
+            "left_out": False,
+        },
+        "onset": {
+            "block": 1,
+            "upto": [
+                {"layers": list(range(k)), "correct": c}
+                for k, c in enumerate([intact, *arrived_late, tails[0]["correct"]])
+            ],
+            "estimate": {**onset, "onset": 1, "low": 1, "high": 1, "samples": len(difficulty)},
+            "by_kind": {
+                "place": {**onset, "onset": 2, "low": 1, "high": 2, "samples": 40},
+                "count": {**onset, "onset": None, "low": None, "high": None, "samples": 40},
             },
         },
         "knockout": {

@@ -1,14 +1,14 @@
-"""Claims on attention: text attends to the image early (paper, Fig. 2), and evenly early (Fig. 3)."""
+"""Claims on attention: text attends to the image early, the image adds to text early, and attention is even early."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from experiments.records.views import Record
 from experiments.report.claims.claim import Case, Claim
 from experiments.report.claims.probed import probed_groups
 from experiments.report.claims.shares import Share
@@ -16,28 +16,29 @@ from experiments.report.run_groups import RunGroup
 
 LINE = 0.525
 """Share of the first third in both thirds: a tenth more than the last third."""
+CONTRIBUTION_LINE = 0.6
+"""Line of contributions: half as much again as the last third. Models with random weights reach 58.5%."""
 _FLOOR = 0.001
 """Mass below which text does not attend to vision, as for the fusion depth."""
 
 
-def _cases(quantity: str, groups: Sequence[RunGroup]) -> Iterator[Case]:
-    for group in probed_groups(groups, "attention"):
-        curves = [curve for record in group.finished if (curve := _vision_curve(record, quantity)) is not None]
+def _cases(part: str, quantity: str, line: float, groups: Sequence[RunGroup]) -> Iterator[Case]:
+    for group in probed_groups(groups, part):
+        curves = [curve for record in group.finished if (curve := _vision_curve(record[part], quantity)) is not None]
         if len(curves) < len(group.finished) or len({curve.shape for curve in curves}) > 1 or len(curves[0]) < 2:
             continue
         stacked = np.stack(curves)  # [seeds, layers, questions]
         third = max(stacked.shape[1] // 3, 1)
         first, last = stacked[:, :third].mean(1), stacked[:, -third:].mean(1)
-        share = Share(first, first + last, LINE, 2 * _FLOOR, "no attention on the image", least=0.0)
+        share = Share(first, first + last, line, 2 * _FLOOR, "no attention on the image", least=0.0)
         yield Case(share, (group,), group.config, f"first and last {third} of {stacked.shape[1]} layers")
 
 
-def _vision_curve(record: Record, quantity: str) -> Float[np.ndarray, "layers questions"] | None:
+def _vision_curve(part: Mapping[str, Any], quantity: str) -> Float[np.ndarray, "layers questions"] | None:
     """Return a quantity of attention to vision, mean over the text targets for which it is defined; None without any."""
-    attention = record["attention"]
     rows = [
-        attention[quantity][number]
-        for number, (target, source) in enumerate(attention["pairs"])
+        part[quantity][number]
+        for number, (target, source) in enumerate(part["pairs"])
         if source == "vision" and target in ("instruction", "response")
     ]
     if not rows:
@@ -54,7 +55,15 @@ ATTENTION_EARLY = Claim(
     "Text attends to the image more in the first third of the layers than in the last",
     "share",
     LINE,
-    partial(_cases, "mass"),
+    partial(_cases, "attention", "mass", LINE),
+)
+CONTRIBUTION_EARLY = Claim(
+    "contribution_early",
+    "Figure 2",
+    "The image adds more to text in the first third of the layers than in the last",
+    "share",
+    CONTRIBUTION_LINE,
+    partial(_cases, "contribution", "share", CONTRIBUTION_LINE),
 )
 ENTROPY_EARLY = Claim(
     "entropy_early",
@@ -62,5 +71,5 @@ ENTROPY_EARLY = Claim(
     "This attention spreads over more of the image in the first third than in the last",
     "share",
     LINE,
-    partial(_cases, "entropy"),
+    partial(_cases, "attention", "entropy", LINE),
 )

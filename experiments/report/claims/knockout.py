@@ -9,8 +9,9 @@ from jaxtyping import Float
 
 from experiments.records.views import Record, parse_outcomes
 from experiments.report.claims.claim import Case, Claim
+from experiments.report.claims.image_need import NOT_NEEDED, if_image_is_needed
 from experiments.report.claims.probed import probed_groups
-from experiments.report.claims.removal import KEPT, NOT_NEEDED
+from experiments.report.claims.removal import KEPT
 from experiments.report.claims.shares import Share
 from experiments.report.run_groups import RunGroup
 
@@ -28,7 +29,8 @@ def _cases(groups: Sequence[RunGroup]) -> Iterator[Case]:
         starts = [min(run["layers"]) for run in record["knockout"]["windows"][1:]]
         early = np.asarray(starts) < layers / 2
         share = Share(damage[:, early].sum(1), damage.sum(1), KEPT, 0.0, NOT_NEEDED)
-        yield Case(share, (group,), group.config, f"windows of {width} in {layers} layers")
+        needed = if_image_is_needed(share, group.finished)
+        yield Case(needed, (group,), group.config, f"windows of {width} in {layers} layers")
 
 
 def _damage(record: Record) -> Float[np.ndarray, "windows questions"]:

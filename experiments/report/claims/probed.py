@@ -14,7 +14,7 @@ def probed_groups(groups: Sequence[RunGroup], part: str) -> list[RunGroup]:
 
     Args:
         groups: All runs of a results folder.
-        part: "attention", "removal" or "knockout".
+        part: Name of the part, such as "removal".
 
     Returns:
         The groups; every finished record of a group holds the part.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from experiments.report.claims import attention, compression, knockout, prefusion, removal, tokens
+from experiments.report.claims import attention, compression, knockout, onset, prefusion, removal, tokens
 from experiments.report.claims.answers import UNDECIDED, Estimate
 from experiments.report.claims.claim import Case, Claim
 from experiments.report.run_groups import RunGroup
@@ -15,9 +15,11 @@ from experiments.report.training_ends import STILL_IMPROVING, is_still_improving
 
 CLAIMS: tuple[Claim, ...] = (
     attention.ATTENTION_EARLY,
+    attention.CONTRIBUTION_EARLY,
     attention.ENTROPY_EARLY,
     removal.FIRST_BLOCK,
     removal.IMAGE_MAY_LEAVE,
+    onset.IMAGE_NEEDED_EARLY,
     knockout.TEXT_READS_EARLY,
     prefusion.PREFUSION_RESCUES,
     prefusion.EACH_LAYER_HELPS,

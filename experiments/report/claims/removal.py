@@ -9,6 +9,7 @@ from jaxtyping import UInt8
 
 from experiments.records.views import Record, layers_with_vision, parse_outcomes
 from experiments.report.claims.claim import Case, Claim
+from experiments.report.claims.image_need import NOT_NEEDED, if_image_is_needed
 from experiments.report.claims.probed import probed_groups
 from experiments.report.claims.shares import Share
 from experiments.report.claims.steps import Step, Steps
@@ -16,7 +17,6 @@ from experiments.report.run_groups import RunGroup
 
 KEPT = 0.9
 """Share of the image's worth that must be kept: the threshold of the fusion depth."""
-NOT_NEEDED = "the answers do not need the image"
 
 
 def _image_may_leave(groups: Sequence[RunGroup]) -> Iterator[Case]:
@@ -32,7 +32,8 @@ def _image_may_leave(groups: Sequence[RunGroup]) -> Iterator[Case]:
             for count in (0, half, layers)
         )
         share = Share(some - none, all_layers - none, KEPT, 0.0, NOT_NEEDED)
-        yield Case(share, (group,), group.config, f"vision in the first {half} of {layers} layers")
+        needed = if_image_is_needed(share, group.finished)
+        yield Case(needed, (group,), group.config, f"vision in the first {half} of {layers} layers")
 
 
 def _first_block(groups: Sequence[RunGroup]) -> Iterator[Case]:
@@ -46,7 +47,8 @@ def _first_block(groups: Sequence[RunGroup]) -> Iterator[Case]:
         ]
         steps = Steps([Step((block,), (first,), same_models=True) for block in later])
         detail = f"{len(blocks[0])} blocks of {len(blocks[0][0])} layer{'s' * (len(blocks[0][0]) > 1)}"
-        yield Case(steps, (group,), group.config, detail)
+        hidden = np.stack([_outcomes(record["removal"]["onward"], 0) for record in group.finished])
+        yield Case(if_image_is_needed(steps, group.finished, hidden), (group,), group.config, detail)
 
 
 def _outcomes(runs: Sequence[Record], number: int) -> UInt8[np.ndarray, " questions"]:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments.records.views import Record
-from experiments.report.figures.style import BLACK, BLUE, CONTROL, MEASURED, legend, make_panels, styled
+from experiments.report.figures.style import BLACK, BLUE, CONTROL, MEASURED, ORANGE, legend, make_panels, styled
 from experiments.report.statistics import mean_interval
+
+_SINKS: dict[str, Any] = {"color": ORANGE, "marker": "v", "linestyle": "none", "markersize": 5}
 
 
 def attention_figure(record: Record) -> Figure:
     """Draw the share of a query's attention that falls on a token group, by layer; one panel for each pair of groups.
 
     The line is the mean over heads and samples, the band a 95% bootstrap interval over samples. The controls are the same
-    model with random weights, and uniform attention over all visible tokens.
+    model with random weights, and uniform attention over all visible tokens. Triangles at the top of panels on vision mark
+    layers in which half of the questions have a visual sink.
 
     Args:
         record: A finished record of an attention experiment.
@@ -52,6 +57,8 @@ def _draw_by_layer(record: Record, key: str, label: str, scale: float, uniform_l
     mean, low, high = (part.reshape(pairs, layers) for part in mean_interval(values.reshape(-1, samples)))
     x = np.arange(1, layers + 1)
     every = max(1, layers // 16)
+    sinks = (record.get("sinks") or {}).get("by_attention")
+    with_sinks = x[:0] if sinks is None else x[(np.asarray(sinks) > 0).mean(1) >= 0.5]
 
     figure, axes = make_panels(pairs, columns=2 if pairs == 4 else 3, height=2.5, label=label)
     for index, (axis, (target, source)) in enumerate(zip(axes, attention["pairs"], strict=True)):
@@ -62,6 +69,9 @@ def _draw_by_layer(record: Record, key: str, label: str, scale: float, uniform_l
             axis.plot(x, line, **CONTROL, markevery=every, label=f"control: {control.get('name', 'random weights')}")
         if uniform is not None and uniform[index] is not None:
             axis.axhline(uniform[index] * scale, color=BLACK, linestyle=":", linewidth=1.2, label=uniform_label)
+        if source == "vision" and len(with_sinks):
+            top = np.full(len(with_sinks), 0.97)
+            axis.plot(with_sinks, top, **_SINKS, transform=axis.get_xaxis_transform(), label="layer with visual sinks")
         axis.set_title(f"{target.capitalize()} → {source}", loc="left")
         axis.set_xlabel("Layer of the language model")
         axis.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))

@@ -7,11 +7,13 @@ from pathlib import Path
 from experiments.records.files import read_record
 from experiments.report.figures import (
     attention_figure,
+    contribution_figure,
     entropy_figure,
     fusion_figure,
     lens_figure,
     removal_figure,
     save,
+    sinks_figure,
     swaps_figure,
 )
 
@@ -32,6 +34,8 @@ def draw_record(path: Path) -> list[Path]:
     for part, name, figure in (
         ("attention", "attention", attention_figure),
         ("attention", "entropy", entropy_figure),
+        ("contribution", "contribution", contribution_figure),
+        ("sinks", "sinks", sinks_figure),
         ("removal", "removal", removal_figure),
         ("knockout", "fusion", fusion_figure),
         ("lens", "lens", lens_figure),

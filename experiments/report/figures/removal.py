@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ def removal_figure(record: Record) -> Figure:
 
     Bars and band are 95% bootstrap intervals over examples. Horizontal lines are the accuracy of the intact model, with a
     blank image, and of the text-only guess. The right panel marks the fusion depth with its interval. If the record holds
-    the onset curve, it also shows accuracy with visual tokens hidden in the first layers.
+    the onset curve, it also shows accuracy with visual tokens hidden in the first layers, and marks the onset.
 
     Args:
         record: A finished record of an attention experiment.
@@ -71,7 +71,7 @@ def removal_figure(record: Record) -> Figure:
     onward.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
     onward.set_xlabel("First layers that attend to the visual tokens")
     if onset := record.get("onset"):
-        _draw_onset(onward, onset["upto"])
+        _draw_onset(onward, onset["upto"], onset.get("estimate"))
         onward.set_xlabel("First layers, with visual tokens in these alone or in all others")
 
     for axis in (inside, onward):
@@ -80,12 +80,16 @@ def removal_figure(record: Record) -> Figure:
     return figure
 
 
-def _draw_onset(axis: Axes, runs: Sequence[Any]) -> None:
-    """Draw accuracy with visual tokens hidden in the first layers, by their number."""
+def _draw_onset(axis: Axes, runs: Sequence[Any], estimate: Mapping[str, Any] | None) -> None:
+    """Draw accuracy with visual tokens hidden in the first layers, by their number, and mark the onset."""
     mean, low, high = mean_interval(percent_right(runs))
     hidden = [len(run["layers"]) for run in runs]
     axis.fill_between(hidden, low, high, color=BLUE, alpha=0.18, linewidth=0)
-    axis.plot(hidden, mean, color=BLUE, marker="^", linestyle="--", label="hidden up to a layer (onset)")
+    axis.plot(hidden, mean, color=BLUE, marker="^", linestyle="--", label="hidden up to a layer")
+    if estimate is not None and estimate["onset"] is not None:
+        label = f"onset {estimate['onset']} (95% CI {estimate['low']:g} to {estimate['high']:g})"
+        axis.axvspan(estimate["low"] - 0.04, estimate["high"] + 0.04, color=BLUE, alpha=0.1, linewidth=0)
+        axis.axvline(estimate["onset"], color=BLUE, linestyle=(0, (1, 2)), linewidth=1.2, label=label)
 
 
 def _draw_references(axis: Axes, record: Record) -> None:

@@ -99,6 +99,7 @@ def test_write_report_whole_study_writes_all_files(whole: Path) -> None:
         "claims",
         "claims_by_question_type",
         "fusion_depth",
+        "onset",
         "provenance",
         "removal_by_kind",
         "sight",
@@ -117,7 +118,7 @@ def test_page_is_self_contained_and_its_links_exist(whole: Path) -> None:
     page = read(whole)
     assert {"link", "iframe"}.isdisjoint(page.tags)
     embedded = [reference for reference in page.references if reference.startswith("data:")]
-    assert len(embedded) == 8
+    assert len(embedded) == 10
     links = {reference for reference in page.references if reference.startswith("#")}
     assert len(links) > 10
     assert {link.removeprefix("#") for link in links} <= set(page.ids)
@@ -231,7 +232,7 @@ def test_write_report_removes_stale_figures(records: Records, write_records: Wri
 
 
 def test_lens_alone_is_drawn_and_tests_no_claim(records: Records, write_records: Write) -> None:
-    others = ("removal", "attention", "knockout", "readout", "fusion")
+    others = ("removal", "onset", "attention", "contribution", "sinks", "knockout", "readout", "fusion")
     results = write_records([records[-1] | dict.fromkeys(others)])
     assert main(["--results", str(results)]) == 0
     drawn = {path.name for path in (results / "report" / "figures").iterdir()}

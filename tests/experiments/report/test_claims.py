@@ -83,6 +83,8 @@ def probed(reads: list[int], attends: list[float], entropy: list[float], right: 
     }
     single = [range(layer, layer + 1) for layer in range(6)]
     made["removal"] = {"inside": list(map(run, single)), "onward": [run(range(first, 6)) for first in range(7)]}
+    made["contribution"] = made["attention"] | {"share": made["attention"]["mass"]}
+    made["onset"] = {"upto": [run(range(end)) for end in range(7)]}
     made["knockout"] = {"width": 1, "windows": list(map(run, [range(0), *single]))}
     return made
 
@@ -105,13 +107,38 @@ EARLY, LATE, EVEN = [0.6, 0.5, 0.3, 0.2, 0.1, 0.1], [0.1, 0.1, 0.2, 0.3, 0.5, 0.
 def test_removal_and_knockout_claims_find_the_planted_layers(reads: list[int], first_block: str, half: str) -> None:
     found = answers([probed(reads, EVEN, EVEN)])
     assert found["first_block"] == first_block
-    assert found["image_may_leave"] == found["text_reads_early"] == half
+    assert found["image_may_leave"] == found["text_reads_early"] == found["image_needed_early"] == half
+
+
+NEED_IMAGE = ("first_block", "image_may_leave", "image_needed_early", "text_reads_early")
+
+
+@pytest.mark.parametrize("reads", [[1], [6]])
+def test_claims_on_interventions_with_answers_as_good_without_the_own_image_cannot_be_told(reads: list[int]) -> None:
+    made = probed([*reads], EVEN, EVEN)
+    assert UNDECIDED not in {answers([made])[key] for key in NEED_IMAGE}
+    made["accuracy"]["shuffled"] = digits(0.5)
+    assert UNDECIDED not in {answers([made])[key] for key in NEED_IMAGE}
+    made["accuracy"]["shuffled"] = made["accuracy"]["image"][::-1]  # as many right answers, to other questions
+    estimates = [judge([made])[key].estimate for key in NEED_IMAGE]
+    assert {(estimate.answer, estimate.reason) for estimate in estimates} == {
+        (UNDECIDED, "the answers do not need the image")
+    }
+
+
+def test_first_block_of_a_model_that_answers_as_well_without_the_image_cannot_be_told() -> None:
+    """Hiding the image in a later block costs answers, hiding it everywhere gives them back."""
+    made = probed([6], EVEN, EVEN)
+    made["removal"]["onward"][0]["correct"] = made["accuracy"]["image"]
+    estimate = judge([made])["first_block"].estimate
+    assert (estimate.answer, estimate.reason) == (UNDECIDED, "the answers do not need the image")
 
 
 @pytest.mark.parametrize(("curve", "answer"), [(EARLY, HOLDS), (LATE, DOES_NOT_HOLD), (EVEN, DOES_NOT_HOLD)])
 def test_attention_claims_compare_first_and_last_third(curve: list[float], answer: str) -> None:
     found = judge([probed([1], curve, curve)])
-    assert {found[key].estimate.answer for key in ("attention_early", "entropy_early")} == {answer}
+    keys = ("attention_early", "contribution_early", "entropy_early")
+    assert {found[key].estimate.answer for key in keys} == {answer}
     expected = sum(curve[:2]) / (sum(curve[:2]) + sum(curve[-2:]))
     assert found["attention_early"].estimate.value == pytest.approx(expected, abs=0.01)
 

@@ -78,6 +78,7 @@ def test_entropy_figure_is_in_nats(probed: dict[str, Any]) -> None:
 def test_attention_figure_without_controls_shows_measurement_alone(probed: dict[str, Any]) -> None:
     for key in ("control", "uniform_mass"):
         del probed["attention"][key]
+    probed["sinks"] = None
     assert labels(figures.attention_figure(probed)) == ["measured, 95% band"]
 
 
@@ -93,6 +94,7 @@ def test_removal_figure_shows_curves_controls_and_depth(probed: dict[str, Any]) 
 
 def test_mark_depth_marks_depth_and_interval(probed: dict[str, Any]) -> None:
     probed["fusion"]["removal"] |= {"depth": 3, "low": 2, "high": 5}
+    probed["onset"] = None
     for figure, label in ((figures.removal_figure, "fusion depth 3 (95% CI 2 to 5)"), (figures.fusion_figure, None)):
         axis = figure(probed).axes[1]
         handles, names = axis.get_legend_handles_labels()

@@ -22,6 +22,7 @@ from experiments.report.tables import (
     blind_controls,
     claims,
     fusion_depth,
+    onset,
     provenance,
     question_types,
     writers,
@@ -36,6 +37,7 @@ NAMES = (
     "claims",
     "claims_by_question_type",
     "fusion_depth",
+    "onset",
     "provenance",
     "removal_by_kind",
     "sight",
@@ -56,6 +58,7 @@ def made(records: list[dict[str, Any]]) -> dict[str, table_module.Table]:
         question_types.removal_by_question_type_table(with_probe),
         blind_controls.blind_controls_table(with_probe),
         fusion_depth.fusion_depth_table(with_probe, []),
+        onset.onset_table(with_probe),
         provenance.provenance_table(loaded),
     )
     return {table.name: table for table in all_tables}
