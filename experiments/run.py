@@ -14,6 +14,7 @@ from experiments.sweeps.hydra_api import (
     CONF,
     ConfigSource,
     flags_first,
+    list_groups_without_copies,
     name_failing_override,
     parse_command_line,
 )
@@ -34,7 +35,7 @@ def main() -> None:
             status = run_sweep(arguments.overrides, run_job, ConfigSource.from_flags(arguments))
             if status is not None:
                 sys.exit(status)
-        with name_failing_override():
+        with name_failing_override(), list_groups_without_copies():
             hydra.main(version_base="1.3", config_path=CONF, config_name="config")(run_job)()
     except INPUT_ERRORS as error:
         exit_with_error(error)

@@ -14,13 +14,6 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.models.gemma.modeling_gemma import GemmaAttention
-from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
-from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
-from transformers.models.llama.modeling_llama import LlamaAttention
-from transformers.models.mistral.modeling_mistral import MistralAttention
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 MASK_FUNCTIONS = {
     "full_attention": create_causal_mask,
@@ -28,10 +21,18 @@ MASK_FUNCTIONS = {
 }
 # Name of the decoder layers' cache argument, which transformers 5.24 renamed.
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
-# Attention classes whose keys and values `keys_and_values` reproduces exactly.
-SUPPORTED_ATTENTION = (
-    *(LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention),
-    *(GemmaAttention, Gemma2Attention, Gemma3Attention),
+# Attention classes whose keys and values `keys_and_values` reproduces exactly. Names, as importing the classes takes time.
+SUPPORTED_ATTENTION = tuple(
+    f"transformers.models.{module}.modeling_{module}.{name}Attention"
+    for module, name in {
+        "llama": "Llama",
+        "mistral": "Mistral",
+        "qwen2": "Qwen2",
+        "qwen3": "Qwen3",
+        "gemma": "Gemma",
+        "gemma2": "Gemma2",
+        "gemma3": "Gemma3",
+    }.items()
 )
 # The last linear maps of a decoder layer's attention and MLP.
 OUTPUT_PROJECTIONS = ("self_attn.o_proj", "mlp.down_proj")
@@ -78,6 +79,12 @@ def keys_and_values(
         keys = attention.k_norm(keys)
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
     return rotate(keys[:, :1], keys, *rotation)[1], values
+
+
+def has_supported_attention(layer: nn.Module) -> bool:
+    """Return whether [`keys_and_values`] reproduces the keys and values of a decoder layer, not of a subclass."""
+    attention = type(layer.self_attn)
+    return f"{attention.__module__}.{attention.__qualname__}" in SUPPORTED_ATTENTION
 
 
 class Prefusion(nn.Module):
@@ -266,7 +273,7 @@ class Prefusion(nn.Module):
         """Check whether the last layer may skip unread outputs. A hook on it must still receive all positions."""
         last = self.layers[-1]
         has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in last.modules())
-        return type(last.self_attn) in SUPPORTED_ATTENTION and not has_hooks and not self._is_checkpointed()
+        return has_supported_attention(last) and not has_hooks and not self._is_checkpointed()
 
 
-__all__ = ["SUPPORTED_ATTENTION", "PastKeyValues", "Prefusion"]
+__all__ = ["PastKeyValues", "Prefusion", "has_supported_attention"]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -20,9 +20,8 @@ from transformers.utils import is_av_available
 from .animations import Animation, read_animation
 from .images import to_rgb
 
-if is_av_available():
+if TYPE_CHECKING:
     import av
-    from av.stream import Disposition
 
 # Signs of a display matrix's entries (a, b, c, d), and the turn they stand for. A pixel in column x and row y is shown in
 # column a x + c y and row b x + d y.
@@ -243,11 +242,13 @@ def count_frames(path: Path) -> tuple[int, Fraction | None]:
 def decode_frames(path: Path) -> Iterator[av.VideoFrame]:
     """Decode the frames of a file in order of presentation. Damaged frames are left out."""
     with open_video_stream(path) as (container, stream):
+        from av import FFmpegError
+
         stream.thread_type = "AUTO"
         for packet in chain(demux_packets(container, stream), [None]):  # None flushes the decoder
             try:
                 frames = stream.decode(packet)
-            except av.FFmpegError:
+            except FFmpegError:
                 continue
             yield from frames
 
@@ -280,9 +281,11 @@ def to_upright_image(frame: av.VideoFrame, path: Path) -> Image.Image:
 
 def demux_packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
     """Iterate over the stream's packets up to the end of the file, or up to the first damaged one."""
+    from av import FFmpegError
+
     try:
         yield from (packet for packet in container.demux(stream) if packet.size)
-    except av.FFmpegError as error:
+    except FFmpegError as error:
         logger.warning("%s: reading ended early: %s", container.name, error.strerror)
 
 
@@ -299,6 +302,9 @@ def open_video_stream(path: Path) -> Iterator[tuple[av.container.InputContainer,
         raise ImportError(f"reading {path} needs PyAV: pip install av")
     if not path.is_file():
         raise FileNotFoundError(f"there is no video file at {path}")
+    import av  # optional, and its many modules serve video files only
+    from av.stream import Disposition
+
     try:
         # Use the absolute path, because FFmpeg would read a colon in a relative one as a protocol. Metadata may be
         # invalid UTF-8.

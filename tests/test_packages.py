@@ -43,6 +43,22 @@ assert not heavy, heavy
     assert done.returncode == 0, done.stderr
 
 
+def modules_after(code: str) -> set[str]:
+    """Return the modules that a new process has imported after running this code."""
+    code += "\nimport sys; print(*sys.modules, file=sys.__stdout__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_import_of_llava_mini_adds_few_modules_to_transformers():
+    """Video decoding and the language models of other families take a third of a second."""
+    transformers = "from transformers import LlavaForConditionalGeneration, LlavaProcessor, AutoProcessor"
+    added = modules_after("import llava_mini") - modules_after(transformers)
+    assert not {name for name in added if name.startswith("transformers.models.")}
+    assert {name.split(".")[0] for name in added} <= {"llava_mini", "jaxtyping"}
+
+
 def test_command_line_import_does_not_load_torch():
     """An error in a configuration key is reported before the seconds that torch takes to import."""
     code = "import sys; import experiments.run, experiments.config.schema; assert 'torch' not in sys.modules"

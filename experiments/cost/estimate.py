@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, LlavaConfig
 
 from llava_mini import LlavaMiniConfig
 from llava_mini.compressors import Compressor
-from llava_mini.prefusion import SUPPORTED_ATTENTION
+from llava_mini.prefusion import has_supported_attention
 from llava_mini.vision_tower import run_vision_tower
 from llava_mini.visual_layout import crops_per_frame
 
@@ -214,7 +214,8 @@ class CostModel:
         self.compressor: Compressor | None = getattr(inner, "compressor", None)
         # None if the last pre-fusion layer processes patches like the others
         self.last_layer_flops_per_patch: float | None = None
-        if self.prefusion_layers and type(attention := inner.prefusion.layers[-1].self_attn) in SUPPORTED_ATTENTION:
+        if self.prefusion_layers and has_supported_attention(inner.prefusion.layers[-1]):
+            attention = inner.prefusion.layers[-1].self_attn
             key_value_weights = _linear_weights(attention.k_proj) + _linear_weights(attention.v_proj)
             self.last_layer_flops_per_patch = 2.0 * key_value_weights
 
