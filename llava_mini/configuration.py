@@ -80,9 +80,10 @@ class LlavaMiniConfig(LlavaConfig):
         detach_embeddings (`bool`, *optional*, defaults to `False`):
             Whether to block gradients to the text embeddings, as the released training code does. The paper trains
             everything except the vision tower.
-        frames_per_chunk (`int`, *optional*, defaults to 32):
+        frames_per_chunk (`int`, *optional*):
             Number of frames that pass through vision tower, compressor and pre-fusion at once. It trades memory for
-            speed and does not change results.
+            speed and does not change results. None chooses it by the size of their activations: on a CPU they stay in
+            its cache.
 
     Raises:
         ValueError: If a field has a value outside its range.
@@ -107,7 +108,7 @@ class LlavaMiniConfig(LlavaConfig):
     prefuse_visual_tokens: bool = True
     keep_patches: bool = False
     detach_embeddings: bool = False
-    frames_per_chunk: int = 32
+    frames_per_chunk: int | None = None
 
     def __post_init__(self, **kwargs):
         # An ordinary LLaVA's config.json has model_type "llava". As an attribute it would mislead transformers.
@@ -127,7 +128,9 @@ class LlavaMiniConfig(LlavaConfig):
         if self.compressor not in ("none", *COMPRESSORS):
             registered = ", ".join(sorted(COMPRESSORS))
             raise ValueError(f"compressor must be 'none' or one of {registered}; got {self.compressor!r}")
-        minimums = {"compressor_size": 0, "compressor_heads": 1, "prefusion_layers": 0, "frames_per_chunk": 1}
+        minimums = {"compressor_size": 0, "compressor_heads": 1, "prefusion_layers": 0}
+        if self.frames_per_chunk is not None:
+            minimums["frames_per_chunk"] = 1
         for name, minimum in minimums.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < minimum:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .chunk_size import choose_chunk_size, choose_encoded_chunk_size
 from .compressors import Compressor
 from .configuration import LlavaMiniConfig
 from .encoded_images import EncodedFrames, Pictures
@@ -143,7 +144,8 @@ class VisualEmbeddingMixin:
         encodings: list[EncodedFrames] = []
         like = self.embed(torch.zeros(1, 1, dtype=torch.long, device=cast(Any, self).device))
         used_bytes = 0
-        for frames, pixels in pictures.source.chunks(pixel_values, self.config.frames_per_chunk):
+        chunk_size = choose_chunk_size(self.config, pictures.source.frame_tiles, 0, like.device, like.dtype)
+        for frames, pixels in pictures.source.chunks(pixel_values, chunk_size):
             encoding = self._encode_for_reuse(frames, *self._encode_like(pixels, like))
             used_bytes += encoding.nbytes
             if max_bytes is not None and used_bytes > max_bytes:
@@ -263,7 +265,7 @@ class VisualEmbeddingMixin:
                 yield from self._fuse_encoded(encoding.to(text.device), frame_index, pictures, text, frame_row)
         if pictures.pixel_values is None:
             return
-        chunk_size = self.config.frames_per_chunk
+        chunk_size = choose_chunk_size(self.config, pictures.source.frame_tiles, text.shape[1], text.device, text.dtype)
         for frames, pixels in pictures.source.chunks(pictures.pixel_values, chunk_size, pictures.kept_frames):
             if not len(frame_index := pictures.asking(frames)):
                 continue
@@ -283,7 +285,10 @@ class VisualEmbeddingMixin:
         self, encoding: EncodedFrames, frame_index: Tensor, pictures: Pictures, text: Tensor, frame_row: Tensor
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Fuse text with frames whose keys and values in pre-fusion are in `encoding`; see [`_fuse_frames`]."""
-        for chunk in frame_index.split(self.config.frames_per_chunk):
+        chunk_size = choose_encoded_chunk_size(
+            self.config, encoding.nbytes / len(encoding.tokens), text.shape[1], text.dtype
+        )
+        for chunk in frame_index.split(chunk_size):
             source_frame, fused = pictures.frame[chunk], text[frame_row[chunk]]
             if self.prefusion is not None:
                 past = encoding.select_past(source_frame)

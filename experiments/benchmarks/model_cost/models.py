@@ -15,6 +15,7 @@ from experiments.config.benchmark_schema import CostConfig
 from experiments.cost.architectures import llava_config, llava_mini_config
 from experiments.cost.estimate import CostEstimate, CostModel, Prompt
 from llava_mini import LlavaMiniConfig
+from llava_mini.chunk_size import MOST_FRAMES
 from llava_mini.compressors import COMPRESSORS
 from llava_mini.prefusion import Prefusion
 from llava_mini.visual_layout import crops_per_frame
@@ -51,7 +52,7 @@ class MemoryNeeds:
         crops = crops_per_frame(prompt.tiles)
         frames_at_once, other_tokens = prompt.frames, 0  # tokens beside the patches in pre-fusion
         if isinstance(config, LlavaMiniConfig):
-            frames_at_once = min(prompt.frames, config.frames_per_chunk)
+            frames_at_once = min(prompt.frames, config.frames_per_chunk or MOST_FRAMES)
             other_tokens = config.num_visual_tokens(cost_model.patches * prompt.tiles**2) + int(prompt.text)
         vision_states = vision.num_hidden_layers + 8  # the vision tower returns the output of every layer
         vision_numbers = frames_at_once * crops * (cost_model.patches + 1) * vision.hidden_size * vision_states
