@@ -124,10 +124,8 @@ def ratio_rows(model: LlavaMiniForConditionalGeneration, frames: Sequence[int], 
         pictures = model.encode_pictures(inputs["pixel_values"], inputs["visual_layout"])
         runs: dict[str, Callable[[], Tensor]] = {
             "released": partial(released_logits, model, **inputs),
-            "question": lambda inputs=inputs: model(**inputs).logits,
-            "second question": lambda ids=inputs["input_ids"], pictures=pictures: (
-                model(input_ids=ids, pictures=pictures).logits
-            ),
+            "question": partial(_logits, model, **inputs),
+            "second question": partial(_logits, model, input_ids=inputs["input_ids"], pictures=pictures),
         }
         logits = {name: run() for name, run in runs.items()}  # warm up
         times = run_in_turns({name: partial(_cpu_seconds, run) for name, run in runs.items()}, rounds)
@@ -138,6 +136,10 @@ def ratio_rows(model: LlavaMiniForConditionalGeneration, frames: Sequence[int], 
             figures = [f"{released:.3f}", f"{seconds:.3f}", f"{seconds / released:.3f}", f"{difference:.1e}"]
             rows.append([f"{count} frame{'s' * (count > 1)}, {name}", *figures])
     return rows
+
+
+def _logits(model: LlavaMiniForConditionalGeneration, **inputs: Any) -> Tensor:
+    return model(**inputs).logits
 
 
 def _cpu_seconds(run: Callable[[], Tensor]) -> float:
