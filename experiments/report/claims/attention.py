@@ -60,7 +60,7 @@ ATTENTION_EARLY = Claim(
 CONTRIBUTION_EARLY = Claim(
     "contribution_early",
     "Figure 2",
-    "The image adds more to text in the first third of the layers than in the last",
+    "The image adds half as much again to text in the first third of the layers as in the last",
     "share",
     CONTRIBUTION_LINE,
     partial(_cases, "contribution", "share", CONTRIBUTION_LINE),

@@ -38,9 +38,10 @@ def contribution_figure(record: Record) -> Figure:
     for axis, number in zip(axes, visual, strict=False):
         _draw_share(axis, record, contribution, number)
         axis.set_title(f"{pairs[number][0].capitalize()} \u2190 vision", loc="left")
-        axis.sharey(axes[0])
+    top = max(axis.get_ylim()[1] for axis in axes[:-1])
+    for axis in axes[:-1]:
+        axis.set_ylim(0, top)
     axes[0].set_ylabel("Percent of the target's total")
-    axes[0].set_ylim(bottom=0)
     _draw_heads(figure, axes[-1], contribution["by_head"][visual[0]])
     legend(figure, list(axes[:-1]), columns=3)
     return figure

@@ -41,6 +41,8 @@ def test_contribution_figure_shows_share_mass_control_and_norms_by_head(probed: 
         mass = np.asarray(probed["attention"]["mass"][number], dtype=float)
         np.testing.assert_allclose(values(axis, "attention mass"), 100 * np.nanmean(mass, -1))
         np.testing.assert_allclose(values(axis, "contribution: same model, random weights"), 50.0)
+    assert len({axis.get_ylim() for axis in shares}) == 1
+    assert shares[0].get_ylim()[1] > max(line.get_ydata().max() for axis in shares for line in axis.lines)
     np.testing.assert_allclose(heads.images[0].get_array(), np.transpose(probed["contribution"]["by_head"][0]))
 
 
