@@ -1,4 +1,4 @@
-"""Line plots of attention mass and entropy by layer."""
+"""Line plots of attention mass, entropy and contribution by layer."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class AttentionStatistics(Protocol):
     layers: tuple[int, ...]
     targets: tuple[str, ...]
     sources: tuple[str, ...]
+    statistics: tuple[str, ...]
 
     @property
     def mass(self) -> Float[Tensor, "layers batch heads targets sources"]: ...
@@ -27,10 +28,21 @@ class AttentionStatistics(Protocol):
     @property
     def entropy(self) -> Float[Tensor, "layers batch heads targets sources"]: ...
 
+    @property
+    def contribution(self) -> Float[Tensor, "layers batch heads targets sources"]: ...
+
+
+_ROWS = {
+    "mass": ("Attention mass (%)", 100.0),
+    "entropy": ("Entropy within the source (nats)", 1.0),
+    "contribution": ("Contribution (norm)", 1.0),
+}
+"""Label and scale of each statistic that has a row."""
+
 
 @matplotlib.rc_context(FIGURE_STYLE)
 def plot_attention(record: AttentionStatistics) -> Figure:
-    """Plot the mass (%) and entropy (nats) of each target group's attention to each source, by layer.
+    """Plot the mass (%), entropy (nats) and contribution (norm) of each target group's attention to each source, by layer.
 
     A line is the mean over heads and samples. Its band goes from the 10th to the 90th percentile of the heads, each
     averaged over the samples. Samples whose value is undefined are left out.
@@ -39,7 +51,7 @@ def plot_attention(record: AttentionStatistics) -> Figure:
         record: Attention that `record_attention` recorded.
 
     Returns:
-        Figure with two rows, mass and entropy, and a column for each target.
+        Figure with a row for each of these statistics that was recorded, and a column for each target.
 
     Raises:
         ValueError: The record holds no query of any target.
@@ -50,15 +62,18 @@ def plot_attention(record: AttentionStatistics) -> Figure:
         ...     output = model(**inputs)
         >>> figure = plot_attention(attention)
     """
-    statistics = [("Attention mass (%)", 100 * record.mass), ("Entropy within the source (nats)", record.entropy)]
-    by_head = [(label, values.nanmean(dim=1)) for label, values in statistics]  # [layers, heads, targets, sources]
+    by_head = [  # [layers, heads, targets, sources]
+        (label, scale * getattr(record, name).nanmean(dim=1))
+        for name, (label, scale) in _ROWS.items()
+        if name in record.statistics
+    ]
     mass = by_head[0][1]
     targets = [index for index in range(len(record.targets)) if mass[:, :, index].isfinite().any()]
     if not targets:
         raise ValueError("the record has no query of any target: there is nothing to draw")
     samples = record.mass.shape[1]
-    figure = NotebookFigure(figsize=(max(2.4 * len(targets), 5.8), 4.6), layout="constrained")
-    axes = figure.subplots(2, len(targets), squeeze=False, sharex=True, sharey="row")
+    figure = NotebookFigure(figsize=(max(2.4 * len(targets), 5.8), 2.3 * len(by_head)), layout="constrained")
+    axes = figure.subplots(len(by_head), len(targets), squeeze=False, sharex=True, sharey="row")
     styles = line_styles(record.sources)
     drawn_lines: dict[str, Any] = {}
     for row, (label, values) in zip(axes, by_head, strict=True):
@@ -77,7 +92,7 @@ def plot_attention(record: AttentionStatistics) -> Figure:
     axes[0, 0].set_ylim(0, 103)
     for axis, target in zip(axes[0], targets, strict=True):
         axis.set_title(f"queries: {record.targets[target]}", loc="left")
-    for axis in axes[1]:
+    for axis in axes[-1]:
         axis.set_xlabel("Layer (from 0)")
     explanation = f"mean over {mass.shape[1]} heads, n = {samples}; band: 10th to 90th percentile of the heads"
     figure.legend(

@@ -87,6 +87,21 @@ def test_plot_attention_lines_are_means_of_record(make_llava, make_inputs):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["system", "vision", "instruction"]
 
 
+def test_plot_attention_with_contribution_has_a_row_for_it(make_llava, make_inputs):
+    model, inputs = make_llava(), make_inputs("left")
+    tokens = TokenMap.from_inputs(model, inputs)
+    with (
+        torch.no_grad(),
+        record_attention(model, tokens, targets=["instruction"], statistics=["contribution"]) as record,
+    ):
+        model(**inputs)
+    _, axis = plot_attention(record).axes  # mass, which is always recorded, and no entropy
+    assert axis.get_ylabel() == "Contribution (norm)"
+    vision = next(line for line in axis.lines if line.get_color() == GROUP_LINES["vision"]["color"])
+    expected = record.contribution[:, :, :, 0, record.sources.index("vision")].double().numpy()
+    np.testing.assert_allclose(vision.get_ydata(), np.nanmean(expected, axis=(1, 2)), rtol=1e-5)
+
+
 @pytest.mark.filterwarnings("error")
 def test_plot_attention_with_removed_source_has_gap(make_llava, make_inputs):
     model, inputs = make_llava(), make_inputs("left")
