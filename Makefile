@@ -54,7 +54,7 @@ BENCHMARKS ?= .venv-benchmarks
 LMMS_EVAL = datasets evaluate loguru "tenacity>=8.3" sacrebleu pytablewriter openpyxl "filelock<4"
 
 test-benchmarks: $(BENCHMARKS)/.installed
-	OMP_NUM_THREADS=2 $(BENCHMARKS)/bin/python -m pytest -m lmms tests/lmms
+	OMP_NUM_THREADS=1 $(BENCHMARKS)/bin/python -m pytest -m lmms tests/lmms
 
 $(BENCHMARKS)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(BENCHMARKS)
