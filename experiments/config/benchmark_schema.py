@@ -25,7 +25,9 @@ class BenchModel:
 class BenchConfig:
     """The benchmark of attention recording (experiments/benchmarks/probe_overhead)."""
 
-    modes: list[str] = setting(MISSING, "what is compared: plain, text, all, mass, contribution, output_attentions, hooks, nnsight, bridge")
+    modes: list[str] = setting(
+        MISSING, "what is compared: plain, text, all, mass, contribution, output_attentions, hooks, nnsight, bridge"
+    )
     visual: list[int] = setting(MISSING, "numbers of visual tokens")
     models: list[BenchModel] = setting(MISSING, "shapes of language models")
     text: int = setting(64, "text tokens")

@@ -35,7 +35,8 @@ def claims_table(findings: Sequence[Finding]) -> Table:
     missing = [claim for claim in CLAIMS if claim.key not in {finding.claim.key for finding in findings}]
     names = "; ".join(f"{claim.statement.lower()} ({claim.source})" for claim in missing)
     notes = (*_NOTES, *([f"Not measured by these records: {names}."] if missing else []))
-    return _make_table("claims", summarize(findings), findings, ("Paper", "Measured on"), notes)
+    caption = "Claims of the LLaVA-Mini paper, tested on these records."
+    return _make_table("claims", caption, findings, ("Paper", "Measured on"), notes)
 
 
 def claims_by_question_type_table(findings: Sequence[Finding]) -> Table:
