@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from probes.attention.recording import record_attention
 from probes.hooks.decoder import decoder_layers, find_decoder, select_attention_layers
+from probes.hooks.image_features import reuse_image_features
 from probes.hooks.layer_io import input_states
 from probes.hooks.partial_call import can_run_subset
 from probes.interventions import BlockAttention, RemoveTokens, intervene
@@ -152,7 +153,8 @@ def removal_scores(
 ) -> Float[np.ndarray, "spans samples"]:
     """Score the model with vision removed from the layers of each span.
 
-    Layers before a span run once for all spans. Layers inside a span run on the text alone if the model supports it.
+    Images are encoded once, and layers before a span run once, for all spans. Layers inside a span run on the text alone if
+    the model supports it.
 
     Args:
         model: A transformers model with a decoder.
@@ -179,7 +181,7 @@ def removal_scores(
     # of all rows after the drop.
     removed = tokens.mask("vision") | tokens.mask("pad")
     scores: dict[range, Float[Tensor, " samples"]] = {}
-    with replay(model, [span.start for span in spans]) as resume_from:
+    with reuse_image_features(model), replay(model, [span.start for span in spans]) as resume_from:
         # Latest start first: the first run is then intact before the start of every other span, as `replay` requires.
         for span in sorted(set(spans), key=lambda span: span.start, reverse=True):
             with resume_from(span.start), intervene(model, tokens, RemoveTokens(removed, span, how=how)):
@@ -197,8 +199,8 @@ def knockout_curve(
     `width` of them (after Geva et al. 2023, arXiv 2304.14767).
 
     The blocked queries are those of all groups but `pad` and `vision`: the instruction, the response (supervised or
-    generated) and text between images. Visual tokens still attend to each other. Layers before a window run once for
-    all windows. If the model supports it, positions that no window changes also run only once; most of them are the
+    generated) and text between images. Visual tokens still attend to each other. Images are encoded once, and layers
+    before a window run once, for all windows. If the model supports it, positions that no window changes also run only once; most of them are the
     image's.
 
     Args:
@@ -227,7 +229,7 @@ def knockout_curve(
     # Blocking changes no other position: visual tokens do not attend to the text after them. `replay` raises if they do.
     text_after_image = text_map.mask("text") & (text_map.mask("vision").cumsum(1) > 0)
     rows = text_after_image if can_run_subset(find_decoder(model), tokens.labels.shape[1]) else None
-    with replay(model, range(layers), rows) as resume_from:
+    with reuse_image_features(model), replay(model, range(layers), rows) as resume_from:
         scores = [_score_without_padding(score, _logits_without_cache(model, inputs), tokens)]
         for last in range(layers + width - 1):
             window = range(max(last - width + 1, 0), min(last + 1, layers))

@@ -188,6 +188,17 @@ def test_removal_scores_of_several_spans_share_layers(batch: Any) -> None:
     assert sorted(runs[4:]) == sorted([(0, text), (1, whole), (2, whole), (0, text), (1, text), (2, text)])
 
 
+def test_curves_of_one_batch_encode_its_images_once(batch: Any) -> None:
+    model, tokens, inputs = batch
+    runs: list[int] = []
+    with contextlib.ExitStack() as stack:
+        stack.callback(model.model.vision_tower.register_forward_hook(lambda *_: runs.append(1)).remove)
+        removal_scores(model, tokens, inputs, last_token_score, [range(1), range(2, 3), range(3)])
+        assert len(runs) == 1
+        knockout_curve(model, tokens, inputs, last_token_score)
+        assert len(runs) == 2
+
+
 def test_can_run_subset_with_extra_per_token_input_is_false(make_llava: Make) -> None:
     """Gemma 3n's layers add embeddings of their own for each token; a subset of these cannot be selected."""
 
