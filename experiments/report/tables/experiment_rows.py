@@ -1,4 +1,4 @@
-"""Experiment table: the rows of one experiment with accuracy, differences, cost and the paper's values."""
+"""Experiment table: the rows of one experiment with accuracy, differences and cost."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ _MEASURED_COLUMNS = ("Tokens", "FLOPs", LATENCY_COLUMN, "Accuracy (%)", "Differe
 def experiment_table(results: ExperimentResults) -> Table:
     """Build the table of an experiment's rows: accuracy, difference from the first row, and cost.
 
-    If the data are one of the paper's benchmarks, the table also has the values that the paper prints.
+    The paper's scores are not beside them: they are the benchmarks' own metrics on generated answers, and accuracy here is
+    the exact match of teacher-forced tokens.
 
     Args:
         results: The experiment's rows with their runs.
     """
-    baseline, benchmark = results.rows[0], _paper_benchmark(results)
+    baseline = results.rows[0]
     p_values = [None, *results.holm_p_values([(row, baseline) for row in results.rows[1:]])]
     varied = _varied_keys(results)
     timed = any(row.runs.latency > 0 for row in results.finished_rows if row.runs)
@@ -57,7 +58,6 @@ def experiment_table(results: ExperimentResults) -> Table:
                 "p_holm": p_value,
                 "flops": row.runs.flops if row.runs else None,
                 **({"latency_seconds": row.runs.latency if row.runs else None} if timed else {}),
-                **({f"paper_{benchmark}": _paper_value(row, benchmark)} if benchmark else {}),
                 **({"still_improving": row.still_improving} if until_plateau else {}),
                 "status": row.status,
             }
@@ -83,9 +83,6 @@ def experiment_table(results: ExperimentResults) -> Table:
                     "Seeds": _seed_count(row, results),
                 }
             )
-        if benchmark:
-            value = _paper_value(row, benchmark)
-            text[-1][f"Paper, {BENCHMARKS.get(benchmark, benchmark)}"] = NONE if value is None else f"{value:.1f}"
     best = results.best_row
     bold = frozenset({(best.number, "Accuracy (%)")} if best else ())
     text_columns = {
@@ -254,15 +251,3 @@ def _is_number(value: Any) -> bool:
 
 def _csv_value(value: Any) -> Any:
     return " ".join(map(str, value)) if isinstance(value, list) else value
-
-
-def _paper_benchmark(results: ExperimentResults) -> str | None:
-    """Return the name under which the rows hold the paper's values for these data, None if the paper has none."""
-    name = str(results.config.get("data.name", "")).lower()
-    return name if any(name in paper for row in results.rows for paper in row.settings.paper) else None
-
-
-def _paper_value(row: ResultRow, benchmark: str) -> float | None:
-    """Return the value that the paper prints in a row; None if it prints none, or several because rows were merged."""
-    values = {paper.get(benchmark) for paper in row.settings.paper}
-    return values.pop() if len(values) == 1 else None
