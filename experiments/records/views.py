@@ -23,6 +23,11 @@ def is_attention_experiment(record: Record) -> bool:
     return str(record["experiment"]).rpartition("_")[2] == "attention"
 
 
+def is_swaps_experiment(record: Record) -> bool:
+    """Return whether the record's experiment swaps the images of minimal pairs and trains nothing: `swaps`."""
+    return str(record["experiment"]).rpartition("_")[2] == "swaps"
+
+
 def parse_outcomes(text: str) -> UInt8[np.ndarray, " examples"]:
     """Return outcomes as 0 and 1.
 

@@ -19,6 +19,7 @@ from experiments.records.views import (
     failure_reason,
     flatten_config,
     is_attention_experiment,
+    is_swaps_experiment,
     parse_outcomes,
     record_seed,
 )
@@ -89,6 +90,11 @@ class RunGroup:
     def is_attention_experiment(self) -> bool:
         """Whether all records belong to an attention experiment, which probes one model and is no ablation."""
         return all(map(is_attention_experiment, self.records))
+
+    @property
+    def only_analyses(self) -> bool:
+        """Whether all runs belong to experiments that analyse one model and compare no configurations."""
+        return all(is_attention_experiment(record) or is_swaps_experiment(record) for record in self.records)
 
     @property
     def failure_reasons(self) -> str:
@@ -174,7 +180,7 @@ def name_differing_settings(groups: Sequence[RunGroup]) -> tuple[RunGroup, ...]:
 
 
 def compare_with_baselines(groups: Iterable[RunGroup]) -> tuple[RunGroup, ...]:
-    """Compare each ablation group with its baseline and drop groups of attention experiments.
+    """Compare each ablation group with its baseline and drop groups that only analyse one model.
 
     The baseline is the LLaVA whose configuration differs only in the compressor and pre-fusion. P-values are corrected
     (Holm) for the number of groups compared.
@@ -185,7 +191,7 @@ def compare_with_baselines(groups: Iterable[RunGroup]) -> tuple[RunGroup, ...]:
     Returns:
         The ablation groups with `difference`, `p_value` and `comparison`.
     """
-    return tuple(_with_comparisons(name_differing_settings([g for g in groups if not g.is_attention_experiment])))
+    return tuple(_with_comparisons(name_differing_settings([g for g in groups if not g.only_analyses])))
 
 
 def _make_group(finished: list[Record], failed: list[Record], fingerprint: str) -> RunGroup:

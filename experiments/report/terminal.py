@@ -9,6 +9,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from experiments.report.results import Report
+from experiments.report.tables.claims import summarize
 from experiments.report.tables.table import Table
 
 MOST_LINES = 25
@@ -31,8 +32,8 @@ def print_summary(console: Console, report: Report, page: Path) -> None:
     claims, ablation = report.tables["claims"], report.tables["ablation"]
     compared = ablation if not ablation.text.empty else next((report.tables[name] for name in report.experiments), None)
     others = [name for name in report.experiments if compared is None or name != compared.name]
-    console.print(Text(claims.caption, style="bold"), no_wrap=True, overflow="ellipsis")
-    # The caption, the two headings, the names of other tables and the page.
+    console.print(Text(summarize(report.findings), style="bold"), no_wrap=True, overflow="ellipsis")
+    # The sentence, the two headings, the names of other tables and the page.
     lines = MOST_LINES - 5
     if not claims.text.empty:
         lines -= _print_rows(console, claims, _MOST_CLAIMS if compared is not None else lines)

@@ -70,7 +70,8 @@ def test_figure_entries_without_swaps_do_not_mention_them(probed: dict[str, Any]
 def test_draw_record_draws_swaps(
     swapped: dict[str, Any], write_records: Callable[[list[dict[str, Any]]], Path]
 ) -> None:
-    swapped |= dict.fromkeys(("removal", "attention", "knockout", "readout", "fusion", "lens"))
+    parts = ("removal", "onset", "attention", "contribution", "sinks", "knockout", "readout", "fusion", "lens")
+    swapped |= dict.fromkeys(parts)
     (path,) = (write_records([swapped]) / "records").iterdir()
     (png,) = draw_record(path)
     assert png.name == f"{swapped['id']}-swaps.png"

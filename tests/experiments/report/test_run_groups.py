@@ -88,3 +88,15 @@ def test_run_group_outcomes_missing_in_one_seed_are_none(records: list[dict[str,
     np.testing.assert_array_equal(blank[0], parse_outcomes(records[0]["accuracy"]["blank"]))
     del records[1]["accuracy"]["blank"]
     assert ablation_groups(records)[0].outcomes("blank") is None
+
+
+@pytest.mark.parametrize("experiment", ["attention", "smol_attention", "swaps"])
+def test_compare_with_baselines_drops_groups_of_analyses(records: list[dict[str, Any]], experiment: str) -> None:
+    every = ablation_groups(records)
+    analysed = {record["id"] for record in every[0].records}
+    for record in records:
+        if record["id"] in analysed:
+            record["experiment"] = experiment
+    kept = ablation_groups(records)
+    assert len(kept) == len(every) - 1
+    assert not analysed & {record["id"] for group in kept for record in group.records}
