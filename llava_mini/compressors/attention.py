@@ -73,29 +73,6 @@ class MultiHeadAttention(BareAttention):
         init.xavier_uniform_(self.in_proj_weight)
         init.zeros_(self.in_proj_bias)
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, allowed: Bool[Tensor, "tokens patches"] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the output and the attention weights, averaged over the heads; see [`BareAttention.forward`].
-
-        Few queries are mapped to the keys' and values' space, instead of all patches to theirs: q (W x) = (q W) x. One
-        query of 8 heads then takes 1% of the products.
-        """
-        tokens, patches, width = query.shape[1], key.shape[1], query.shape[2]
-        if tokens * (self.heads * patches + width) >= patches * (width + tokens):
-            return super().forward(query, key, value, allowed)
-        maps = self.in_proj_weight.unflatten(0, (3, self.heads, -1))  # (3, heads, head_width, width)
-        biases = self.in_proj_bias.unflatten(0, (3, self.heads, -1))
-        q = torch.einsum("btw,hdw->bhtd", query, maps[0]) + biases[0][:, None]
-        # All heads' queries in one product, as a broadcast over heads would copy the patches.
-        products = (q @ maps[1]).flatten(1, 2) @ key.transpose(1, 2)  # (batch, heads * tokens, patches)
-        scores = (products.unflatten(1, (self.heads, tokens)) + q @ biases[1][..., None]) * self.scale
-        if allowed is not None:
-            scores = scores.masked_fill(~allowed, -torch.inf)
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)  # (batch, heads, tokens, patches)
-        means = (weights.flatten(1, 2) @ value).unflatten(1, (self.heads, tokens))
-        return self.merge(means @ maps[2].transpose(1, 2) + biases[2][:, None]), weights.mean(dim=1)
-
     def split(self, query: Tensor, key: Tensor, value: Tensor) -> list[Float[Tensor, "batch heads positions width"]]:
         maps = zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
         return [

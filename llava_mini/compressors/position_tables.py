@@ -48,8 +48,6 @@ def resize_table(table: Float[Tensor, "tokens width"], side: int) -> Float[Tenso
     source = grid_side(table.shape[0])
     if source == side:
         return table
-    if source == 1:
-        return table.expand(side * side, -1)
     grid = table.float().T.unflatten(1, (source, source))[None]  # (1, width, source, source)
     grid = nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
     return grid[0].flatten(1).T.to(table.dtype)
