@@ -1,6 +1,7 @@
 """Fixtures that several tests of experiments share: data, models and configurations."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from experiments.config import registry as configuration
 from experiments.data.samples import single_questions
 from experiments.data.scenes import IMAGE_SIZE
 from experiments.data.shapes import load_shapes
+from experiments.errors import FULL_ERROR_VARIABLE
 from experiments.models import scratch
 from tests.experiments.sample_records import (  # noqa: F401  fixtures
     make_results,
@@ -26,6 +28,14 @@ def required_overrides(kind: str, name: str) -> list[str]:
     photos = ["data.photos=x"]
     needs = {"checkpoint": ["model.path=x"], "llava_json": ["data.path=x", "data.images=x"], "photos": photos}
     return photos if kind == "experiment" and name.startswith("smol_") else needs.get(name, [])
+
+
+@pytest.fixture(autouse=True)
+def one_line_errors():
+    """Let processes that a test starts report errors in one line, whichever test called the command line before."""
+    os.environ.pop(FULL_ERROR_VARIABLE, None)
+    yield
+    os.environ.pop(FULL_ERROR_VARIABLE, None)
 
 
 @pytest.fixture

@@ -45,7 +45,8 @@ def test_figure_entries_missing_lens_gives_the_recorded_reason(probed: dict[str,
 def test_draw_record_draws_only_recorded_probes(
     probed: dict[str, Any], write_records: Callable[[list[dict[str, Any]]], Path]
 ) -> None:
-    probed |= dict.fromkeys(("removal", "attention", "knockout", "readout", "fusion"))
+    parts = ("removal", "onset", "attention", "contribution", "sinks", "knockout", "readout", "fusion")
+    probed |= dict.fromkeys(parts)
     (path,) = (write_records([probed]) / "records").iterdir()
     (png,) = draw_record(path)
     assert (png.name, png.parent) == (f"{probed['id']}-lens.png", path.parents[1] / "figures")

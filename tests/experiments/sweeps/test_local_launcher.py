@@ -1,5 +1,6 @@
 """The launcher `local`: real worker processes, with jobs that import no torch."""
 
+import functools
 import json
 import os
 import signal
@@ -134,7 +135,11 @@ def holding_sweep(tmp_path):
     """A sweep in a process of its own, whose two workers hold a lock each and wait, and the workers' processes."""
     overrides = [*TINY_CELL, "name=hold", "seed=0,1,2", "hydra.launcher.workers=2", f"results={tmp_path}"]
     command = [sys.executable, "-m", "tests.experiments.sweeps.worker_tasks", "-m", *overrides]
-    sweep = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # A shell starts background jobs with SIGINT ignored, and a test run that is one passes this on.
+    heed_interrupts = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    sweep = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed_interrupts
+    )
     while len(list(tmp_path.glob("*.held"))) < 2:
         assert sweep.poll() is None, sweep.communicate()
         time.sleep(0.05)
