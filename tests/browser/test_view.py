@@ -196,7 +196,7 @@ def test_png_is_an_image_with_the_colours_of_the_scale(page):
         page.click("#export-png")
     image = np.asarray(Image.open(download.value.path()).convert("RGB")).astype(int)
     assert min(image.shape[:2]) > 200
-    assert (image.std(-1) > 30).mean() > 0.1  # colours, not the grey of text alone
+    assert (image.std(-1) > 10).mean() > 0.3  # colours on most of the image, not the grey of text alone
 
 
 @pytest.mark.parametrize("width", [400, 1400])
