@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import OrderedDict
 from typing import Any
@@ -35,7 +36,7 @@ class RenderedChats:
 
     def __init__(self, limit: int = MAX_CHATS) -> None:
         self.limit = limit
-        self._chats: OrderedDict[str, tuple[str, CharacterSpans]] = OrderedDict()
+        self._chats: OrderedDict[bytes, tuple[str, CharacterSpans]] = OrderedDict()
 
     def render(
         self, processor: ProcessorMixin, sample_id: str, messages: list[dict[str, Any]]
@@ -50,7 +51,8 @@ class RenderedChats:
         Raises:
             ValueError: As `render_chat`.
         """
-        key = json.dumps([*_template_key(processor), messages])
+        # A digest, since the template is often longer than the conversation.
+        key = hashlib.sha256(json.dumps([*_template_key(processor), messages]).encode()).digest()
         if key not in self._chats:
             self._chats[key] = render_chat(processor, sample_id, messages)
             if len(self._chats) > self.limit:

@@ -85,9 +85,24 @@ def removal_depth_by_question_type(
         block: Layers of a block.
         depth: Layers of the language model.
     """
+    return estimate_by_question_type(onward, question_types, partial(_removal_depth, block=block, depth=depth))
+
+
+def estimate_by_question_type(
+    outcomes: Float[np.ndarray, "points samples"],
+    question_types: Sequence[str],
+    estimate: Callable[[Float[np.ndarray, "points samples_of_type"]], dict[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """Return an estimate from the outcomes of each question type.
+
+    Args:
+        outcomes: Outcomes at each point of a curve.
+        question_types: Type of each question. A type with a single question is left out: it has no interval.
+        estimate: Makes the estimate from the outcomes of one type.
+    """
     type_of_question = np.array(question_types)
     return {
-        question_type: _removal_depth(onward[:, type_of_question == question_type], block, depth)
+        question_type: estimate(outcomes[:, type_of_question == question_type])
         for question_type in sorted(set(question_types))
         if (type_of_question == question_type).sum() > 1
     }

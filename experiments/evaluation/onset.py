@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from transformers import PreTrainedModel
 
-from experiments.evaluation.layerwise_ablation import layer_outcomes, measure_batches
+from experiments.evaluation.layerwise_ablation import estimate_by_question_type, layer_outcomes, measure_batches
 from experiments.evaluation.questions import EncodedQuestions, ModelInputs
 from probes import TokenMap
 from probes.fusion.curves import ScoreFunction
@@ -37,7 +38,7 @@ def measure_onset(model: PreTrainedModel, questions: EncodedQuestions, block: in
     return {
         "block": block,
         "upto": layer_outcomes([range(end) for end in ends], outcomes),
-        "estimate": asdict(blocks_to_layers(fusion_onset(outcomes), block, depth)),
+        "estimate": _onset(outcomes, block, depth),
         "by_kind": onset_by_question_type(outcomes, [s.question_types[0] for s in questions.samples], block, depth),
     }
 
@@ -53,12 +54,7 @@ def onset_by_question_type(
         block: Layers of a block.
         depth: Layers of the language model.
     """
-    type_of_question = np.array(question_types)
-    return {
-        name: asdict(blocks_to_layers(fusion_onset(upto[:, type_of_question == name]), block, depth))
-        for name in sorted(set(question_types))
-        if (type_of_question == name).sum() > 1
-    }
+    return estimate_by_question_type(upto, question_types, partial(_onset, block=block, depth=depth))
 
 
 def blocks_to_layers(onset: FusionOnset, block: int, depth: int) -> FusionOnset:
@@ -87,3 +83,7 @@ def blocks_to_layers(onset: FusionOnset, block: int, depth: int) -> FusionOnset:
         reads=tuple((number - 1) * block + 1 for number in onset.reads),
         layers=depth,
     )
+
+
+def _onset(upto: np.ndarray, block: int, depth: int) -> dict[str, Any]:
+    return asdict(blocks_to_layers(fusion_onset(upto), block, depth))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -128,7 +129,9 @@ def swap_images(
     def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states.append(input_states(args, kwargs))
 
-    def swap(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def swap(
+        number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden = input_states(args, kwargs)
         mask, order = text.to(hidden.device), partner.to(hidden.device)
         for kind, key_values in (kwargs.get(SHARED_KEYS) or {}).items():
@@ -147,19 +150,10 @@ def swap_images(
                 stack.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
             intact = _read_answers(model, tokens, inputs, answers)
         for number, layer in enumerate(layers):
-
-            def hook(
-                layer: nn.Module, args: Any, kwargs: Any, number: int = number
-            ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-                return swap(number, args, kwargs)
-
-            handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
-            try:
-                with resume_from(number):
-                    # A row has its own image and the text states of its partner: it is the partner's run.
-                    runs.append([value[partner] for value in _read_answers(model, tokens, inputs, answers.flip(1))])
-            finally:
-                handle.remove()
+            hook = layer.register_forward_pre_hook(partial(swap, number), with_kwargs=True)
+            with hook, resume_from(number):
+                # A row has its own image and the text states of its partner: it is the partner's run.
+                runs.append([value[partner] for value in _read_answers(model, tokens, inputs, answers.flip(1))])
     difference, predicted = (
         torch.stack(values).unflatten(1, (-1, 2)).numpy() for values in zip(*runs, intact, strict=True)
     )
