@@ -16,12 +16,12 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from experiments.data.encoding import IGNORE_INDEX, Collator, SampleEncoder, restrict_to_answers
 from experiments.data.length_limit import LengthLimit
+from experiments.data.prompts import prompt_inputs
 from experiments.data.samples import Sample
 from experiments.devices import inference_mode, select_device
 from experiments.evaluation.accuracy import greedy_matches
 from experiments.lmms_eval_model.generation_options import cut_at_stops, generate_arguments
 from experiments.lmms_eval_model.loglikelihood_repair import repair_loglikelihood
-from experiments.lmms_eval_model.prompts import prompt_inputs
 from experiments.lmms_eval_model.request_samples import VideoSampling, request_sample
 from experiments.models.build import load_checkpoint
 from experiments.models.token_reduction import TokenDropper, keep_all_tokens

@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from experiments.data.encoding import chat_messages
+from experiments.data.media_files import with_orientation_of
 from experiments.data.samples import Sample
 from llava_mini import LlavaMiniProcessor
 
@@ -26,6 +27,7 @@ def prompt_inputs(processor: ProcessorMixin, samples: Sequence[Sample]) -> dict[
     Raises:
         ValueError: If the processor refuses a sample.
     """
+    samples = [with_orientation_of(processor, sample) for sample in samples]
     texts = [
         processor.apply_chat_template(chat_messages(sample), add_generation_prompt=True, tokenize=False)
         for sample in samples
