@@ -11,6 +11,7 @@ from omegaconf import MISSING
 from experiments.config.fields import group, require_at_least, setting
 
 BAD_ENTRIES = ("stop", "skip")
+SCORES = ("exact", "vqa", "gqa")
 
 
 @dataclass
@@ -83,11 +84,19 @@ class LlavaJsonData(DataConfig):
         "entries that cannot be used (malformed, or an image or video is missing or damaged): stop ends the run before "
         "training; skip leaves them out, and lists them in the results folder",
     )
+    score: str = setting(
+        "exact",
+        "metric of the test split: exact is accuracy (teacher-forced exact match) alone; vqa and gqa also generate answers, "
+        "scored by VQA accuracy, or by GQA's exact match without case and punctuation (docs/data.md)",
+    )
+    max_new_tokens: int = setting(16, "tokens of a generated answer, at most")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bad not in BAD_ENTRIES:
-            raise ValueError(f"data.bad: unknown '{self.bad}'; use {' or '.join(BAD_ENTRIES)}")
+        for name, choices in (("bad", BAD_ENTRIES), ("score", SCORES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"data.{name}: unknown '{getattr(self, name)}'; use {' or '.join(choices)}")
+        require_at_least("data", self, {"max_new_tokens": 1})
         for name in ("path", "images"):
             given = getattr(self, name)
             if not (isinstance(given, str) and given) and not (

@@ -38,7 +38,13 @@ _ADDED = {
     **{f"{group}.{name}": value for group in _TRAIN_GROUPS for name, value in _PLATEAU.items()},
 }
 
-_ADDED_TO_CONVERSATIONS: dict[str, Any] = {"shares": [], "test_images": None, "bad": "stop"}  # of data=llava_json alone
+_ADDED_TO_CONVERSATIONS: dict[str, Any] = {  # of data=llava_json alone
+    "shares": [],
+    "test_images": None,
+    "bad": "stop",
+    "score": "exact",
+    "max_new_tokens": 16,
+}
 
 
 def current_name(key: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from experiments.data.annotators import annotators_answers, check_all_or_none
 from experiments.data.bad_entries import BadEntry, EntryError, entry_name
 from experiments.data.conversation_forms import parse_entries, to_llava_form
 from experiments.data.file_shares import draw_entries
@@ -61,6 +62,7 @@ class LlavaJsonSamples(Sequence[Sample]):
             turns,
             entry["kinds"],
             entry["system"],
+            entry["answers"],
         )
 
     def media(self) -> list[list[str]]:
@@ -81,6 +83,7 @@ def load_llava_json(
     seed: int = 0,
     bad: str = "stop",
     cache: Path | None = None,
+    annotators: bool = False,
 ) -> Split:
     """Load the first `count` conversations of LLaVA-format files, JSON or JSON Lines.
 
@@ -101,6 +104,7 @@ def load_llava_json(
         bad: "stop" raises at the first entry that cannot be used, as far as this is known without decoding images.
             "skip" decodes all images and videos, and leaves out every entry that cannot be used.
         cache: Folder that keeps which files could be decoded.
+        annotators: Whether "answers", ten annotators' answers to each question, are read.
 
     Returns:
         The split. Its fingerprint covers the bytes of the files, the names and sizes of images and videos, and the
@@ -137,7 +141,7 @@ def load_llava_json(
     checked: dict[tuple[int, int], dict[str, Any] | BadEntry] = {}
     for source, number in dict.fromkeys(drawn):
         entry = checked[source, number] = _checked_or_bad(
-            parsed[source][number], files[source], number, folders[source], is_measured=split != "train"
+            parsed[source][number], files[source], number, folders[source], split != "train", annotators
         )
         if isinstance(entry, BadEntry) and bad == "stop":
             raise ValueError(f"{entry}; data.bad=skip leaves such entries out")
@@ -149,6 +153,7 @@ def load_llava_json(
         raise ValueError(
             f"data.bad: of {len(checked)} entries none can be used; the first: {next(iter(skipped.values()))}"
         )
+    check_all_or_none(kept)
     samples = LlavaJsonSamples(kept, frames)
     return Split(
         split,
@@ -170,12 +175,14 @@ def _one_for_each(setting: str, values: list[Any], files: Sequence[Path]) -> lis
     return values * len(files) if len(values) == 1 else values
 
 
-def _checked_or_bad(entry: Any, file: Path, number: int, folder: Path, is_measured: bool) -> dict[str, Any] | BadEntry:
+def _checked_or_bad(
+    entry: Any, file: Path, number: int, folder: Path, is_measured: bool, annotators: bool
+) -> dict[str, Any] | BadEntry:
     given = entry.get("id") if isinstance(entry, dict) else None
     name = None if given is None else str(given)
     origin: dict[str, Any] = {"file": str(file), "entry": number, "id": name}
     try:
-        checked = check_entry(entry, folder, is_measured)
+        checked = check_entry(entry, folder, is_measured, annotators)
     except EntryError as error:
         return BadEntry(**origin, path=error.path, reason=str(error))
     return checked | {"id": name or str(number), "where": entry_name(**origin), "origin": origin, "folder": folder}
@@ -219,17 +226,18 @@ def _files(entry: dict[str, Any], kind: Literal["image", "video"], frames: int) 
     return (MediaFile(entry["folder"] / path, kind, entry["where"], frames) for path in entry[kind])
 
 
-def check_entry(entry: Any, folder: Path, is_measured: bool) -> dict[str, Any]:
+def check_entry(entry: Any, folder: Path, is_measured: bool, annotators: bool = False) -> dict[str, Any]:
     """Check an entry without decoding its images and videos.
 
     Args:
         entry: The entry, in any published form.
         folder: The folder that its paths begin at.
         is_measured: Whether each question is measured alone, so that each needs an answer. In training one is enough.
+        annotators: Whether its "answers" are read.
 
     Returns:
-        A copy in LLaVA's form: "image" and "video" as lists, "sizes" of these files in bytes, "system", "kinds", and
-        `<video>` for each video.
+        A copy in LLaVA's form: "image" and "video" as lists, "sizes" of these files in bytes, "system", "kinds", "answers"
+        (a list for each question, or None), and `<video>` for each video.
 
     Raises:
         EntryError: If it is no conversation, its placeholders do not match its images and videos, or one of these is
@@ -252,7 +260,15 @@ def check_entry(entry: Any, folder: Path, is_measured: bool) -> dict[str, Any]:
         raise EntryError(
             f'"kinds" must list the type of each of its {len(turns) // 2} questions, found {str(question_types)[:80]}'
         )
-    return {**files, "conversations": turns, "kinds": question_types, "system": system or None, "sizes": sizes}
+    answers = annotators_answers(entry.get("answers"), len(turns) // 2) if annotators else None
+    return {
+        **files,
+        "conversations": turns,
+        "kinds": question_types,
+        "system": system or None,
+        "answers": answers,
+        "sizes": sizes,
+    }
 
 
 def _checked_turns(turns: list[Any], is_measured: bool) -> list[dict[str, str]]:

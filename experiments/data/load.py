@@ -120,7 +120,9 @@ def _load_splits(config: DataConfig, cache: Path | None) -> DataSplits:
     if isinstance(config, LlavaJsonData):
         options: dict[str, Any] = {"frames": config.frames, "bad": config.bad, "cache": cache}
         path, images = config.test_path or config.path, config.test_images or config.images
-        test = load_llava_json(path, images, "test", config.test_samples, **options)
+        test = load_llava_json(
+            path, images, "test", config.test_samples, annotators=config.score == "vqa", **options
+        )
         if config.test_path is None:
             if config.validation_samples:
                 raise ValueError(

@@ -51,6 +51,7 @@ class Sample:
             turns hold `<image>` or `<video>` for each entry of `loaders`, in order.
         question_types: The type of each question: one entry per answer.
         system: The system prompt; None leaves it to the chat template.
+        annotators: The annotators' answers to each question, for scores that need them; None if there are none.
     """
 
     id: str
@@ -58,6 +59,7 @@ class Sample:
     conversations: list[dict[str, str]]
     question_types: list[str]
     system: str | None = None
+    annotators: list[list[str]] | None = None
 
     @cached_property
     def visual_inputs(self) -> list[VisualInput]:
@@ -132,7 +134,9 @@ def single_questions(samples: Iterable[Sample]) -> Iterator[Sample]:
     for sample in samples:
         for i, (question, answer) in enumerate(zip(sample.questions, sample.answers, strict=True)):
             turns = llava_conversation([(question, answer)], sample.placeholders)
-            yield Sample(f"{sample.id}.{i}", sample.loaders, turns, [sample.question_types[i]], sample.system)
+            annotators = None if sample.annotators is None else [sample.annotators[i]]
+            types = [sample.question_types[i]]
+            yield Sample(f"{sample.id}.{i}", sample.loaders, turns, types, sample.system, annotators)
 
 
 class OneQuestionPerImage(Sequence[Sample]):

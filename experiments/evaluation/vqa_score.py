@@ -10,8 +10,8 @@ import re
 import string
 from collections.abc import Sequence
 
-ANNOTATORS = 10
-"""Annotators of a question in VQAv2, VizWiz, TextVQA and OK-VQA."""
+from experiments.data.annotators import ANNOTATORS
+
 _ENOUGH = 3
 """An answer that so many other annotators gave counts in full."""
 

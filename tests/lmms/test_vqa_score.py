@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from experiments.evaluation.vqa_score import ANNOTATORS, gqa_match, normalise_answer, vqa_accuracy
+from experiments.data.annotators import ANNOTATORS
+from experiments.evaluation.vqa_score import gqa_match, normalise_answer, vqa_accuracy
 
 pytestmark = pytest.mark.lmms
 pytest.importorskip("lmms_eval")

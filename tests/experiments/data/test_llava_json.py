@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from experiments.data.llava_json import load_llava_json
-from experiments.data.samples import llava_conversation
+from experiments.data.samples import llava_conversation, single_questions
 from experiments.data.shapes import load_shapes
 
 TURNS = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a cat"}]
@@ -213,3 +213,39 @@ def test_load_llava_json_of_one_empty_answer_is_accepted_for_training(tmp_path):
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}, {"from": "human", "value": "r"}]
     path = write_json(tmp_path, [{"conversations": [*turns, {"from": "gpt", "value": ""}]}])
     assert load_llava_json(path, str(tmp_path), "train").samples[0].answers == ["a", ""]
+
+
+TEN = ["cat"] * 9 + ["a cat"]
+
+
+def test_annotators_answers_are_read_for_each_question(folder):
+    two = {"image": "a.png", "conversations": [*TURNS, {"from": "human", "value": "why?"}, TURNS[1]]}
+    entries = [{"image": "a.png", "conversations": TURNS, "answers": TEN}, two | {"answers": [TEN, TEN[::-1]]}]
+    split = load_llava_json(write_json(folder, entries), str(folder), "test", annotators=True)
+    assert [single.annotators for single in single_questions(split.samples)] == [[TEN], [TEN], [TEN[::-1]]]
+    unread = load_llava_json(write_json(folder, entries), str(folder), "test")
+    assert [sample.annotators for sample in unread.samples] == [None, None]
+    assert unread.fingerprint == split.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        (TEN[:9], 'entry 0: "answers" must be 10 texts for each of its 1 questions, found .*cat'),
+        ([*TEN[:9], 3], '"answers" must be 10 texts'),
+        ([TEN, TEN], '"answers" must be 10 texts for each of its 1 questions'),
+        ("cat", '"answers" .*found cat'),
+    ],
+)
+def test_annotators_answers_of_another_form_name_their_entry(folder, answers, message):
+    path = write_json(folder, [{"image": "a.png", "conversations": TURNS, "answers": answers}])
+    with pytest.raises(ValueError, match=message):
+        load_llava_json(path, str(folder), "test", annotators=True)
+    load_llava_json(path, str(folder), "test")  # the key has no meaning for other scores
+
+
+def test_annotators_answers_of_some_entries_alone_are_refused(folder):
+    entry = {"image": "a.png", "conversations": TURNS}
+    path = write_json(folder, [entry | {"answers": TEN}, entry])
+    with pytest.raises(ValueError, match=r"1 of 2 entries .*entry 1"):
+        load_llava_json(path, str(folder), "test", annotators=True)
