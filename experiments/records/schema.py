@@ -22,6 +22,7 @@ from experiments.records.consistency import (
     check_sinks,
     check_swaps,
 )
+from experiments.records.generated import GeneratedPart, check_generated
 from experiments.records.part import Part
 from experiments.records.patch_words import PatchWordsPart
 
@@ -287,6 +288,7 @@ class FinishedRecord(_AnyRecord):
         None,
         description="answer to each question with its image, up to the first token that is not in the right answer",
     )
+    generated: GeneratedPart | None = None
     cost: CostPart | None = None
     attention: AttentionPart | None = None
     contribution: ContributionPart | None = None
@@ -313,6 +315,8 @@ class FinishedRecord(_AnyRecord):
             raise ValueError(f"answers: has {len(self.answers)} entries for {examples} examples")
         for view in type(self.accuracy).model_fields:
             check_length(f"accuracy.{view}", getattr(self.accuracy, view), examples)
+        if self.generated is not None:
+            check_generated(self.generated, examples)
         if self.removal is not None:
             check_removal(self.removal, layers, examples)
         if self.onset is not None:

@@ -98,6 +98,37 @@ def swaps(points: int, layer: int | None, **changed: Any) -> dict[str, Any]:
     return {"properties": {"colour": fields | curves | changed}}
 
 
+def generated_part(examples: int) -> dict[str, Any]:
+    """Return generated answers of ten-annotator questions with a blind control."""
+    scores = [0.0, 0.3, 0.6, 0.9, 1.0]
+    view = {"answers": ["a cat"] * examples, "scores": [scores[i % 5] for i in range(examples)]}
+    return {"metric": "vqa", "references": 10, "max_new_tokens": 16, "image": view, "blank": copy.deepcopy(view)}
+
+
+def test_check_record_with_generated_answers_accepts_them(probed: dict[str, Any]) -> None:
+    check_record({**probed, "generated": generated_part(probed["data"]["examples"])})
+    check_record({**probed, "generated": None})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda part: part["image"]["answers"].pop(), r"generated\.image\.answers: has \d+ entries"),
+        (lambda part: part["blank"]["scores"].append(1.0), r"generated\.blank\.scores: has \d+ entries"),
+        (lambda part: part["image"]["scores"].__setitem__(2, 0.5), r"generated\.image\.scores\[2\]: .*found 0\.5"),
+        (lambda part: part.update(references=1), r"generated\.image\.scores\[1\]: .*found 0\.3"),
+        (lambda part: part.update(metric="exact"), r"generated\.metric: .*'exact'"),
+    ],
+)
+def test_check_record_with_wrong_generated_answers_names_field_and_value(
+    probed: dict[str, Any], change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    part = generated_part(probed["data"]["examples"])
+    change(part)
+    with pytest.raises(ValueError, match=message):
+        check_record({**probed, "generated": part})
+
+
 def test_check_record_with_swaps_accepts_them_with_and_without_a_layer(probed: dict[str, Any]) -> None:
     check_record(probed | {"swaps": swaps(7, 2)})
     check_record(probed | {"swaps": swaps(0, None)})
