@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterable
@@ -38,3 +39,21 @@ def file_stamps(paths: Iterable[str | None]) -> list[tuple[str, int, int]]:
     given = [Path(path) for path in paths if path]
     files = [file for path in given for file in ([path] if path.is_file() else sorted(path.glob("*")))]
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def file_sha256(file: Path) -> str:
+    """Return the SHA-256 hash of a file's content, as `sha256sum` prints it.
+
+    Raises:
+        OSError: If it cannot be read.
+
+    Example:
+        >>> _ = Path("a.txt").write_text("red")
+        >>> file_sha256(Path("a.txt"))[:16]
+        'b1f51a511f1da0cd'
+    """
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,20 +33,21 @@ RECORD_SOURCES = (
 
 
 @functools.cache
-def code_version(root: Path = ROOT) -> str:
+def code_version(root: Path = ROOT, sources: Sequence[str] = RECORD_SOURCES) -> str:
     """Hash the code that a record depends on.
 
-    Each file of `RECORD_SOURCES` counts as a syntax tree without docstrings and comments, and by its path. So rewording
+    Each file of the sources counts as a syntax tree without docstrings and comments, and by its path. So rewording
     leaves every finished cell finished, and an edit that changes a computation makes it a new cell.
 
     Args:
         root: The folder that holds the packages.
+        sources: Files and folders below `root`.
 
     Returns:
         16 hex digits.
     """
     digest = hashlib.sha256()
-    for name in RECORD_SOURCES:
+    for name in sources:
         source = root / name
         for file in sorted(source.rglob("*.py")) if source.is_dir() else [source]:
             digest.update(f"\0{file.relative_to(root).as_posix()}\0".encode())

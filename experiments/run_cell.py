@@ -16,6 +16,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from experiments.cell import Cell
+from experiments.config.data_schema import LmmsData
 from experiments.config.schema import Config, ScratchModel
 from experiments.data.bad_entries import write_bad_entries
 from experiments.data.encoding import SampleEncoder
@@ -38,6 +39,7 @@ from experiments.evaluation.accuracy import (
 from experiments.evaluation.analyses import check_probe_layers, run_probes
 from experiments.evaluation.attention_page import attention_page_path, write_attention_page
 from experiments.evaluation.flops import forward_cost
+from experiments.evaluation.generated_answers import generated_part
 from experiments.evaluation.patch_words import (
     SCORED_IMAGES,
     description_corpus,
@@ -46,6 +48,7 @@ from experiments.evaluation.patch_words import (
 )
 from experiments.evaluation.questions import EncodedQuestions
 from experiments.evaluation.swaps import measure_swaps
+from experiments.lmms_eval_model.cell_benchmarks import check_benchmarks, run_benchmarks, score_lines
 from experiments.models.build import build_model
 from experiments.models.feature_cache import open_feature_cache
 from experiments.models.saved_models import check_save_folder, save_model
@@ -85,6 +88,8 @@ def run_cell(cell: Cell, work: Path, write_record: Callable[[dict[str, Any]], ob
     config, data = cell.config, cell.data
     if config.save:
         check_save_folder(Path(config.save))
+    if isinstance(config.data, LmmsData):
+        check_benchmarks(config)
     torch.set_num_threads(config.threads)
     device = select_device(config.device)
     model, processor = _build(config, data, device)
@@ -92,7 +97,10 @@ def run_cell(cell: Cell, work: Path, write_record: Callable[[dict[str, Any]], ob
     if config.train.trains and not PartialState().is_main_process:
         return None
     set_seed(config.seed)  # evaluation draws the same numbers whether or not training was interrupted
-    results = _evaluate(model, processor, config, data, device)
+    if isinstance(config.data, LmmsData):
+        results = _benchmark_parts(model, processor, cell)
+    else:
+        results = _evaluate(model, processor, config, data, device)
     record = {
         "schema": 1,
         "id": cell.id,
@@ -106,7 +114,10 @@ def run_cell(cell: Cell, work: Path, write_record: Callable[[dict[str, Any]], ob
         "model": _model_part(model, config, results["cost"]),
         "provenance": {"train_seconds": train_seconds, **provenance(device)},
     }
-    log.info("accuracy in percent, %s split:\n%s", data.test.name, accuracy_by_question_type(record))
+    if part := record.get("benchmarks"):
+        log.info("scores:\n%s", "\n".join(score_lines(part)))
+    else:
+        log.info("accuracy in percent, %s split:\n%s", data.test.name, accuracy_by_question_type(record))
     write_record(record)
     if config.probe.view_questions:
         page = attention_page_path(config.results, cell.id)
@@ -144,7 +155,11 @@ def _train(
         setting = "max_steps" if config.train.max_steps else "num_train_epochs"
         raise ValueError(
             f"train.{setting}={getattr(config.train, setting)}: data '{config.data.name}' has no training split; set "
-            "data.test_path, and data.path becomes the training split"
+            + (
+                "data.path and data.images"
+                if isinstance(config.data, LmmsData)
+                else "data.test_path, and data.path becomes the training split"
+            )
         )
     limit = LengthLimit.for_model(model.config, config.data.max_length)
     encoder = SampleEncoder(processor, limit)
@@ -207,9 +222,28 @@ def _evaluate(
         "cost": forward_cost(model, questions_with_pixels, token_dropper_for_inference(config)),
         "data": _data_part(config, data, samples),
         **_answer_parts(model, processor, config, questions, device),
+        "generated": generated_part(model, processor, samples, config, BLIND_CONTROLS if config.probe.controls else {}),
         **(probes := run_probes(model, questions, questions_with_pixels, config.probe)),
         "patch_words": _patch_words_part(model, processor, config, data, device) if probes["lens"] else None,
         "swaps": _swaps_part(model, processor, config, device, limit) if config.probe.swaps else None,
+    }
+
+
+def _benchmark_parts(model: PreTrainedModel, processor: ProcessorMixin, cell: Cell) -> dict[str, Any]:
+    """Return the parts of a record with benchmarks. The cost is that of the first task's first prompt."""
+    part = run_benchmarks(model, processor, cell)
+    first, task = next(iter(part["tasks"].items()))
+    return {
+        "cost": task["cost"]
+        | {
+            "convention": f"multiply and add are 2; the first prompt of {first} with a one-word answer, counted by torch"
+        },
+        "data": {
+            "name": cell.config.data.name,
+            "fingerprint": cell.data.fingerprint,
+            "examples": sum(task["documents"] for task in part["tasks"].values()),
+        },
+        "benchmarks": part,
     }
 
 

@@ -57,6 +57,9 @@ def run_job(config: DictConfig) -> float | None:
             if is_main_process() and not sweeping:
                 _report(cell, status)
             if status.state == "finished" and status.record:
+                if status.record.get("benchmarks"):
+                    _check_not_searching(searching)
+                    return None
                 return float(parse_outcomes(status.record["accuracy"]["image"]).mean())
             if searching:
                 raise UnfinishedCellError(_unfinished_reason(cell, status))
@@ -65,6 +68,12 @@ def run_job(config: DictConfig) -> float | None:
             raise
         exit_with_error(error)  # here and not in main: Hydra would add a line of its own
     return None
+
+
+def _check_not_searching(searching: bool) -> None:
+    """Refuse to search by benchmarks, whose scores have no common unit."""
+    if searching:
+        raise ValueError("hydra/sweeper: benchmarks have no accuracy to search by; run a grid of the settings instead")
 
 
 def _run_benchmark(config: DictConfig, overrides: list[str]) -> None:

@@ -127,9 +127,50 @@ class PhotosData(DataConfig):
     captions: bool = setting(False, "train on descriptions alone, as in LLaVA's first stage")
 
 
+@dataclass
+class LmmsData(DataConfig):
+    """Public benchmarks by lmms-eval, after training on conversations in LLaVA's JSON format if `path` names any.
+
+    The first `test_samples` documents of each task are answered.
+
+    Raises:
+        ValueError: If no task is named, or one twice, or a setting of the training split lacks another.
+    """
+
+    tasks: list[str] = setting(MISSING, "tasks and groups of lmms-eval (docs/benchmarks.md): [gqa,pope]")
+    include: list[str] = setting([], "folders with further task files; a task there cannot replace one of lmms-eval")
+    frames: int | None = setting(None, "evenly spaced frames of a benchmark's video; none takes one a second")
+    max_frames: int | None = setting(None, "largest number of frames of a benchmark's video; none for no limit")
+    path: str | None = setting(None, "JSON file of the training split; none for a model that is not trained")
+    images: str | None = setting(None, "folder of the training split's images and videos")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least("data", self, {"test_samples": 0})
+        if not self.tasks:
+            raise ValueError("data.tasks: names no task; list at least one, as data.tasks=[gqa,pope]")
+        if isinstance(self.tasks, list) and (twice := [name for name in self.tasks if self.tasks.count(name) > 1]):
+            raise ValueError(f"data.tasks: names '{twice[0]}' twice; list each task once")
+        for name in ("frames", "max_frames"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ValueError(f"data.{name}: must be at least 1, found {number}")
+        if (self.path is None) != (self.images is None):
+            missing, given = ("path", "images") if self.path is None else ("images", "path")
+            raise ValueError(
+                f"data.{missing}: missing; data.{given}={getattr(self, given)} is half of a training split"
+            )
+        if self.validation_samples and self.path is None:
+            raise ValueError(
+                f"data.validation_samples: {self.validation_samples} entries are held out of a training split, and there "
+                "is none; set data.path and data.images"
+            )
+
+
 DATA: dict[str, type] = {
     "shapes": ShapesData,
     "shapes_video": ShapesVideoData,
     "llava_json": LlavaJsonData,
     "photos": PhotosData,
+    "lmms": LmmsData,
 }

@@ -77,7 +77,7 @@ def migrate(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(group, dict):
             group.setdefault(name, value)
     data = migrated.get("data")
-    if isinstance(data, dict) and {"path", "images"} <= data.keys():
+    if isinstance(data, dict) and {"path", "images"} <= data.keys() and "tasks" not in data:
         migrated["data"] = _ADDED_TO_CONVERSATIONS | data
     return migrated
 

@@ -7,10 +7,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from experiments.config.data_schema import DataConfig, LlavaJsonData, PhotosData, ShapesData, ShapesVideoData
+from experiments.config.data_schema import DataConfig, LlavaJsonData, LmmsData, PhotosData, ShapesData, ShapesVideoData
 from experiments.data.bad_entries import BadEntry
 from experiments.data.held_out import hold_out
 from experiments.data.llava_json import LlavaJsonSamples, load_llava_json
+from experiments.data.lmms import load_benchmarks
 from experiments.data.photos import load_photos
 from experiments.data.samples import OneQuestionPerImage, Split, TextOnlyBaseline, fingerprint
 from experiments.data.shapes import load_shapes
@@ -69,7 +70,7 @@ def load_data(config: DataConfig, cache: Path | None = None) -> DataSplits:
         FileNotFoundError: If a file is missing; the message names it.
         ValueError: If a file is not what it should be; the message names it.
     """
-    given = [getattr(config, name, None) for name in ("path", "test_path", "photos")]
+    given = [getattr(config, name, None) for name in ("path", "test_path", "photos", "include")]
     files = [path for paths in given for path in (paths if isinstance(paths, list) else [paths])]
     key = repr([config, file_stamps(files)])
     if key not in _cached_splits:
@@ -120,9 +121,7 @@ def _load_splits(config: DataConfig, cache: Path | None) -> DataSplits:
     if isinstance(config, LlavaJsonData):
         options: dict[str, Any] = {"frames": config.frames, "bad": config.bad, "cache": cache}
         path, images = config.test_path or config.path, config.test_images or config.images
-        test = load_llava_json(
-            path, images, "test", config.test_samples, annotators=config.score == "vqa", **options
-        )
+        test = load_llava_json(path, images, "test", config.test_samples, annotators=config.score == "vqa", **options)
         if config.test_path is None:
             if config.validation_samples:
                 raise ValueError(
@@ -133,12 +132,23 @@ def _load_splits(config: DataConfig, cache: Path | None) -> DataSplits:
         train = load_llava_json(
             config.path, config.images, "train", config.train_samples, shares=config.shares, seed=config.seed, **options
         )
-        if not config.validation_samples:
-            return DataSplits(train, test)
-        assert isinstance(train.samples, LlavaJsonSamples)
-        train, validation = hold_out(train, train.samples.media(), config.validation_samples, config.seed)
-        return DataSplits(train, test, validation)
+        return _with_validation(train, test, config)
+    if isinstance(config, LmmsData):
+        test = load_benchmarks(config.include)
+        if config.path is None or config.images is None:
+            return DataSplits(None, test)
+        train = load_llava_json(config.path, config.images, "train", config.train_samples, seed=config.seed)
+        return _with_validation(train, test, config)
     raise TypeError(f"data: no loader for a {type(config).__name__}; add one to load.py")
+
+
+def _with_validation(train: Split, test: Split, config: DataConfig) -> DataSplits:
+    """Return splits of conversations, with a validation split held out of the training split if one is asked for."""
+    if not config.validation_samples:
+        return DataSplits(train, test)
+    assert isinstance(train.samples, LlavaJsonSamples)
+    train, validation = hold_out(train, train.samples.media(), config.validation_samples, config.seed)
+    return DataSplits(train, test, validation)
 
 
 def _one_question_per_image(split: Split) -> Split:

@@ -1,4 +1,5 @@
-"""The models of this project as a model of the lmms-eval harness, which holds the public benchmarks (docs/benchmarks.md).
+"""The models of this project in the lmms-eval harness, which holds the public benchmarks (docs/benchmarks.md).
 
-lmms-eval is no dependency of the project, so no other package imports this one while a module loads.
+lmms-eval is no dependency of the project. `model`, `manifest` and `video_questions` import it, so other packages import
+those inside functions alone.
 """

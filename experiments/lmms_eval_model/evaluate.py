@@ -48,18 +48,55 @@ def evaluate_tasks(
         ValueError: If a task is unknown, needs a judge or HF_HOME that is not there, or cannot be limited; or if a task
             has no results.
     """
+    check_tasks(tasks, limit, include)
+    results = run_tasks(model, tasks, output, limit, include)
+    if results:
+        results["config"] |= {"weights": weights_hash(model.model), "lmms_eval": version("lmms-eval")}
+    return results
+
+
+def check_tasks(tasks: Sequence[str], limit: int | None = None, include: Sequence[Path] = ()) -> None:
+    """Check, before any model is loaded, that tasks can run.
+
+    Args:
+        tasks: As for `evaluate_tasks`, like the other arguments.
+
+    Raises:
+        ValueError: If a task is unknown, needs a judge or HF_HOME that is not there, or cannot be limited.
+    """
+    check_judge(tasks, os.environ)
+    for task in tasks:
+        if _VIDEO_TASKS.match(task) and not os.environ.get("HF_HOME"):
+            raise ValueError(f"HF_HOME: not set, and {task} reads its videos there; set it to the folder of the videos")
+        if limit is not None and _WHOLE_TASKS.fullmatch(task):
+            raise ValueError(f"limit: {task} has a score for all of its documents alone; leave out limit={limit}")
+    if unknown := sorted(set(tasks) - set(_task_manager(include).all_tasks)):
+        raise ValueError(f"tasks: lmms-eval {version('lmms-eval')} has no '{unknown[0]}'; `lmms-eval tasks` lists all")
+
+
+def run_tasks(
+    model: Any, tasks: Sequence[str], output: Path, limit: int | None = None, include: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """Run tasks that `check_tasks` has accepted, and return lmms-eval's results without the hash of the weights.
+
+    Afterwards `model.requests` holds the requests that were answered.
+
+    Args:
+        model: As for `evaluate_tasks`, like the other arguments.
+
+    Raises:
+        FileNotFoundError: If a video is missing.
+        ValueError: If a task has no score, or an answer no judgement.
+    """
     from lmms_eval.evaluator import simple_evaluate
     from tenacity import RetryError
 
-    _check_environment(tasks, limit)
-    manager = _task_manager((str(TASKS_FOLDER), *(str(folder) for folder in include)))
-    if unknown := sorted(set(tasks) - set(manager.all_tasks)):
-        raise ValueError(f"tasks: lmms-eval {version('lmms-eval')} has no '{unknown[0]}'; `lmms-eval tasks` lists all")
+    model.requests = []
     try:
         results = simple_evaluate(
             model=model,
             tasks=list(tasks),
-            task_manager=manager,
+            task_manager=_task_manager(include),
             batch_size=model.batch_size,
             limit=limit,
             bootstrap_iters=0,
@@ -72,24 +109,18 @@ def evaluate_tasks(
     if missing := [name for name in tasks if not results["results"].get(name)]:
         raise ValueError(f"tasks: lmms-eval returned no results of {missing[0]}")
     check_judgements(results["samples"])
-    results["config"] |= {"weights": weights_hash(model.model), "lmms_eval": version("lmms-eval")}
     return results
 
 
+def _task_manager(include: Sequence[Path]) -> Any:
+    return _cached_task_manager((str(TASKS_FOLDER), *map(str, include)))
+
+
 @functools.cache
-def _task_manager(folders: tuple[str, ...]) -> Any:
+def _cached_task_manager(folders: tuple[str, ...]) -> Any:
     """Return lmms-eval's index of its tasks and those in `folders`. Reading its 2,000 files takes seconds."""
     from lmms_eval.tasks import TaskManager
 
     from experiments.lmms_eval_model.manifest import MODEL_NAME
 
     return TaskManager("WARNING", include_path=list(folders), model_name=MODEL_NAME)
-
-
-def _check_environment(tasks: Sequence[str], limit: int | None) -> None:
-    check_judge(tasks, os.environ)
-    for task in tasks:
-        if _VIDEO_TASKS.match(task) and not os.environ.get("HF_HOME"):
-            raise ValueError(f"HF_HOME: not set, and {task} reads its videos there; set it to the folder of the videos")
-        if limit is not None and _WHOLE_TASKS.fullmatch(task):
-            raise ValueError(f"limit: {task} has a score for all of its documents alone; leave out limit={limit}")

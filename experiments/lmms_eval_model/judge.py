@@ -21,7 +21,8 @@ JUDGED_TASKS = {
 }
 """The judged tasks, and what OPENAI_API_URL holds for each: the base address of the API, or the whole endpoint."""
 
-_DEFAULT_ADDRESS = "https://api.openai.com/v1"
+DEFAULT_ADDRESS = "https://api.openai.com/v1"
+"""The judge's address where OPENAI_API_URL is not set."""
 _SECONDS = 10
 
 
@@ -61,7 +62,7 @@ def check_judge(tasks: Iterable[str], environment: Mapping[str, str]) -> None:
             f"the endpoint, which ends in {ENDPOINT}" if forms[first] == "endpoint" else f"the part before {ENDPOINT}"
         )
         raise ValueError(f"OPENAI_API_URL: {first} takes {right}; found '{address}'")
-    parts = urlsplit(address or _DEFAULT_ADDRESS)
+    parts = urlsplit(address or DEFAULT_ADDRESS)
     port = parts.port or {"http": 80}.get(parts.scheme, 443)
     try:
         socket.create_connection((parts.hostname or "", port), _SECONDS).close()

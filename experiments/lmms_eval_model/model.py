@@ -41,6 +41,9 @@ class BuiltModel(lmms):
         batch_size: Requests of a batch.
         sampling: Which frames of a video the model gets. Models other than LLaVA-Mini get each frame as an image.
 
+    Attributes:
+        requests: The requests that were answered since this list was last emptied, in order.
+
     Raises:
         ValueError: If the processor has no chat template, image token, pad token or fast tokenizer.
     """
@@ -61,6 +64,7 @@ class BuiltModel(lmms):
         # that the model can run the next tasks.
         self._parts = (model, processor)
         self.around, self.batch_size = around, batch_size
+        self.requests: list[Instance] = []
         self.sampling = VideoSampling(
             sampling.frames, sampling.max_frames, as_images=not isinstance(processor, LlavaMiniProcessor)
         )
@@ -131,20 +135,42 @@ class BuiltModel(lmms):
             f"task {requests[0].args[-2]}: this model answers one round; choose a task without rounds"
         )
 
+    def sample(self, request: Instance, answer: str | None = None) -> Sample:
+        """Return a request as a sample of this project, named by its task and document.
+
+        Args:
+            request: A request of `generate_until` or `loglikelihood`, whose task lmms-eval has loaded.
+            answer: The answer of the sample; None for the prompt alone.
+
+        Raises:
+            FileNotFoundError: If a video is missing.
+            ValueError: If the prompt's placeholders do not fit its images and videos.
+        """
+        prompt, _, doc_to_visual, doc_id, task, split = request.args
+        name = f"task {task}, document {doc_id}"
+        try:
+            visuals = doc_to_visual(self.task_dict[task][split][doc_id]) if doc_to_visual else []
+        except SystemExit as error:  # the video tasks end the program where a file is missing
+            raise FileNotFoundError(f"{name}: {error}") from error
+        return request_sample(name, prompt, visuals or [], self.sampling, answer)
+
     def _batches(self, requests: Sequence[Instance]) -> Iterator[Sequence[Instance]]:
         starts = range(0, len(requests), self.batch_size)
-        for start in tqdm(starts, desc="answering", disable=self._rank > 0, leave=False):
-            yield requests[start : start + self.batch_size]
+        tasks = ", ".join(dict.fromkeys(request.args[4] for request in requests))
+        for start in tqdm(starts, desc=f"answering {tasks:.40}", disable=self._rank > 0, leave=False):
+            batch = requests[start : start + self.batch_size]
+            yield batch
+            self.requests += batch
 
     def _generate(self, requests: Sequence[Instance], arguments: dict[str, Any]) -> list[str]:
-        inputs = self._to_device(prompt_inputs(self.processor, [self._sample(request) for request in requests]))
+        inputs = self._to_device(prompt_inputs(self.processor, [self.sample(request) for request in requests]))
         with inference_mode(self.model), self.around(self.model, inputs):
             generated = self.model.generate(**inputs, **arguments)
         written = generated[:, inputs["input_ids"].shape[1] :]
         return self.processor.tokenizer.batch_decode(written, skip_special_tokens=True)
 
     def _score(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        samples = [self._sample(request, self._answer(request)) for request in requests]
+        samples = [self.sample(request, self._answer(request)) for request in requests]
         inputs = self._to_device(self._collate([self._encode(sample) for sample in samples]))
         with inference_mode(self.model), self.around(self.model, inputs):
             model_inputs, labels = restrict_to_answers(inputs)
@@ -158,15 +184,6 @@ class BuiltModel(lmms):
         )
         means = losses.sum(1) / (targets != IGNORE_INDEX).sum(1)
         return list(zip(means.tolist(), greedy_matches(logits, labels).tolist(), strict=True))
-
-    def _sample(self, request: Instance, answer: str | None = None) -> Sample:
-        prompt, _, doc_to_visual, doc_id, task, split = request.args
-        name = f"task {task}, document {doc_id}"
-        try:
-            visuals = doc_to_visual(self.task_dict[task][split][doc_id]) if doc_to_visual else []
-        except SystemExit as error:  # the video tasks end the program where a file is missing
-            raise FileNotFoundError(f"{name}: {error}") from error
-        return request_sample(name, prompt, visuals or [], self.sampling, answer)
 
     def _answer(self, request: Instance) -> str:
         _, answer, _, doc_id, task, split = request.args

@@ -32,13 +32,13 @@ from experiments.data.samples import Split
 from experiments.files import ASSETS, file_stamps
 from experiments.models import from_parts, lora, scratch
 from experiments.models.blip_2_prompts import Blip2ChatProcessor
+from experiments.models.model_files import ASSET_PREFIX
 from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
 from llava_mini.checkpoint_files import MODEL_FILES, PROCESSOR_FILES, name_damaged_file
 from llava_mini.older_processors import complete_from_config
 
 MAX_CACHED_BYTES = 4 * 2**30  # a larger model is read again for each cell: its memory is worth more than the time
 VOCABULARY_SAMPLES = 1000  # of questions and of descriptions, that a new tokenizer is trained on
-_ASSET_PREFIX = "asset:"
 _HUB_NAME_PATTERN = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _cached_llava: dict[str, tuple[PreTrainedModel, ProcessorMixin]] = {}  # at most one: that of this process's last cell
 
@@ -205,8 +205,8 @@ def _build_llava_mini(
 
 def _resolve_source(path: str, field: str) -> str:
     """Return a folder or a hub name; `asset:NAME` becomes the folder of a shipped model."""
-    if path.startswith(_ASSET_PREFIX):  # the configuration holds the name, so that a cell is the same in every clone
-        path = str(ASSETS / path.removeprefix(_ASSET_PREFIX))
+    if path.startswith(ASSET_PREFIX):  # the configuration holds the name, so that a cell is the same in every clone
+        path = str(ASSETS / path.removeprefix(ASSET_PREFIX))
     if not Path(path).is_dir() and (Path(path).is_absolute() or not _HUB_NAME_PATTERN.fullmatch(path)):
         raise FileNotFoundError(f"model.{field}: no folder '{path}'")
     return path

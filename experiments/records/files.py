@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from experiments.config.renamed_keys import migrate
+from experiments.records.benchmarks import check_answer_files
 from experiments.records.latency import latency_key, load_latencies
 from experiments.records.schema import check_record
 from experiments.records.views import Record, configuration_key, failure_reason, record_label, start_time
@@ -67,6 +68,7 @@ def load_records(folder: Path) -> Records:
     for path in paths:
         try:
             record = read_record(path)
+            check_answer_files(record, folder.parent)
         except (OSError, ValueError) as error:
             unreadable.append(MissingEntry(path.name, str(error)))
             continue

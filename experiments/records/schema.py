@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
+from experiments.records.benchmarks import BenchmarksPart
 from experiments.records.consistency import (
     check_attention,
     check_contribution,
@@ -56,7 +57,7 @@ class DataPart(Part):
     split: str | None = Field(None, description="name of the split")
     fingerprint: str = Field(description="hash of the data")
     examples: int = Field(description="number of questions")
-    kinds: list[str] = Field(description="type of each question")
+    kinds: list[str] | None = Field(None, description="type of each question; null for benchmarks")
     guess: Outcomes | None = Field(None, description="outcomes of a guess from the question's text alone")
     guess_note: str | None = Field(None, description="how the guess is made")
     skipped: dict[str, int] | None = Field(
@@ -283,7 +284,8 @@ class FinishedRecord(_AnyRecord):
     status: Literal["finished"]
     model: ModelPart
     data: DataPart
-    accuracy: AccuracyPart
+    accuracy: AccuracyPart | None = Field(None, description="null for benchmarks, which have scores of their own")
+    benchmarks: BenchmarksPart | None = None
     answers: list[str] | None = Field(
         None,
         description="answer to each question with its image, up to the first token that is not in the right answer",
@@ -308,13 +310,11 @@ class FinishedRecord(_AnyRecord):
     @model_validator(mode="after")
     def _consistent(self) -> FinishedRecord:
         examples, layers = self.data.examples, self.model.layers
-        if len(self.data.kinds) != examples:
-            raise ValueError(f"data.kinds: has {len(self.data.kinds)} entries for {examples} examples")
+        if self.benchmarks is None:
+            self._check_questions()
         check_length("data.guess", self.data.guess, examples)
         if self.answers is not None and len(self.answers) != examples:
             raise ValueError(f"answers: has {len(self.answers)} entries for {examples} examples")
-        for view in type(self.accuracy).model_fields:
-            check_length(f"accuracy.{view}", getattr(self.accuracy, view), examples)
         if self.generated is not None:
             check_generated(self.generated, examples)
         if self.removal is not None:
@@ -338,6 +338,18 @@ class FinishedRecord(_AnyRecord):
         if self.swaps is not None:
             check_swaps(self.swaps, layers)
         return self
+
+    def _check_questions(self) -> None:
+        """Check that every question has a type and outcomes."""
+        examples, kinds = self.data.examples, self.data.kinds
+        if kinds is None:
+            raise ValueError("data.kinds: is missing")
+        if len(kinds) != examples:
+            raise ValueError(f"data.kinds: has {len(kinds)} entries for {examples} examples")
+        if self.accuracy is None:
+            raise ValueError("accuracy: is missing")
+        for view in type(self.accuracy).model_fields:
+            check_length(f"accuracy.{view}", getattr(self.accuracy, view), examples)
 
 
 _RECORD: TypeAdapter[FinishedRecord | FailedRecord] = TypeAdapter(

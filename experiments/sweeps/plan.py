@@ -12,12 +12,14 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.cell import Cell
+from experiments.config.data_schema import LmmsData
 from experiments.config.identity import cell_identity
 from experiments.config.plain import to_plain, unknown_settings
 from experiments.config.rows import read_rows
 from experiments.config.schema import Config
 from experiments.data.load import load_data
 from experiments.errors import no_such_setting
+from experiments.models.model_files import model_files_digest
 from experiments.provenance import code_version
 from experiments.sweeps.hydra_api import (
     CompositionCache,
@@ -67,7 +69,10 @@ def identify_cell(config: DictConfig, overrides: Sequence[str] = ()) -> Cell:
     typed: Config = OmegaConf.to_object(selected)  # type: ignore[assignment]
     resolved = to_plain(selected)
     data = load_data(typed.data, Path(typed.results) / "shared")
-    identity = cell_identity(resolved, data.fingerprint, code_version())
+    fingerprint = data.fingerprint
+    if isinstance(typed.data, LmmsData):  # a model is trained again in its folder, and must not get its old answers
+        fingerprint = f"{fingerprint} {model_files_digest(typed.model)}"
+    identity = cell_identity(resolved, fingerprint, code_version())
     row = None
     if config.row is not None:
         row = read_rows(config.name, OmegaConf.to_container(config.rows))[config.row].label

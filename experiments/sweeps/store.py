@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments.files import write_atomically
+from experiments.records.benchmarks import check_answer_files
 from experiments.records.files import read_record, with_digest
 from experiments.records.views import Record
 from experiments.sweeps.locks import CellLock, LockOwner, lock_owner
@@ -80,9 +81,10 @@ class RecordStore:
         return (path.name for path in sorted((self.folder / "locks").glob("[!.]*")))
 
     def record(self, identity: str) -> Record | None:
-        """Return the record of a cell, None if there is no whole one."""
+        """Return the record of a cell, None if there is no whole one with its files of answers."""
         try:
             record = read_record(self.path(identity))
+            check_answer_files(record, self.folder)
         except (OSError, ValueError):
             return None
         return record if record["id"] == identity else None

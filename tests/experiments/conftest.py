@@ -26,7 +26,12 @@ from tests.experiments.sample_records import (  # noqa: F401  fixtures
 def required_overrides(kind: str, name: str) -> list[str]:
     """Return overrides for the paths of models and data that a configuration leaves to its user."""
     photos = ["data.photos=x"]
-    needs = {"checkpoint": ["model.path=x"], "llava_json": ["data.path=x", "data.images=x"], "photos": photos}
+    needs = {
+        "checkpoint": ["model.path=x"],
+        "llava_json": ["data.path=x", "data.images=x"],
+        "photos": photos,
+        "lmms": ["data.tasks=[x]"],
+    }
     return photos if kind == "experiment" and name.startswith("smol_") else needs.get(name, [])
 
 

@@ -56,7 +56,7 @@ def test_settings_are_listed_once_with_the_schemas_that_have_them():
     only = {entry.key: entry.only for entry in entries}
     assert only["model.path"] == "checkpoint"
     assert only["model.name"] == only["data.name"] == only["train.max_steps"] == ""
-    assert {entry.only for entry in entries if entry.key == "data.frames"} == {"shapes_video", "llava_json"}
+    assert {entry.only for entry in entries if entry.key == "data.frames"} == {"shapes_video", "llava_json", "lmms"}
 
 
 def test_settings_show_type_and_default():

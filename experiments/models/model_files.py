@@ -1,0 +1,39 @@
+"""A hash of the files of a model that lies on this machine. It is made before the model is loaded, and imports no torch."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from experiments.config.schema import ModelConfig
+from experiments.files import ASSETS, file_sha256, file_stamps
+
+ASSET_PREFIX = "asset:"
+"""Marks the name of a model that ships with the project."""
+_SOURCES = ("path", "vision", "language", "adapter")
+
+
+def model_files_digest(model: ModelConfig) -> str:
+    """Return a hash of the files in the folders that a model is read from.
+
+    Models of the hub count by their names, which are settings.
+
+    Args:
+        model: The model's configuration.
+
+    Returns:
+        Names and hashes of the files as one text, "" if the model is read from no folder.
+
+    Raises:
+        OSError: If a file cannot be read.
+    """
+    sources = [str(getattr(model, name, None) or "") for name in _SOURCES]
+    folders = [str(ASSETS / s.removeprefix(ASSET_PREFIX)) if s.startswith(ASSET_PREFIX) else s for s in sources]
+    stamps = file_stamps(folder for folder in folders if folder and Path(folder).is_dir())
+    return " ".join(_file_digest(*stamp) for stamp in stamps)
+
+
+@functools.cache
+def _file_digest(name: str, size: int, time: int) -> str:
+    """Return name and hash of one file. It is read once by each process, as long as size and time stay the same."""
+    return f"{Path(name).name} {file_sha256(Path(name))}" if Path(name).is_file() else ""
