@@ -25,6 +25,7 @@ from experiments.data.samples import Sample, VisualInput
 from experiments.devices import inference_mode
 from experiments.evaluation.questions import EncodedQuestions
 from experiments.models.token_reduction import TokenDropper, keep_all_tokens
+from experiments.records.generated import score_name
 from llava_mini.video import Video
 
 BLANK_COLOUR = (128, 128, 128)
@@ -176,12 +177,15 @@ def outcome_digits(outcomes: Bool[Tensor, " questions"] | Bool[np.ndarray, " que
 def accuracy_by_question_type(record: dict[str, Any]) -> str:
     """Return a printable table of a record's accuracies in percent, by question type.
 
-    Its columns are the accuracy with the image, under each blind control, and of the text-only baseline.
+    Its columns are the accuracy with the image, under each blind control, and of the text-only baseline, and the score of
+    generated answers.
     """
     outcomes = {**record["accuracy"]}
     if "guess" in record["data"]:
         outcomes["text-only guess"] = record["data"]["guess"]
     percent = pd.DataFrame({name: [100 * int(digit) for digit in digits] for name, digits in outcomes.items()})
+    if (generated := record.get("generated")) is not None:
+        percent[score_name(generated)] = 100 * np.array(generated["image"]["scores"])
     grouped = percent.groupby(pd.Series(record["data"]["kinds"], name="question type"))
     table = pd.concat([grouped.size().rename("n"), grouped.mean()], axis=1)
     table.loc["all"] = [len(percent), *percent.mean()]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field
 
 from experiments.records.part import Part
+
+_NAMES = {("vqa", 10): "VQA accuracy", ("vqa", 1): "Normalised exact match", ("gqa", 1): "GQA exact match"}
+"""Names of the metrics of generated answers, by `data.score` and number of references."""
 
 
 class ScoredAnswers(Part):
@@ -25,6 +29,19 @@ class GeneratedPart(Part):
     image: ScoredAnswers = Field(description="with the question's image")
     blank: ScoredAnswers | None = Field(None, description="with a grey image")
     shuffled: ScoredAnswers | None = Field(None, description="with another question's image")
+
+
+def score_name(part: Mapping[str, Any]) -> str:
+    """Return the name of the metric of generated answers.
+
+    Args:
+        part: The `generated` part of a record.
+
+    Example:
+        >>> score_name({"metric": "vqa", "references": 10})
+        'VQA accuracy (generated)'
+    """
+    return f"{_NAMES[part['metric'], part['references']]} (generated)"
 
 
 def check_generated(part: GeneratedPart, examples: int) -> None:
