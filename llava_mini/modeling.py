@@ -22,6 +22,7 @@ from .encoded_images import Pictures
 from .outputs import LlavaMiniCausalLMOutputWithPast, LlavaMiniModelOutputWithPast
 from .prefusion import Prefusion
 from .pretrained_model import LlavaMiniPreTrainedModel
+from .quick_gelu import replace_quick_gelu
 from .vision_tower import query_key_projections
 from .visual_embedding import VisualEmbeddingMixin
 from .visual_layout import Pixels, prefusion_positions
@@ -59,6 +60,7 @@ class LlavaMiniModel(VisualEmbeddingMixin, LlavaMiniPreTrainedModel, LlavaModel)
     def __init__(self, config: LlavaMiniConfig):
         config.check()
         super().__init__(config)
+        replace_quick_gelu(self.vision_tower)
         compresses = config.compressor != "none" and config.compressor_size > 0
         self.compressor = COMPRESSORS[config.compressor](config) if compresses else None
         if not {"saliency", "keys"}.isdisjoint(self.needs):

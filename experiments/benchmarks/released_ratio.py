@@ -20,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, logging
+from transformers.activations import QuickGELUActivation
 from transformers.masking_utils import create_causal_mask
 
 from experiments.benchmarks.harness import run_in_turns
 from experiments.markdown import markdown_table
 from llava_mini import LlavaMiniConfig, LlavaMiniForConditionalGeneration
+from llava_mini.quick_gelu import QuickGELU, replace_quick_gelu
 
 PATCH_PIXELS, IMAGE_TOKEN = 14, 999
 
@@ -80,7 +82,7 @@ def released_logits(
     text = embeds[:, ~is_visual]
     fused, tokens = torch.zeros_like(text), []
     for frame in pixel_values:
-        features = inner.vision_tower(frame[None], output_hidden_states=True).hidden_states[-2][:, 1:]
+        features = _released_features(inner.vision_tower, frame)
         compressed = _released_compression(inner.compressor, features)
         visual = [inner.multi_modal_projector(part) for part in (features, compressed)]
         states = torch.cat([*visual, text], dim=1)
@@ -94,6 +96,15 @@ def released_logits(
     embeds[:, ~is_visual] = fused / len(pixel_values)
     embeds[:, is_visual] = torch.cat(tokens, dim=1)
     return model.lm_head(inner.language_model(inputs_embeds=embeds).last_hidden_state)
+
+
+def _released_features(vision_tower: nn.Module, frame: Tensor) -> Tensor:
+    """Run the whole vision tower on one frame, with transformers' activation function."""
+    replace_quick_gelu(vision_tower, QuickGELU, QuickGELUActivation)
+    try:
+        return vision_tower(frame[None], output_hidden_states=True).hidden_states[-2][:, 1:]
+    finally:
+        replace_quick_gelu(vision_tower)
 
 
 def _released_compression(compressor: Any, features: Tensor) -> Tensor:
