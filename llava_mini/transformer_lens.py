@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+
+try:
+    from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+except ModuleNotFoundError as error:
+    if error.name != "transformer_lens":
+        raise
+    raise ImportError(
+        "llava_mini.transformer_lens needs transformer-lens: pip install transformer-lens", name=error.name
+    ) from None
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.supported_architectures.llava import LlavaArchitectureAdapter

@@ -12,6 +12,7 @@ from torch import Tensor
 from probes.attention.group_sums import DEFAULT_STATISTICS, GroupSums
 from probes.hooks.partial_call import CallSubset
 from probes.hooks.token_window import TokenWindow
+from probes.optional_packages import require_package
 from probes.tokens.token_map import TokenMap
 
 if TYPE_CHECKING:
@@ -185,6 +186,7 @@ class AttentionRecord:
             >>> list(attention.frame().columns)
             ['layer', 'sample', 'head', 'target', 'source', 'mass', 'entropy', 'queries']
         """
+        require_package("pandas", "AttentionRecord.frame")
         import pandas as pd
 
         names = ("mass", "entropy", "contribution")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from probes.attention.outliers import SINK_SHARE, outlier_limits, robust_location
 from probes.attention.record import AttentionRecord
+from probes.optional_packages import require_package
 from probes.tokens.token_map import TokenMap
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Sinks:
             >>> list(find_sinks(attention, tokens).frame().columns)
             ['layer', 'sample', 'position', 'by_attention', 'by_value', 'rate', 'value_ratio']
         """
+        require_package("pandas", "Sinks.frame")
         import pandas as pd
 
         layer, sample, position = (self.by_attention | self.by_value).nonzero(as_tuple=True)

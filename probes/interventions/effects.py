@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, overload
 from jaxtyping import Bool
 from torch import Tensor
 
+from probes.optional_packages import require_package
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -98,6 +100,7 @@ class Receipt(Sequence[Effect]):
             >>> receipt.frame()[["intervention", "layer", "tokens"]].values.tolist()
             [['RemoveTokens(vision)', 3, 36]]
         """
+        require_package("pandas", "Receipt.frame")
         import pandas as pd
 
         rows = [

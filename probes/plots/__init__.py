@@ -4,9 +4,14 @@ Each function returns a matplotlib figure that a notebook shows inline. It does 
 closed.
 """
 
-from probes.plots.attention_lines import plot_attention
-from probes.plots.image_maps import plot_patches
-from probes.plots.lens_words import plot_lens, plot_words
-from probes.plots.style import GROUP_LINES
+from probes.optional_packages import require_package
+
+# Before the modules below, whose imports would end in an error without the command that mends it.
+require_package("matplotlib", "probes.plots")
+
+from probes.plots.attention_lines import plot_attention  # noqa: E402
+from probes.plots.image_maps import plot_patches  # noqa: E402
+from probes.plots.lens_words import plot_lens, plot_words  # noqa: E402
+from probes.plots.style import GROUP_LINES  # noqa: E402
 
 __all__ = ["GROUP_LINES", "plot_attention", "plot_lens", "plot_patches", "plot_words"]

@@ -14,8 +14,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from probes.plots.cells import CELL_OPACITY, draw_background, draw_cells, mark_cells
 from probes.plots.style import DIVERGING, FIGURE_STYLE, SEQUENTIAL, UNDEFINED, NotebookFigure
-from probes.plots.tile_panels import CELL_OPACITY, draw_background, draw_cells, find_tile_panels, mark_cells
+from probes.tokens.tile_panels import find_tile_panels
 from probes.tokens.token_map import TokenMap
 
 

@@ -25,6 +25,7 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
 from probes.hooks.decoder import decoder_layers, find_decoder
+from probes.optional_packages import require_package
 from probes.readouts.hidden_states import record_states
 from probes.tokens.token_map import GROUPS, TokenMap
 from probes.unwrapping import require_model
@@ -74,6 +75,7 @@ class Neighbours:
             >>> list(lens.read(torch.randn(3, 128), top=2).frame().columns)
             ['state', 'rank', 'word', 'text', 'depth', 'similarity']
         """
+        require_package("pandas", "Neighbours.frame")
         import pandas as pd
 
         states, top = self.entry.shape

@@ -15,6 +15,7 @@ from probes.hooks.decoder import MASK_FORMATS, decoder_layers, find_decoder
 from probes.hooks.layer_io import input_states
 from probes.hooks.token_window import TokenWindow
 from probes.hooks.unembedding import Unembedding
+from probes.optional_packages import require_package
 from probes.tokens.token_map import TokenMap
 from probes.unwrapping import require_model
 
@@ -112,6 +113,7 @@ class LogitLens:
             >>> lens.frame(processor.tokenizer)[["position", "row", "column"]].iloc[-1].tolist()
             [35, 5, 5]
         """
+        require_package("pandas", "LogitLens.frame")
         import pandas as pd
 
         top, kept = self.ids, self.index
@@ -158,6 +160,7 @@ class LogitLens:
             >>> lens.table(processor.tokenizer).shape  # depths, positions
             (7, 6)
         """
+        require_package("pandas", "LogitLens.table")
         import pandas as pd
 
         rows = self.index[:, 0] == sample

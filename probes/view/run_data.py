@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
-from probes.plots.tile_panels import find_tile_panels
+from probes.tokens.tile_panels import find_tile_panels
 from probes.tokens.token_map import TokenMap
 from probes.view.encoding import encode_floats, encode_indices, encode_rows
 from probes.view.words import Words

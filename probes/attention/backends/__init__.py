@@ -23,6 +23,7 @@ from probes.attention.record import AttentionRecord, query_and_key_groups
 from probes.hooks.decoder import decoder_layers, find_decoder
 from probes.hooks.partial_call import current_subset
 from probes.hooks.token_window import TokenWindow
+from probes.optional_packages import require_package
 from probes.tokens.token_map import TokenMap
 
 BACKENDS = ("nnsight", "transformer_lens")
@@ -73,6 +74,7 @@ def underlying_model(model: Any, backend: str) -> PreTrainedModel:
 def _backend_module(backend: str) -> Any:
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose native, {' or '.join(BACKENDS)}")
+    require_package(backend, f"backend={backend!r}")
     # TransformerLens and its dependencies add filters of warnings when they are imported.
     with warnings.catch_warnings():
         return importlib.import_module(f"probes.attention.backends.{backend}")
