@@ -3,6 +3,7 @@
 import json
 import os
 from fractions import Fraction
+from functools import cache
 
 import joblib
 import pytest
@@ -15,43 +16,42 @@ from experiments.config.registry import register_configs
 from experiments.sweeps.launch import launcher_failure
 from tests.experiments.sweeps.run_sweep import assert_failed_cells_are_named, finished_records, run_training_sweep
 
-LAUNCHERS = {  # and their settings
-    "basic": (),
-    "local": ("hydra.launcher.workers=2",),
-    "joblib": (),
-    "submitit_local": (),
-}
+SETTINGS = {"basic": (), "local": ("hydra.launcher.workers=2",), "joblib": (), "submitit_local": ()}
+# The launchers that are packages of others start a Python for each cell, which takes a minute.
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("joblib", "submitit_local")]
 
 
 @pytest.fixture(scope="module")
-def sweeps(tmp_path_factory):
-    """The ended process and the results folder of each launcher's sweep."""
-    results = {launcher: tmp_path_factory.mktemp(launcher) for launcher in LAUNCHERS}
-    return {
-        launcher: (run_training_sweep(folder, f"hydra/launcher={launcher}", *LAUNCHERS[launcher]), folder)
-        for launcher, folder in results.items()
-    }
+def sweep_of(tmp_path_factory):
+    """A function from a launcher to the ended process and the results folder of its sweep, which runs once."""
+
+    @cache
+    def run(launcher):
+        folder = tmp_path_factory.mktemp(launcher)
+        return run_training_sweep(folder, f"hydra/launcher={launcher}", *SETTINGS[launcher]), folder
+
+    return run
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_sweep_with_failing_cell_names_it_and_finishes_the_others(sweeps, launcher):
-    ended, folder = sweeps[launcher]
+@pytest.mark.parametrize("launcher", ["basic", "local", *OTHERS])
+def test_sweep_with_failing_cell_names_it_and_finishes_the_others(sweep_of, launcher):
+    ended, folder = sweep_of(launcher)
     assert len(finished_records(folder)) == 2
     assert_failed_cells_are_named(ended)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_sweep_under_any_launcher_runs_each_cell_in_one_thread(sweeps, launcher):
-    records = [json.loads(path.read_text()) for path in (sweeps[launcher][1] / "records").iterdir()]
+@pytest.mark.parametrize("launcher", ["basic", "local", *OTHERS])
+def test_sweep_under_any_launcher_runs_each_cell_in_one_thread(sweep_of, launcher):
+    records = [json.loads(path.read_text()) for path in (sweep_of(launcher)[1] / "records").iterdir()]
     devices = {record["provenance"]["device"] for record in records if record["status"] == "finished"}
     assert devices == {"cpu (1 threads)"}
 
 
-@pytest.mark.parametrize("launcher", list(LAUNCHERS)[1:])
-def test_sweep_under_any_launcher_gives_equal_records(sweeps, launcher):
-    expected = finished_records(sweeps["basic"][1])
+@pytest.mark.parametrize("launcher", ["local", *OTHERS])
+def test_sweep_under_any_launcher_gives_equal_records(sweep_of, launcher):
+    expected = finished_records(sweep_of("basic")[1])
     assert all(record["train"]["log"] for record in expected.values())
-    assert finished_records(sweeps[launcher][1]) == expected
+    assert finished_records(sweep_of(launcher)[1]) == expected
 
 
 def test_sweep_with_launcher_that_is_not_installed_ends_with_one_line_and_pip_command(tmp_path):
