@@ -93,6 +93,8 @@ class LlavaMiniArchitectureAdapter(LlavaArchitectureAdapter):
             raise ValueError(f"TransformerLens supports CLIP and SigLIP vision towers of LLaVA, not {vision_tower}")
         super().__init__(cfg)
         assert self.component_mapping is not None
+        # Blocks are copies of this template, with its hooks.
+        self.component_mapping["blocks"].submodules["attn"].register_forward_pre_hook(_rename_cache, with_kwargs=True)
         prefusion = copy.deepcopy(self.component_mapping["blocks"])
         prefusion.name = "model.prefusion.layers"
         attention = CompressorAttentionBridge("attn")
@@ -116,6 +118,13 @@ class LlavaMiniArchitectureAdapter(LlavaArchitectureAdapter):
         for name in ("compressor", "prefusion"):
             if getattr(hf_model.model, name) is None:
                 del self.component_mapping[name]
+
+
+def _rename_cache(attention: GeneralizedComponent, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Give the cache the name that transformer-lens 4.3 reads; transformers passes it as `cache` from 5.24 on."""
+    if "cache" in kwargs:
+        kwargs["past_key_values"] = kwargs.pop("cache")
+    return args, kwargs
 
 
 ArchitectureAdapterFactory.register_adapter(LlavaMiniForConditionalGeneration.__name__, LlavaMiniArchitectureAdapter)

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import PreTrainedModel
@@ -63,12 +64,33 @@ def wrap(model: PreTrainedModel) -> TransformerBridge:
             "registers one with its ArchitectureAdapterFactory"
         )
     try:
-        return build_bridge_from_module(model, architecture, hf_config=model.config)
+        bridge = build_bridge_from_module(model, architecture, hf_config=model.config)
     except AttributeError as error:
         raise ValueError(
             f"TransformerLens has no adapter for this {architecture}, whose modules have other names ({error}): "
             "use backend='native'"
         ) from error
+    _read_cache_argument(bridge)
+    return bridge
+
+
+def _read_cache_argument(bridge: TransformerBridge) -> None:
+    """Let each attention of a bridge read the argument `cache`, as which transformers passes the cache from 5.24 on.
+
+    transformer-lens 4.3 reads only the older `past_key_values`. A decoded token would then attend to itself alone.
+    """
+    for attention in bridge.modules():
+        if not isinstance(attention, AttentionBridge) or "_update_kv_cache" in vars(attention):
+            continue
+
+        def update_cache(
+            keys: Tensor, values: Tensor, *, update: Any = attention._update_kv_cache, **kwargs: Any
+        ) -> Any:
+            if kwargs.get("past_key_values") is None:
+                kwargs["past_key_values"] = kwargs.get("cache")
+            return update(keys, values, **kwargs)
+
+        attention.__dict__["_update_kv_cache"] = update_cache
 
 
 def unwrap(bridge: Any) -> PreTrainedModel:
@@ -111,6 +133,7 @@ def observe_layers(
     Raises:
         ValueError: The bridge has no such hooks.
     """
+    _read_cache_argument(bridge)  # the user may have made this bridge without `wrap`
     pending_scores: dict[int, Tensor] = {}
     captures: dict[int, _SoftmaxCapture] = {}
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from nnsight import NNsight
+from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import LlavaForConditionalGeneration
 
 from probes import RemoveTokens, TokenMap, intervene
@@ -239,6 +240,22 @@ def test_transformer_lens_record_user_bridge_equals_native_record(
         )
     assert_same_record(theirs, native)
     assert not any(point.fwd_hooks for point in bridge.hook_dict.values())
+
+
+@torch.no_grad()
+def test_transformer_lens_record_generation_of_bridge_without_wrap_equals_native_record(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
+    """From transformers 5.24 on, a bridge's attention does not know the cache's name until the record begins."""
+    model, inputs = make_llava(), make_inputs()
+    tokens = TokenMap.from_inputs(model, inputs)
+    with record_attention(model, tokens) as native:
+        expected = model.generate(**inputs, **ANSWER)
+    copy = copy_sharing_weights(model)
+    bridge = build_bridge_from_module(copy, type(copy).__name__, hf_config=copy.config)
+    with record_attention(bridge, tokens, backend="transformer_lens") as theirs:
+        assert torch.equal(bridge.original_model.generate(**inputs, **ANSWER), expected)
+    assert_same_record(theirs, native)
 
 
 def state_of(model: Model) -> Any:
