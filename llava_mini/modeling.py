@@ -89,7 +89,7 @@ class LlavaMiniModel(VisualEmbeddingMixin, LlavaMiniPreTrainedModel, LlavaModel)
                 Token ids, with one placeholder for each visual token.
             pixel_values (`torch.FloatTensor` of shape `(crops, channels, height, width)` or an iterable, *optional*):
                 Pixels of all crops, in the order of the text. Or a stream that yields the crops of one frame at a time,
-                so that a long video is never in memory as a whole.
+                so that a long video is never in memory as a whole. A thread reads it, one chunk of frames ahead.
             attention_mask (`torch.LongTensor` of shape `(batch, mask_length)`, *optional*):
                 0 at padding. It includes cached tokens.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, length, width)`, *optional*):
@@ -307,9 +307,9 @@ class LlavaMiniForConditionalGeneration(LlavaMiniPreTrainedModel, LlavaForCondit
                 Other arguments of `forward`.
 
         Returns:
-            - `torch.LongTensor` of shape `(frames, positions)`: what each position of a frame's sequence holds; see
-              [`llava_mini.visual_layout.prefusion_positions`].
-            - `torch.LongTensor` of shape `(frames,)`: batch row of each frame's text.
+            What each position of a frame's sequence holds, a `torch.LongTensor` of shape `(frames, positions)` as of
+            [`llava_mini.visual_layout.prefusion_positions`]; and the batch row of each frame's text, a
+            `torch.LongTensor` of shape `(frames,)`.
 
         Raises:
             ValueError: If there are no pre-fusion layers, or the layout does not match the rows or the pixels.

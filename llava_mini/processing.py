@@ -52,9 +52,9 @@ class LlavaMiniProcessor(LlavaProcessor):
             their EXIF orientation, as in transformers. Videos are turned upright in either case, as in both.
         keep_patches (`bool`, *optional*, defaults to `False`):
             Whether a frame has one placeholder for each patch ahead of those for its compressed tokens.
-        image_processor, tokenizer, patch_size, vision_feature_select_strategy, chat_template, image_token,
-        num_additional_image_tokens:
-            As in [`LlavaProcessor`].
+        kwargs:
+            `image_processor`, `tokenizer`, `patch_size`, `vision_feature_select_strategy`, `chat_template`,
+            `image_token` and `num_additional_image_tokens`, as in [`LlavaProcessor`].
 
     Example:
         >>> from llava_mini import LlavaMiniConfig
@@ -179,8 +179,8 @@ class LlavaMiniProcessor(LlavaProcessor):
             num_frames (`int`, *optional*):
                 Number of evenly spread frames sampled from each such video.
             stream (`bool`, *optional*, defaults to `False`):
-                Whether to decode frames only while the model encodes them. A long video is then never in memory as a
-                whole.
+                Whether to decode frames only while the model encodes them, one chunk of frames ahead in a thread. A long
+                video is then never in memory as a whole.
             answer_spans (`list[CharacterSpans]`, *optional*):
                 For each row the spans of characters that pre-fusion must not fuse.
             kwargs:

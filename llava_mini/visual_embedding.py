@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from .compressors import Compressor
 from .configuration import LlavaMiniConfig
 from .encoded_images import EncodedFrames, Pictures
 from .prefusion import PastKeyValues, Prefusion
+from .read_ahead import read_ahead
 from .vision_tower import VisionFeatures, run_vision_tower
 from .visual_layout import Pixels, pack_rows
 
@@ -145,17 +147,18 @@ class VisualEmbeddingMixin:
         like = self.embed(torch.zeros(1, 1, dtype=torch.long, device=cast(Any, self).device))
         used_bytes = 0
         chunk_size = choose_chunk_size(self.config, pictures.source.frame_tiles, 0, like.device, like.dtype)
-        for frames, pixels in pictures.source.chunks(pixel_values, chunk_size):
-            encoding = self._encode_for_reuse(frames, *self._encode_like(pixels, like))
-            used_bytes += encoding.nbytes
-            if max_bytes is not None and used_bytes > max_bytes:
-                if iter(pixel_values) is pixel_values:
-                    raise ValueError(
-                        f"frames from {frames.start} on exceed max_bytes={max_bytes:,}, and the stream can be read only "
-                        "once: give a tensor, a list, or a stream that restarts"
-                    )
-                return replace(pictures, kept=tuple(encodings))
-            encodings.append(encoding)
+        with _read_chunks(pictures, chunk_size) as chunks:
+            for frames, pixels in chunks:
+                encoding = self._encode_for_reuse(frames, *self._encode_like(pixels, like))
+                used_bytes += encoding.nbytes
+                if max_bytes is not None and used_bytes > max_bytes:
+                    if iter(pixel_values) is pixel_values:
+                        raise ValueError(
+                            f"frames from {frames.start} on exceed max_bytes={max_bytes:,}, and the stream can be read "
+                            "only once: give a tensor, a list, or a stream that restarts"
+                        )
+                    return replace(pictures, kept=tuple(encodings))
+                encodings.append(encoding)
         return replace(pictures, kept=tuple(encodings), pixel_values=None)
 
     def fuse(
@@ -200,11 +203,12 @@ class VisualEmbeddingMixin:
         fused = torch.zeros_like(text, dtype=torch.float32)
 
         visual: list[Tensor] = [embeds.new_empty(0)] * len(frame_row)
-        for frame_index, frame_tokens, frame_text in self._fuse_frames(pictures, text, filled, frame_row):
-            weight = frame_weight[frame_index, None, None]
-            fused = fused.index_add(0, frame_row[frame_index], frame_text.float() * weight)
-            for frame, tokens in zip(frame_index.tolist(), frame_tokens.unbind(), strict=True):
-                visual[frame] = tokens
+        with closing(self._fuse_frames(pictures, text, filled, frame_row)) as fused_frames:
+            for frame_index, frame_tokens, frame_text in fused_frames:
+                weight = frame_weight[frame_index, None, None]
+                fused = fused.index_add(0, frame_row[frame_index], frame_text.float() * weight)
+                for frame, tokens in zip(frame_index.tolist(), frame_tokens.unbind(), strict=True):
+                    visual[frame] = tokens
         layout.check_placeholders(placeholders, torch.tensor([len(tokens) for tokens in visual]))
 
         tokens = torch.cat(visual)  # (tokens, width)
@@ -251,8 +255,10 @@ class VisualEmbeddingMixin:
         text: Float[Tensor, "rows length width"],
         filled: Bool[Tensor, "rows length"],
         frame_row: Int[Tensor, " frames"],
-    ) -> Iterator[
-        tuple[Int[Tensor, " chunk"], Float[Tensor, "chunk tokens width"], Float[Tensor, "chunk length width"]]
+    ) -> Generator[
+        tuple[Int[Tensor, " chunk"], Float[Tensor, "chunk tokens width"], Float[Tensor, "chunk length width"]],
+        None,
+        None,
     ]:
         """Fuse the text of every row with each of its frames, one chunk of frames at a time.
 
@@ -266,20 +272,21 @@ class VisualEmbeddingMixin:
         if pictures.pixel_values is None:
             return
         chunk_size = choose_chunk_size(self.config, pictures.source.frame_tiles, text.shape[1], text.device, text.dtype)
-        for frames, pixels in pictures.source.chunks(pictures.pixel_values, chunk_size, pictures.kept_frames):
-            if not len(frame_index := pictures.asking(frames)):
-                continue
-            question = [x[frame_row[frame_index]] for x in (text, filled)] if "text" in self.needs else []
-            patches, tokens = self._encode_like(pixels, text, *question)
-            if torch.equal(pictures.frame[frame_index], torch.arange(frames.start, frames.stop)):
-                # Each frame has exactly one question, so visual tokens and text pass through pre-fusion together.
-                fused = text[frame_row[frame_index]]
-                if self.prefusion is not None:
-                    tokens, fused = self._prefuse(patches, tokens, fused)
-                yield frame_index, tokens.clone(), fused  # a view would keep the chunk's patches in memory
-            else:
-                encoding = self._encode_for_reuse(frames, patches, tokens)
-                yield from self._fuse_encoded(encoding, frame_index, pictures, text, frame_row)
+        with _read_chunks(pictures, chunk_size) as chunks:
+            for frames, pixels in chunks:
+                if not len(frame_index := pictures.asking(frames)):
+                    continue
+                question = [x[frame_row[frame_index]] for x in (text, filled)] if "text" in self.needs else []
+                patches, tokens = self._encode_like(pixels, text, *question)
+                if torch.equal(pictures.frame[frame_index], torch.arange(frames.start, frames.stop)):
+                    # Each frame has exactly one question, so visual tokens and text pass through pre-fusion together.
+                    fused = text[frame_row[frame_index]]
+                    if self.prefusion is not None:
+                        tokens, fused = self._prefuse(patches, tokens, fused)
+                    yield frame_index, tokens.clone(), fused  # a view would keep the chunk's patches in memory
+                else:
+                    encoding = self._encode_for_reuse(frames, patches, tokens)
+                    yield from self._fuse_encoded(encoding, frame_index, pictures, text, frame_row)
 
     def _fuse_encoded(
         self, encoding: EncodedFrames, frame_index: Tensor, pictures: Pictures, text: Tensor, frame_row: Tensor
@@ -340,6 +347,21 @@ class VisualEmbeddingMixin:
             return visual[:, : tokens.shape[1]], text
         visual = torch.cat([patches, tokens], dim=1)
         return prefusion(visual, text, rotary_emb, unread=num_patches, past=past)
+
+
+def _read_chunks(
+    pictures: Pictures, size: int
+) -> AbstractContextManager[Iterator[tuple[slice, Float[Tensor, "frames crops channels height width"]]]]:
+    """Return the chunks of frames without an encoding; a thread reads a stream of several chunks.
+
+    Args:
+        pictures: Images and videos with pixels.
+        size: Largest number of frames in a chunk.
+    """
+    pixels = cast(Pixels, pictures.pixel_values)
+    chunks = pictures.source.chunks(pixels, size, pictures.kept_frames)
+    is_one_chunk = len(pictures.source.frame_tiles) - pictures.kept_frames <= size
+    return nullcontext(chunks) if isinstance(pixels, Tensor) or is_one_chunk else read_ahead(chunks)
 
 
 __all__ = ["VisualEmbeddingMixin"]
