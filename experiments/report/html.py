@@ -28,6 +28,7 @@ ATTENTION_PAGE = "view.html"
 
 _FOLDER = Path(__file__).parent
 _OTHER_TABLES = {
+    "benchmarks": "Benchmarks",
     "claims_by_question_type": "Claims by question type",
     "fusion_depth": "Fusion depth",
     "onset": "Fusion onset",
@@ -96,8 +97,8 @@ def render_page(report: Report, images: Mapping[str, Path]) -> str:
 def split_sections(report: Report, images: Mapping[str, Path]) -> tuple[list[Section], ...]:
     """Return the sections that the page opens with, and those that it folds.
 
-    The page opens with removal by layer and with the ablation. Without ablation cells, the first experiment takes their
-    place.
+    The page opens with removal by layer, the ablation and the benchmarks. Without ablation cells, the first experiment
+    takes their place.
 
     Args:
         report: The report.
@@ -115,7 +116,7 @@ def split_sections(report: Report, images: Mapping[str, Path]) -> tuple[list[Sec
             first.append(replace(section, figures=opening, tables=section.tables[:1]))
             folded.append(Section(f"{compared}-more", f"More on {section.label}", others, section.tables[1:]))
         else:
-            (first if section.anchor == REMOVAL_STEM else folded).append(section)
+            (first if section.anchor in (REMOVAL_STEM, "table-benchmarks") else folded).append(section)
     return tuple([section for section in part if section.figures or section.tables] for part in (first, folded))
 
 

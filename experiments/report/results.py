@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from experiments.records.benchmarks import is_benchmark_record
 from experiments.records.files import Records, load_records, select_records
 from experiments.records.views import Record, is_attention_experiment, parse_outcomes, record_seed
 from experiments.report import tables
@@ -22,6 +24,7 @@ from experiments.report.request import ReportRequest, parse_request
 from experiments.report.run_groups import RunGroup, compare_with_baselines, group_runs
 from experiments.report.tables import (
     ablation,
+    benchmarks,
     blind_controls,
     claims,
     fusion_depth,
@@ -80,7 +83,7 @@ class Report:
         return f"Report of {finished} finished and {failed} failed records, experiments: {', '.join(self.experiments)}"
 
     def frame(self, experiment: str | None = None) -> pd.DataFrame:
-        """Return the outcome of every question of every finished record.
+        """Return the outcome of every question of every finished record. Records with benchmarks have none.
 
         Args:
             experiment: Only the records in the table of this experiment, with the row's label in the column `row`.
@@ -102,7 +105,8 @@ class Report:
             True
         """
         if experiment is None:
-            return _concat_outcomes(map(_outcome_frame, self.records.finished))
+            with_outcomes = itertools.filterfalse(is_benchmark_record, self.records.finished)
+            return _concat_outcomes(map(_outcome_frame, with_outcomes))
         results = _look_up("experiment", experiment, self.experiments)
         frames = (
             _outcome_frame(record).assign(row=row.label)
@@ -179,6 +183,7 @@ class Report:
         failed_probes = [record for record in self.records.failed if is_attention_experiment(record)]
         made = (
             claims.claims_table(self.findings),
+            benchmarks.benchmarks_table(self.records.finished),
             *tables.experiment_tables(tuple(self.experiments.values())),
             ablation.ablation_table(self._ablation_groups),
             fusion_depth.fusion_depth_table(self.probed, failed_probes),
@@ -190,11 +195,13 @@ class Report:
             claims.claims_by_question_type_table(judge_by_question_type(self.findings)),
             provenance.provenance_table(self.records),
         )
-        return {table.name: table for table in made}
+        return {table.name: table for table in made if table is not None}
 
     @functools.cached_property
     def figures(self) -> tuple[FigureEntry, ...]:
         """All figures with their captions, in the order of the page; a figure is drawn when its `draw` is called."""
+        if self.records.finished and all(map(is_benchmark_record, self.records.finished)):
+            return ()  # nothing is missing: benchmarks have a table
         # A record that holds nothing but a logit lens or swaps has no fusion depth, so it is not among the probed.
         others = [r for r in self.records.finished if r.get("lens") is not None or r.get("swaps") is not None]
         experiments = tuple(self.experiments.values())

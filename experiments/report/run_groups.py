@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from experiments.config.identity import IGNORED_SETTINGS
+from experiments.records.benchmarks import is_benchmark_record
 from experiments.records.files import Records
 from experiments.records.views import (
     Record,
@@ -147,7 +149,8 @@ class RunGroup:
 def group_runs(records: Records) -> tuple[RunGroup, ...]:
     """Group all records by configuration: baselines first, then by compressor and size.
 
-    Records belong to one group if their configurations differ only in the seed and their data are the same.
+    Records belong to one group if their configurations differ only in the seed and their data are the same. Records with
+    benchmarks have no accuracy, and belong to none (experiments/report/benchmark_rows.py).
 
     Args:
         records: The records of a results folder.
@@ -156,10 +159,10 @@ def group_runs(records: Records) -> tuple[RunGroup, ...]:
         The groups, with the settings in which they differ.
     """
     groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    for record in records.finished:
+    for record in itertools.filterfalse(is_benchmark_record, records.finished):
         groups[configuration_key(record["config"], "seed"), record["data"]["fingerprint"]].append(record)
     failed: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    for record in records.failed:
+    for record in itertools.filterfalse(is_benchmark_record, records.failed):
         config, family = configuration_key(record["config"], "seed"), _family_configuration(record["config"])
         # A failed record has no data fingerprint. It joins the group of its own configuration, or else gets the
         # fingerprint of models trained alike, so that it appears in their table.

@@ -21,8 +21,8 @@ _EXPERIMENT_COLUMNS = ("Row", "FLOPs", "Accuracy (%)", "Difference", "p")
 def print_summary(console: Console, report: Report, page: Path) -> None:
     """Print the claims, the ablation table and the path of the page, in at most `MOST_LINES` lines.
 
-    Without ablation cells, the first experiment's table takes their place. Rows that do not fit are counted, and tables
-    that do not fit are named.
+    Without ablation cells, the first experiment's table takes their place, or else that of the benchmarks. Rows that do
+    not fit are counted, and tables that do not fit are named.
 
     Args:
         console: Where to print.
@@ -31,7 +31,10 @@ def print_summary(console: Console, report: Report, page: Path) -> None:
     """
     claims, ablation = report.tables["claims"], report.tables["ablation"]
     compared = ablation if not ablation.text.empty else next((report.tables[name] for name in report.experiments), None)
-    others = [name for name in report.experiments if compared is None or name != compared.name]
+    if compared is None:
+        compared = report.tables.get("benchmarks")
+    others = [name for name in (*report.experiments, "benchmarks") if name in report.tables]
+    others = [name for name in others if compared is None or name != compared.name]
     console.print(Text(summarize(report.findings), style="bold"), no_wrap=True, overflow="ellipsis")
     # The sentence, the two headings, the names of other tables and the page.
     lines = MOST_LINES - 5
