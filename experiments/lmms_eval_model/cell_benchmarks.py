@@ -49,9 +49,14 @@ def check_benchmarks(config: Config) -> None:
         ValueError: As `check_tasks`; or if the cell has probes, or several processes would run it.
     """
     assert isinstance(config.data, LmmsData)
-    for probe in fields(config.probe):
-        if getattr(config.probe, probe.name) is True:
-            raise ValueError(f"probe.{probe.name}: data=lmms measures benchmarks alone; set probe.{probe.name}=false")
+    analyses = [field.name for field in fields(config.probe) if getattr(config.probe, field.name) is True]
+    if config.probe.view_questions:
+        analyses.append("view_questions")
+    if analyses:
+        raise ValueError(
+            f"probe.{analyses[0]}: data=lmms measures benchmarks alone, found "
+            f"{getattr(config.probe, analyses[0])}; leave it out"
+        )
     if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
         raise ValueError(
             f"data.tasks: a cell answers its benchmarks in one process, found WORLD_SIZE={processes}; run the tasks as a "
@@ -141,8 +146,8 @@ def _run_task(built: Any, task: str, config: Config, path: Path, key: Mapping[st
     submissions = Path(config.results) / SUBMISSIONS_FOLDER
     run = run_tasks(built, [task], submissions, data.test_samples or None, include)
     scores = {name: task_scores(run, name) for name in run["results"]}
-    for name, entries in run["samples"].items():
-        if not entries or not scores.get(name):
+    for name in run["configs"]:
+        if not run["samples"].get(name) or not scores.get(name):
             raise ValueError(f"data.tasks: {name} gave no score; what it wrote to be submitted is in {submissions}")
     logged = [(name, entry) for name, entries in run["samples"].items() for entry in entries]
     first_task, first = logged[0]
