@@ -31,8 +31,8 @@ def replay(
     After it, the same call inside `resume_from(start)` begins at that layer. The layers before it do not run, whatever
     hooks they have. An intervention whose first layer is `start` then costs only the layers from `start` on.
 
-    The first call must be intact before every start that later calls resume from. The cache of a repeated call cannot
-    be used. Memory: one layer output of the whole batch for each start but 0, on the model's device.
+    Before a start, later calls are as the first call is, with its interventions. The cache of a repeated call cannot be
+    used. Memory: one layer output of the whole batch for each start but 0, on the model's device.
 
     With `rows`, the layers from `start` on run only these positions and the positions that these can change. They
     attend to the keys and values that the other positions had in the first call. So calls inside `resume_from` may

@@ -154,7 +154,7 @@ def removal_scores(
     """Score the model with vision removed from the layers of each span.
 
     Images are encoded once, and layers before a span run once, for all spans. Layers inside a span run on the text alone if
-    the model supports it.
+    the model supports it, and once for all spans with the same start.
 
     Args:
         model: A transformers model with a decoder.
@@ -181,11 +181,23 @@ def removal_scores(
     # of all rows after the drop.
     removed = tokens.mask("vision") | tokens.mask("pad")
     scores: dict[range, Float[Tensor, " samples"]] = {}
+
+    def run() -> Float[Tensor, " samples"]:
+        return _score_without_padding(score, _logits_without_cache(model, inputs), tokens)
+
     with reuse_image_features(model), replay(model, [span.start for span in spans]) as resume_from:
         # Latest start first: the first run is then intact before the start of every other span, as `replay` requires.
-        for span in sorted(set(spans), key=lambda span: span.start, reverse=True):
-            with resume_from(span.start), intervene(model, tokens, RemoveTokens(removed, span, how=how)):
-                scores[span] = _score_without_padding(score, _logits_without_cache(model, inputs), tokens)
+        for start in sorted({span.start for span in spans}, reverse=True):
+            longest, *shorter = sorted({span for span in spans if span.start == start}, key=len, reverse=True)
+            with replay(model, [span.stop for span in shorter]) as resume_after:
+                for span in (longest, *shorter) if how == "mask" else (longest,):
+                    with resume_from(start), intervene(model, tokens, RemoveTokens(removed, span, how=how)):
+                        scores[span] = run()
+                # Inside a shorter span, the run of the longest one is the same. A mask's states are not: `replay` stores
+                # a layer's output before the states of masked tokens are restored.
+                for span in shorter if how == "drop" else ():
+                    with resume_after(span.stop):
+                        scores[span] = run()
     return _stack_points([scores[span] for span in spans])
 
 

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from probes.fusion.curves import removal_curve
 from probes.fusion.depth import fusion_depth
 from probes.fusion.onset import fusion_onset, onset_curve
 from probes.fusion.planted_models import planted
+from probes.hooks.decoder import find_decoder
+from probes.hooks.partial_call import can_run_subset
 from probes.interventions import RemoveTokens, intervene
 from probes.tokens.token_map import TokenMap
 
@@ -90,11 +93,22 @@ def test_fusion_onset_with_invalid_values_raises_value_error(
         fusion_onset(values, threshold=threshold)
 
 
+class LayerWithOwnArgument(LlamaDecoderLayer):
+    """A layer that cannot run on some tokens only, since it may get an unknown value for each token."""
+
+    def forward(self, hidden_states: Any, position_embeddings: Any, own: Any = None, **kwargs: Any) -> Any:
+        return super().forward(hidden_states, position_embeddings=position_embeddings, **kwargs)
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("runs_text_alone", [True, False])
 def test_onset_curve_equals_hiding_image_in_whole_calls(
-    make_llava: Callable[..., Any], make_inputs: Callable[..., Any]
+    make_llava: Callable[..., Any], make_inputs: Callable[..., Any], runs_text_alone: bool
 ) -> None:
     model, inputs = make_llava(), make_inputs("left")
+    if not runs_text_alone:
+        find_decoder(model).layers[1].__class__ = LayerWithOwnArgument
+    assert can_run_subset(find_decoder(model), 8) == runs_text_alone
     tokens = TokenMap.from_inputs(model, inputs)
 
     def score(logits: torch.Tensor) -> torch.Tensor:
