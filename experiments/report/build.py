@@ -72,7 +72,7 @@ def _move_files(temporary: Path, out: Path, specs: Sequence[ExperimentSpec]) -> 
     names = [spec.name for spec in specs]
     stems = [*FIXED_STEMS, *(name + ending for name in names for ending in EXPERIMENT_SUFFIXES)]
     possible = {f"figures/{stem}.{suffix}" for stem in stems for suffix in ("png", "pdf")}
-    table_names = [*(name + end for name in names for end in ("", "_orderings")), "benchmarks"]
+    table_names = [*(name + end for name in names for end in ("", "_orderings")), "generated_scores", "benchmarks"]
     possible |= {f"tables/{name}.{suffix}" for name in table_names for suffix in WRITERS}
     possible.add(html.ATTENTION_PAGE)
     for stale in possible - {path.as_posix() for path in made}:

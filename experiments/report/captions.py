@@ -8,13 +8,14 @@ import numpy as np
 
 from experiments.records.views import Record, record_label
 from experiments.report.experiment_results import ExperimentResults, ResultRow
+from experiments.report.formatting import EXACT_MATCH
 from experiments.report.run_groups import RunGroup
 from experiments.report.training_ends import STILL_IMPROVING, describe_training, training_end
 
 _PARETO_FRONT = "Broad dashes: the Pareto front, the {} whose accuracy no other reaches at the same or lower cost."
 EXPERIMENT_COST = (
-    "Accuracy of the rows, numbered in their order, with 95% bootstrap intervals over examples and seeds, against the "
-    "cost of one prompt. There is a panel for each cost that was measured and in which rows differ. "
+    f"Accuracy ({EXACT_MATCH}) of the rows, numbered in their order, with 95% bootstrap intervals over examples and seeds, "
+    "against the cost of one prompt. There is a panel for each cost that was measured and in which rows differ. "
     f"{_PARETO_FRONT.format('rows')} Horizontal lines: the blind controls."
 )
 CLAIMS = (
@@ -22,12 +23,12 @@ CLAIMS = (
     "Shares lie from 0 to 100% unless parts have opposite signs."
 )
 ABLATION = (
-    "Test accuracy of every ablation cell. Horizontal lines are plain LLaVA and the blind controls; a cross marks a cell "
+    f"Test accuracy ({EXACT_MATCH}) of every ablation cell. Horizontal lines are plain LLaVA and the blind controls; a cross marks a cell "
     "that failed. Points are offset sideways to keep bars readable."
 )
 ABLATION_COST = (
-    "Test accuracy against the FLOPs of one prompt and, where measured, against the time of its prefill and the bytes of "
-    "its keys and values in the language model's cache. The star is plain LLaVA. "
+    f"Test accuracy ({EXACT_MATCH}) against the FLOPs of one prompt and, where measured, against the time of its prefill "
+    "and the bytes of its keys and values in the language model's cache. The star is plain LLaVA. "
     f"{_PARETO_FRONT.format('cells')}"
 )
 
@@ -36,8 +37,8 @@ def experiment_rows(results: ExperimentResults) -> str:
     """Return the caption of an experiment's rows figure."""
     seeds = " Small dots: single seeds." if len(results.seeds) > 1 else ""
     return (
-        "Accuracy of each row, with its 95% bootstrap interval over examples and seeds, and the FLOPs of one prompt."
-        f"{seeds} Vertical lines: the first row and the blind controls."
+        f"Accuracy ({EXACT_MATCH}) of each row, with its 95% bootstrap interval over examples and seeds, and the FLOPs of "
+        f"one prompt.{seeds} Vertical lines: the first row and the blind controls."
     )
 
 
@@ -55,7 +56,7 @@ def learning_curves(results: ExperimentResults, rows: Sequence[ResultRow]) -> st
         last = [record["train"]["validation"][-1]["accuracy"] for record in row.runs.finished]
         ends.append(f"{row.label} {100 * np.mean(last):.1f} ({training_end(row.runs)})")
     return (
-        f"Accuracy and loss on the validation split during training. Line: mean over seeds.{band} A seed that ended earlier "
+        f"Accuracy ({EXACT_MATCH}) and loss on the validation split during training. Line: mean over seeds.{band} A seed that ended earlier "
         f"keeps its last value. An open marker ends a row that was {STILL_IMPROVING}. Accuracy at the end (%): "
         f"{'; '.join(ends)}. {describe_training(record for row in rows if row.runs for record in row.runs.finished)}"
     )

@@ -1,4 +1,4 @@
-"""Numbers as readers see them in tables and figures."""
+"""Numbers, and the name of accuracy, as readers see them in tables and figures."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ from experiments.report.statistics import Interval
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 NONE = "\u2013"
 """Text of a table cell where nothing applies: an en dash. A missing entry reads "failed" or "not run" instead."""
+
+EXACT_MATCH = "teacher-forced exact match"
+"""The metric that reports call accuracy."""
+ACCURACY_DEFINITION = (
+    f"Accuracy is {EXACT_MATCH}: every token of the right answer and its end is the model's most likely one, given the "
+    "tokens before it."
+)
 
 
 def unit(value: float, units: Sequence[tuple[float, str]] = UNITS) -> tuple[float, str]:

@@ -33,6 +33,7 @@ _OTHER_TABLES = {
     "fusion_depth": "Fusion depth",
     "onset": "Fusion onset",
     "sight": "Blind controls",
+    "generated_scores": "Scores of generated answers",
     "accuracy_by_kind": "Accuracy by question type",
     "removal_by_kind": "Removal by question type",
 }

@@ -143,8 +143,8 @@ def paired_test(
     convolution of these terms, so no random draws are needed.
 
     Args:
-        outcomes: 0/1 outcomes of the first model, one row for each seed.
-        baseline: 0/1 outcomes of the second model on the same examples.
+        outcomes: 0/1 outcomes of the first model, one row for each seed; or other whole numbers, such as scores in tenths.
+        baseline: Those of the second model on the same examples.
         alternative: "two-sided", or "greater" (the first model has the higher accuracy).
 
     Returns:

@@ -10,6 +10,8 @@ import pandas as pd
 
 from experiments.records.views import parse_outcomes
 from experiments.report.formatting import (
+    ACCURACY_DEFINITION,
+    EXACT_MATCH,
     NONE,
     format_interval,
     format_milliseconds,
@@ -18,6 +20,7 @@ from experiments.report.formatting import (
 )
 from experiments.report.run_groups import RunGroup
 from experiments.report.statistics import accuracy_interval
+from experiments.report.tables.generated_scores import with_score_columns
 from experiments.report.tables.table import (
     LATENCY_COLUMN,
     Table,
@@ -107,8 +110,8 @@ def ablation_table(groups: Sequence[RunGroup]) -> Table:
         {r["cost"].get("convention") or "unstated" for g in groups for r in g.finished if r.get("cost")}
     )
     notes = (
-        "Accuracy: mean over n examples and the seeds, with its 95% bootstrap interval over both. With few seeds the "
-        "interval understates how much seeds differ.",
+        f"{ACCURACY_DEFINITION} Mean over n examples and the seeds, with its 95% bootstrap interval over both. With few "
+        "seeds the interval understates how much seeds differ.",
         "Difference: percentage points from the LLaVA trained alike (no compressor, no pre-fusion) on the same "
         "examples, with its 95% interval. p: exact paired randomisation test over examples, Holm-corrected over the "
         "rows compared. The test is about these trained models, not about other seeds.",
@@ -119,8 +122,12 @@ def ablation_table(groups: Sequence[RunGroup]) -> Table:
         *(f"{group_name(group)}: {group.failure_reasons}." for group in groups if group.failed),
     )
     numeric = ("Tokens", "Pre-fusion", "Accuracy (%)", *_AFTER_ACCURACY)
-    caption = "Ablation: accuracy and cost of every configuration."
-    return Table("ablation", caption, numbers_frame, text_frame, numeric, notes)
+    caption = f"Ablation: accuracy ({EXACT_MATCH}) and cost of every configuration."
+    table = Table("ablation", caption, numbers_frame, text_frame, numeric, notes)
+    controls = [None] * (len(text) - len(groups))
+    baselines = {group.family: group for group in groups if group.is_baseline and group.finished}
+    compared_with = [None if group.is_baseline else baselines.get(group.family) for group in groups]
+    return with_score_columns(table, [*groups, *controls], [*compared_with, *controls])
 
 
 def _seed_count(group: RunGroup) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from experiments.records.views import Record, parse_outcomes, record_label
-from experiments.report.formatting import format_interval, format_p_value
+from experiments.report.formatting import ACCURACY_DEFINITION, EXACT_MATCH, format_interval, format_p_value
 from experiments.report.statistics import accuracy_interval, difference_interval, holm, paired_test
 from experiments.report.tables.table import Table, data_frame, interval_columns
 
@@ -53,12 +53,12 @@ def blind_controls_table(probed: Sequence[Record]) -> Table:
     columns = ["Model", "n", "Image (%)", "Control", "Control (%)", "Difference", "p"]
     guesses = sorted({record["data"].get("guess_note") for record in probed} - {None})
     notes = (
-        "Accuracy with the question's own image, against three controls on the same questions: a grey image, the image of "
-        "another question, and a guess from the question's text alone. 95% bootstrap intervals over examples, paired for "
+        f"{ACCURACY_DEFINITION} With the question's own image, against three controls on the same questions: a grey image, the "
+        "image of another question, and a guess from the question's text alone. 95% bootstrap intervals over examples, paired for "
         "the difference (percentage points). p: exact paired randomisation test, Holm-corrected over a model's controls.",
         *(f"Text-only guess: {note}." for note in guesses),
     )
     text_frame = pd.DataFrame(text, columns=columns)
     numeric = tuple(column for column in columns if column not in ("Model", "Control"))
-    caption = "Blind controls: does the model use the image?"
+    caption = f"Blind controls: does the model use the image? Accuracy ({EXACT_MATCH}) with it and without."
     return Table("sight", caption, data_frame(data, _COLUMNS), text_frame, numeric, notes)

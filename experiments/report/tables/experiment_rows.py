@@ -11,6 +11,8 @@ import pandas as pd
 from experiments.records.views import Record, failure_reason, record_seed
 from experiments.report.experiment_results import DIFFERENCE_RULE, ExperimentResults, ResultRow, blind_accuracies
 from experiments.report.formatting import (
+    ACCURACY_DEFINITION,
+    EXACT_MATCH,
     NONE,
     format_interval,
     format_milliseconds,
@@ -121,7 +123,11 @@ def finished_records(results: ExperimentResults) -> list[Record]:
 
 def _caption(results: ExperimentResults) -> str:
     parts = [results.spec.title]
-    parts.append(f"Accuracy (%): {describe_measurement(results)}." if results.finished_rows else "No row is finished.")
+    parts.append(
+        f"Accuracy ({EXACT_MATCH}, %): {describe_measurement(results)}."
+        if results.finished_rows
+        else "No row is finished."
+    )
     if scaling := results.spec.scaling_note(results.config):
         parts.append(scaling)
     if merged := [row.label for row in results.rows if len(row.settings.paper) > 1]:
@@ -138,8 +144,8 @@ def _notes(results: ExperimentResults) -> list[str]:
     latency_notes = sorted({r["cost"]["latency_note"] for r in records if "latency_note" in (r.get("cost") or {})})
     excluded = results.excluded_families
     notes = [
-        "Accuracy: mean over n questions and the seeds, with its 95% bootstrap interval over both. With few seeds the "
-        "interval understates how much seeds differ." + (f" Blind controls: {blind}." if blind else ""),
+        f"{ACCURACY_DEFINITION} Mean over n questions and the seeds, with its 95% bootstrap interval over both. With few seeds "
+        "the interval understates how much seeds differ." + (f" Blind controls: {blind}." if blind else ""),
         f"Bold: the highest accuracy, if the row differs from every other row by {DIFFERENCE_RULE}.{_why_no_bold(results)}",
         "Difference: percentage points from the first row, with its 95% interval (same questions; the seeds of each row "
         "are resampled separately). p: exact paired test over examples, Holm-corrected for the rows compared. The test is "

@@ -10,7 +10,7 @@ import pandas as pd
 
 from experiments.report.claims.answers import UNDECIDED
 from experiments.report.experiment_results import DIFFERENCE_RULE, ExperimentResults, ResultRow
-from experiments.report.formatting import format_interval, format_p_value, format_signed
+from experiments.report.formatting import EXACT_MATCH, format_interval, format_p_value, format_signed
 from experiments.report.tables.experiment_rows import BENCHMARKS, describe_measurement, finished_records
 from experiments.report.tables.table import Table, interval_columns
 from experiments.report.training_ends import STILL_IMPROVING, describe_training
@@ -82,7 +82,7 @@ def orderings_table(results: ExperimentResults) -> Table | None:
     )
     caption = (
         f"{results.spec.title} Of the {len(pairs)} pairs of rows that the paper orders the same way on "
-        f"{', '.join(BENCHMARKS.values())}, here ({describe_measurement(results)}): "
+        f"{', '.join(BENCHMARKS.values())}, here by accuracy ({EXACT_MATCH}; {describe_measurement(results)}): "
         + "; ".join(f"{answer}: {count}" for answer, count in counts.items())
         + "."
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.records.views import Record, parse_outcomes, record_label
-from experiments.report.formatting import NONE, format_interval
+from experiments.report.formatting import EXACT_MATCH, NONE, format_interval
 from experiments.report.run_groups import RunGroup
 from experiments.report.statistics import accuracy_interval
 from experiments.report.tables.table import Table, data_frame, group_name, interval_columns
@@ -65,7 +65,7 @@ def question_type_table(groups: Sequence[RunGroup], probed: Sequence[Record]) ->
     numeric = ("Seeds", "All", *(name.capitalize() for name in names))
     counts = {tuple((name, list(types).count(name)) for name in names) for *_, types, _ in rows}
     notes = tuple("Examples: " + ", ".join(f"{name} {n}" for name, n in count) + "." for count in sorted(counts))
-    caption = "Accuracy (%) by question type, with 95% bootstrap intervals over examples and seeds."
+    caption = f"Accuracy ({EXACT_MATCH}, %) by question type, with 95% bootstrap intervals over examples and seeds."
     return Table("accuracy_by_kind", caption, data_frame(data, _ACCURACY_COLUMNS), pd.DataFrame(texts), numeric, notes)
 
 
@@ -113,5 +113,5 @@ def removal_by_question_type_table(probed: Sequence[Record]) -> Table:
     )
     numeric = ("n", *_REMOVAL_COLUMNS.values(), "Fusion depth")
     text_frame = pd.DataFrame(text, columns=columns)
-    caption = "Accuracy by question type with visual tokens removed."
+    caption = f"Accuracy ({EXACT_MATCH}) by question type with visual tokens removed."
     return Table("removal_by_kind", caption, data_frame(data, _REMOVAL_DATA_COLUMNS), text_frame, numeric, notes)
