@@ -8,7 +8,7 @@ RESULTS ?= results
 # make test-slurm: a sweep through a SLURM of one node, which root may install here (Debian, Ubuntu) and the test starts.
 # make test-browser: the attention page in Chromium, which root may install here too.
 # make test-benchmarks: the public benchmarks through lmms-eval, in an environment of their own (docs/benchmarks.md).
-.PHONY: reproduce smol test test-slow test-slurm test-browser test-benchmarks lint lint-js clean
+.PHONY: reproduce smol test test-slow test-slurm test-browser test-benchmarks lint lint-js dist clean
 
 reproduce: $(STAMP)
 	$(BIN)/python -m experiments.run -m experiment=attention,ablation results=$(RESULTS)
@@ -73,6 +73,11 @@ lint-js:
 	npm install --silent --no-save --no-package-lock prettier@3 eslint@9 @eslint/js@9 globals@16
 	npx prettier --check probes/view/static/*.js probes/view/static/*.css
 	npx eslint probes/view/static/*.js
+
+# The wheel is built from the source distribution, so that what that lacks is missed here.
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
