@@ -10,6 +10,15 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from experiments.files import file_sha256
+from experiments.records.layer_parts import (
+    AttentionPart,
+    ContributionPart,
+    Depth,
+    KnockoutPart,
+    OnsetPart,
+    RemovalPart,
+    SinksPart,
+)
 from experiments.records.part import Part
 
 ANSWERS_FOLDER = "answers"
@@ -43,6 +52,27 @@ class BenchmarkCost(Part):
     visual_tokens_mean: Number = Field(description="the mean over its layers, where some are dropped")
 
 
+class ProbedDocument(Part):
+    """One document that was analysed by layer."""
+
+    task: str = Field(description="its task, one of a group's")
+    doc_id: int
+    answer: str = Field(description="the answer whose outcome counts, from the task's right answers")
+
+
+class BenchmarkProbes(Part):
+    """Analyses by layer, with one outcome for each document."""
+
+    documents: list[ProbedDocument] = Field(min_length=1, description="in the order of the outcomes")
+    attention: AttentionPart | None = None
+    contribution: ContributionPart | None = None
+    sinks: SinksPart | None = None
+    removal: RemovalPart | None = None
+    onset: OnsetPart | None = None
+    knockout: KnockoutPart | None = None
+    fusion: dict[str, Depth | None] | None = Field(None, description="fusion depth by curve")
+
+
 class BenchmarkTask(Part):
     """One task or group of lmms-eval."""
 
@@ -55,6 +85,7 @@ class BenchmarkTask(Part):
     versions: dict[str, str] = Field(description="version by task, as its file names it")
     settings_hash: str = Field(description="hash of the settings of its tasks, as lmms-eval resolved them")
     cost: BenchmarkCost
+    probes: BenchmarkProbes | None = None
     file: str = Field(description="answers and scores by document, inside the results folder")
     sha256: str = Field(description="hash of that file")
 

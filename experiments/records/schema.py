@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from experiments.records.benchmarks import BenchmarksPart
+from experiments.records.benchmarks import BenchmarkProbes, BenchmarksPart
 from experiments.records.consistency import (
     check_attention,
     check_contribution,
@@ -24,16 +24,22 @@ from experiments.records.consistency import (
     check_swaps,
 )
 from experiments.records.generated import GeneratedPart, check_generated
+from experiments.records.layer_parts import (
+    AttentionPart,
+    ContributionPart,
+    Depth,
+    KnockoutPart,
+    Number,
+    OnsetPart,
+    Outcomes,
+    RemovalPart,
+    SinksPart,
+)
 from experiments.records.part import Part
 from experiments.records.patch_words import PatchWordsPart
 
 SCHEMA = 1
 """The version of the format."""
-
-Outcomes = Annotated[str, StringConstraints(pattern="^[01]*$")]
-Number = float
-CurvesByPair = list[list[list[float | None]]]
-MeansByPair = list[list[float | None]]
 
 
 class ModelPart(Part):
@@ -80,116 +86,6 @@ class CostPart(Part):
     flops: Number = Field(description="floating-point operations of the prefill")
     cache_bytes: Number = Field(0, description="bytes of keys and values that it leaves in the cache")
     convention: str | None = Field(None, description="what is counted")
-
-
-class AttentionControl(Part):
-    """The same statistics in a control model, means over samples."""
-
-    name: str | None = Field(None, description="the control model")
-    mass: MeansByPair | None = Field(None, description="[pairs, layers]")
-    entropy: MeansByPair | None = Field(None, description="[pairs, layers]")
-
-
-class AttentionPart(Part):
-    """Attention from a target to a source group, mean over heads."""
-
-    pairs: list[list[str]] = Field(description="target and source of each pair")
-    samples: int = Field(description="number of questions")
-    mass: CurvesByPair = Field(description="[pairs, layers, samples], from 0 to 1; null where undefined")
-    entropy: CurvesByPair = Field(description="[pairs, layers, samples], nats; null where undefined")
-    uniform_mass: list[float] | None = Field(None, description="[pairs], of attention spread evenly")
-    uniform_entropy: list[float] | None = Field(None, description="[pairs], of attention spread evenly")
-    control: AttentionControl | None = None
-
-
-class ContributionControl(Part):
-    """The same statistic in a control model, means over samples."""
-
-    name: str | None = Field(None, description="the control model")
-    share: MeansByPair | None = Field(None, description="[pairs, layers]")
-
-
-class ContributionPart(Part):
-    """How much a source group adds to the attention's output of a target group."""
-
-    pairs: list[list[str]] = Field(description="target and source of each pair")
-    samples: int = Field(description="number of questions")
-    share: CurvesByPair = Field(
-        description="[pairs, layers, samples], norm of what the source adds over the sum of all sources' norms"
-    )
-    by_head: CurvesByPair = Field(description="[pairs, layers, heads], norm of what the source adds, mean over samples")
-    control: ContributionControl | None = None
-
-
-class SinksPart(Part):
-    """Visual tokens that take large attention from nearly every query and head."""
-
-    targets: list[str] = Field(description="groups whose queries count")
-    samples: int
-    by_attention: list[list[int]] = Field(description="[layers, samples], number of sinks by attention")
-    by_value: list[list[int]] = Field(description="[layers, samples], number of sinks by value norm")
-    mass: list[list[list[float]]] = Field(description="[targets, layers, samples], attention on sinks by attention")
-    tokens: list[list[float]] | None = Field(
-        None, description="[layers, visual tokens], share of samples in which a token is a sink by attention"
-    )
-    left_out: bool = Field(False, description="whether mass, entropy and contribution count no sink")
-
-
-class Intervention(Part):
-    """Outcomes with an intervention in some layers."""
-
-    layers: list[int] = Field(description="the layers, counted from 0")
-    correct: Outcomes
-
-
-class Depth(Part):
-    """A fusion depth with its 95% bootstrap interval, in layers; null where there is none."""
-
-    depth: int | None
-    low: Number | None
-    high: Number | None
-    layers: int = Field(description="layers of the language model")
-
-    @model_validator(mode="after")
-    def _interval(self) -> Depth:
-        if self.depth is not None and (self.low is None or self.high is None):
-            raise ValueError("has a depth but no interval")
-        return self
-
-
-class RemovalPart(Part):
-    """Outcomes without visual tokens in some layers."""
-
-    block: int | None = Field(None, description="layers of a block")
-    inside: list[Intervention] = Field(min_length=1, description="removed inside one block of layers")
-    onward: list[Intervention] = Field(min_length=1, description="removed from a layer to the last")
-    random_inside: list[Intervention] | None = Field(None, description="as many text tokens removed instead")
-    by_kind: dict[str, Depth] | None = Field(None, description="fusion depth by type of question")
-
-
-class Onset(Part):
-    """A fusion onset with its 95% bootstrap interval, as layers counted from 1; null where there is none."""
-
-    onset: int | None = Field(description="first layer that needs the image")
-    low: int | None
-    high: int | None
-    layers: int = Field(description="layers of the language model")
-
-
-class OnsetPart(Part):
-    """Outcomes without visual tokens in the first layers."""
-
-    block: int | None = Field(None, description="layers of a block")
-    upto: list[Intervention] = Field(min_length=2, description="removed in no layer, in the first layers, in all")
-    estimate: Onset | None = None
-    by_kind: dict[str, Onset] | None = Field(None, description="fusion onset by type of question")
-
-
-class KnockoutPart(Part):
-    """Outcomes with attention from text to vision blocked in windows of layers."""
-
-    width: int = Field(description="layers of a window")
-    windows: list[Intervention] = Field(description="the intact model, then every window in order")
 
 
 class ReadoutDepth(Part):
@@ -317,24 +213,19 @@ class FinishedRecord(_AnyRecord):
             raise ValueError(f"answers: has {len(self.answers)} entries for {examples} examples")
         if self.generated is not None:
             check_generated(self.generated, examples)
-        if self.removal is not None:
-            check_removal(self.removal, layers, examples)
-        if self.onset is not None:
-            check_onset(self.onset, layers, examples)
-        if self.knockout is not None:
-            check_knockout(self.knockout, layers, examples)
+        _check_layer_parts(self, layers, examples)
+        for name, task in (self.benchmarks.tasks if self.benchmarks else {}).items():
+            if task.probes is not None:
+                try:
+                    _check_layer_parts(task.probes, layers, len(task.probes.documents))
+                except ValueError as error:
+                    raise ValueError(f"benchmarks.tasks.{name}.probes.{error}") from None
         if self.readout is not None:
             check_depths("readout", self.readout.depths, ("correct", "control"), self.readout.samples, layers)
         if self.lens is not None:
             check_depths("lens", self.lens.depths, ("correct",), self.lens.samples, layers)
         if self.patch_words is not None:
             check_patch_words(self.patch_words, layers)
-        if self.attention is not None:
-            check_attention(self.attention, layers)
-        if self.contribution is not None:
-            check_contribution(self.contribution, layers)
-        if self.sinks is not None:
-            check_sinks(self.sinks, layers)
         if self.swaps is not None:
             check_swaps(self.swaps, layers)
         return self
@@ -350,6 +241,22 @@ class FinishedRecord(_AnyRecord):
             raise ValueError("accuracy: is missing")
         for view in type(self.accuracy).model_fields:
             check_length(f"accuracy.{view}", getattr(self.accuracy, view), examples)
+
+
+def _check_layer_parts(parts: FinishedRecord | BenchmarkProbes, layers: int, examples: int) -> None:
+    """Check the analyses by layer of a record, or of one of its benchmarks."""
+    if parts.removal is not None:
+        check_removal(parts.removal, layers, examples)
+    if parts.onset is not None:
+        check_onset(parts.onset, layers, examples)
+    if parts.knockout is not None:
+        check_knockout(parts.knockout, layers, examples)
+    if parts.attention is not None:
+        check_attention(parts.attention, layers)
+    if parts.contribution is not None:
+        check_contribution(parts.contribution, layers)
+    if parts.sinks is not None:
+        check_sinks(parts.sinks, layers)
 
 
 _RECORD: TypeAdapter[FinishedRecord | FailedRecord] = TypeAdapter(
