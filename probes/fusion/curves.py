@@ -24,6 +24,7 @@ from probes.interventions import BlockAttention, RemoveTokens, intervene
 from probes.readouts.hidden_states import record_states
 from probes.replay import replay
 from probes.tokens.answer_positions import answer_positions
+from probes.tokens.text_after_image import text_after_image
 from probes.tokens.token_map import TokenMap
 from probes.unwrapping import require_model
 
@@ -239,8 +240,7 @@ def knockout_curve(
     select_attention_layers(find_decoder(model), range(layers))
     text_map = tokens.merge({"text": [group for group in tokens.groups if group not in ("pad", "vision")]})
     # Blocking changes no other position: visual tokens do not attend to the text after them. `replay` raises if they do.
-    text_after_image = text_map.mask("text") & (text_map.mask("vision").cumsum(1) > 0)
-    rows = text_after_image if can_run_subset(find_decoder(model), tokens.labels.shape[1]) else None
+    rows = text_after_image(tokens) if can_run_subset(find_decoder(model), tokens.labels.shape[1]) else None
     with reuse_image_features(model), replay(model, range(layers), rows) as resume_from:
         scores = [_score_without_padding(score, _logits_without_cache(model, inputs), tokens)]
         for last in range(layers + width - 1):

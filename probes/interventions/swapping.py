@@ -20,6 +20,7 @@ from probes.hooks.layer_io import input_states, replace_input_states
 from probes.hooks.partial_call import can_run_subset
 from probes.replay import replay
 from probes.tokens.answer_positions import answer_positions
+from probes.tokens.text_after_image import text_after_image
 from probes.tokens.token_map import TokenMap
 from probes.unwrapping import require_model
 
@@ -119,9 +120,7 @@ def swap_images(
     model, decoder = require_model(model), find_decoder(model)
     _check_pairs(tokens, inputs, answers)
     layers = decoder_layers(decoder)
-    text = ~tokens.mask("vision") & (tokens.mask("vision").cumsum(dim=1) > 0)
-    if "pad" in tokens.groups:
-        text &= ~tokens.mask("pad")
+    text = text_after_image(tokens)
     can_run_text_alone = can_run_subset(decoder, text.shape[1]) and all(hasattr(layer, "self_attn") for layer in layers)
     partner = torch.arange(len(text)) ^ 1
     states: list[Tensor] = []

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from probes.hooks.decoder import select_layers
+from probes.tokens.text_after_image import text_after_image
 from probes.tokens.token_map import TokenMap
 
 RemovalMode = Literal["mask", "drop"]
@@ -62,5 +63,4 @@ def prompt_tokens(tokens: TokenMap) -> Bool[Tensor, "batch positions"]:
 
 def question_tokens(tokens: TokenMap) -> Bool[Tensor, "batch positions"]:
     """Return the text tokens of the prompt that follow the first visual token of their row."""
-    vision = tokens.mask("vision")
-    return prompt_tokens(tokens) & ~vision & (vision.cumsum(dim=1) > 0)
+    return prompt_tokens(tokens) & text_after_image(tokens)
