@@ -1,6 +1,8 @@
-"""Every notebook runs in a Jupyter kernel: its figures are images, from any folder and with records of one's own."""
+"""Every notebook runs in a Jupyter kernel, from any folder and with records of one's own, and shows what is committed."""
 
+import importlib.util
 import json
+import math
 import re
 from pathlib import Path
 
@@ -15,6 +17,13 @@ from tests.experiments.sample_records import records, write_records  # noqa: F40
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 REPORT_NOTEBOOKS = ("ablation_tables", "smol_study")
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+_spec = importlib.util.spec_from_file_location("execute_notebooks", ROOT / "notebooks/execute.py")
+assert _spec is not None
+assert _spec.loader is not None
+execute_notebooks = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(execute_notebooks)
 
 
 def run_notebook(path, folder, results=None):
@@ -35,7 +44,7 @@ def run_notebook(path, folder, results=None):
                 r"(?m)^results = .*# yours:.*$", f"results = Path({str(results)!r})", cell.source
             )
             assert count == 1, cell.source
-    nbclient.NotebookClient(book, timeout=400, resources={"metadata": {"path": str(folder)}}).execute()
+    execute_notebooks.execute(book, folder)
     return [(cell.source, output) for cell in book.cells for output in cell.get("outputs", [])]
 
 
@@ -43,6 +52,26 @@ def shown_figures(outputs):
     """Return the data of every output that is a matplotlib figure."""
     shown = [output.data for _, output in outputs if "data" in output]
     return [data for data in shown if re.search(r"<\w*Figure size", data.get("text/plain", ""))]
+
+
+def shown_text(outputs):
+    """Return the text of every output: what a cell prints, tables as HTML, and what else it shows."""
+    texts = []
+    for source, output in outputs:
+        data = output.get("data", {})
+        if "iframe" not in data.get("text/html", ""):  # the attention page is too long to compare
+            texts.append((source, output.get("text") or data.get("text/html") or data["text/plain"]))
+    return texts
+
+
+def differences(committed, executed):
+    """Return the outputs whose words differ, or whose numbers differ by more than 2% and 0.02."""
+    for (source, before), (_, after) in zip(shown_text(committed), shown_text(executed), strict=True):
+        before, after = (re.sub(r" at 0x[0-9a-f]+", "", text) for text in (before, after))
+        numbers = zip(NUMBER.findall(before), NUMBER.findall(after), strict=False)
+        close = all(math.isclose(float(a), float(b), rel_tol=0.02, abs_tol=0.02) for a, b in numbers)
+        if NUMBER.sub("#", before) != NUMBER.sub("#", after) or not close:
+            yield f"{source}\n--- committed\n{before}\n--- executed\n{after}"
 
 
 @pytest.fixture
@@ -55,11 +84,31 @@ def kernel(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebook_in_a_kernel_shows_every_figure_as_an_image(path, tmp_path):
-    figures = shown_figures(run_notebook(path, tmp_path))
-    drawn = {"ablation_tables": 1, "attention_analysis": 7, "smol_study": 8}
-    assert len(figures) == drawn[path.stem]
-    assert all("image/png" in data for data in figures)
+def test_notebook_in_a_kernel_shows_the_committed_outputs(path, tmp_path):
+    book = nbformat.read(path, 4)
+    committed = [(cell.source, output) for cell in book.cells for output in cell.get("outputs", [])]
+    executed = run_notebook(path, tmp_path)
+    assert not list(differences(committed, executed)), "run `make notebooks` if the change is meant"
+    drawn = {"ablation_tables": 1, "attention_analysis": 7, "own_model": 3, "smol_study": 8}
+    for outputs in (committed, executed):
+        figures = shown_figures(outputs)
+        assert len(figures) == drawn[path.stem]
+        assert all("image/png" in data for data in figures)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "differ"),
+    [
+        ("59.8% right", "59.9% right", False),
+        ("59.8% right", "62.0% right", True),
+        ("layer 2", "layer 3", True),
+        ("none of 6", "3 of 6", True),
+        ("<A at 0x7f21>", "<A at 0x10ab>", False),
+    ],
+)
+def test_differences_of_outputs_names_changed_words_and_numbers(before, after, differ):
+    outputs = [[("source", {"output_type": "stream", "text": text})] for text in (before, after)]
+    assert bool(list(differences(*outputs))) == differ
 
 
 @pytest.mark.usefixtures("kernel")
@@ -120,9 +169,21 @@ def test_show_prints_one_line_where_records_lack_a_measurement(capsys, tmp_path)
 
 
 def test_notebook_marks_lines_to_change_for_own_model():
-    marks = {"attention_analysis": ("# 7B:", 2), "ablation_tables": ("# yours:", 1), "smol_study": ("# yours:", 1)}
+    marks = {
+        "attention_analysis": ("# 7B:", 2),
+        "own_model": ("# yours:", 2),
+        "ablation_tables": ("# yours:", 1),
+        "smol_study": ("# yours:", 1),
+    }
     for path in NOTEBOOKS:
         mark, count = marks[path.stem]
         cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
         assert sum(mark in line for cell in cells for line in cell["source"]) == count
-        assert not any(cell["outputs"] for cell in cells), "notebooks are committed without outputs"
+
+
+def test_committed_notebooks_name_no_path_of_a_machine_and_open_with_what_a_reader_learns():
+    for path in NOTEBOOKS:
+        text = path.read_text()
+        assert str(ROOT) not in text
+        opening = "".join(json.loads(text)["cells"][0]["source"])
+        assert "You will learn" in opening, path.name
