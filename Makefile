@@ -8,7 +8,9 @@ RESULTS ?= results
 # make test-slurm: a sweep through a SLURM of one node, which root may install here (Debian, Ubuntu) and the test starts.
 # make test-browser: the attention page in Chromium, which root may install here too.
 # make test-benchmarks: the public benchmarks through lmms-eval, in an environment of their own (docs/benchmarks.md).
-.PHONY: reproduce smol test test-slow test-slurm test-browser test-benchmarks lint lint-js dist clean
+# make gpu: what a GPU is needed for, in under ten minutes and without network (results/gpu/README.md).
+# make bench: ratios of CPU time beside the committed ones, in under five minutes (docs/performance.md).
+.PHONY: reproduce smol test test-slow test-slurm test-browser test-benchmarks gpu bench docs notebooks lint lint-js dist clean
 
 reproduce: $(STAMP)
 	$(BIN)/python -m experiments.run -m experiment=attention,ablation results=$(RESULTS)
@@ -62,6 +64,27 @@ $(BENCHMARKS)/.installed: pyproject.toml constraints.txt
 	$(BENCHMARKS)/bin/python -m pip install --quiet --no-compile --no-deps lmms-eval==0.7.3
 	@touch $@
 
+gpu: $(STAMP)
+	$(BIN)/python -m experiments.benchmarks.gpu
+
+bench: $(STAMP)
+	$(BIN)/python -m experiments.benchmarks.ratios
+
+# make docs: the site, in docs/_build/html, in an environment of its own. Any warning ends it, a broken internal link too.
+DOCS ?= .venv-docs
+
+docs: $(DOCS)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(DOCS)/bin/python -m sphinx --fail-on-warning --keep-going -c docs -d docs/_build/doctrees . docs/_build/html
+
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	@touch $@
+
+# make notebooks: execute them and keep their outputs, which tests compare.
+notebooks: $(STAMP)
+	$(BIN)/python notebooks/execute.py
+
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -87,5 +110,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(BENCHMARKS)
+	rm -rf $(VENV) $(BENCHMARKS) $(DOCS) docs/_build
 	git clean -fdXq results

@@ -9,7 +9,6 @@ from transformers import LlavaConfig, PreTrainedConfig
 
 from .compressors import COMPRESSORS
 
-# The released code and the paper differ in these fields. The published numbers belong to "code".
 PRESETS: dict[str, dict[str, Any]] = {
     "code": {
         "compress_before_projection": True,
@@ -24,6 +23,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "prefuse_visual_tokens": False,
     },
 }
+"""The fields in which the released code and the paper differ. The published numbers belong to "code"."""
 FIELD_CHOICES = {
     "compressor_attention": ("multi_head", "bare"),
     "compressor_positions": ("query_grid", "own_grid"),
