@@ -71,7 +71,7 @@ class GroupSums:
         """
 
         def to_positions(values: Tensor) -> Tensor:
-            index = positions.view(len(values), *[1] * (values.ndim - 2), -1).expand_as(values)
+            index = positions.to(values.device).view(len(values), *[1] * (values.ndim - 2), -1).expand_as(values)
             return values.new_zeros(*values.shape[:-1], stop).scatter_add_(-1, index, values)
 
         return replace(self, **{name: to_positions(values) for name, values in self._by_position().items()})

@@ -334,5 +334,6 @@ def query_and_key_groups(
     queries = window.labels_by(target_tokens)[:, window.start :]
     if subset is None:
         return queries, window.keys(keys)
+    subset = subset.to(queries.device)
     queries = subset.select_queries(queries).masked_fill(subset.query_filler, -1)
     return queries, window.labels.gather(1, subset.keys).masked_fill(subset.key_filler, -1)

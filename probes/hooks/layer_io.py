@@ -151,7 +151,9 @@ def subset_arguments(subset: CallSubset, mask: Tensor | None, kwargs: dict[str, 
     """
     arguments: dict[str, Any] = {
         "attention_mask": (
-            None if mask is None else block_edges(subset.select_edges(mask), subset.key_filler[:, None, None, :])
+            None
+            if mask is None
+            else block_edges(subset.select_edges(mask), subset.to(mask.device).key_filler[:, None, None, :])
         ),
         "position_embeddings": _select_embeddings(subset, kwargs["position_embeddings"]),
     }

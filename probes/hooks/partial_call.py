@@ -46,6 +46,13 @@ class CallSubset:
     key_filler: Bool[Tensor, "batch keys"]
     call_length: int
 
+    def to(self, device: torch.device) -> CallSubset:
+        """Return the same subset on a device; layers of one model may lie on several."""
+        if self.queries.device == device:
+            return self
+        parts = (self.queries, self.query_filler, self.keys, self.key_filler)
+        return CallSubset(*(part.to(device) for part in parts), self.call_length)
+
     @cached_property
     def has_filler(self) -> bool:
         """Whether any query or key is filler."""
@@ -64,16 +71,17 @@ class CallSubset:
         Returns:
             `[batch, 1, kept, keys]`.
         """
-        whole = values.expand(len(self.queries), -1, -1, -1)[:, 0]
-        rows = whole.gather(1, self.queries[:, :, None].expand(-1, -1, whole.shape[2]))
-        columns = self.keys[:, None].expand(-1, rows.shape[1], -1)
+        subset, whole = self.to(values.device), values.expand(len(self.queries), -1, -1, -1)[:, 0]
+        rows = whole.gather(1, subset.queries[:, :, None].expand(-1, -1, whole.shape[2]))
+        columns = subset.keys[:, None].expand(-1, rows.shape[1], -1)
         return rows.gather(2, columns)[:, None]
 
     def scatter_to_call(self, values: Float[Tensor, "batch kept width"]) -> Float[Tensor, "batch queries width"]:
         """Return `values` of the remaining queries at their positions in the whole call, with NaN elsewhere."""
-        values = values.masked_fill(self.query_filler[..., None], torch.nan)
+        subset = self.to(values.device)
+        values = values.masked_fill(subset.query_filler[..., None], torch.nan)
         empty = values.new_full((len(values), self.call_length, values.shape[2]), torch.nan)
-        return empty.scatter(1, self.queries[..., None].expand_as(values), values)
+        return empty.scatter(1, subset.queries[..., None].expand_as(values), values)
 
 
 def gather_per_row(values: Tensor, index: Int[Tensor, "batch kept"], dim: int) -> Tensor:

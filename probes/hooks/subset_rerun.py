@@ -110,7 +110,7 @@ class _RerunLayer:
             self.key_values = key, value
             return key, value
         assert self.owner.subset is not None
-        index = self.owner.subset.queries[:, None, :, None]
+        index = self.owner.subset.to(key.device).queries[:, None, :, None]
         merged = [
             first.scatter(2, index.expand_as(new), new)
             for first, new in zip(self.key_values, (key, value), strict=True)
@@ -146,7 +146,7 @@ class _RerunLayer:
         if current_subset(self.layer) is not None:
             raise ValueError(f"layer {self.number} runs on some rows only and cannot drop tokens; omit `rows`")
         check_same_shape(hidden, self.hidden)
-        if ((hidden != self.hidden).any(dim=-1) & owner.checked).any():
+        if ((hidden != self.hidden).any(dim=-1) & owner.checked.to(hidden.device)).any():
             raise ValueError(_changed_message(self.number, "hidden states"))
         mask, embeddings = kwargs["attention_mask"], kwargs["position_embeddings"]
         shorter = owner.share(lambda: self._shorten(hidden, kwargs), mask, embeddings)
@@ -161,6 +161,7 @@ class _RerunLayer:
         finally:
             set_current_subset(self.layer, None)
         states = output_states(output)
+        subset = subset.to(states.device)
         index = subset.queries[..., None].expand_as(states)
         states = torch.where(subset.query_filler[..., None], self.output.gather(1, index), states)
         return replace_output_states(output, self.output.scatter(1, index, states))
@@ -168,7 +169,8 @@ class _RerunLayer:
     def _shorten(self, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of the subset, after a check that other positions attend as in the first call."""
         mask = materialize_mask(self.layer, kwargs["attention_mask"], hidden, hidden.shape[1])
-        if ((visible_edges(mask) != self.edges) & self.owner.checked[:, None, :, None]).any():
+        checked = self.owner.checked.to(mask.device)
+        if ((visible_edges(mask) != self.edges) & checked[:, None, :, None]).any():
             raise ValueError(_changed_message(self.number, "attention edges"))
         assert self.owner.subset is not None
         return subset_arguments(self.owner.subset, mask, kwargs)

@@ -163,17 +163,20 @@ class _LayerKnockout:
             return None
         edges, without_key, subset = self.blocked.edges, self.blocked.without_key, current_subset(self.layer)
         if subset is not None:
-            edges = subset.select_edges(edges) & ~subset.key_filler[:, None, None, :]
+            edges = subset.select_edges(edges) & ~subset.to(edges.device).key_filler[:, None, None, :]
             without_key = None if without_key is None else subset.select_queries(without_key)
         self.cut_edges, self.without_key = edges.to(self.blocked.mask.device), without_key
         return edges.any(dim=-1)[:, 0].any(dim=0)
 
     def measure(self, rows: Tensor, weights: Tensor) -> None:
         """Update the most attention that one of these queries has on its blocked keys."""
+        rows = rows.to(self.cut_edges.device)
         remaining = (weights * self.cut_edges[:, :, rows].to(weights.device)).sum(dim=-1)
         if self.without_key is not None:
             # `after_attention` sets the output of these queries to 0.
-            remaining = remaining.masked_fill(self.without_key[:, None, rows].to(remaining.device), 0.0)
+            remaining = remaining.masked_fill(
+                self.without_key[:, None, rows.to(self.without_key.device)].to(remaining.device), 0.0
+            )
         self.mass = max(self.mass or 0.0, float(remaining.max()) if remaining.numel() else 0.0)
 
     def after_attention(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

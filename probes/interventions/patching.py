@@ -150,7 +150,7 @@ class _LayerPatch:
         subset = None if self.spec.component == "residual" else current_subset(self.layer)
         chosen, ordinal = so_far[:, window.start :], (so_far.cumsum(dim=1) - 1)[:, window.start :]
         if subset is not None:
-            chosen = subset.select_queries(chosen) & ~subset.query_filler
+            chosen = subset.select_queries(chosen) & ~subset.to(chosen.device).query_filler
             ordinal = subset.select_queries(ordinal)
         chosen, ordinal = chosen.to(hidden.device), ordinal.clamp(min=0).to(hidden.device)
         if not chosen.any():

@@ -182,14 +182,17 @@ class _LayerMasking:
         """Restore the hidden states that the removed positions had before the layer."""
         if self.layer_input is None:
             return None
-        states = torch.where(self.removed[..., None], self.layer_input, output_states(output))
+        states = output_states(output)
+        # Hooks see the input of a layer on the device of the layer before.
+        removed, layer_input = self.removed.to(states.device), self.layer_input.to(states.device)
+        states = torch.where(removed[..., None], layer_input, states)
         return replace_output_states(output, states)
 
     def before_mlp(self, mlp: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Cut the removed tokens out of the MLP's input."""
         if self.layer_input is None:
             return None
-        return args[0][~self.removed][None], *args[1:]
+        return args[0][~self.removed.to(args[0].device)][None], *args[1:]
 
     def after_mlp(self, mlp: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Put zeros at the removed positions of the MLP's output; `after_layer` overwrites them."""
@@ -197,5 +200,5 @@ class _LayerMasking:
             return None
         remaining = output_states(output)
         states = remaining.new_zeros(*self.removed.shape, remaining.shape[-1])
-        states[~self.removed] = remaining[0]
+        states[~self.removed.to(states.device)] = remaining[0]
         return replace_output_states(output, states)

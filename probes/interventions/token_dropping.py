@@ -131,6 +131,8 @@ class LayerDropping:
             return None
         self.layer_input = None
         remaining = output_states(output)
+        # Hooks see the input of a layer on the device of the layer before.
+        subset, layer_input = subset.to(remaining.device), layer_input.to(remaining.device)
         index = subset.queries[..., None].expand_as(remaining)
         remaining = torch.where(subset.query_filler[..., None], layer_input.gather(1, index), remaining)
         self._count_missing(kwargs.get(cache_name(kwargs)), layer_input.shape[1] - remaining.shape[1])

@@ -50,6 +50,7 @@ class ReceivedAttention:
         self.members, subset = self.ranking_queries.queries, current_subset(self.layer)
         self.keys: Int[Tensor, "batch keys"] | None = None
         if subset is not None:
+            subset = subset.to(self.members.device)
             self.members, self.keys = subset.select_queries(self.members) & ~subset.query_filler, subset.keys
         self.scores = torch.zeros(self.window.labels.shape, device=self.members.device)
         return self.members.any(dim=0)
