@@ -19,13 +19,13 @@ Record: TypeAlias = Mapping[str, Any]
 
 
 def is_attention_experiment(record: Record) -> bool:
-    """Return whether the record's experiment analyses one model and trains none: `attention`, `smol_attention`."""
-    return str(record["experiment"]).rpartition("_")[2] == "attention"
+    """Return whether the record's experiment records attention of one model: `attention`, `smol_attention`."""
+    return _kind_of_experiment(record) == "attention"
 
 
-def is_swaps_experiment(record: Record) -> bool:
-    """Return whether the record's experiment swaps the images of minimal pairs and trains nothing: `swaps`."""
-    return str(record["experiment"]).rpartition("_")[2] == "swaps"
+def analyses_one_model(record: Record) -> bool:
+    """Return whether the record's experiment analyses one model and trains none: also `swaps`, of minimal pairs."""
+    return _kind_of_experiment(record) in ("attention", "swaps")
 
 
 def parse_outcomes(text: str) -> UInt8[np.ndarray, " examples"]:
@@ -90,6 +90,10 @@ def configuration_key(config: Mapping[str, Any], *without: str) -> str:
     """
     left_out = (*IGNORED_SETTINGS, *without)
     return json.dumps({key: value for key, value in config.items() if key not in left_out}, sort_keys=True)
+
+
+def _kind_of_experiment(record: Record) -> str:
+    return str(record["experiment"]).rpartition("_")[2]
 
 
 def start_time(record: Record) -> str:

@@ -17,11 +17,11 @@ from experiments.records.benchmarks import is_benchmark_record
 from experiments.records.files import Records
 from experiments.records.views import (
     Record,
+    analyses_one_model,
     configuration_key,
     failure_reason,
     flatten_config,
     is_attention_experiment,
-    is_swaps_experiment,
     parse_outcomes,
     record_seed,
 )
@@ -96,7 +96,7 @@ class RunGroup:
     @property
     def only_analyses(self) -> bool:
         """Whether all runs belong to experiments that analyse one model and compare no configurations."""
-        return all(is_attention_experiment(record) or is_swaps_experiment(record) for record in self.records)
+        return all(map(analyses_one_model, self.records))
 
     @property
     def failure_reasons(self) -> str:

@@ -86,7 +86,8 @@ def test_frame_of_an_experiment_has_row_labels() -> None:
 def test_table_is_displayed_with_caption_notes_and_bold_cells(report: Report) -> None:
     table = report.table("sight")
     html = table._repr_html_()
-    assert html.startswith("<p><b>Blind controls") and "</b></p><table>" in html
+    assert html.startswith("<p><b>Blind controls")
+    assert "</b></p><table>" in html
     assert html.count("<tr>") == len(table.text) + 1
     assert "&lt; 0.001" in html
     assert "<script" not in html
