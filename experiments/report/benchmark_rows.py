@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from experiments.config.identity import IGNORED_SETTINGS
 from experiments.records.benchmarks import is_benchmark_record
 from experiments.records.views import Record, configuration_key, flatten_config, record_seed, start_time
 
@@ -122,7 +123,7 @@ def _distinct_labels(rows: Sequence[BenchmarkRow]) -> list[str]:
         differing = [
             key
             for key in own
-            if key not in ("seed", "data.tasks", "name", "results", "device", "threads", "save", "batch_size")
+            if key not in ("seed", "data.tasks", *IGNORED_SETTINGS)
             and len({str(config.get(key)) for config in configs}) > 1
         ]
         settings = ", ".join(f"{key}={own[key]}" for key in differing)

@@ -33,7 +33,7 @@ def score(value, error=None, higher=True):
 def write(tmp_path):
     """A function that writes a record with prescribed scores, and its files of answers, to the results folder."""
 
-    def call(name, tasks, seed=0, weights="w0", started="2026-11-29T10:00:00", **settings):
+    def call(name, tasks, seed=0, weights="w0", started="2026-11-29T10:00:00", documents="d0", **settings):
         config = copy.deepcopy(SETTINGS) | {"seed": seed, "name": "single"}
         for key, value in settings.items():
             group, _, setting = key.partition("__")
@@ -52,7 +52,7 @@ def write(tmp_path):
                 if isinstance(next(iter(next(iter(scores.values())).values())), dict)
                 else {task: scores},
                 "documents": 8,
-                "documents_hash": "d0",
+                "documents_hash": documents,
                 "prompt": "is it red?",
                 "versions": {task: "0.0"},
                 "settings_hash": "s0",
@@ -125,6 +125,13 @@ def test_reduction_of_other_weights_has_no_relative_score(write, tmp_path):
     table = table_of(tmp_path)
     assert row_of(table, "tiny, fastv")["Relative (%)"] == NONE
     assert row_of(table, "tiny, vtw")["Relative (%)"] == "50.0"
+
+
+def test_scores_on_other_documents_than_the_uncut_model_s_do_not_count(write, tmp_path):
+    write("tiny", {"gqa": {"exact_match": score(0.5)}})
+    average = {"compressor__name": "average"}
+    write("tiny, average", {"gqa": {"exact_match": score(0.4)}}, documents="d1", **average)
+    assert row_of(table_of(tmp_path), "tiny, average")["Relative (%)"] == NONE
 
 
 def test_records_with_other_task_lists_and_seeds_share_a_row(write, tmp_path):
