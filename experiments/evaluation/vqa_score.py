@@ -56,7 +56,9 @@ def normalise_answer(text: str) -> str:
     """
     text = " ".join(text.split())
     has_number = _COMMA_IN_NUMBER.search(text) is not None
-    changes = {mark: "" if has_number or f"{mark} " in text or f" {mark}" in text else " " for mark in _PUNCTUATION}
+    changes: dict[str, str | int | None] = {
+        mark: "" if has_number or f"{mark} " in text or f" {mark}" in text else " " for mark in _PUNCTUATION
+    }
     words = _PERIOD.sub("", text.translate(str.maketrans(changes))).lower().split()
     digits = (_DIGITS.get(word, word) for word in words)
     return " ".join(_APOSTROPHE.get(word, word) for word in digits if word not in _ARTICLES)

@@ -43,9 +43,10 @@ def score_tenths(group: RunGroup, view: str = "image") -> Integer[np.ndarray, "s
         Whole numbers from 0 to 10; None if a finished seed has no such scores.
     """
     views = [(record.get("generated") or {}).get(view) for record in group.finished]
-    if not views or None in views:
+    scores = [scored["scores"] for scored in views if scored is not None]
+    if not scores or len(scores) < len(views):
         return None
-    return np.rint(SCORE_UNIT * np.array([scored["scores"] for scored in views])).astype(int)
+    return np.rint(SCORE_UNIT * np.array(scores)).astype(int)
 
 
 def score_interval(

@@ -97,7 +97,8 @@ def generated_scores_table(groups: Sequence[RunGroup]) -> Table | None:
     Returns:
         The table, or None if no group has generated answers.
     """
-    data, text, notes = [], [], {}
+    data, text = [], []
+    notes: dict[str, None] = {}
     for group in groups:
         part, image = generated_of(group), score_tenths(group)
         if part is None or image is None:
