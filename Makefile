@@ -9,7 +9,7 @@ RESULTS ?= results
 # make test-browser: the attention page in Chromium, which root may install here too.
 # make test-benchmarks: the public benchmarks through lmms-eval, in an environment of their own (docs/benchmarks.md).
 # make gpu: what a GPU is needed for, in under ten minutes and without network (results/gpu/README.md).
-# make bench: ratios of CPU time beside the committed ones, in under five minutes (docs/performance.md).
+# make bench: ratios of CPU time beside the committed ones (docs/performance.md).
 .PHONY: reproduce smol test test-slow test-slurm test-browser test-benchmarks gpu bench docs notebooks lint lint-js dist clean
 
 reproduce: $(STAMP)

@@ -37,6 +37,13 @@ def time_run(run: Callable[[], T], device: torch.device | None = None) -> tuple[
     return time.perf_counter() - start, result
 
 
+def cpu_seconds(run: Callable[[], object]) -> float:
+    """Return the CPU seconds of this process that a run takes, all threads."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
 def run_in_turns(runs: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
     """Call each function once in every round, and return its results.
 
@@ -73,7 +80,7 @@ def run_in_child_process(module: str, request: dict[str, Any]) -> Any:
     )
     if child.returncode:
         error_lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
-        raise RuntimeError(f"the process of {module} that measures memory failed: {error_lines[-1]}")
+        raise RuntimeError(f"the process of {module} failed: {error_lines[-1]}")
     return json.loads(child.stdout.splitlines()[-1])
 
 

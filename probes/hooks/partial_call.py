@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -50,8 +50,8 @@ class CallSubset:
         """Return the same subset on a device; layers of one model may lie on several."""
         if self.queries.device == device:
             return self
-        parts = (self.queries, self.query_filler, self.keys, self.key_filler)
-        return CallSubset(*(part.to(device) for part in parts), self.call_length)
+        names = ("queries", "query_filler", "keys", "key_filler")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     @cached_property
     def has_filler(self) -> bool:
