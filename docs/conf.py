@@ -9,6 +9,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from sphinx.addnodes import pending_xref
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "docs" / "extensions"))
@@ -77,12 +79,14 @@ def add_title(app, docname, source):
         source[0] = f"# Claims on the records of {docname.split('/')[1]}\n\n{source[0]}"
 
 
-def unlink_folder(app, env, node, contnode):
-    """Show a link to a folder of the repository as text: the site has no page for it."""
-    if node.get("reftype") == "myst" and (ROOT / Path(node["refdoc"]).parent / node["reftarget"]).is_dir():
-        return contnode
+def unlink_folders(app, doctree):
+    """Show links to folders of the repository as text: the site has no page for them."""
+    for link in list(doctree.findall(pending_xref)):
+        folder = ROOT / Path(link["refdoc"]).parent / link["reftarget"]
+        if link.get("reftype") == "myst" and folder.is_dir():
+            link.replace_self(link.children)
 
 
 def setup(app):
     app.connect("source-read", add_title)
-    app.connect("missing-reference", unlink_folder)
+    app.connect("doctree-read", unlink_folders)
