@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments.records.views import Record
+from experiments.report.figures.record_part import require_part
 from experiments.report.figures.style import BLACK, BLUE, CONTROL, MEASURED, ORANGE, legend, make_panels, styled
 from experiments.report.statistics import mean_interval
 
@@ -47,9 +48,7 @@ def entropy_figure(record: Record) -> Figure:
 
 @styled
 def _draw_by_layer(record: Record, key: str, label: str, scale: float, uniform_label: str) -> Figure:
-    attention = record.get("attention")
-    if attention is None:
-        raise ValueError(f"record {record['id']} holds no attention to draw")
+    attention = require_part(record, "attention", "attention")
     values = np.asarray(attention[key], dtype=float) * scale
     control = attention.get("control") or {}
     uniform = attention.get(f"uniform_{key}")

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments.records.views import Record, parse_outcomes, percent_right
+from experiments.report.figures.record_part import require_part
 from experiments.report.figures.style import MEASURED, REFERENCES, WIDTH, ReportFigure, legend, styled
 from experiments.report.statistics import mean_interval
 
@@ -23,9 +24,7 @@ def lens_figure(record: Record) -> Figure:
     Raises:
         ValueError: if the record holds no logit lens.
     """
-    lens = record.get("lens")
-    if lens is None:
-        raise ValueError(f"record {record['id']} holds no logit lens to draw")
+    lens = require_part(record, "lens", "logit lens")
     figure = ReportFigure(figsize=(WIDTH, 4.0), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     x = np.arange(len(lens["depths"]))

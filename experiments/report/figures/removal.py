@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments.records.views import Record, layers_with_vision, parse_outcomes, percent_right
+from experiments.report.figures.record_part import require_part
 from experiments.report.figures.style import (
     BLUE,
     CONTROL,
@@ -42,9 +43,7 @@ def removal_figure(record: Record) -> Figure:
     Raises:
         ValueError: if the record holds no removal of visual tokens.
     """
-    removal = record.get("removal")
-    if removal is None:
-        raise ValueError(f"record {record['id']} holds no removal of visual tokens to draw")
+    removal = require_part(record, "removal", "removal of visual tokens")
     figure, (inside, onward) = make_panels(2, columns=2, height=3.0, label="Accuracy (%)")
 
     names = [_block_name(run["layers"]) for run in removal["inside"]]

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments.records.views import Record
+from experiments.report.figures.record_part import require_part
 from experiments.report.figures.style import CONTROL, GREY, MEASURED, SECOND, legend, make_panels, styled
 from experiments.report.statistics import mean_interval
 
@@ -23,9 +24,7 @@ def sinks_figure(record: Record) -> Figure:
     Raises:
         ValueError: if the record holds no visual sinks.
     """
-    sinks = record.get("sinks")
-    if sinks is None:
-        raise ValueError(f"record {record['id']} holds no visual sinks to draw")
+    sinks = require_part(record, "sinks", "visual sinks")
     figure, (having, taking) = make_panels(2, columns=2, height=2.7, label="Percent")
     layers = len(sinks["by_attention"])
     x, every = np.arange(1, layers + 1), max(1, layers // 16)

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments.records.views import Record
+from experiments.report.figures.record_part import require_part
 from experiments.report.figures.style import (
     BLACK,
     BLUE,
@@ -39,9 +40,7 @@ def swaps_figure(record: Record) -> Figure:
     Raises:
         ValueError: If the record holds no swaps.
     """
-    swaps = record.get("swaps")
-    if swaps is None:
-        raise ValueError(f"record {record['id']} holds no swaps to draw")
+    swaps = require_part(record, "swaps", "swaps")
     figure, (moved, flipped) = make_panels(2, columns=2, height=3.0, label="Share (%)")
     located = {name: entry for name, entry in swaps["properties"].items() if entry["layer"] is not None}
     for number, (name, entry) in enumerate(located.items()):
