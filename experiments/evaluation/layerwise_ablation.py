@@ -39,12 +39,11 @@ def measure_removal(model: PreTrainedModel, questions: EncodedQuestions, block: 
 
     outcomes = measure_batches(questions, model, "removal of visual tokens", measure)
     inside, onward = np.split(outcomes, [len(blocks)])
-    question_types = [sample.question_types[0] for sample in questions.samples]
     return {
         "block": block,
         "inside": layer_outcomes(blocks, inside),
         "onward": layer_outcomes(onwards, onward),
-        "by_kind": removal_depth_by_question_type(onward, question_types, block, depth),
+        "by_kind": removal_depth_by_question_type(onward, questions.question_types, block, depth),
         "fusion": _removal_depth(onward, block, depth),
     }
 

@@ -39,7 +39,7 @@ def measure_onset(model: PreTrainedModel, questions: EncodedQuestions, block: in
         "block": block,
         "upto": layer_outcomes([range(end) for end in ends], outcomes),
         "estimate": _onset(outcomes, block, depth),
-        "by_kind": onset_by_question_type(outcomes, [s.question_types[0] for s in questions.samples], block, depth),
+        "by_kind": onset_by_question_type(outcomes, questions.question_types, block, depth),
     }
 
 

@@ -31,8 +31,21 @@ def instruction_token_map(model: PreTrainedModel, inputs: ModelInputs) -> TokenM
     return TokenMap.from_inputs(model, inputs).merge({"instruction": ["system", "instruction"]})
 
 
+class _EncodedOnAccess(Sequence[EncodedSample]):
+    """Encodes a sample each time that it is asked for."""
+
+    def __init__(self, samples: Sequence[Sample], encode: Callable[[Sample], EncodedSample]) -> None:
+        self.samples, self.encode = samples, encode
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> EncodedSample:  # type: ignore[override]
+        return self.encode(self.samples[index])
+
+
 class EncodedQuestions:
-    """Questions that are encoded once and can be iterated repeatedly as left-padded batches.
+    """Questions that are encoded and can be iterated repeatedly as left-padded batches.
 
     Args:
         samples: One sample per question.
@@ -41,9 +54,10 @@ class EncodedQuestions:
         device: Device of the batches.
         features: Feature cache of the samples' split. With it, batches hold features as `pixel_values`.
         limit: The longest question that the model accepts, with its image and answer.
+        keep: Whether encoded questions stay in memory, with their images. If not, each pass encodes them again.
 
     Raises:
-        ValueError: If the processor cannot encode a sample, or if one is too long.
+        ValueError: If the processor cannot encode a sample, or if one is too long; with keep=False when it is reached.
     """
 
     def __init__(
@@ -54,13 +68,16 @@ class EncodedQuestions:
         device: torch.device,
         features: VisionFeatureCache | None = None,
         limit: LengthLimit | None = None,
+        keep: bool = True,
     ) -> None:
         encode: Callable[[Sample], EncodedSample] = SampleEncoder(processor, limit)
         if features is not None:
             encode = partial(features.encode_sample, encode)
         self.samples, self.device, self.features = samples, device, features
-        with tqdm(samples, desc="encoding", leave=False) as bar:
-            self.encoded = [encode(sample) for sample in bar]
+        self.encoded: Sequence[EncodedSample] = _EncodedOnAccess(samples, encode)
+        if keep:
+            with tqdm(samples, desc="encoding", leave=False) as bar:
+                self.encoded = [encode(sample) for sample in bar]
         self._collate = Collator(processor, side="left")
         self._loader = DataLoader(self.encoded, batch_size, collate_fn=self._collate)  # type: ignore[arg-type]
 
@@ -78,7 +95,12 @@ class EncodedQuestions:
 
     def first(self) -> ModelInputs:
         """Return a batch of the first question alone."""
-        return self._to_device(self._collate(self.encoded[:1]))
+        return self._to_device(self._collate([self.encoded[0]]))
+
+    @property
+    def question_types(self) -> list[str]:
+        """The type of each question."""
+        return [sample.question_types[0] for sample in self.samples]
 
     def _to_device(self, batch: ModelInputs) -> ModelInputs:
         return {name: tensor.to(self.device) for name, tensor in batch.items()}

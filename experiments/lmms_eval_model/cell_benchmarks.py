@@ -6,7 +6,6 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from experiments.evaluation.flops import forward_cost
 from experiments.evaluation.questions import EncodedQuestions
 from experiments.files import file_sha256
 from experiments.lmms_eval_model.answer_files import answer_file, digest, document_line, read_result, write_answers
+from experiments.lmms_eval_model.benchmark_probes import check_document_probes, measure_benchmark_probes
 from experiments.lmms_eval_model.evaluate import check_tasks, run_tasks
 from experiments.lmms_eval_model.judge import DEFAULT_ADDRESS, JUDGED_TASKS
 from experiments.lmms_eval_model.request_samples import VideoSampling
@@ -46,17 +46,10 @@ def check_benchmarks(config: Config) -> None:
         config: A configuration with data=lmms.
 
     Raises:
-        ValueError: As `check_tasks`; or if the cell has probes, or several processes would run it.
+        ValueError: As `check_tasks`; or if the cell has a probe that benchmarks lack, or several processes would run it.
     """
     assert isinstance(config.data, LmmsData)
-    analyses = [field.name for field in fields(config.probe) if getattr(config.probe, field.name) is True]
-    if config.probe.view_questions:
-        analyses.append("view_questions")
-    if analyses:
-        raise ValueError(
-            f"probe.{analyses[0]}: data=lmms measures benchmarks alone, found "
-            f"{getattr(config.probe, analyses[0])}; leave it out"
-        )
+    check_document_probes(config.probe)
     if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
         raise ValueError(
             f"data.tasks: a cell answers its benchmarks in one process, found WORLD_SIZE={processes}; run the tasks as a "
@@ -161,6 +154,7 @@ def _run_task(built: Any, task: str, config: Config, path: Path, key: Mapping[st
         "settings_hash": digest(settings)[:16],
         # `built.requests` are the requests of this task, and `built.sample` makes samples of them.
         "cost": _first_cost(built, config),
+        "probes": measure_benchmark_probes(built, logged, config),
     }
     write_answers(path, key, result, (document_line(name, entry, scores[name]) for name, entry in logged))
     return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from experiments.records.benchmarks import is_benchmark_record
 from experiments.records.files import Records, load_records, select_records
 from experiments.records.views import Record, is_attention_experiment, parse_outcomes, record_seed
 from experiments.report import tables
+from experiments.report.benchmark_samples import benchmark_samples
 from experiments.report.claims.registry import Finding, judge_by_question_type, judge_claims
 from experiments.report.experiment_results import ExperimentResults, match_results
 from experiments.report.experiment_specs import ExperimentSpec, load_all_specs, load_specs
@@ -54,6 +54,7 @@ class Report:
         request: Experiments and settings that the report covers; all by default.
         specs: Tables that the report may show; those of conf/experiment/ by default.
         attention_page: Attention page of some test questions, which the report links; None if there is none.
+        folder: The results folder, which holds the answers to benchmarks; None if no frame of them is made.
 
     Raises:
         ValueError: if the request names an experiment without records, or a setting that no record has.
@@ -65,8 +66,9 @@ class Report:
         request: ReportRequest | None = None,
         specs: Sequence[ExperimentSpec] | None = None,
         attention_page: Path | None = None,
+        folder: Path | None = None,
     ) -> None:
-        self.attention_page = attention_page
+        self.attention_page, self.folder = attention_page, folder
         request = request or ReportRequest((), {})
         self.specs: tuple[ExperimentSpec, ...] = load_specs() if specs is None else tuple(specs)
         self.records: Records = request.select_records(records)
@@ -84,7 +86,7 @@ class Report:
         return f"Report of {finished} finished and {failed} failed records, experiments: {', '.join(self.experiments)}"
 
     def frame(self, experiment: str | None = None) -> pd.DataFrame:
-        """Return the outcome of every question of every finished record. Records with benchmarks have none.
+        """Return the outcome of every question of every finished record, and the scores and depths of every document.
 
         Args:
             experiment: Only the records in the table of this experiment, with the row's label in the column `row`.
@@ -96,8 +98,17 @@ class Report:
             was not recorded: with the question's own image, with a blank image, with another question's image, and
             guessed from the text alone.
 
+            Rows of benchmarks (docs/benchmarks.md) have other columns behind `prefusion_layers`: the `benchmark` of the cell,
+            `task` and `doc_id`; the model's `answer`, the task's `target`, and `score_METRIC` for each metric. Where the
+            cell has analyses by layer, `image` and `no_image` are 1 if `analysed_answer` is what the model writes with the
+            image, and with the image hidden in all layers. `removal_depth`, `knockout_depth`, `onset` and `attention_depth`
+            are the document's own (docs/fusion_depth.md), `attention` is the mass on the image by layer. What is not
+            measured or not defined is missing.
+
         Raises:
-            ValueError: if the report has no such experiment.
+            OSError: if a file of answers cannot be read.
+            ValueError: if the report has no such experiment; if a document stands twice or has no analysis; or if there are
+                benchmarks and the report was made without its folder.
 
         Example:
             >>> from experiments.report import load
@@ -106,8 +117,7 @@ class Report:
             True
         """
         if experiment is None:
-            with_outcomes = itertools.filterfalse(is_benchmark_record, self.records.finished)
-            return _concat_outcomes(map(_outcome_frame, with_outcomes))
+            return _concat_outcomes(map(self._frame_of, self.records.finished))
         results = _look_up("experiment", experiment, self.experiments)
         frames = (
             _outcome_frame(record).assign(row=row.label)
@@ -116,6 +126,13 @@ class Report:
             for record in row.runs.finished
         )
         return _concat_outcomes(frames, "row")
+
+    def _frame_of(self, record: Record) -> pd.DataFrame:
+        if not is_benchmark_record(record):
+            return _outcome_frame(record)
+        if self.folder is None:
+            raise ValueError("folder: None, and the frame of benchmarks needs it; use experiments.report.load(folder)")
+        return _with_model_columns(record, benchmark_samples(record, self.folder))
 
     def table(self, name: str) -> Table:
         """Return a table by the stem of its files. Jupyter displays it; `.text` and `.data` are DataFrames.
@@ -257,8 +274,9 @@ def load(folder: Path | str, *request: str) -> Report:
         >>> report
         Report of 43 finished and 0 failed records, experiments: smol_ablations
     """
-    records = load_records(Path(folder) / "records")
-    return Report(records, parse_request(request), load_all_specs(Path(folder)), _attention_page(records, Path(folder)))
+    folder = Path(folder)
+    records = load_records(folder / "records")
+    return Report(records, parse_request(request), load_all_specs(folder), _attention_page(records, folder), folder)
 
 
 def _attention_page(records: Records, folder: Path) -> Path | None:
@@ -278,16 +296,10 @@ def _look_up(kind: str, name: str, known: dict):
 
 
 def _outcome_frame(record: Record) -> pd.DataFrame:
-    model, data = record["model"], record["data"]
+    data = record["data"]
     outcomes = {**{view: record["accuracy"].get(view) for view in _VIEWS}, "guess": data.get("guess")}
-    return pd.DataFrame(
+    frame = pd.DataFrame(
         {
-            "record": record["id"],
-            "experiment": record["experiment"],
-            "name": record["name"],
-            "seed": record_seed(record),
-            "model": model["label"],
-            **{column: model[column] for column in _MODEL_COLUMNS},
             "question": np.arange(data["examples"]),
             "question_type": data["kinds"],
             **{
@@ -296,6 +308,21 @@ def _outcome_frame(record: Record) -> pd.DataFrame:
             },
         }
     )
+    return _with_model_columns(record, frame)
+
+
+def _with_model_columns(record: Record, frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a record's frame with columns before it that name the record and its model."""
+    model = record["model"]
+    columns = {
+        "record": record["id"],
+        "experiment": record["experiment"],
+        "name": record["name"],
+        "seed": record_seed(record),
+        "model": model["label"],
+        **{column: model[column] for column in _MODEL_COLUMNS},
+    }
+    return pd.concat([pd.DataFrame(columns, index=frame.index), frame], axis=1)
 
 
 def _concat_outcomes(frames: Iterable[pd.DataFrame], *more_columns: str) -> pd.DataFrame:

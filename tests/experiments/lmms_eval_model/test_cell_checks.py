@@ -6,6 +6,7 @@ import pytest
 
 from experiments.config.data_schema import LmmsData
 from experiments.config.schema import Config, ProbeConfig
+from experiments.lmms_eval_model.benchmark_probes import check_document_probes
 from experiments.lmms_eval_model.cell_benchmarks import _judge, check_benchmarks, score_lines
 from experiments.records.schema import BenchmarksPart
 
@@ -14,10 +15,15 @@ def config(tasks=("mmvet",), **probe):
     return Config(data=LmmsData(name="lmms", tasks=list(tasks)), probe=ProbeConfig(**probe))
 
 
-@pytest.mark.parametrize(("name", "value"), [("attention", True), ("controls", True), ("view_questions", 3)])
-def test_check_benchmarks_with_a_probe_raises_value_error_with_its_name(name, value):
+@pytest.mark.parametrize(("name", "value"), [("readout", True), ("controls", True), ("view_questions", 3)])
+def test_check_benchmarks_with_a_probe_that_benchmarks_lack_raises_value_error_with_its_name(name, value):
     with pytest.raises(ValueError, match=rf"probe\.{name}: .*{value}"):
         check_benchmarks(config(**{name: value}))
+
+
+def test_check_document_probes_of_analyses_by_layer_passes():
+    names = ("attention", "contribution", "sinks", "random_control", "removal", "onset", "knockout")
+    check_document_probes(ProbeConfig(**dict.fromkeys(names, True)))
 
 
 def test_check_benchmarks_of_several_processes_raises_value_error(monkeypatch):
