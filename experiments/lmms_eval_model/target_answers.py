@@ -46,8 +46,8 @@ def _right_answers(task: str, entry: Mapping[str, Any], options: Sequence[str]) 
     if annotators and isinstance(annotators, list):
         # VQAv2, VizWiz and TextVQA: their task files name a column `answer` that the data lack, so the target is that word.
         return [answer["answer"] if isinstance(answer, Mapping) else answer for answer in annotators]
-    if options and str(target).isdigit():
-        return [options[int(target)]]
+    if options and target not in [option.strip() for option in options] and str(target).isdigit():
+        return [options[int(target)]]  # the number of an option, unless the options are numbers themselves
     # The prompts of these tasks ask for a letter, and their targets are the text or the number of the option.
     if task.startswith("mvbench") and target in document.get("candidates", ()):
         return [string.ascii_uppercase[document["candidates"].index(target)]]

@@ -43,6 +43,7 @@ def test_analysed_answer_of_scored_options_is_the_text_of_the_right_one():
     assert analysed_answer("choice", scored, [" cat", " dog"]) == "dog"
     assert analysed_answer("choice", scored | {"target": "1"}, [" cat", " dog"]) == "dog"
     assert analysed_answer("choice", scored | {"target": "cat"}, [" cat", " dog"]) == "cat"
+    assert analysed_answer("choice", scored | {"target": "1"}, [" 1", " 2"]) == "1"
     assert analysed_answer("count", entry(2, "2")) == "2"
 
 
