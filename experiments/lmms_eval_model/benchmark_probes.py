@@ -81,7 +81,8 @@ def measure_benchmark_probes(
 ) -> dict[str, Any] | None:
     """Run the configured analyses on the documents of a task or group.
 
-    The prompt is that of a document's first request: for multiple choice all requests share it.
+    The prompt is that of a document's first request: for multiple choice all requests share it. Documents of text alone have no
+    image to hide, and are only listed.
 
     Args:
         built: The `BuiltModel` that answered them; its `requests` are theirs.
@@ -92,24 +93,32 @@ def measure_benchmark_probes(
         The part `probes` of a task's record (`BenchmarkProbes`), None if no analysis is configured.
 
     Raises:
-        ValueError: If a document has no right answer that is a text, or there is one document alone.
+        ValueError: If a document has no right answer that is a text, or fewer than two documents have an image.
     """
     if not any(getattr(config.probe, name) for name in DOCUMENT_PROBES):
         return None
     requests: dict[tuple[str, int], list[Any]] = {}
     for request in built.requests:
         requests.setdefault((request.args[4], request.args[3]), []).append(request)
-    documents = []
+    documents: list[dict[str, Any]] = []
+    text_alone: list[dict[str, Any]] = []
+    first_requests = []
     for task, entry in logged:
         asked = sorted(requests[task, entry["doc_id"]], key=lambda request: request.idx)
         options = [request.args[1] for request in asked] if isinstance(asked[0].args[1], str) else ()
         answer = analysed_answer(task, entry, options)
-        documents.append({"task": task, "doc_id": entry["doc_id"], "answer": answer})
+        document = {"task": task, "doc_id": entry["doc_id"], "answer": answer}
+        if built.sample(asked[0]).loaders:
+            documents.append(document)
+            first_requests.append(asked[0])
+        else:
+            text_alone.append(document)
     if len(documents) < 2:
+        task = (documents + text_alone)[0]["task"]
         raise ValueError(
-            f"data.test_samples: probe.* of task {documents[0]['task']} need at least 2 documents, found {len(documents)}"
+            f"data.tasks: probe.* of task {task} need at least 2 documents with an image, found {len(documents)}; leave out "
+            "the probes, or answer more documents (data.test_samples)"
         )
-    first_requests = [requests[document["task"], document["doc_id"]][0] for document in documents]
     answers = [document["answer"] for document in documents]
     shown = config.probe.attention_questions
     set_seed(config.seed)  # of the random weights of the control, so that a resumed cell has the same
@@ -120,4 +129,4 @@ def measure_benchmark_probes(
         config.probe,
     )
     names = ("attention", "contribution", "sinks", "removal", "onset", "knockout", "fusion")
-    return {"documents": documents, **{name: parts[name] for name in names}}
+    return {"documents": documents, "without_image": text_alone, **{name: parts[name] for name in names}}

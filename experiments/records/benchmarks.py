@@ -61,9 +61,10 @@ class ProbedDocument(Part):
 
 
 class BenchmarkProbes(Part):
-    """Analyses by layer, with one outcome for each document."""
+    """Analyses by layer, with one outcome for each document that has an image or a video."""
 
     documents: list[ProbedDocument] = Field(min_length=1, description="in the order of the outcomes")
+    without_image: list[ProbedDocument] = Field([], description="documents of text alone, which are not analysed")
     attention: AttentionPart | None = None
     contribution: ContributionPart | None = None
     sinks: SinksPart | None = None

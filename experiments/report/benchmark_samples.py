@@ -79,7 +79,7 @@ def _probe_columns(probes: Mapping[str, Any] | None, keys: list[_Key]) -> pd.Dat
     measured = (
         {} if probes is None else {name: probes.get(name) for name in ("removal", "onset", "knockout", "attention")}
     )
-    documents = [] if probes is None else probes["documents"]
+    documents = [] if probes is None else [*probes["documents"], *probes["without_image"]]
     analysed = _unique((document["task"], document["doc_id"]) for document in documents)
     if probes is not None and (unmatched := set(keys) ^ set(analysed)):
         task, doc_id = min(unmatched)
@@ -96,7 +96,8 @@ def _probe_columns(probes: Mapping[str, Any] | None, keys: list[_Key]) -> pd.Dat
         columns[column] = (depths(part) if part else [], "Int64")
     attention = measured.get("attention")
     columns["attention"] = (zip(*image_attention(attention), strict=True) if attention else [], "object")
-    # Attention may be recorded on the first documents alone: pandas fills the rest of its columns with missing values.
+    # Attention may be recorded on the first documents alone, and documents of text alone have an answer alone. pandas fills the
+    # rest of their columns with missing values.
     table = pd.DataFrame({column: pd.Series(list(values), dtype=dtype) for column, (values, dtype) in columns.items()})
     row_of = {key: row for row, key in enumerate(analysed)}
     return table.reindex([row_of.get(key, -1) for key in keys]).reset_index(drop=True)

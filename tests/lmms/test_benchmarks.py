@@ -121,3 +121,38 @@ def test_mvbench_published_asks_for_one_letter_in_all_of_its_tasks(mini, home, r
     for task, entries in run["samples"].items():
         assert entries[0]["arguments"][0].endswith("(B) dog\nAnswer with one letter.")
         assert run["results"][task]["mvbench_accuracy,none"] == MARKS[task, "mvbench_accuracy"]
+
+
+ANALYSED = {
+    "vqav2_val": ["no", "dog"],  # "A dog." is another text than "dog"
+    "gqa": ["Yes.", "left"],
+    "vizwiz_vqa_val": ["blue", "green"],
+    "scienceqa_img": ["B", "B"],
+    "textvqa_val": ["stop", "stop"],
+    "textvqa_val_published": ["stop", "stop"],
+    "pope": ["Yes", "yes", "no", "no"],
+    "mme": ["Yes", "No.", "yes", "No", "yes", "no"],
+    "mmbench_en_dev_static": ["A", "B", "C", "D"],
+    "mmbench_en_dev_published": ["A", "B", "C", "D"],
+    "seedbench": ["A", "A", "B"],
+    "seedbench_published": ["A", "A", "B"],
+    "seedbench_ppl": ["cat", "cat", "dog"],
+    "egoschema_subset": ["B", "B"],
+    "llava_in_the_wild": ["a square"] * 3,
+    "mmvet": ["a square"] * 2,
+    "activitynetqa": ["dog"] * 2,
+    "msvd_qa": ["Dog.", "dog", "dog"],
+    "msrvtt_qa": ["Dog.", "dog", "dog"],
+    "mlvu_dev": ["A"] * 7,
+    "mlvu_test": ["A"] * 9,
+    "videochatgpt_gen": ["dog"],
+    "videochatgpt_consistency": ["dog"] * 2,
+} | {task: ["B"] for task in MVBENCH_ANSWERS}
+"""The right answer of each document, as the model wrote it where its own answer is that one."""
+
+
+@pytest.mark.parametrize("task", ANALYSED)
+def test_analysed_answer_of_each_benchmark_is_its_right_answer(results, task):
+    from experiments.lmms_eval_model.target_answers import analysed_answer
+
+    assert [analysed_answer(task, entry) for entry in results[0]["samples"][task]] == ANALYSED[task]

@@ -11,6 +11,7 @@ from experiments.report import load
 from experiments.report.results import Report
 
 LAYERS = 2
+TEXT_ALONE = ("pope", 9)
 # By document: its answer is needed up to layer 2, up to layer 1, always right, always wrong.
 DOCUMENTS = [("gqa", 4), ("gqa", 0), ("gqa", 2), ("pope", 0)]
 REMOVAL = ["0010", "0110", "1110"]  # hidden from layer 0, 1, 2 on
@@ -30,6 +31,7 @@ def probes():
     documents = [{"task": t, "doc_id": i, "answer": text} for (t, i), text in zip(DOCUMENTS, names, strict=True)]
     return {
         "documents": documents,
+        "without_image": [{"task": "pope", "doc_id": 9, "answer": "text"}],
         "attention": part,
         "removal": {"block": 1, "inside": runs([[0], [1]], REMOVAL[:2]), "onward": runs([[0, 1], [1], []], REMOVAL)},
         "onset": {"block": 1, "upto": runs([[], [0], [0, 1]], ONSET)},
@@ -86,12 +88,16 @@ def write(tmp_path):
 
 
 def test_frame_joins_scores_and_depths_of_documents_in_another_order(write):
-    frame = load(write(answers(*sorted(DOCUMENTS)), probes())).frame()
-    assert list(zip(frame.task, frame.doc_id, strict=True)) == sorted(DOCUMENTS)
+    keys = sorted([*DOCUMENTS, TEXT_ALONE])
+    frame = load(write(answers(*keys), probes())).frame()
+    assert list(zip(frame.task, frame.doc_id, strict=True)) == keys
     assert set(frame.benchmark) == {"both"}
-    assert frame.seed.tolist() == [3] * 4
+    assert frame.seed.tolist() == [3] * 5
     rows = {(row["task"], row["doc_id"]): row for row in frame.to_dict("records")}
     deep, shallow, blind, wrong = (rows[key] for key in DOCUMENTS)
+    text = rows[TEXT_ALONE]
+    assert (text["analysed_answer"], text["score_pope_f1_score"]) == ("text", 1.0)
+    assert all(pd.isna(text[name]) for name in ("image", "no_image", "removal_depth", "onset", "attention"))
     assert [row["analysed_answer"] for row in (deep, shallow, blind, wrong)] == [f"right {i}" for i in range(4)]
     assert [row["removal_depth"] for row in (deep, shallow)] == [2, 1]
     assert [row["onset"] for row in (deep, shallow)] == [1, 2]
@@ -118,9 +124,9 @@ def test_frame_of_a_cell_without_analyses_has_scores_alone(write):
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        (DOCUMENTS[1:], "task gqa: document 4 .*no score"),
-        ([*DOCUMENTS, ("pope", 3)], "task pope: document 3 .*no analysis"),
-        ([*DOCUMENTS, DOCUMENTS[2]], "task gqa: document 2 .*twice"),
+        ([*DOCUMENTS[1:], TEXT_ALONE], "task gqa: document 4 .*no score"),
+        ([*DOCUMENTS, TEXT_ALONE, ("pope", 3)], "task pope: document 3 .*no analysis"),
+        ([*DOCUMENTS, TEXT_ALONE, DOCUMENTS[2]], "task gqa: document 2 .*twice"),
     ],
 )
 def test_frame_of_documents_that_do_not_match_raises_value_error_with_the_task(write, keys, words):
