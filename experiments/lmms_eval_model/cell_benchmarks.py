@@ -203,8 +203,8 @@ def standard_error(value: float, by_document: Sequence[Any]) -> float | None:
         by_document: What the task logged of each document: a number, or a mapping with the number under "score".
 
     Example:
-        >>> standard_error(0.5, [1.0, 0.0, 1.0, 0.0])
-        0.2886751345948129
+        >>> round(standard_error(0.5, [1.0, 0.0, 1.0, 0.0]), 4)
+        0.2887
         >>> standard_error(0.9, [1.0, 0.0, 1.0, 0.0]) is None
         True
     """
