@@ -48,9 +48,11 @@ def generate_answers(
         ValueError: If the processor refuses a sample, or a prompt exceeds the model's positions.
 
     Example:
-        >>> answers = generate_answers(model, processor, samples, 16, max_new_tokens=5, progress_label="answers")
-        >>> len(answers) == len(samples)
-        True
+        >>> from experiments.data.samples import llava_conversation
+        >>> turns = llava_conversation([("is there a square?", "yes")])
+        >>> sample = Sample("scene", (lambda: image,), turns, ["existence"])
+        >>> generate_answers(model, processor, [sample], 1, max_new_tokens=5, progress_label="answers")
+        ['yes']
     """
     positions = LengthLimit.for_model(model.config).positions
     prompts = [replace(sample, conversations=sample.conversations[:-1]) for sample in samples]

@@ -166,7 +166,7 @@ def test_report_shows_the_learning_curves_beside_the_table(
     images = {e.stem: png for e in report.figures if e.draw}
     page = html.render_page(report, images)
     assert page.index(f"figures/{stem}.pdf") < page.index(f"tables/{spec.name}.csv")
-    assert f'alt="Learning curves: {spec.name}. Accuracy and loss' in page
+    assert f'alt="Learning curves: {spec.name}. Accuracy (teacher-forced exact match) and loss' in page
 
 
 def test_rows_without_curves_have_no_learning_curve_figure(spec: ExperimentSpec, table_records: RecordList) -> None:
