@@ -1,6 +1,7 @@
 """The public benchmarks on made-up items in their real columns, through lmms-eval's own tasks, with marks by hand."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -76,6 +77,8 @@ def results(mini, home, tmp_path_factory):
     parts, asked = {}, {}
     with pytest.MonkeyPatch.context() as patch, judge() as (address, paths):
         patch.setattr(datasets, "load_dataset", local_data)
+        # `Dataset.map` of several processes puts a copy in place of os.environ, in which the judge's address would stay.
+        patch.setattr(os, "environ", os.environ)
         patch.setenv("OPENAI_API_KEY", "none")
         for url, tasks in (
             (f"{address}/chat/completions", IMAGE_TASKS + VIDEO_TASKS + JUDGED_BY_ENDPOINT),
