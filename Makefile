@@ -56,11 +56,11 @@ BENCHMARKS ?= .venv-benchmarks
 LMMS_EVAL = datasets evaluate loguru "tenacity>=8.3" sacrebleu pytablewriter openpyxl "filelock<4"
 
 test-benchmarks: $(BENCHMARKS)/.installed
-	OMP_NUM_THREADS=1 $(BENCHMARKS)/bin/python -m pytest -m lmms tests/lmms
+	OMP_NUM_THREADS=1 $(BENCHMARKS)/bin/python -m pytest -n 2 --dist loadfile -m lmms tests/lmms
 
 $(BENCHMARKS)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(BENCHMARKS)
-	$(BENCHMARKS)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[video]" $(LMMS_EVAL) pytest hypothesis
+	$(BENCHMARKS)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[video]" $(LMMS_EVAL) pytest pytest-xdist hypothesis
 	$(BENCHMARKS)/bin/python -m pip install --quiet --no-compile --no-deps lmms-eval==0.7.3
 	@touch $@
 
