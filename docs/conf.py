@@ -81,9 +81,10 @@ def add_title(app, docname, source):
 
 def unlink_folders(app, doctree):
     """Show links to folders of the repository as text: the site has no page for them."""
-    for link in list(doctree.findall(pending_xref)):
-        folder = ROOT / Path(link["refdoc"]).parent / link["reftarget"]
-        if link.get("reftype") == "myst" and folder.is_dir():
+    links = [link for link in doctree.findall(pending_xref) if link.get("reftype") == "myst"]
+    for link in links:
+        # A link in a docstring, which is parsed on its own, names no page.
+        if "refdoc" in link and (ROOT / Path(link["refdoc"]).parent / link["reftarget"]).is_dir():
             link.replace_self(link.children)
 
 
