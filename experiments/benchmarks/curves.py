@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from transformers import (
     logging,
 )
 
-from experiments.benchmarks.harness import run_in_turns
+from experiments.benchmarks.harness import cpu_seconds, run_in_turns
 from experiments.markdown import markdown_table
 from probes import TokenMap
 from probes.ask import encode_prompt
@@ -116,7 +115,7 @@ def measure_curves(model: PreTrainedModel, inputs: dict[str, Tensor], rounds: in
         inputs: Arguments of its forward call.
         rounds: Rounds that count, after one that does not.
     """
-    runs = {name: partial(_cpu_seconds, run) for name, run in curve_runs(model, inputs).items()}
+    runs = {name: partial(cpu_seconds, run) for name, run in curve_runs(model, inputs).items()}
     run_in_turns(runs, 1)
     seconds = {name: min(times) for name, times in run_in_turns(runs, rounds).items()}
     return {name: seconds[name] / seconds["pass"] for name in CURVES}
@@ -129,20 +128,16 @@ def curve_ratios(rounds: int = 3, names: Sequence[str] = tuple(MODELS)) -> dict[
         rounds: Rounds that count.
         names: Keys of `MODELS`.
     """
-    ratios: dict[str, float] = {}
+    return {curve: passes / points for curve, passes, points in _passes(rounds, names)}
+
+
+def _passes(rounds: int, names: Sequence[str]) -> Iterator[tuple[str, float, int]]:
+    """Yield "model, curve", the forward passes that the curve takes, and those of a naive curve."""
     for name in names:
         model, inputs = MODELS[name]()
         points = len(decoder_layers(find_decoder(model))) + 1
-        ratios |= {
-            f"{name}, {curve}": passes / points for curve, passes in measure_curves(model, inputs, rounds).items()
-        }
-    return ratios
-
-
-def _cpu_seconds(run: Callable[[], object]) -> float:
-    start = time.process_time()
-    run()
-    return time.process_time() - start
+        for curve, passes in measure_curves(model, inputs, rounds).items():
+            yield f"{name}, {curve}", passes, points
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -156,12 +151,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--rounds: must be at least 1, found {rounds}")
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    rows = []
-    for name, build in MODELS.items():
-        model, inputs = build()
-        points = len(decoder_layers(find_decoder(model))) + 1
-        for curve, passes in measure_curves(model, inputs, rounds).items():
-            rows.append([f"{name}, {curve}", str(points), f"{passes:.2f}", f"{passes / points:.2f}"])
+    rows = [
+        [curve, str(points), f"{passes:.2f}", f"{passes / points:.2f}"]
+        for curve, passes, points in _passes(rounds, tuple(MODELS))
+    ]
     columns = ["curve", "naive, passes", "this project, passes", "ratio"]
     print(markdown_table(columns, rows, columns[1:]))
     return 0

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, logging
 from transformers.activations import QuickGELUActivation
 from transformers.masking_utils import create_causal_mask
 
-from experiments.benchmarks.harness import run_in_turns
+from experiments.benchmarks.harness import cpu_seconds, run_in_turns
 from experiments.markdown import markdown_table
 from llava_mini import LlavaMiniConfig, LlavaMiniForConditionalGeneration
 from llava_mini.quick_gelu import QuickGELU, replace_quick_gelu
@@ -139,7 +138,7 @@ def ratio_rows(model: LlavaMiniForConditionalGeneration, frames: Sequence[int], 
             "second question": partial(_logits, model, input_ids=inputs["input_ids"], pictures=pictures),
         }
         logits = {name: run() for name, run in runs.items()}  # warm up
-        times = run_in_turns({name: partial(_cpu_seconds, run) for name, run in runs.items()}, rounds)
+        times = run_in_turns({name: partial(cpu_seconds, run) for name, run in runs.items()}, rounds)
         released = min(times["released"])
         for name in ("question", "second question"):
             difference = float((logits[name] - logits["released"]).abs().max())
@@ -151,12 +150,6 @@ def ratio_rows(model: LlavaMiniForConditionalGeneration, frames: Sequence[int], 
 
 def _logits(model: LlavaMiniForConditionalGeneration, **inputs: Any) -> Tensor:
     return model(**inputs).logits
-
-
-def _cpu_seconds(run: Callable[[], Tensor]) -> float:
-    start = time.process_time()
-    run()
-    return time.process_time() - start
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,9 @@ def _overview(steps: Sequence[Step], records: Mapping[str, Mapping[str, Any]]) -
         outcome = (
             [record["status"], f"{record['seconds']:.0f}", record["started"][:10]] if record else ["not run", "", ""]
         )
-        command = markdown_cell(" ".join(map(_quoted, ("python", "-m", *step.arguments))))
+        command = markdown_cell(shlex.join(("python", "-m", *step.arguments)))
         rows.append([step.title, *outcome, str(step.limit), f"`{command}`"])
     return markdown_table(["step", "status", "seconds", "date", "limit, s", "command"], rows, ["seconds", "limit, s"])
-
-
-def _quoted(argument: str) -> str:
-    return f"'{argument}'" if set(argument) & set(" []{}") else argument
 
 
 def _sections(steps: Sequence[Step], records: Mapping[str, Mapping[str, Any]], results: Path) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -16,7 +15,7 @@ from experiments.report.published_scores import comparable_benchmark, published_
 from experiments.report.run_groups import RunGroup
 from experiments.report.statistics import holm, paired_test
 from experiments.report.tables.experiment_rows import BENCHMARKS
-from experiments.report.tables.table import Table, data_frame, group_name, interval_columns
+from experiments.report.tables.table import Table, data_frame, group_name, interval_columns, with_columns
 
 _CONTROLS = {"blank": "grey image", "shuffled": "another question\u2019s image"}
 _DATA_COLUMNS = (
@@ -64,7 +63,7 @@ def with_score_columns(table: Table, groups: Sequence[RunGroup | None], baseline
                 "p (generated)": format_p_value(p_value) if p_value is not None else NONE,
             }
         )
-    return _with_columns(table, data, text, score_note(part))
+    return with_columns(table, data, text, score_note(part))
 
 
 def with_published_column(table: Table, results: ExperimentResults) -> Table:
@@ -79,7 +78,7 @@ def with_published_column(table: Table, results: ExperimentResults) -> Table:
         return table
     scores = [published_score(row.settings, benchmark) for row in results.rows]
     heading = f"Paper, {BENCHMARKS[benchmark]}"
-    return _with_columns(
+    return with_columns(
         table,
         [{f"paper_{benchmark}": score} for score in scores],
         [{heading: NONE if score is None else f"{score:.1f}"} for score in scores],
@@ -150,15 +149,3 @@ def _scores_of(group: RunGroup | None, name: str) -> Any:
     """Return a group's scores in tenths; None if it has none of this metric."""
     part = generated_of(group) if group is not None else None
     return score_tenths(group) if group is not None and part is not None and score_name(part) == name else None
-
-
-def _with_columns(table: Table, data: list[dict[str, Any]], text: list[dict[str, str]], note: str) -> Table:
-    """Return a table with more columns of numbers, and a note on them."""
-    columns = pd.DataFrame(text)
-    return replace(
-        table,
-        data=pd.concat([table.data, pd.DataFrame(data)], axis=1),
-        text=pd.concat([table.text, columns], axis=1),
-        numeric=(*table.numeric, *columns),
-        notes=(*table.notes, note),
-    )

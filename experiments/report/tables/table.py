@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -64,6 +64,27 @@ class Table:
         align = "right" if column in self.numeric else "left"
         content = f"<b>{html.escape(text)}</b>" if bold else html.escape(text)
         return f'<{tag} style="text-align: {align}">{content}</{tag}>'
+
+
+def with_columns(
+    table: Table, data: Sequence[Mapping[str, Any]], text: Sequence[Mapping[str, str]], note: str
+) -> Table:
+    """Return a table with more columns of numbers, and a note on them.
+
+    Args:
+        table: The table.
+        data: The plain numbers of each row.
+        text: The formatted cells of each row.
+        note: The note.
+    """
+    columns = pd.DataFrame(text)
+    return replace(
+        table,
+        data=pd.concat([table.data, pd.DataFrame(data)], axis=1),
+        text=pd.concat([table.text, columns], axis=1),
+        numeric=(*table.numeric, *columns),
+        notes=(*table.notes, note),
+    )
 
 
 def shorten_reason(reason: str) -> str:

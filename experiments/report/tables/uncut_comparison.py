@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Bool, Integer
 
 from experiments.records.views import Record, parse_outcomes, record_seed
 from experiments.report.experiment_results import ExperimentResults, ResultRow
 from experiments.report.formatting import NONE, format_interval
 from experiments.report.statistics import Interval, accuracy_interval
-from experiments.report.tables.table import Table, interval_columns
+from experiments.report.tables.table import Table, interval_columns, with_columns
 
 UNCUT_NOTE = (
     "Relative score: accuracy as a share of the first row's, mean over the question types and the seeds; types that the "
@@ -42,14 +40,7 @@ def with_uncut_columns(table: Table, results: ExperimentResults) -> Table:
                 "Same answers (%)": missing if alike is None else format_interval(alike),
             }
         )
-    columns = pd.DataFrame(text)
-    return replace(
-        table,
-        data=pd.concat([table.data, pd.DataFrame(data)], axis=1),
-        text=pd.concat([table.text, columns], axis=1),
-        numeric=(*table.numeric, *columns),
-        notes=(*table.notes, UNCUT_NOTE),
-    )
+    return with_columns(table, data, text, UNCUT_NOTE)
 
 
 def compares_with_uncut(results: ExperimentResults) -> bool:
