@@ -7,7 +7,7 @@ import functools
 import hashlib
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,32 +50,32 @@ def code_version(root: Path = ROOT, sources: Sequence[str] = RECORD_SOURCES) -> 
     for name in sources:
         source = root / name
         for file in sorted(source.rglob("*.py")) if source.is_dir() else [source]:
-            digest.update(f"\0{file.relative_to(root).as_posix()}\0".encode())
-            for part in _syntax(ast.parse(file.read_bytes())):
-                digest.update(part.encode())
+            parts = [f"\0{file.relative_to(root).as_posix()}\0"]
+            _add_syntax(ast.parse(file.read_bytes()), parts)
+            digest.update("".join(parts).encode())
     return digest.hexdigest()[:16]
 
 
-def _syntax(node: Any) -> Iterator[str]:
-    """Yield a syntax tree as text, without docstrings.
+def _add_syntax(node: Any, parts: list[str]) -> None:
+    """Append a syntax tree as text, without docstrings.
 
     Fields without a value are left out: later Python versions add some, and the hash must not depend on the version.
     """
     if isinstance(node, ast.AST):
-        yield f"({type(node).__name__}"
+        parts.append(f"({type(node).__name__}")
         for name, value in ast.iter_fields(node):
             if name == "body" and isinstance(value, list):
                 value = [statement for statement in value if not _is_docstring(statement)]
-            if value not in (None, []):
-                yield f" {name}="
-                yield from _syntax(value)
-        yield ")"
+            if value is not None and value != []:
+                parts.append(f" {name}=")
+                _add_syntax(value, parts)
+        parts.append(")")
     elif isinstance(node, list):
         for entry in node:
-            yield from _syntax(entry)
-            yield ","
+            _add_syntax(entry, parts)
+            parts.append(",")
     else:
-        yield repr(node)
+        parts.append(repr(node))
 
 
 def _is_docstring(statement: ast.AST) -> bool:
