@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
@@ -27,6 +29,10 @@ TEXT: dict[str, Any] = {
 VISION: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
 # Parts of the names of modules between the vision tower and the language model.
 BRIDGES = ("projector", "connector", "qformer", "query_tokens", "language_projection")
+# Architectures whose own forward pass fails in a version of transformers. Tests that need no forward pass still run.
+BROKEN_FORWARD = {
+    ("Llama4ForConditionalGeneration", "5.24.0"): "AttributeError: 'MoeCausalLMOutputWithPast' has no 'image_outputs'",
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,10 @@ class TinyFamily:
     vision: str = "vision"
 
     def model(self, implementation: str = "sdpa") -> PreTrainedModel:
-        """Return a model with the same random weights for every implementation, also where they initialise to zero."""
+        """Return a model with the same random weights for every implementation, also where they initialise to zero.
+
+        Its forward pass skips the test if that of transformers is broken in this version.
+        """
         torch.manual_seed(0)
         model = self.architecture(self.config(self.processor.tokenizer)).eval()
         with torch.no_grad():
@@ -56,6 +65,10 @@ class TinyFamily:
                 if any(part in name for part in (self.vision, *BRIDGES)):
                     parameter.normal_(0, 0.2)
         model.set_attn_implementation(implementation)
+        broken = BROKEN_FORWARD.get((self.architecture.__name__, transformers.__version__))
+        if broken:
+            reason = f"{self.architecture.__name__} of transformers {transformers.__version__} raises {broken}"
+            model.register_forward_pre_hook(lambda *_: pytest.skip(reason))
         return model
 
     def __call__(self, texts: Sequence[str], images: Sequence[Sequence[Any]], side: str = "left", **kwargs: Any) -> Any:
