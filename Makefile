@@ -25,7 +25,7 @@ SMOL = data.photos=$(PHOTOS)
 PARTS = model.vision=$(VISION) model.language=$(LANGUAGE)
 
 smol: $(STAMP)
-	@test -n "$(PHOTOS)" || { echo "error: name the folder of photographs: make smol PHOTOS=FOLDER (README, Photographs)"; exit 1; }
+	@test -n "$(PHOTOS)" || { echo "error: name the folder of photographs: make smol PHOTOS=FOLDER (docs/data.md, Photographs)"; exit 1; }
 	$(BIN)/python -m experiments.run experiment=smol_stage1 results=$(AGAIN)/training save=$(AGAIN)/stage1 $(SMOL) $(PARTS)
 	$(BIN)/python -m experiments.run experiment=smol_stage2 results=$(AGAIN)/training model.path=$(AGAIN)/stage1 save=$(AGAIN)/stage2 $(SMOL)
 	$(BIN)/python -m experiments.run experiment=smol_attention results=$(AGAIN) model.adapter=$(AGAIN)/stage2/adapter $(SMOL) $(PARTS)
