@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -225,17 +225,15 @@ class CostModel:
 
         torch counts them on the meta device, because vision towers differ in what surrounds their layers.
         """
-        vision = self.config.vision_config
-        pixels = (1, vision.num_channels, vision.image_size, vision.image_size)
         inner = self.model.model
         if not hasattr(inner, "look_at"):
-            return count_module_flops(inner.vision_tower, *pixels)
-        run = count_module_flops(inner.look_at, *pixels)
+            return _count_vision_tower(self.config, None, False, inner.vision_tower)
+        with_attention = not {"saliency", "keys"}.isdisjoint(inner.needs)
+        run = _count_vision_tower(self.config, self.config.vision_feature_layer, with_attention, inner.look_at)
         every_layer = copy.copy(self.config)  # as the released code runs them
         every_layer.vision_feature_layer = -1
-        whole = count_module_flops(
-            lambda pixels: run_vision_tower(inner.vision_tower, every_layer, pixels, with_attention=False), *pixels
-        )
+        run_every_layer = partial(run_vision_tower, inner.vision_tower, every_layer, with_attention=False)
+        whole = _count_vision_tower(self.config, -1, False, run_every_layer)
         return FlopCount(whole.linear, run.other, whole.linear - run.linear)
 
     @cached_property
@@ -308,6 +306,30 @@ def count_module_flops(module: Callable[..., Any], *shape: int, **arguments: Ten
     counts = counter.get_flop_counts().get("Global", {})  # empty if the module only selects patches
     linear = sum(flops for operation, flops in counts.items() if operation in LINEAR_OPERATIONS)
     return FlopCount(float(linear), float(sum(counts.values()) - linear))
+
+
+# FLOPs of vision towers that were counted: a table of compressors asks for the same one again and again.
+_vision_tower_flops: dict[tuple[object, ...], FlopCount] = {}
+
+
+def _count_vision_tower(
+    config: LlavaConfig, layers: int | list[int] | None, with_attention: bool, run: Callable[..., Any]
+) -> FlopCount:
+    """Count the FLOPs of a vision tower on one crop, once for all models that run it in the same way.
+
+    Args:
+        config: The configuration of the model.
+        layers: The selected layers up to which it runs; None if it runs as a whole.
+        with_attention: Whether it also returns saliency and keys.
+        run: Runs it on pixels of shape (1, channels, height, width).
+    """
+    vision = config.vision_config
+    selection = (str(layers), config.vision_feature_select_strategy, getattr(config, "encoded_side", None))
+    key = (vision.to_json_string(use_diff=False), vision._attn_implementation, *selection, with_attention)
+    if key not in _vision_tower_flops:
+        pixels = (1, vision.num_channels, vision.image_size, vision.image_size)
+        _vision_tower_flops[key] = count_module_flops(run, *pixels)
+    return _vision_tower_flops[key]
 
 
 def _linear_weights(module: nn.Module) -> int:

@@ -10,7 +10,7 @@ import pandas as pd
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from experiments.cost.architectures import VICUNA_7B, llava_mini_config
-from experiments.cost.estimate import Convention, CostModel, FlopCount, Prompt
+from experiments.cost.estimate import Convention, CostEstimate, CostModel, FlopCount, Prompt
 from llava_mini.official_config import CLIP_L_336
 
 # The paper does not state its number of text tokens. No single number fits all figures to their last digit. These two do:
@@ -146,8 +146,8 @@ def recompute_printed_flops(printed: PrintedFlops, text: float | None = None) ->
         text: Text tokens; None for `TEXT_OF_LLAVA` or `TEXT_OF_MINI`.
     """
     text = text or (TEXT_OF_MINI if printed.size else TEXT_OF_LLAVA)
-    cost_model = _cost_model(printed.size, printed.layers, printed.compressor)
-    estimate = cost_model(Prompt(text, tiles=printed.tiles))
+    estimate = _estimate(printed.size, printed.layers, printed.compressor, text, printed.tiles)
+    cost_model = estimate.cost_model
     if printed.inside:
         llava = _cost_model(0, 0, "query")
         shares = [1.0] * printed.layers + [1 / llava.patches] * (llava.layers - printed.layers)
@@ -188,6 +188,12 @@ def printed_flops_table() -> pd.DataFrame:
             )
         )
     return pd.DataFrame(rows, columns=["source", "printed", "ours", "error", "rounding", "fits", "note"])
+
+
+@cache
+def _estimate(size: int, layers: int, compressor: str, text: float, tiles: int) -> CostEstimate:
+    """Return the estimate of a prompt, once for all figures of the same model and prompt."""
+    return _cost_model(size, layers, compressor)(Prompt(text, tiles=tiles))
 
 
 @cache

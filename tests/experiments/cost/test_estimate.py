@@ -113,6 +113,14 @@ def test_estimate_of_llava_mini_equals_torch_count(
     assert estimate.flops("full") == pytest.approx(total, rel=0.005)
 
 
+@pytest.mark.parametrize("selected", [-1, -2, -3])
+def test_estimate_of_models_that_share_a_vision_tower_counts_layers_of_each(selected: int) -> None:
+    config = llava_mini_config(small_llava(), compressor_heads=4, prefusion_layers=1, vision_feature_layer=selected)
+    vision = config.vision_config
+    layer_weights = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
+    assert CostModel(config)(Prompt(text=11)).tower.skipped_linear == 2 * layer_weights * 17 * (-1 - selected)
+
+
 @pytest.mark.parametrize("tiles", [1, 2])
 def test_estimate_without_visual_tokens_skips_patches_in_last_prefusion_layer(tiles: int) -> None:
     """Without visual tokens there are fewer FLOPs than with one."""
