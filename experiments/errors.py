@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import socket
 import ssl
 import sys
+from collections.abc import Iterable
 from typing import NoReturn
 
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
+from experiments.config.documentation import settings
 from experiments.config.renamed_keys import current_name
 
 FULL_ERROR_VARIABLE = "HYDRA_FULL_ERROR"
@@ -88,19 +91,29 @@ def one_line(error: BaseException | str) -> str:
     texts = [str(cause) for cause in causes if cause is not None]
     if key := _unknown_setting("\n".join(texts)):
         return no_such_setting(key)
+    if line := _unknown_option("\n".join(texts)):
+        return line
     text = " ".join(re.split(r"\n\s*full_key", text)[0] for text in texts)
     return " ".join((text + _plugin_hint(text)).split())
 
 
 def no_such_setting(key: str) -> str:
-    """Return the message for a setting that does not exist, with its new name if it was renamed.
+    """Return the message for a setting that does not exist, with its new name if it was renamed, or a similar name.
 
     Args:
         key: Its dotted name.
     """
     if (new := current_name(key)) != key:
         return f"{key}: renamed; use {new}"
-    return f"{key}: no such setting; `python -m experiments.run --help` lists all"
+    names = [setting.key for setting in settings()]
+    groups = {name.rpartition(".")[0] for name in names} - {""}
+    advice = _did_you_mean(key, [*names, *groups, "experiment"])
+    return f"{key}: no such setting{advice}; `python -m experiments.run --help` lists all"
+
+
+def _did_you_mean(name: str, names: Iterable[str]) -> str:
+    similar = difflib.get_close_matches(name, list(names), n=1, cutoff=0.75)
+    return f" (did you mean {similar[0]}?)" if similar else ""
 
 
 def _unknown_setting(text: str) -> str | None:
@@ -110,6 +123,17 @@ def _unknown_setting(text: str) -> str | None:
     # A mapping (`train={steps: 5}`) is overridden as a whole, and a whole group may be unknown: the longer name is complete.
     names = re.findall(r"Could not override '([^']+)'", text) + re.findall(r"full_key: (\S+)", text)
     return max(names, key=len, default=None)
+
+
+def _unknown_option(text: str) -> str | None:
+    """Return one line for an option that a group lacks, if this is Hydra's message, which ends in its search path."""
+    listed = r"Could not find '([^']+)/([^'/]+)'\s+Available options in '[^']+':(.*?)Config search path"
+    if not (found := re.search(listed, text, re.DOTALL)):
+        return None
+    group, name, lines = found.groups()
+    options = [option for option in lines.split() if not option.startswith("schema_")]  # those are for our files alone
+    advice = _did_you_mean(name, options) + _plugin_hint(text)
+    return f"{group}: no option '{name}'{advice}; it has {', '.join(options)}"
 
 
 def _plugin_hint(text: str) -> str:

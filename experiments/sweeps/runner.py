@@ -63,7 +63,7 @@ def run_if_needed(cell: Cell, record_input_errors: bool) -> CellStatus:
             if disk_full := store.disk_full_error(error):
                 raise disk_full from error
             if is_connection_error(error):
-                raise HubError(f"{one_line(error)}; the same command tries again") from error
+                raise HubError(f"{one_line(error).rstrip('.')}; the same command tries again") from error
             if not is_main_process() or (isinstance(error, INPUT_ERRORS) and not record_input_errors):
                 raise
             if store.status(cell.id).state == "finished":  # the record stays, and the error is of the saved model

@@ -68,7 +68,7 @@ def test_main_with_record_under_another_name_shows_it_as_unreadable(tmp_path, ca
     ("overrides", "message"),
     [
         (["results=nowhere"], "nowhere/records"),
-        (["experiment=nope"], "experiment/nope"),
+        (["experiment=nope"], "experiment: no option 'nope'"),
         (["train.steps=4"], "train.steps: renamed; use train.max_steps"),
         (["experiment=table6_prefusion", "row=1", "compressor.size=4"], "compressor.size=4: row 1 ('1 token')"),
     ],
