@@ -38,7 +38,7 @@ STATISTICS = ("received", *SINK_STATISTICS)
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Answer:
     """A model's answer, and what was recorded while it was read again with its prompt.
 
@@ -68,6 +68,10 @@ class Answer:
     removal: Float[Tensor, " starts"] | None = None
     lens: LogitLens | None = None
     relevancy: Relevancy | None = None
+
+    def __repr__(self) -> str:
+        """Return question and answer in one line: the fields hold thousands of numbers, which a notebook would print."""
+        return f"Answer(question={self.question!r}, text={self.text!r})"
 
     def view(self, name: str = "", title: str = "") -> AttentionView:
         """Return the page of this answer.
@@ -133,6 +137,7 @@ def ask(
         max_new_tokens: Most tokens of the answer.
 
     Raises:
+        TypeError: If images are not a list.
         ValueError: If there is no image or video, the model has no image tokens, or the answer is empty.
 
     Example:
@@ -141,6 +146,8 @@ def ask(
         >>> page = answered.view().save(folder / "page.html")
     """
     model = require_model(model)
+    if not isinstance(images, Sequence):
+        raise TypeError(f"images: found a {type(images).__name__}; pass a list of images")
     if not images and not videos:
         raise ValueError("images: a question needs at least one image or video")
     visual_token_ids(model.config)

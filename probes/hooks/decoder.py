@@ -127,11 +127,14 @@ def select_layers(decoder: nn.Module, layers: Iterable[int] | None) -> tuple[int
 
     Raises:
         ValueError: If an index is outside the model.
+        TypeError: If layers are not a list of indices.
 
     Example:
         >>> select_layers(find_decoder(model), [3, 1, 3])
         (1, 3)
     """
+    if layers is not None and not isinstance(layers, Iterable):
+        raise TypeError(f"layers: {layers!r} is no list of layers; write [{layers!r}]")
     count = len(decoder_layers(decoder))
     selected = tuple(sorted(set(range(count) if layers is None else layers)))
     outside = [layer for layer in selected if not 0 <= layer < count]

@@ -49,6 +49,7 @@ def intervene(model: PreTrainedModel, tokens: TokenMap, *interventions: Interven
         The receipt, with one `Effect` for each intervention.
 
     Raises:
+        TypeError: Something that is no intervention, such as a list of them.
         ValueError: An unknown layer or group, a model that cannot be probed, or a call that does not fit `tokens`.
         RuntimeError: A layer whose attention does not follow its mask. On leaving the block: a layer in which an
             intervention changed nothing, unless another exception is being raised.
@@ -60,6 +61,11 @@ def intervene(model: PreTrainedModel, tokens: TokenMap, *interventions: Interven
         >>> print(receipt)
         RemoveTokens(vision): 2 calls of layers [2, 3], 72 tokens
     """
+    for given in interventions:
+        if not hasattr(given, "install"):
+            raise TypeError(
+                f"interventions: found a {type(given).__name__}; pass each intervention as an argument of its own"
+            )
     decoder = find_decoder(model, tokens.stack)
     window = TokenWindow(decoder, tokens)
     with ExitStack() as stack:

@@ -62,3 +62,15 @@ def test_ask_what_cannot_be_asked_is_named(shipped, images, key):
     model, processor, image = shipped
     with pytest.raises(ValueError, match=f"^{key}: "):
         ask(model, processor, "what is it?", [image for _ in images], max_new_tokens=1, answer="" if images else None)
+
+
+def test_ask_one_image_instead_of_a_list_raises_in_one_line(shipped):
+    model, processor, image = shipped
+    with pytest.raises(TypeError, match=r"^images: found a Image; .* list of images$"):
+        ask(model, processor, "what is it?", image)
+
+
+def test_answer_repr_is_one_line_with_question_and_text(shipped):
+    model, processor, image = shipped
+    question = "what shape is right of the green ring?"
+    assert repr(ask(model, processor, question, [image])) == f"Answer(question='{question}', text='triangle')"

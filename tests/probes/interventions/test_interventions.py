@@ -276,6 +276,19 @@ class TestInterveneErrors:
         with pytest.raises(ValueError, match=message):
             intervene(model, TokenMap.from_inputs(model, inputs), removal).__enter__()
 
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (RemoveTokens("vision", 1), r"^layers: 1 .*\[1\]$"),  # type: ignore[arg-type]
+            ([RemoveTokens("vision", [1])], r"^interventions: found a list"),
+        ],
+    )
+    def test_layer_that_is_no_list_or_list_of_interventions_raises(
+        self, model: Model, inputs: Inputs, given: Any, message: str
+    ) -> None:
+        with pytest.raises(TypeError, match=message):
+            intervene(model, TokenMap.from_inputs(model, inputs), given).__enter__()
+
     def test_intervention_without_effect_raises(self, model: Model, inputs: Inputs) -> None:
         tokens = TokenMap.from_inputs(model, inputs)
         raises = pytest.raises(RuntimeError, match=r"RemoveTokens\(vision\) did nothing in layers \[0, 2\]")
