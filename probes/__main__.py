@@ -50,6 +50,8 @@ def _check_files(options: argparse.Namespace) -> None:
     Raises:
         ValueError: If an input is missing, or the page cannot be written.
     """
+    if not options.question.strip():
+        raise ValueError("--question: is empty; write a question about the image")
     if not options.image and not options.video:
         raise ValueError("--image: name at least one image or --video")
     for option in ("image", "video"):
@@ -64,6 +66,7 @@ def _check_files(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    import huggingface_hub
     import transformers
 
     from probes.ask import ask
@@ -71,6 +74,7 @@ def _run(options: argparse.Namespace) -> None:
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()  # without a network it warns of each retry
     images = [_open_image(path) for path in options.image]
     videos = [_read_frames(path) for path in options.video]
     view = None

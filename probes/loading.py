@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -16,6 +17,9 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+"""Names that a model can have on the hub: NAME or OWNER/NAME."""
 
 
 def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -35,7 +39,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Pr
     Raises:
         ValueError: If weights are missing, the device or dtype is unknown or absent, or the model is not a
             vision-language model.
-        OSError: If there is no such model.
+        OSError: If there is no such model, in a folder or on the hub.
 
     Example:
         >>> model, processor = load_model(model.name_or_path, device="cpu")
@@ -45,8 +49,15 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Pr
     target = torch_device(device)
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype: unknown {dtype!r}; use auto, float32, bfloat16 or float16")
+    _check_name(name)
     _import_package_of_model_type(name)
-    config = AutoConfig.from_pretrained(name)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(f"model: there is no folder {name!r}, and the hub does not provide it: {reason}") from error
     if type(config) not in AutoModelForImageTextToText._model_mapping:
         raise ValueError(
             f"model: {name!r} is a {config.model_type}, which takes no images; name a vision-language model"
@@ -77,6 +88,19 @@ def torch_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"device: {name!r} is not available here; use cpu or auto") from None
     return device
+
+
+def _check_name(name: str) -> None:
+    """Check that a name is that of a checkpoint's folder, or could be one on the hub.
+
+    Raises:
+        FileNotFoundError: If it is neither.
+    """
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise FileNotFoundError(f"model: folder {name!r} has no config.json; name the folder of a checkpoint")
+    elif not HUB_NAME.fullmatch(name):
+        raise FileNotFoundError(f"model: no folder {name!r}; name a folder, or a model on the hub as OWNER/NAME")
 
 
 def _import_package_of_model_type(name: str) -> None:

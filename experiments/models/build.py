@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from pathlib import Path
 
 import torch
@@ -36,10 +35,10 @@ from experiments.models.model_files import ASSET_PREFIX
 from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
 from llava_mini.checkpoint_files import MODEL_FILES, PROCESSOR_FILES, name_damaged_file
 from llava_mini.older_processors import complete_from_config
+from probes.loading import HUB_NAME
 
 MAX_CACHED_BYTES = 4 * 2**30  # a larger model is read again for each cell: its memory is worth more than the time
 VOCABULARY_SAMPLES = 1000  # of questions and of descriptions, that a new tokenizer is trained on
-_HUB_NAME_PATTERN = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _cached_llava: dict[str, tuple[PreTrainedModel, ProcessorMixin]] = {}  # at most one: that of this process's last cell
 
 
@@ -207,6 +206,6 @@ def _resolve_source(path: str, field: str) -> str:
     """Return a folder or a hub name; `asset:NAME` becomes the folder of a shipped model."""
     if path.startswith(ASSET_PREFIX):  # the configuration holds the name, so that a cell is the same in every clone
         path = str(ASSETS / path.removeprefix(ASSET_PREFIX))
-    if not Path(path).is_dir() and (Path(path).is_absolute() or not _HUB_NAME_PATTERN.fullmatch(path)):
+    if not Path(path).is_dir() and not HUB_NAME.fullmatch(path):
         raise FileNotFoundError(f"model.{field}: no folder '{path}'")
     return path

@@ -88,6 +88,7 @@ def test_main_model_that_cannot_be_shown_ends_in_one_line(make, value, tmp_path,
         (["--image", SCENE, "--out", "docs"], "--out", "docs"),
         (["--image", SCENE, "--device", "cuda:99"], "device", "cuda:99"),
         (["--image", SCENE, "--dtype", "float12"], "dtype", "float12"),
+        (["--image", SCENE, "--question", " "], "--question", "empty"),
     ],
 )
 def test_main_wrong_input_ends_in_one_line(arguments, key, value, capsys):
@@ -95,6 +96,15 @@ def test_main_wrong_input_ends_in_one_line(arguments, key, value, capsys):
     line = one_error_line(capsys)
     assert line.startswith(f"error: {key}")
     assert value in line
+
+
+@pytest.mark.parametrize("model", [f"{TINY}y", "experiments/assets", "owner/misspelt"])
+def test_main_without_a_checkpoint_of_the_given_name_ends_in_one_line(model, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # a test asks no hub
+    assert main([model, "--image", SCENE, *QUESTION]) == 1
+    line = one_error_line(capsys)
+    assert line.startswith("error: model: ")
+    assert f"'{model}'" in line
 
 
 def one_error_line(capsys):
