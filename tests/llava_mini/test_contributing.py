@@ -29,3 +29,10 @@ def test_example_compressor_returns_first_patches(example):
     assert torch.equal(tokens, features[:, :4])
     torch.testing.assert_close(weights @ features, tokens)
     assert weights.sum(-1).eq(1).all()
+
+
+@pytest.mark.parametrize(("patches", "message"), [(10, "got 10"), (1, "1 x 1 grid")])
+def test_example_compressor_without_a_large_enough_square_of_patches_raises(example, patches, message):
+    compressor = COMPRESSORS[example](LlavaMiniConfig(compressor=example, compressor_size=2))
+    with pytest.raises(ValueError, match=message):
+        compressor(torch.randn(1, patches, 8))
