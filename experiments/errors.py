@@ -131,7 +131,7 @@ def _unknown_option(text: str) -> str | None:
     if not (found := re.search(listed, text, re.DOTALL)):
         return None
     group, name, lines = found.groups()
-    options = [option for option in lines.split() if not option.startswith("schema_")]  # those are for our files alone
+    options = [option for option in lines.split() if not option.startswith("schema")]  # those are for our files alone
     advice = _did_you_mean(name, options) + _plugin_hint(text)
     return f"{group}: no option '{name}'{advice}; it has {', '.join(options)}"
 
