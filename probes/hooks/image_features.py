@@ -70,7 +70,13 @@ class _StoredFeatures:
         self.calls += 1
         if self.calls > len(self.features):
             features = self.encode(*args, **kwargs)
-            if isinstance(features, ModelOutput):
-                features = type(features)(**{name: v for name, v in features.items() if name not in _DROPPED})
-            self.features.append(features)
+            self.features.append(_without_states(features) if isinstance(features, ModelOutput) else features)
         return self.features[self.calls - 1]
+
+
+def _without_states(output: ModelOutput) -> ModelOutput:
+    """Return a copy without the states of the vision tower, so that they can be freed."""
+    kept = type(output)(**{name: value for name, value in output.items() if name not in _DROPPED})
+    # LLaVA of transformers 5.17 sets `pooler_output` also on outputs that have no such field.
+    vars(kept).update({name: value for name, value in vars(output).items() if name not in _DROPPED})
+    return kept

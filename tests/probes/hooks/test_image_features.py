@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.modeling_outputs import BaseModelOutput
 
 from probes.hooks.image_features import reuse_image_features
 from tests.probes.tokens.families.build import MODEL_FAMILIES, tiny
@@ -25,6 +26,26 @@ def test_reuse_image_features_of_every_family_equals_calls_of_their_own(family: 
         for given in (inputs, changed, changed):
             torch.testing.assert_close(model(**given).logits, expected, atol=1e-5, rtol=0)
     assert not torch.equal(model(**changed).logits, expected), "outside the block, each call has its own images"
+
+
+@torch.no_grad()
+def test_reuse_image_features_of_output_without_field_for_them_equals_call_of_its_own(
+    make_inputs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LLaVA of transformers 5.17 sets `pooler_output` on the output of any vision tower, also without such a field."""
+    model, inputs = tiny_llava(), make_inputs("left")
+    expected, encode = model(**inputs).logits, model.model.get_image_features
+
+    def encode_without_field(*args: Any, **kwargs: Any) -> BaseModelOutput:
+        features = encode(*args, **kwargs)
+        output = BaseModelOutput(last_hidden_state=features.last_hidden_state)
+        output.pooler_output = features.pooler_output
+        return output
+
+    monkeypatch.setattr(model.model, "get_image_features", encode_without_field)
+    with reuse_image_features(model):
+        assert torch.equal(model(**inputs).logits, expected)
+        assert torch.equal(model(**inputs).logits, expected)
 
 
 def fail_after_call(model: Any, inputs: dict[str, torch.Tensor]) -> None:

@@ -141,13 +141,17 @@ def blip_2() -> TinyFamily:
     return TinyFamily(transformers.Blip2ForConditionalGeneration, config, processor, queries * "<image>")
 
 
+class StandInVisionConfig(Gemma3nVisionConfig):  # type: ignore[misc]
+    """A class of its own: transformers 5.17 ignores a model that is registered for one of its configurations."""
+
+
 class StandInVision(PreTrainedModel):  # type: ignore[misc]
     """Stand-in for the vision tower of Gemma 3n, which needs timm: one convolution makes the square of features."""
 
-    config_class = Gemma3nVisionConfig
+    config_class = StandInVisionConfig
     _supports_sdpa = _supports_flex_attn = _supports_flash_attn = True
 
-    def __init__(self, config: Gemma3nVisionConfig) -> None:
+    def __init__(self, config: StandInVisionConfig) -> None:
         super().__init__(config)
         self.patches = torch.nn.Conv2d(3, config.hidden_size, kernel_size=8, stride=8)
 
@@ -161,7 +165,7 @@ def gemma3n() -> TinyFamily:
     marks = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
     audio = {"boa_token": "<start_of_audio>", "eoa_token": "<end_of_audio>", "audio_token": "<audio_soft_token>"}
     tokens = tokenizer(**marks, **audio)
-    transformers.AutoModel.register(Gemma3nVisionConfig, StandInVision, exist_ok=True)
+    transformers.AutoModel.register(StandInVisionConfig, StandInVision, exist_ok=True)
 
     def config(tokens: PreTrainedTokenizerFast) -> PretrainedConfig:
         text = {
@@ -179,7 +183,7 @@ def gemma3n() -> TinyFamily:
         audio = {"hidden_size": 8, "conf_num_attention_heads": 2, "conf_num_hidden_layers": 1}
         return transformers.Gemma3nConfig(
             text_config=TEXT | text,
-            vision_config={"hidden_size": 16, "vocab_size": 4, "vocab_offset": len(tokens)},
+            vision_config=StandInVisionConfig(hidden_size=16, vocab_size=4, vocab_offset=len(tokens)),
             audio_config=audio | {"vocab_size": 4, "vocab_offset": len(tokens) + 4, "sscp_conv_channel_size": [4, 4]},
             image_token_id=tokens.image_token_id,
             audio_token_id=tokens.audio_token_id,
@@ -224,7 +228,8 @@ def gemma4() -> TinyFamily:
         )
 
     images = transformers.Gemma4ImageProcessorPil(patch_size=patch, pooling_kernel_size=pool, max_soft_tokens=70)
-    processor = without_video_processor(transformers.Gemma4Processor)(
+    module = import_with_torchvision("transformers.models.gemma4.processing_gemma4")  # transformers 5.17 needs it
+    processor = without_video_processor(module.Gemma4Processor)(
         transformers.Gemma4AudioFeatureExtractor(), images, tokens, None
     )
     return TinyFamily(transformers.Gemma4ForConditionalGeneration, config, processor, "<|image|>")

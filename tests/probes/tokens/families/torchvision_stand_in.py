@@ -12,7 +12,9 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import image_processing_backends
 from transformers.image_utils import PILImageResampling
@@ -21,6 +23,10 @@ from transformers.image_utils import PILImageResampling
 class InterpolationMode(Enum):
     BILINEAR = "bilinear"
     LANCZOS = "lanczos"
+
+
+def pil_to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def resize(image: Tensor, size: Sequence[int], interpolation: InterpolationMode, antialias: bool) -> Tensor:
@@ -50,7 +56,7 @@ def import_with_torchvision(name: str) -> ModuleType:
     modules = {name: ModuleType(name) for name in names}
     for parent, child in pairwise(names):
         setattr(modules[parent], child.rpartition(".")[2], modules[child])
-    for function in (InterpolationMode, resize, pad, normalize):
+    for function in (InterpolationMode, pil_to_tensor, resize, pad, normalize):
         setattr(modules[names[-1]], function.__name__, function)
     image_processing_backends.tvF = modules[names[-1]]
     image_processing_backends.pil_torch_interpolation_mapping = {
