@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -69,7 +70,7 @@ def run_gpu_steps(steps: Sequence[Step], results: Path, device: torch.device) ->
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the steps, and return the exit status: 0 if all are finished."""
+    """Run the steps, and return the exit status: 0 if all are finished, 130 after an interruption."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.benchmarks.gpu", description=(__doc__ or "").splitlines()[0]
     )
@@ -83,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         records = run_gpu_steps(steps, arguments.results, device)
     except INPUT_ERRORS as error:
         exit_with_error(error)
+    except KeyboardInterrupt:
+        print("interrupted: the same command resumes", file=sys.stderr)
+        return 128 + signal.SIGINT
     unfinished = [step.name for step in steps if records[step.name]["status"] != "finished"]
     print(f"{arguments.results / 'README.md'}: {len(steps) - len(unfinished)} of {len(steps)} steps finished")
     return int(bool(unfinished))

@@ -17,9 +17,9 @@ INTRODUCTION = """# On a GPU
 
 `make gpu` on a machine with CUDA runs the steps below, in under ten minutes and without network, and writes this page.
 Weights are random, in the shapes of the real models. Each step runs in a process of its own: one that fails or runs out
-of memory leaves the others as they are. The environment must be there (README, Install). A second call runs only what is not finished, or was measured with other code,
-another torch or another GPU. `python -m experiments.benchmarks.gpu --small --device cpu --results FOLDER` tries the run
-with tiny models.
+of memory leaves the others as they are. The environment must be there (README, Install). A second call runs only what is
+not finished, or was measured with other code, another torch or another GPU.
+`python -m experiments.benchmarks.gpu --small --device cpu --results FOLDER` tries the run with tiny models.
 """
 
 
@@ -81,7 +81,11 @@ def _sections(steps: Sequence[Step], records: Mapping[str, Mapping[str, Any]], r
         if record["status"] == "finished" and tables:
             lines += ["\n".join(path.read_text(encoding="utf-8").rstrip() for path in tables)]
             others = [name for name in record["files"] if not name.endswith(".md")]
+            for name in others:
+                lines += ["", f"![{step.title}]({name})"] if name.endswith(".png") else []
             lines += ["", "Files: " + ", ".join(f"[{Path(name).name}]({name})" for name in others) + "."]
         else:
+            if record["status"] != "finished":
+                lines += [f"**{record['status'].capitalize()} after {record['seconds']:.0f} s.** Its last output:", ""]
             lines += ["```", *record["output"], "```"]
     return [*lines, ""]

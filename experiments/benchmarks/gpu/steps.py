@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -36,6 +37,8 @@ class Step:
 def gpu_steps(device: str, results: Path, small: bool = False) -> list[Step]:
     """Return the steps, whose time limits add up to less than ten minutes.
 
+    A small run takes float32, because a CPU multiplies bfloat16 slowly, and one shape, because both are then tiny.
+
     Args:
         device: "cuda", or "cpu" to try the run where there is no GPU.
         results: The folder that they write into.
@@ -47,22 +50,23 @@ def gpu_steps(device: str, results: Path, small: bool = False) -> list[Step]:
     """
     common = (f"device={device}", f"results={results}")
     selected = "cuda" if device.startswith("cuda") else "cpu or fake"
-    shapes, frames, visual = ("llava-1.5-7b", "llama-3.1-8b"), (100, 1000, 10_000), "576,2880,7290"
+    shapes = {"cost-7b": "llava-1.5-7b", "cost-8b": "llama-3.1-8b"}
+    frames, visual, dtype = (100, 1000, 10_000), "576,2880,7290", "bfloat16"
     model = "{name: 8 of 32 layers of LLaVA-1.5-7B, heads: 32, head_width: 128, mlp: 11008, layers: 8, of_layers: 32}"
     if small:
-        shapes, frames, visual = ("tiny", "tiny"), (4, 20, 100), "40,80,160"
+        shapes, frames, visual, dtype = {"cost-tiny": "tiny"}, (4, 20, 100), "40,80", "float32"
         model = "{name: small, heads: 2, head_width: 16, mlp: 64, layers: 2, of_layers: 4}"
 
     def cost(shape: str) -> tuple[str, ...]:
-        settings = (f"cost.geometry={shape}", "cost.dtype=bfloat16", "cost.sizes=[1]", "cost.frames=[1]")
+        settings = (f"cost.geometry={shape}", f"cost.dtype={dtype}", "cost.sizes=[1]", "cost.frames=[1]")
         return ("experiments.run", "experiment=cost", *settings, *common)
 
-    video = ("--geometry", shapes[1], "--frames", *map(str, frames), "--device", device, "--results", str(results))
-    recording = ("bench.modes=[plain,all,output_attentions]", f"bench.visual=[{visual}]", "bench.dtype=bfloat16")
+    video_shape = ("--geometry", "tiny" if small else "llama-3.1-8b", "--dtype", dtype)
+    video = (*video_shape, "--frames", *map(str, frames), "--device", device, "--results", str(results))
+    recording = ("bench.modes=[plain,all,output_attentions]", f"bench.visual=[{visual}]", f"bench.dtype={dtype}")
     steps = [
         Step("tests", "Tests", ("pytest", "-rs", "-p", "no:cacheprovider", "tests/devices", "-k", selected), 100),
-        Step("cost-7b", "LLaVA and LLaVA-Mini in the shape of LLaVA-1.5-7B", cost(shapes[0]), 100),
-        Step("cost-8b", "LLaVA and LLaVA-Mini in the shape of Llama-3.1-8B", cost(shapes[1]), 100),
+        *(Step(name, f"LLaVA and LLaVA-Mini in the shape {shape}", cost(shape), 100) for name, shape in shapes.items()),
         Step("long-video", "A long video", ("experiments.benchmarks.gpu.long_video", *video), 150),
         Step(
             "recording",
@@ -73,6 +77,17 @@ def gpu_steps(device: str, results: Path, small: bool = False) -> list[Step]:
     ]
     # A small run is a trial, on a machine that may be slow.
     return [replace(step, limit=600) for step in steps] if small else steps
+
+
+# prctl(2) of Linux, looked up ahead of a fork; None on other systems.
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    """Let the kernel kill this process when its parent is killed, so that no step is left alone on the GPU."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run_step(step: Step, results: Path) -> dict[str, Any]:
@@ -95,6 +110,7 @@ def run_step(step: Step, results: Path) -> dict[str, Any]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,  # so that the processes that it starts end with it
+        preexec_fn=_end_with_parent,
     )
     try:
         output, status = process.communicate(timeout=step.limit)[0], "failed" if process.returncode else "finished"

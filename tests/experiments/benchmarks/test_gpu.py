@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.benchmarks.gpu import __main__ as gpu_main
 from experiments.benchmarks.gpu.__main__ import main, run_gpu_steps
 from experiments.benchmarks.gpu.long_video import long_video_markdown, measure_long_videos
 from experiments.benchmarks.gpu.page import gpu_page
@@ -46,16 +48,41 @@ def test_gpu_steps_take_less_than_ten_minutes() -> None:
     ],
 )
 def test_run_step_returns_status_and_end_of_output(tmp_path: Path, code: str, status: str, last_line: str) -> None:
-    record = run_step(script(tmp_path, "a_step", code, limit=5 if status == "timed out" else 60), tmp_path)
+    record = run_step(script(tmp_path, "a_step", code, limit=3 if status == "timed out" else 60), tmp_path)
     assert (record["status"], record["output"][-1]) == (status, last_line)
 
 
 def test_run_step_time_limit_ends_its_child_processes(tmp_path: Path) -> None:
-    child = f"import time, pathlib; time.sleep(5); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
-    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    assert run_step(script(tmp_path, "parent", code, limit=2), tmp_path)["status"] == "timed out"
-    time.sleep(4)
-    assert not (tmp_path / "late").exists()
+    note = tmp_path / "note"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {write_for_a_minute(note)!r}])"
+    assert run_step(script(tmp_path, "parent", code, limit=3), tmp_path)["status"] == "timed out"
+    assert_nothing_writes(note)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_run_step_of_a_killed_run_ends_with_it(tmp_path: Path) -> None:
+    note = tmp_path / "note"
+    step = script(tmp_path, "a_step", write_for_a_minute(note))
+    run = f"from pathlib import Path; from experiments.benchmarks.gpu.steps import *; run_step({step!r}, Path('.'))"
+    process = subprocess.Popen([sys.executable, "-c", run], cwd=ROOT)
+    while not note.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert_nothing_writes(note)
+
+
+def write_for_a_minute(note: Path) -> str:
+    """Return code that writes to a file ten times a second."""
+    return f"import time\nfor number in range(600): open({str(note)!r}, 'a').write('x'); time.sleep(0.1)"
+
+
+def assert_nothing_writes(note: Path) -> None:
+    time.sleep(0.2)  # a killed process may still be ending
+    size = note.stat().st_size
+    time.sleep(1)
+    assert note.stat().st_size == size > 0
 
 
 def test_run_step_has_no_network_and_lists_its_files(tmp_path: Path) -> None:
@@ -85,12 +112,15 @@ def test_run_gpu_steps_second_call_runs_what_is_not_finished(tmp_path: Path) -> 
 
 
 def test_gpu_page_shows_tables_and_the_output_of_failed_steps(tmp_path: Path) -> None:
-    table = f"import pathlib; pathlib.Path({str(tmp_path / 'results' / 'table.md')!r}).write_text('| a table |')"
+    results = tmp_path / "results"
+    table = f"import pathlib; pathlib.Path({str(results / 'table.md')!r}).write_text('| a table |')"
+    table += f"; pathlib.Path({str(results / 'figure.png')!r}).touch()"
     steps = [script(tmp_path, "good_step", table), script(tmp_path, "bad_step", "raise ValueError('why')")]
     run_gpu_steps(steps, tmp_path / "results", CPU)
     page = (tmp_path / "results" / "README.md").read_text()
-    assert "## Good_step\n\n| a table |" in page
+    assert "## Good_step\n\n| a table |\n\n![Good_step](figure.png)\n" in page
     assert "| Bad_step | failed |" in page
+    assert "**Failed after " in page
     assert "ValueError: why\n```" in page
     assert "The run has not been on a GPU" in page
 
@@ -135,6 +165,22 @@ def test_long_video_markdown_shows_time_of_a_frame() -> None:
     }
     row = long_video_markdown(record).splitlines()[2]
     assert row == "| 1,000 | 2.50 | 2.00 | 0.50 | 8 | 2 | 6 |", "6 MiB: 1,000 frames of 3 x 32 x 32 numbers of 2 bytes"
+
+
+def test_main_interrupted_ends_in_one_line_and_keeps_no_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(60)"
+    steps = [script(tmp_path, "a_step", code)]
+    monkeypatch.setattr(gpu_main, "gpu_steps", lambda *_: steps)
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # by workers of pytest-xdist
+    try:
+        assert main(["--small", "--device", "cpu", "--results", str(tmp_path / "results")]) == 130
+    finally:
+        signal.signal(signal.SIGINT, ignored)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "interrupted: the same command resumes"
+    assert not list((tmp_path / "results" / "steps").iterdir())
 
 
 @pytest.mark.slow
