@@ -184,13 +184,15 @@ class LlavaMiniForConditionalGeneration(LlavaMiniPreTrainedModel, LlavaForCondit
                 Fields that [`LlavaMiniConfig`] adds to LLaVA's configuration, for example `**PRESETS["paper"]`.
 
         Raises:
-            TypeError: If a field does not exist.
+            TypeError: If `llava` is no LLaVA, or if a field does not exist.
 
         Example:
             >>> mini = LlavaMiniForConditionalGeneration.from_llava(model, compressor_size=2, prefusion_layers=1)
             >>> mini.config.num_visual_tokens(patches=36)
             4
         """
+        if not isinstance(llava, LlavaForConditionalGeneration):
+            raise TypeError(f"from_llava: found a {type(llava).__name__}; pass a LlavaForConditionalGeneration")
         new_fields = LlavaMiniConfig.__dataclass_fields__.keys() - LlavaConfig.__dataclass_fields__.keys()
         if unknown := sorted(fields.keys() - new_fields):
             raise TypeError(f"from_llava: no field {unknown[0]!r}; use one of {', '.join(sorted(new_fields))}")

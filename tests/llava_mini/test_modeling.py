@@ -311,6 +311,14 @@ def test_forward_with_wrong_arguments_raises(tiny_mini, sample):
         model(input_ids=ids, pixel_values=pixels, vision_feature_layer=-1)
 
 
+@pytest.mark.parametrize("part", ["model", "language_model"])
+def test_from_llava_with_another_model_raises(part, tiny_llava):
+    llava = tiny_llava()
+    other = llava.model if part == "model" else llava.model.language_model
+    with pytest.raises(TypeError, match=type(other).__name__):
+        LlavaMiniForConditionalGeneration.from_llava(other)
+
+
 def test_model_with_prefusion_on_a_decoder_without_rotary_positions_raises():
     config = {"vision_config": CLIPVisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)}
     config |= {"text_config": GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20)}
