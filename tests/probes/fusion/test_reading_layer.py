@@ -146,11 +146,11 @@ def test_reading_layer_of_random_weights_is_none_in_95_percent() -> None:
     pairs = planted((2, 3), layers=4).pairs(40, changed="red")
     head = pairs.model.get_output_embeddings().weight
     located = moves = 0
-    for seed in range(200):
+    for seed in range(100):
         torch.manual_seed(seed)
         head[list(ANSWER_IDS)] = 40 * torch.randn(len(ANSWER_IDS), head.shape[1])
         swaps = swap_images(*pairs.arguments)
         located += reading_layer(swaps, resamples=20).layer is not None
         moves += bool((swaps.predicted[-1, :, 0] != swaps.predicted[-1, :, 1]).any())
-    assert moves > 60, "answers depend on the image in many of these models"
-    assert located <= 17, "5% of 200, with luck: the 97.5% quantile"
+    assert moves > 30, "answers depend on the image in many of these models"
+    assert located <= 10, "5% of 100, with luck: the 97.5% quantile"
