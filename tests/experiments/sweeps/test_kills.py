@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import itertools
 import json
 import os
 import random
@@ -28,10 +29,11 @@ SIX_CELLS = [
     "data.test_samples=20",
     "device=cpu",
 ]
-KILLS = 24
-DAMAGES = ("truncated", "garbled", "changed")  # one is done to a record after every fifth kill, if there is a record
-LONGEST_DELAY = 3.0  # seconds between the event that a kill waits for and the kill
+DAMAGES = ("truncated", "garbled", "changed")  # one each is done to a record after the first kills that leave records
 VICTIMS = ("all processes", "the parent", "a worker")
+# What a kill waits for (nothing, a lock, or a file that a cell writes while it trains), and the most seconds from then
+# to the kill. Training takes about a second, imports several.
+EVENTS = ((None, 3.0), ("locks/*/*", 2.0), ("work/*/*", 1.0), ("work/*/*", 1.0))
 PARALLEL, SERIAL = "hydra.launcher.workers=2", "hydra/launcher=basic"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -135,18 +137,23 @@ def kill(process: subprocess.Popen[str], victim: str, rng: random.Random) -> str
     return "all processes"
 
 
-def start_and_kill(results: Path, rng: random.Random) -> str | None:
-    """Start the sweep in two workers and kill some of its processes within `LONGEST_DELAY` seconds of an event.
+def start_and_kill(
+    results: Path, victim: str, pattern: str | None, longest_delay: float, rng: random.Random
+) -> str | None:
+    """Start the sweep in two workers, and kill some of its processes after an event.
 
-    The event is its start, a lock that it takes or, most often, a file that it writes while it trains.
+    Args:
+        results: The results folder.
+        victim: One of VICTIMS.
+        pattern: The files of which a new one is the event; None for the start.
+        longest_delay: The most seconds between the event and the kill.
+        rng: Chooses the seconds.
 
     Returns:
         Who was killed, when, and what it was doing; None if the sweep finished first.
     """
     process = start_sweep(results, PARALLEL)
-    delay, started = rng.uniform(0, LONGEST_DELAY), time.monotonic()
-    pattern = rng.choice([None, "locks/*/*", "work/*/*", "work/*/*", "work/*/*"])
-    victim = rng.choice(VICTIMS)
+    delay, started = rng.uniform(0, longest_delay), time.monotonic()
     if pattern:
         before = files_of(results, pattern)
         while process.poll() is None and files_of(results, pattern) <= before:
@@ -164,18 +171,23 @@ def start_and_kill(results: Path, rng: random.Random) -> str | None:
 def test_sweep_that_is_killed_many_times_ends_with_the_records_and_report_of_an_uninterrupted_one(tmp_path):
     rng = random.Random(0)
     log, finished, number, damages = [], [], 1, list(DAMAGES)
-    while len(log) < KILLS:
+    kills = list(itertools.product(VICTIMS, EVENTS))
+    planned = len(kills)
+    rng.shuffle(kills)
+    while kills:
+        victim, event = kills[-1]
         results = tmp_path / f"killed{number}"
-        kill = start_and_kill(results, rng)
-        if kill is None:
+        outcome = start_and_kill(results, victim, *event, rng)
+        if outcome is None:
             finished.append(results)
             number += 1
             continue
-        log.append(f"kill {len(log) + 1:2}, sweep {number}: {kill}")
-        if len(log) % 5 == 0 and damages and list((results / "records").glob("*.json")):
+        kills.pop()
+        log.append(f"kill {len(log) + 1:2}, sweep {number}: {outcome}")
+        if damages and list((results / "records").glob("*.json")):
             log[-1] += f"; then {damage_a_record(results, damages.pop(0), rng)}"
     assert not damages
-    assert sum("checkpoint" in line for line in log) > KILLS / 3  # enough kills hit a cell that trains
+    assert sum("checkpoint" in line for line in log) >= planned / 3  # enough kills hit a cell that trains
     if results not in finished:
         assert start_sweep(results, PARALLEL).wait() == 0
         finished.append(results)
