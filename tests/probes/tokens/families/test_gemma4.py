@@ -38,7 +38,8 @@ def test_patch_activations_in_generation_patches_all_positions_of_layers_that_sh
     plain = model.generate(**inputs, max_new_tokens=1, do_sample=False)
     with intervene(model, tokens, PatchActivations("vision", [LAYERS - 1], "residual", "zero")) as receipt:
         patched = model.generate(**inputs, max_new_tokens=1, do_sample=False)
-    assert lengths == [1, tokens.labels.shape[1]]
+    whole = tokens.labels.shape[1]
+    assert lengths in ([1, whole], [whole, whole])  # transformers 5.17 runs all positions also without the patch
     assert receipt[0].tokens == {LAYERS - 1: int(tokens.mask("vision").sum())}
     assert torch.equal(plain, patched), "no position attends to another one after the last layer"
 
