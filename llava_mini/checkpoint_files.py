@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import AutoImageProcessor, GenerationConfig
+from transformers import GenerationConfig
+
+# `transformers.AutoImageProcessor` of version 5.17 needs torchvision; the class itself does not.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .checkpoint import find_weights, read_json
 from .configuration import LlavaMiniConfig

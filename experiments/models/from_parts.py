@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from transformers import (
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -12,6 +11,9 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
+
+# `transformers.AutoImageProcessor` of version 5.17 needs torchvision; the class itself does not.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from experiments.data.samples import IMAGE_PLACEHOLDER
 
