@@ -132,8 +132,8 @@ def _unknown_option(text: str) -> str | None:
         return None
     group, name, lines = found.groups()
     options = [option for option in lines.split() if not option.startswith("schema")]  # those are for our files alone
-    advice = _did_you_mean(name, options) + _plugin_hint(text)
-    return f"{group}: no option '{name}'{advice}; it has {', '.join(options)}"
+    similar = _did_you_mean(name, options)
+    return f"{group}: no option '{name}'{similar}; it has {', '.join(options)}{_plugin_hint(text)}"
 
 
 def _plugin_hint(text: str) -> str:

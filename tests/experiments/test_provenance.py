@@ -12,6 +12,7 @@ from experiments.provenance import RECORD_SOURCES, ROOT, code_version
 WITHOUT_EFFECT = {
     "experiments/errors.py",
     "experiments/files.py",
+    "experiments/markdown.py",
     "experiments/provenance.py",
     *(f"experiments/records/{name}.py" for name in ("benchmarks", "generated", "layer_parts", "part")),
 }

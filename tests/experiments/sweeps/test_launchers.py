@@ -56,7 +56,7 @@ def test_sweep_under_any_launcher_gives_equal_records(sweep_of, launcher):
 
 def test_sweep_with_launcher_that_is_not_installed_ends_with_one_line_and_pip_command(tmp_path):
     line = error_line(run_training_sweep(tmp_path, "hydra/launcher=ray"))
-    assert "'hydra/launcher/ray'" in line
+    assert line.startswith("error: hydra/launcher: no option 'ray'")
     assert line.endswith("pip install '.[sweep]'")
 
 
