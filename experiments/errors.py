@@ -45,6 +45,13 @@ class UnfinishedCellError(ValueError):
     """A cell has no accuracy to report: it failed, or another process runs it."""
 
 
+_HYDRA_MESSAGES = {
+    r"Error parsing override '(.+?)'\s+missing EQUAL at '<EOF>'": r"\1: has no '='; write KEY=VALUE, such as experiment=\1",
+    r"Ambiguous value for argument '(.+?)'": r"\1: several values for one run; add -m to run each, or write [A,B] for a list",
+    r"Error merging override (\S+)\s+(Value .+)": r"\1: \2",
+}
+"""Messages of Hydra about overrides, and what is printed instead: the override first, and no grammar."""
+
 # Read at import: `experiments.run` sets the variable afterwards, so that Hydra raises instead of printing.
 full_error_requested = os.environ.get(FULL_ERROR_VARIABLE) == "1"
 
@@ -94,6 +101,9 @@ def one_line(error: BaseException | str) -> str:
     if line := _unknown_option("\n".join(texts)):
         return line
     text = " ".join(re.split(r"\n\s*full_key", text)[0] for text in texts)
+    for message, ours in _HYDRA_MESSAGES.items():
+        if found := re.search(message, text):
+            return found.expand(ours)
     return " ".join((text + _plugin_hint(text)).split())
 
 
