@@ -42,7 +42,9 @@ def test_build_variants_all_give_same_embeddings() -> None:
     for name, variant in variants.items():
         torch.testing.assert_close(variant(), expected, atol=1e-5, rtol=0, msg=name)
     flops = {name: count_flops(variant)[0] for name, variant in variants.items()}
-    assert flops["batched, whole"] == flops["frame by frame, whole"] > flops["batched, last layer's rows"]
+    # transformers 5.17 computes rotary angles by a counted product in each call: batched, one call serves all frames.
+    assert flops["batched, whole"] == pytest.approx(flops["frame by frame, whole"], rel=1e-3)
+    assert flops["batched, whole"] > flops["batched, last layer's rows"]
     assert flops["second question"] < 0.5 * flops["first question, kept for more"]
 
 
