@@ -14,7 +14,6 @@ from typing import NoReturn
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
-from experiments.config.documentation import settings
 from experiments.config.renamed_keys import current_name
 
 FULL_ERROR_VARIABLE = "HYDRA_FULL_ERROR"
@@ -115,6 +114,8 @@ def no_such_setting(key: str) -> str:
     """
     if (new := current_name(key)) != key:
         return f"{key}: renamed; use {new}"
+    from experiments.config.documentation import settings  # imports all schemas, which only an error needs
+
     names = [setting.key for setting in settings()]
     groups = {name.rpartition(".")[0] for name in names} - {""}
     advice = _did_you_mean(key, [*names, *groups, "experiment"])
