@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-# Ridge penalties to choose from, as multiples of the mean eigenvalue of the training states' Gram matrix.
+# Ridge penalties to choose from, as multiples of the mean eigenvalue of the training states' Gram matrix (samples by
+# samples).
 RIDGE_PENALTIES = (1e-4, 1e-2, 1e0, 1e2, 1e4)
 
 
@@ -160,7 +161,7 @@ def _is_correct_out_of_fold(
 def _ridge_outputs(
     train: Float[Tensor, "train width"], targets: Float[Tensor, "sets train classes"], test: Float[Tensor, "test width"]
 ) -> Float[Tensor, "sets test classes"]:
-    """Fit ridge regression in its dual form and return its outputs for the test rows.
+    """Fit ridge regression and return its outputs for the test rows.
 
     The penalty is the one with the least squared error when each training row is left out in turn.
     """
@@ -175,16 +176,21 @@ def _ridge_outputs(
     train_mean, target_mean = (weight * train).sum(1, keepdim=True), (weight * targets).sum(1, keepdim=True)
     rows, row_targets = root * (train - train_mean), root * (targets - target_mean)
 
-    values, vectors = torch.linalg.eigh(rows @ rows.mT)
-    values = values.clamp(min=0)
-    penalties = values.mean(-1, keepdim=True).clamp(min=1e-12) * torch.tensor(RIDGE_PENALTIES, dtype=values.dtype)
-    rotated = vectors.mT @ row_targets
-    # For each penalty: the shrinkage of each eigenvector, the leverage of each row (its weight is the part of the
-    # intercept), and the residual of each row if it were left out.
-    shrinkage = values[:, None] / (values[:, None] + penalties[..., None])
-    leverage = shrinkage @ vectors.square().mT + weight.mT
-    fitted = torch.einsum("stv,spv,svc->sptc", vectors, shrinkage, rotated)
+    if rows.shape[-1] > rows.shape[-2]:  # the rows span no more directions than there are rows
+        basis = torch.linalg.qr(rows.mT).Q
+    else:
+        basis = torch.eye(rows.shape[-1], dtype=rows.dtype)
+    values, vectors = torch.linalg.eigh((rows @ basis).mT @ (rows @ basis))
+    values, vectors = values.clamp(min=0), basis @ vectors
+    mean_eigenvalue = values.sum(-1, keepdim=True) / rows.shape[-2]  # of rows @ rows.mT, which has the same sum
+    penalties = mean_eigenvalue.clamp(min=1e-12) * torch.tensor(RIDGE_PENALTIES, dtype=values.dtype)
+    rotated = rows @ vectors
+    products = rotated.mT @ row_targets
+    # For each penalty: the leverage of each row (its weight is the part of the intercept), and the residual of each row
+    # if it were left out.
+    inverses = 1 / (values[:, None] + penalties[..., None])
+    leverage = inverses @ rotated.square().mT + weight.mT
+    fitted = rotated[:, None] @ (inverses[..., None] * products[:, None])
     residuals = (row_targets[:, None] - fitted) / (1 - leverage[..., None])
     best = penalties.gather(1, residuals.square().sum((2, 3)).argmin(1, keepdim=True))
-    dual = vectors @ (rotated / (values + best)[..., None])
-    return (test - train_mean) @ rows.mT @ dual + target_mean
+    return (test - train_mean) @ vectors @ (products / (values + best)[..., None]) + target_mean

@@ -59,12 +59,16 @@ def reference_outputs(states: torch.Tensor, classes: torch.Tensor, train: list[i
     return fit(train, unit * RIDGE_PENALTIES[int(np.argmin(errors))], test)
 
 
+@pytest.mark.parametrize("width", [4, 30])
 @pytest.mark.parametrize("distance", [0.0, 0.7, 3.0])
-def test_ridge_outputs_equal_primal_ridge_regression(distance: float) -> None:
-    """Labels of unequal frequency, and features with a mean other than 0; different penalties win."""
-    states, _ = make_clusters(samples=24, width=4, distance=distance)
+def test_ridge_outputs_equal_primal_ridge_regression(distance: float, width: int) -> None:
+    """Labels of unequal frequency, and features with a mean other than 0; different penalties win.
+
+    With 30 features there are more features than the 20 training samples.
+    """
+    states, _ = make_clusters(samples=24, width=width, distance=distance)
     classes = (torch.arange(24) % 7).clamp(max=2)
-    states = states[1] + torch.tensor([5.0, 0, 0, -1]) + classes[:, None] * distance
+    states = states[1] + torch.linspace(5.0, -1, width) + classes[:, None] * distance
     train, test = list(range(20)), list(range(20, 24))
     targets = torch.nn.functional.one_hot(torch.stack([classes, classes.flip(0)])).double()
     outputs_of_sets = _ridge_outputs(states[train].double(), targets[:, train], states[test].double())
