@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -32,7 +33,7 @@ from experiments.files import ASSETS, file_stamps
 from experiments.models import from_parts, lora, scratch
 from experiments.models.blip_2_prompts import Blip2ChatProcessor
 from experiments.models.model_files import ASSET_PREFIX
-from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
+from llava_mini import LlavaMiniConfig, LlavaMiniForConditionalGeneration, LlavaMiniProcessor
 from llava_mini.checkpoint_files import MODEL_FILES, PROCESSOR_FILES, name_damaged_file
 from llava_mini.older_processors import complete_from_config
 from probes.loading import HUB_NAME
@@ -57,14 +58,17 @@ def build_model(config: Config, train: Split | None) -> tuple[PreTrainedModel, P
         ValueError: If a checkpoint lacks weights, its vision tower has another grid than the configuration, or a model
             from scratch has no scenes to train on.
     """
+    new_fields = _llava_mini_fields(config.compressor, config.prefusion)
+    if new_fields is not None:
+        LlavaMiniConfig(**new_fields)  # refuses a wrong value before anything is loaded
     set_seed(config.seed)
     model, processor, is_cached = _base_llava(config, train)
     set_seed(config.seed)  # the next draws are the same whether the LLaVA was read or cached
     patches, grid = getattr(model.config, "image_seq_length", None), config.model.grid
     if grid is not None and patches is not None and patches != grid * grid:
         raise ValueError(f"model.grid: expected {grid} x {grid} patches, but the vision tower has {patches} per image")
-    if config.compressor.name != "none" or config.prefusion.layers:
-        model, processor = _build_llava_mini(model, processor, config.compressor, config.prefusion, config.tiles)
+    if new_fields is not None:
+        model, processor = _build_llava_mini(model, processor, new_fields, config.tiles)
     elif config.tiles > 1:
         raise ValueError(
             f"tiles: only a LLaVA-Mini accepts {config.tiles} x {config.tiles} tiles; set a compressor, or tiles=1"
@@ -170,35 +174,37 @@ def _build_llava(config: Config, train: Split | None) -> tuple[PreTrainedModel, 
     raise TypeError(f"model: no builder for a {type(source).__name__}; add one to build.py")
 
 
+def _llava_mini_fields(compressor: CompressorConfig, prefusion: PrefusionConfig) -> dict[str, Any] | None:
+    """Return the fields that a cell's LLaVA-Mini adds to its LLaVA's configuration, or None for a LLaVA."""
+    if compressor.name == "none" and not prefusion.layers:
+        return None
+    inside = prefusion.location == "inside"
+    if inside and (compressor.name == "none" or not compressor.size):
+        raise ValueError(
+            "prefusion.location=inside: later layers need compressed tokens; choose a compressor with at least one token"
+        )
+    return {
+        "compressor": compressor.name,
+        "compressor_size": compressor.size,
+        "compress_before_projection": compressor.before_projection,
+        "compressor_attention": compressor.attention,
+        "compressor_positions": compressor.positions,
+        "prefusion_layers": 0 if inside else prefusion.layers,
+        "prefusion_init": prefusion.init,
+        "prefuse_visual_tokens": prefusion.visual_tokens,
+        "keep_patches": inside,
+    }
+
+
 def _build_llava_mini(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    compressor: CompressorConfig,
-    prefusion: PrefusionConfig,
-    tiles: int,
+    model: PreTrainedModel, processor: ProcessorMixin, new_fields: dict[str, Any], tiles: int
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     if not isinstance(model, LlavaForConditionalGeneration) or isinstance(model, LlavaMiniForConditionalGeneration):
         raise ValueError(
             f"compressor, prefusion: they are added to a LLaVA, and this model is a {type(model).__name__}; "
             "choose a LLaVA, or compressor=none prefusion.layers=0"
         )
-    inside = prefusion.location == "inside"
-    if inside and (compressor.name == "none" or not compressor.size):
-        raise ValueError(
-            "prefusion.location=inside: later layers need compressed tokens; choose a compressor with at least one token"
-        )
-    mini = LlavaMiniForConditionalGeneration.from_llava(
-        model,
-        compressor=compressor.name,
-        compressor_size=compressor.size,
-        compress_before_projection=compressor.before_projection,
-        compressor_attention=compressor.attention,
-        compressor_positions=compressor.positions,
-        prefusion_layers=0 if inside else prefusion.layers,
-        prefusion_init=prefusion.init,
-        prefuse_visual_tokens=prefusion.visual_tokens,
-        keep_patches=inside,
-    )
+    mini = LlavaMiniForConditionalGeneration.from_llava(model, **new_fields)
     return mini, LlavaMiniProcessor.from_llava(processor, mini.config, tiles=tiles)
 
 

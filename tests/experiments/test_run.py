@@ -97,6 +97,7 @@ def test_option_composes_to_plain_config(compose_config, path):
         (["data=llava_json", "data.path=none.json", "data.images=."], "data.path: no file 'none.json'"),
         (["results=/proc/results"], "'/proc/results'"),
         (["model.dtype=int8"], "model.dtype: 'int8'"),
+        (["model=checkpoint", "model.path=./no/such/folder", "compressor.name=averag"], "'averag'"),
         (["probe.removal_block_size=99"], "probe.removal_block_size: 99 "),
         (["experiment=swaps", "data=shapes_video"], "probe.swaps: data 'shapes_video' has no minimal pairs"),
         (["experiment=swaps", "probe.swap_pairs=9"], "probe.swap_pairs: must be at least 10, found 9"),
