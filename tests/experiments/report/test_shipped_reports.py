@@ -13,7 +13,7 @@ from experiments.report.build import WRITERS
 RESULTS = Path(__file__).resolve().parents[3] / "results"
 
 
-@pytest.mark.parametrize("study", ["tiny", "smol", "plateau"])
+@pytest.mark.parametrize("study", ["tiny", "smol"])
 def test_shipped_report_is_what_the_code_makes_of_its_records(study: str) -> None:
     """Figures are compared by name; that of the page compares the embedded ones with their files."""
     report, shipped = load(RESULTS / study), RESULTS / study / "report"
