@@ -23,6 +23,7 @@ DIFFERENCE_RULE = (
     "p below 0.05 in an exact paired test over examples, and a 95% bootstrap interval over examples and seeds that "
     "excludes zero"
 )
+EQUIVALENCE_MARGIN = 0.02  # of accuracy; about the difference that 2,000 questions decide
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,16 @@ class ExperimentResults:
         """Return whether two rows differ by `DIFFERENCE_RULE`: p < 0.05 and an interval that excludes zero."""
         interval = self.difference(first, second)
         return p_value < ALPHA and not interval.low <= 0 <= interval.high
+
+    def is_equivalent(self, first: ResultRow, second: ResultRow) -> bool:
+        """Return whether two rows differ by less than `EQUIVALENCE_MARGIN` (two one-sided tests, Schuirmann 1987).
+
+        The whole 95% interval must be nearer to zero than the margin. Among few examples equal answers prove little: a
+        difference of up to 3 / examples then has a chance of more than 5% to stay unseen (the rule of three).
+        """
+        interval = self.difference(first, second)
+        unseen = 3 / first.outcomes.shape[1]
+        return max(-interval.low, interval.high, unseen) < EQUIVALENCE_MARGIN
 
     def holm_p_values(self, pairs: Sequence[tuple[ResultRow, ResultRow]]) -> list[float | None]:
         """Return the p-value of each pair, Holm-corrected for the number of comparable pairs; None if not comparable."""

@@ -9,13 +9,19 @@ import numpy as np
 import pandas as pd
 
 from experiments.report.claims.answers import UNDECIDED
-from experiments.report.experiment_results import DIFFERENCE_RULE, ExperimentResults, ResultRow
+from experiments.report.experiment_results import (
+    DIFFERENCE_RULE,
+    EQUIVALENCE_MARGIN,
+    ExperimentResults,
+    ResultRow,
+)
 from experiments.report.formatting import EXACT_MATCH, format_interval, format_p_value, format_signed
 from experiments.report.tables.experiment_rows import BENCHMARKS, describe_measurement, finished_records
 from experiments.report.tables.table import Table, interval_columns
 from experiments.report.training_ends import STILL_IMPROVING, describe_training
 
 HOLDS, REVERSED = "holds", "does not hold"
+EQUAL = f"equal within {100 * EQUIVALENCE_MARGIN:.0f} points"
 IMPROVING = f"{UNDECIDED} ({STILL_IMPROVING})"
 
 
@@ -23,8 +29,9 @@ def orderings_table(results: ExperimentResults) -> Table | None:
     """Build the table of all pairs of rows that the paper orders the same way on every one of `BENCHMARKS`.
 
     An ordering holds if the two rows differ by `DIFFERENCE_RULE`, with p-values Holm-corrected for the number of pairs,
-    in the paper's direction. It does not hold if they differ in the opposite direction. Otherwise it cannot be told. An
-    ordering of a row that was still improving when its training ended is not tested.
+    in the paper's direction. It does not hold if they differ in the opposite direction. If they do not differ, they
+    may be equal within `EQUIVALENCE_MARGIN` (`ExperimentResults.is_equivalent`). Otherwise it cannot be told. An ordering
+    of a row that was still improving when its training ended is not tested.
 
     Args:
         results: The experiment's rows with their runs.
@@ -44,8 +51,11 @@ def orderings_table(results: ExperimentResults) -> Table | None:
         p_value = next(p_values) if comparable and not improving else None
         difference = results.difference(higher, lower) if comparable else None
         answer = IMPROVING if improving else UNDECIDED
-        if p_value is not None and difference is not None and results.is_significant(higher, lower, p_value):
-            answer = HOLDS if difference.mean > 0 else REVERSED
+        if p_value is not None and difference is not None:
+            if results.is_significant(higher, lower, p_value):
+                answer = HOLDS if difference.mean > 0 else REVERSED
+            elif results.is_equivalent(higher, lower):
+                answer = EQUAL
         unfinished = next((row.status for row in (higher, lower) if not row.finished), "other questions")
         reason = STILL_IMPROVING if improving else unfinished
         margins = {name: _smallest_margin(higher, lower, name) for name in BENCHMARKS}
@@ -70,7 +80,7 @@ def orderings_table(results: ExperimentResults) -> Table | None:
             }
         )
     frame = pd.DataFrame(data)
-    counts = {answer: int((frame["answer"] == answer).sum()) for answer in (HOLDS, REVERSED, UNDECIDED)}
+    counts = {answer: int((frame["answer"] == answer).sum()) for answer in (HOLDS, REVERSED, EQUAL, UNDECIDED)}
     if improving_count := int((frame["answer"] == IMPROVING).sum()):
         counts[IMPROVING] = improving_count
     merged = [row.label for row in results.rows if len(row.settings.paper) > 1]
@@ -78,6 +88,8 @@ def orderings_table(results: ExperimentResults) -> Table | None:
         f"Percentage points. An ordering holds, or does not hold, if the two rows differ here by the rule: "
         f"{DIFFERENCE_RULE}; p is Holm-corrected for the number of pairs. The paper gives no intervals, so its order is "
         "taken as printed.",
+        f"{EQUAL[0].upper()}{EQUAL[1:]}: no difference by this rule, and the whole 95% interval is nearer to zero than that. The "
+        "paper's own difference can be smaller still.",
         *([f"Not among the pairs, because they are one row on this model: {'; '.join(merged)}."] if merged else []),
     )
     caption = (

@@ -155,18 +155,20 @@ def test_orderings_table_has_all_pairs_that_the_paper_orders(table_records: Reco
     assert set(zip(data["higher"], data["lower"], strict=True)) == paper_orders(rows)
 
 
-def answers(spec: ExperimentSpec, table_records: RecordList, rates: dict[int, int]) -> dict[tuple[str, str], str]:
-    """Return the orderings if the given records (of rows 0, 1 and 2) have these numbers of right answers of 120."""
+def answers(
+    spec: ExperimentSpec, table_records: RecordList, rates: dict[int, int], examples: int = 120
+) -> dict[tuple[str, str], str]:
+    """Return the orderings if the given records (of rows 0, 1 and 2) have these numbers of right answers."""
     made = []
     for index, count in rates.items():
         record = copy.deepcopy(table_records[index])
-        record["accuracy"] = {"image": "1" * count + "0" * (120 - count)}
+        record["accuracy"] = {"image": "1" * count + "0" * (examples - count)}
         made.append(record)
     data = tables(spec, made)["table60_mixed_orderings"].data
     return {(row.higher, row.lower): row.answer for row in data.itertuples()}
 
 
-def test_orderings_table_gives_all_three_answers(spec: ExperimentSpec, table_records: RecordList) -> None:
+def test_orderings_table_gives_order_reversed_order_or_neither(spec: ExperimentSpec, table_records: RecordList) -> None:
     few = "1 token / 4 tokens"
     found = answers(spec, table_records, {0: 60, 3: 30, 6: 90})
     assert found["LLaVA", few] == "holds"
@@ -187,10 +189,28 @@ def test_orderings_table_p_values_are_corrected_for_pairs(spec: ExperimentSpec, 
     assert found["LLaVA", few] == "cannot be told"  # 2 / 64 alone is below 0.05, three times that is not
 
 
+@pytest.mark.parametrize(
+    ("examples", "more_right", "answer"),
+    [
+        (2000, 5, "equal within 2 points"),  # 0.25 points more, 0.1 to 0.5; McNemar's p is 2 / 2^5
+        (2000, 0, "equal within 2 points"),
+        (2000, 30, "holds"),  # a difference is a difference, however small
+        (151, 0, "equal within 2 points"),
+        (150, 0, "cannot be told"),  # 3 / 150 is 2 points
+        (300, 4, "cannot be told"),  # 1.3 points more, 0.3 to 2.7
+    ],
+)
+def test_orderings_table_tells_equal_rows_from_undecided_ones(
+    spec: ExperimentSpec, table_records: RecordList, examples: int, more_right: int, answer: str
+) -> None:
+    found = answers(spec, table_records, {0: 60 + more_right, 3: 60, 6: 100}, examples)
+    assert found["LLaVA", "1 token / 4 tokens"] == answer
+
+
 def test_orderings_table_caption_counts_answers(spec: ExperimentSpec, table_records: RecordList) -> None:
     table = tables(spec, table_records)["table60_mixed_orderings"]
     counts = table.data["answer"].value_counts()
-    for answer in ("holds", "does not hold", "cannot be told"):
+    for answer in ("holds", "does not hold", "equal within 2 points", "cannot be told"):
         assert f"{answer}: {counts.get(answer, 0)}" in table.caption
     assert f"Of the {len(table.data)} pairs" in table.caption
     assert any("one row on this model: 1 token / 4 tokens" in note for note in table.notes)
