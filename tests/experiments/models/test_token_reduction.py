@@ -24,7 +24,7 @@ from experiments.evaluation.accuracy import correct_answers
 from experiments.evaluation.flops import forward_cost
 from experiments.evaluation.questions import EncodedQuestions
 from experiments.models import reduction_schedule, token_reduction
-from experiments.models.build import _build_llava_mini
+from experiments.models.build import build_model
 from experiments.models.reduction_schedule import reduction_layers, reduction_token_shares
 from experiments.models.token_reduction import (
     patch_mask,
@@ -145,9 +145,10 @@ def test_check_token_reduction_of_an_impossible_cell_raises(deep_llava, settings
         token_reduction.check_token_reduction(deep_llava, Config(**settings))
 
 
-def test_build_llava_mini_with_inside_prefusion_and_no_compressor_raises(deep_llava, processor):
+def test_build_model_with_inside_prefusion_and_no_compressor_raises():
+    config = Config(compressor=CompressorConfig(), prefusion=PrefusionConfig(2, location="inside"))
     with pytest.raises(ValueError, match=r"prefusion\.location=inside.* compressor"):
-        _build_llava_mini(deep_llava, processor, CompressorConfig(), PrefusionConfig(2, location="inside"), 1)
+        build_model(config, None)
 
 
 def test_check_token_reduction_without_visual_tokens_raises(deep_llava):
