@@ -38,6 +38,7 @@ include_patterns = [
     "notebooks/*.ipynb",
     "results/*/README.md",
     "results/*/report/tables/claims.md",
+    "results/tiny/report/tables/table10_compressors.md",
     "results/tiny/logs/sharing.md",
     "experiments/assets/*/README.md",
 ]
