@@ -180,7 +180,8 @@ def _ridge_outputs(
         basis = torch.linalg.qr(rows.mT).Q
     else:
         basis = torch.eye(rows.shape[-1], dtype=rows.dtype)
-    values, vectors = torch.linalg.eigh((rows @ basis).mT @ (rows @ basis))
+    in_basis = rows @ basis
+    values, vectors = torch.linalg.eigh(in_basis.mT @ in_basis)
     values, vectors = values.clamp(min=0), basis @ vectors
     mean_eigenvalue = values.sum(-1, keepdim=True) / rows.shape[-2]  # of rows @ rows.mT, which has the same sum
     penalties = mean_eigenvalue.clamp(min=1e-12) * torch.tensor(RIDGE_PENALTIES, dtype=values.dtype)
