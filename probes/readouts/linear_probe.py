@@ -176,13 +176,12 @@ def _ridge_outputs(
     train_mean, target_mean = (weight * train).sum(1, keepdim=True), (weight * targets).sum(1, keepdim=True)
     rows, row_targets = root * (train - train_mean), root * (targets - target_mean)
 
+    test_rows = test - train_mean
     if rows.shape[-1] > rows.shape[-2]:  # the rows span no more directions than there are rows
         basis = torch.linalg.qr(rows.mT).Q
-    else:
-        basis = torch.eye(rows.shape[-1], dtype=rows.dtype)
-    in_basis = rows @ basis
-    values, vectors = torch.linalg.eigh(in_basis.mT @ in_basis)
-    values, vectors = values.clamp(min=0), basis @ vectors
+        rows, test_rows = rows @ basis, test_rows @ basis
+    values, vectors = torch.linalg.eigh(rows.mT @ rows)
+    values = values.clamp(min=0)
     mean_eigenvalue = values.sum(-1, keepdim=True) / rows.shape[-2]  # of rows @ rows.mT, which has the same sum
     penalties = mean_eigenvalue.clamp(min=1e-12) * torch.tensor(RIDGE_PENALTIES, dtype=values.dtype)
     rotated = rows @ vectors
@@ -194,4 +193,4 @@ def _ridge_outputs(
     fitted = rotated[:, None] @ (inverses[..., None] * products[:, None])
     residuals = (row_targets[:, None] - fitted) / (1 - leverage[..., None])
     best = penalties.gather(1, residuals.square().sum((2, 3)).argmin(1, keepdim=True))
-    return (test - train_mean) @ vectors @ (products / (values + best)[..., None]) + target_mean
+    return test_rows @ vectors @ (products / (values + best)[..., None]) + target_mean

@@ -9,12 +9,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.report.claims.answers import UNDECIDED
-from experiments.report.experiment_results import (
-    DIFFERENCE_RULE,
-    EQUIVALENCE_MARGIN,
-    ExperimentResults,
-    ResultRow,
-)
+from experiments.report.experiment_results import DIFFERENCE_RULE, EQUIVALENCE_MARGIN, ExperimentResults, ResultRow
 from experiments.report.formatting import EXACT_MATCH, format_interval, format_p_value, format_signed
 from experiments.report.tables.experiment_rows import BENCHMARKS, describe_measurement, finished_records
 from experiments.report.tables.table import Table, interval_columns
@@ -88,7 +83,7 @@ def orderings_table(results: ExperimentResults) -> Table | None:
         f"Percentage points. An ordering holds, or does not hold, if the two rows differ here by the rule: "
         f"{DIFFERENCE_RULE}; p is Holm-corrected for the number of pairs. The paper gives no intervals, so its order is "
         "taken as printed.",
-        f"{EQUAL[0].upper()}{EQUAL[1:]}: no difference by this rule, and the whole 95% interval is nearer to zero than that. The "
+        f"{EQUAL.capitalize()}: no difference by this rule, and the whole 95% interval is nearer to zero than that. The "
         "paper's own difference can be smaller still.",
         *([f"Not among the pairs, because they are one row on this model: {'; '.join(merged)}."] if merged else []),
     )
