@@ -100,7 +100,9 @@ class TrainConfig:
     weight_decay: float = setting(0.01, "weight decay")
     adam_beta2: float = setting(0.98, "second moment decay of AdamW")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0 for no clipping")
-    bf16: bool = setting(False, "train in bfloat16 autocast")
+    bf16: bool = setting(
+        False, "train in bfloat16 autocast; trained weights are in float32 meanwhile, whatever model.dtype is"
+    )
     save_steps: int = setting(100, "steps between checkpoints, from which an interrupted run resumes")
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from experiments.config.schema import TrainConfig
@@ -89,7 +90,9 @@ class Validation(TrainerCallback):
         """Measure every `eval_steps` and after the last step; Trainer calls this."""
         step = state.global_step
         if step % self.config.eval_steps == 0 or step == state.max_steps:
-            scores = self.measure()
+            # A model that trains in bfloat16 holds weights of two dtypes, which autocast alone brings together.
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=self.config.bf16):
+                scores = self.measure()
             rate = kwargs["optimizer"].param_groups[0]["lr"]
             entry = {"step": step, ACCURACY: scores["accuracy"], LOSS: scores["loss"], "learning_rate": rate}
             state.log_history.append(entry)

@@ -26,6 +26,7 @@ from experiments.models import lora
 from experiments.models.feature_cache import VisionFeatureCache
 from experiments.models.token_reduction import TokenDropper, keep_all_tokens
 from experiments.training.batch_sampler import SizeSortedSampler
+from experiments.training.mixed_precision import train_in_float32
 from experiments.training.optimizers import MuonAdamW, set_learning_rate
 from experiments.training.plateau import ACCURACY, Validation, learning_rate_factor, stops_at_plateau
 
@@ -138,7 +139,8 @@ class ResumingTrainer(Trainer):
         model = self.model if model is None else model
         if not isinstance(model, PreTrainedModel):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+        # In float32, as weights are while they train; copying casts the others to their own dtype.
+        saved = type(model).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
         model.load_state_dict(saved.state_dict())
 
 
@@ -239,12 +241,15 @@ def train_llava(
     set_trainable_parameters(model, config)
     adapted = lora.add_adapters(model, config.lora_rank) if config.lora_rank else None
     forward_context = partial(drop_tokens, model)
-    with features.as_pixel_values() if features else nullcontext():
+    with (
+        features.as_pixel_values() if features else nullcontext(),
+        train_in_float32(model) if config.bf16 else nullcontext(),
+    ):
         history = run_trainer(
             adapted or model, dataset, Collator(processor), config, work, seed, device, sizes, forward_context, validate
         )
-    if adapted:
-        lora.save_and_merge_adapter(adapted, work / ADAPTER_FOLDER)
+        if adapted:
+            lora.save_and_merge_adapter(adapted, work / ADAPTER_FOLDER)
     return history
 
 
