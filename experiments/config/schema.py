@@ -81,6 +81,10 @@ class TrainConfig:
     trainable: str = setting("all", "all: everything but the vision tower; projector: the projector alone")
     train_vision: bool = setting(False, "also train the vision tower")
     lora_rank: int = setting(0, "rank of LoRA adapters in the language model, whose weights stay fixed; 0 for none")
+    lora_init: str | None = setting(
+        None,
+        "folder of a saved adapter of the same rank from which training starts; none for adapters that change nothing",
+    )
     optim: str = setting("adamw", "adamw, or muon (experiments/training/optimizers.py)")
     batch_size: int = setting(32, "conversations per optimizer step, over all processes and accumulation steps")
     per_device_train_batch_size: int = setting(
@@ -132,6 +136,10 @@ class TrainConfig:
             )
         if self.trainable == "projector" and (self.lora_rank or self.train_vision):
             raise ValueError("train.trainable: 'projector' trains nothing else; leave out lora_rank and train_vision")
+        if self.lora_init is not None and not self.lora_rank:
+            raise ValueError(
+                f"train.lora_init: '{self.lora_init}' needs train.lora_rank, the rank of its adapters, found 0"
+            )
         if self.lora_rank and self.train_vision:
             raise ValueError("train.lora_rank: adapters keep the vision tower fixed; leave out train_vision")
 

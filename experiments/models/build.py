@@ -29,10 +29,10 @@ from experiments.config.schema import (
 )
 from experiments.data import scenes, shapes
 from experiments.data.samples import Split
-from experiments.files import ASSETS, file_stamps
+from experiments.files import file_stamps
 from experiments.models import from_parts, lora, scratch
 from experiments.models.blip_2_prompts import Blip2ChatProcessor
-from experiments.models.model_files import ASSET_PREFIX
+from experiments.models.model_files import shipped_folder
 from llava_mini import LlavaMiniConfig, LlavaMiniForConditionalGeneration, LlavaMiniProcessor
 from llava_mini.checkpoint_files import MODEL_FILES, PROCESSOR_FILES, name_damaged_file
 from llava_mini.older_processors import complete_from_config
@@ -210,8 +210,7 @@ def _build_llava_mini(
 
 def _resolve_source(path: str, field: str) -> str:
     """Return a folder or a hub name; `asset:NAME` becomes the folder of a shipped model."""
-    if path.startswith(ASSET_PREFIX):  # the configuration holds the name, so that a cell is the same in every clone
-        path = str(ASSETS / path.removeprefix(ASSET_PREFIX))
+    path = shipped_folder(path)
     if not Path(path).is_dir() and not HUB_NAME.fullmatch(path):
         raise FileNotFoundError(f"model.{field}: no folder '{path}'")
     return path

@@ -20,7 +20,7 @@ LANGUAGE_LAYERS = "language_model.layers"
 FULLY_TRAINED_MODULES = ("multi_modal_projector", "compressor", "prefusion")
 
 
-def add_adapters(model: PreTrainedModel, rank: int) -> PeftModel:
+def add_adapters(model: PreTrainedModel, rank: int, start: str | None = None) -> PeftModel:
     """Add adapters to all linear layers in the language model's decoder layers, and freeze the rest but new modules.
 
     Projector, compressor and pre-fusion are trained in full: they start untrained, and a low-rank update would leave them
@@ -30,10 +30,13 @@ def add_adapters(model: PreTrainedModel, rank: int) -> PeftModel:
     Args:
         model: A LLaVA or LLaVA-Mini; changed in place.
         rank: Rank of the adapters.
+        start: A folder that `save_and_merge_adapter` wrote: adapters and new modules start with its weights. None for adapters
+            that change nothing yet.
 
     Raises:
         ImportError: If peft is not installed.
-        ValueError: If the language model has no such layers.
+        ValueError: If the language model has no such layers, `start` holds no adapter in safetensors, or it holds one of
+            another model or rank.
     """
     peft = _import_peft("train.lora_rank")
     linear_names = [name for name, m in model.named_modules() if LANGUAGE_LAYERS in name and isinstance(m, nn.Linear)]
@@ -48,7 +51,24 @@ def add_adapters(model: PreTrainedModel, rank: int) -> PeftModel:
         target_modules=rf".*{re.escape(LANGUAGE_LAYERS)}\..*\.({'|'.join(suffixes)})",
         modules_to_save=[name for name in FULLY_TRAINED_MODULES if getattr(model.model, name, None) is not None],
     )
-    return peft.get_peft_model(model, config)
+    adapted = peft.get_peft_model(model, config)
+    if start is not None:
+        _require_adapter(peft, start, "train.lora_init")
+        _load_weights(peft, adapted, start)
+    return adapted
+
+
+def _load_weights(peft: ModuleType, adapted: PeftModel, folder: str) -> None:
+    """Load the weights of a saved adapter into a model with an adapter of the same names and shapes."""
+    saved = peft.utils.load_peft_weights(folder, device="cpu")
+    own = peft.get_peft_model_state_dict(adapted)
+    for name in sorted(saved.keys() | own.keys()):
+        shapes = [tuple(weights[name].shape) if name in weights else "no such weight" for weights in (saved, own)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"train.lora_init: '{folder}' does not fit this model: {name} is {shapes[0]} there and {shapes[1]} here"
+            )
+    peft.set_peft_model_state_dict(adapted, saved)
 
 
 def merge_saved_adapter(model: PreTrainedModel, folder: str) -> None:
@@ -63,8 +83,7 @@ def merge_saved_adapter(model: PreTrainedModel, folder: str) -> None:
         ValueError: If the folder holds no adapter in safetensors, or one of another model.
     """
     peft = _import_peft("model.adapter")
-    if not (Path(folder) / peft.utils.SAFETENSORS_WEIGHTS_NAME).is_file():
-        raise ValueError(f"model.adapter: '{folder}' holds no {peft.utils.SAFETENSORS_WEIGHTS_NAME}")
+    _require_adapter(peft, folder, "model.adapter")
     try:
         peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
     except (RuntimeError, ValueError) as error:
@@ -76,6 +95,11 @@ def save_and_merge_adapter(adapted: PeftModel, folder: Path) -> None:
     """Save the adapter, with its fully trained modules, to `folder`, and merge it into the adapted model."""
     adapted.save_pretrained(str(folder), is_main_process=PartialState().is_main_process)
     adapted.merge_and_unload()
+
+
+def _require_adapter(peft: ModuleType, folder: str, setting: str) -> None:
+    if not (Path(folder) / peft.utils.SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise ValueError(f"{setting}: '{folder}' holds no {peft.utils.SAFETENSORS_WEIGHTS_NAME}")
 
 
 def _import_peft(setting: str) -> ModuleType:

@@ -13,6 +13,14 @@ ASSET_PREFIX = "asset:"
 _SOURCES = ("path", "vision", "language", "adapter")
 
 
+def shipped_folder(source: str) -> str:
+    """Return the folder of a model that ships with the project for `asset:NAME`, and any other source as it is.
+
+    Settings hold the name, so that a cell is the same in every clone.
+    """
+    return str(ASSETS / source.removeprefix(ASSET_PREFIX)) if source.startswith(ASSET_PREFIX) else source
+
+
 def model_files_digest(model: ModelConfig) -> str:
     """Return a hash of the files in the folders that a model is read from.
 
@@ -28,8 +36,7 @@ def model_files_digest(model: ModelConfig) -> str:
         OSError: If a file cannot be read.
     """
     sources = [str(getattr(model, name, None) or "") for name in _SOURCES]
-    folders = [str(ASSETS / s.removeprefix(ASSET_PREFIX)) if s.startswith(ASSET_PREFIX) else s for s in sources]
-    stamps = file_stamps(folder for folder in folders if folder and Path(folder).is_dir())
+    stamps = file_stamps(folder for source in sources if source and Path(folder := shipped_folder(source)).is_dir())
     return " ".join(_file_digest(*stamp) for stamp in stamps)
 
 

@@ -24,6 +24,7 @@ from experiments.data.length_limit import LengthLimit
 from experiments.data.samples import VIDEO_PLACEHOLDER, Sample
 from experiments.models import lora
 from experiments.models.feature_cache import VisionFeatureCache
+from experiments.models.model_files import shipped_folder
 from experiments.models.token_reduction import TokenDropper, keep_all_tokens
 from experiments.training.batch_sampler import SizeSortedSampler
 from experiments.training.mixed_precision import train_in_float32
@@ -239,7 +240,10 @@ def train_llava(
     dataset = ConversationDataset(samples, SampleEncoder(processor, limit), features)
     sizes = dataset.sizes() if config.group_by_length else None
     set_trainable_parameters(model, config)
-    adapted = lora.add_adapters(model, config.lora_rank) if config.lora_rank else None
+    adapted = None
+    if config.lora_rank:
+        start = None if config.lora_init is None else shipped_folder(config.lora_init)
+        adapted = lora.add_adapters(model, config.lora_rank, start)
     forward_context = partial(drop_tokens, model)
     with (
         features.as_pixel_values() if features else nullcontext(),

@@ -53,6 +53,7 @@ def test_split_batch_of_indivisible_rows_raises(batch_size, rows_per_pass, proce
         ({"trainable": "projector", "lora_rank": 8}, r"train\.trainable: 'projector' .*lora_rank"),
         ({"trainable": "projector", "train_vision": True}, r"train\.trainable: 'projector' .*train_vision"),
         ({"train_vision": True, "lora_rank": 8}, r"train\.lora_rank: .*leave out train_vision"),
+        ({"lora_init": "folder"}, r"train\.lora_init: 'folder' .*train\.lora_rank"),
         ({"optim": "muon", "projector_learning_rate": 1e-5}, r"train\.projector_learning_rate: .*muon"),
         ({"optim": "muon", "prefusion_learning_rate": 1e-5}, r"train\.prefusion_learning_rate: .*muon"),
     ],

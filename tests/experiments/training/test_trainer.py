@@ -351,3 +351,35 @@ def test_train_llava_with_lora_without_peft_raises(llava, processor, shapes_spli
         train_llava(
             llava, processor, shapes_split.samples, dataclasses.replace(ONE_STEP, lora_rank=2), tmp_path, 0, CPU
         )
+
+
+def test_train_llava_starts_from_a_saved_adapter(mini, mini_processor, shapes_split, tmp_path):
+    """Training that learns nothing more merges the saved adapter into another copy of the initial model."""
+    start = copy_weights(mini)
+    config = dataclasses.replace(ONE_STEP, max_steps=3, lora_rank=2, learning_rate=1e-2)
+    train_llava(mini, mini_processor, shapes_split.samples, config, tmp_path / "first", 0, CPU)
+    trained = copy_weights(mini)
+    mini.load_state_dict(start)
+    again = dataclasses.replace(config, learning_rate=1e-30, lora_init=str(tmp_path / "first" / "adapter"))
+    train_llava(mini, mini_processor, shapes_split.samples, again, tmp_path / "second", 0, CPU)
+    for name, weight in copy_weights(mini).items():
+        torch.testing.assert_close(weight, trained[name], rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(("rank", "prefusion_layers"), [(3, 1), (2, 0), (2, 2)])
+def test_train_llava_from_an_adapter_of_another_model_raises(
+    llava, mini, mini_processor, shapes_split, tmp_path, rank, prefusion_layers
+):
+    config = dataclasses.replace(ONE_STEP, lora_rank=2)
+    train_llava(mini, mini_processor, shapes_split.samples, config, tmp_path / "first", 0, CPU)
+    other = LlavaMiniForConditionalGeneration.from_llava(llava, compressor_size=2, prefusion_layers=prefusion_layers)
+    adapter = tmp_path / "first" / "adapter"
+    config = dataclasses.replace(config, lora_rank=rank, lora_init=str(adapter))
+    with pytest.raises(ValueError, match=rf"train\.lora_init: '{adapter}'"):
+        train_llava(other, mini_processor, shapes_split.samples, config, tmp_path / "second", 0, CPU)
+
+
+def test_train_llava_from_a_folder_without_adapter_raises(mini, mini_processor, shapes_split, tmp_path):
+    config = dataclasses.replace(ONE_STEP, lora_rank=2, lora_init=str(tmp_path))
+    with pytest.raises(ValueError, match=rf"train\.lora_init: '{tmp_path}' .*safetensors"):
+        train_llava(mini, mini_processor, shapes_split.samples, config, tmp_path / "work", 0, CPU)
