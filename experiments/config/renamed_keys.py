@@ -36,6 +36,7 @@ _ADDED = {
     **{f"probe.{name}": False for name in ("contribution", "sinks", "leave_out_sinks", "onset")},
     **{f"{group}.prefusion_learning_rate": None for group in _TRAIN_GROUPS},
     **{f"{group}.lora_init": None for group in _TRAIN_GROUPS},
+    **{f"{group}.torch_compile": False for group in _TRAIN_GROUPS},
     **{f"{group}.{name}": value for group in _TRAIN_GROUPS for name, value in _PLATEAU.items()},
 }
 

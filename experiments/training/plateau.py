@@ -91,7 +91,10 @@ class Validation(TrainerCallback):
         step = state.global_step
         if step % self.config.eval_steps == 0 or step == state.max_steps:
             # A model that trains in bfloat16 holds weights of two dtypes, which autocast alone brings together.
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=self.config.bf16):
+            with (
+                torch.autocast(args.device.type, torch.bfloat16, enabled=self.config.bf16),
+                torch.compiler.set_stance("force_eager"),  # its batches and its cache would need graphs of their own
+            ):
                 scores = self.measure()
             rate = kwargs["optimizer"].param_groups[0]["lr"]
             entry = {"step": step, ACCURACY: scores["accuracy"], LOSS: scores["loss"], "learning_rate": rate}

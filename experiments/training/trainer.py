@@ -27,6 +27,7 @@ from experiments.models.feature_cache import VisionFeatureCache
 from experiments.models.model_files import shipped_folder
 from experiments.models.token_reduction import TokenDropper, keep_all_tokens
 from experiments.training.batch_sampler import SizeSortedSampler
+from experiments.training.compiled_layers import compile_decoder_layers
 from experiments.training.mixed_precision import train_in_float32
 from experiments.training.optimizers import MuonAdamW, set_learning_rate
 from experiments.training.plateau import ACCURACY, Validation, learning_rate_factor, stops_at_plateau
@@ -133,7 +134,7 @@ class ResumingTrainer(Trainer):
         with self.forward_context(inputs):
             if "labels" in inputs:
                 model_inputs, labels = restrict_to_answers(inputs)
-                inputs = model_inputs | {"labels": labels}
+                inputs = model_inputs | {"labels": labels, "use_cache": False}  # nothing is generated
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -248,6 +249,7 @@ def train_llava(
     with (
         features.as_pixel_values() if features else nullcontext(),
         train_in_float32(model) if config.bf16 else nullcontext(),
+        compile_decoder_layers(model) if config.torch_compile else nullcontext(),
     ):
         history = run_trainer(
             adapted or model, dataset, Collator(processor), config, work, seed, device, sizes, forward_context, validate
