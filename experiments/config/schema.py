@@ -108,7 +108,8 @@ class TrainConfig:
         False, "train in bfloat16 autocast; trained weights are in float32 meanwhile, whatever model.dtype is"
     )
     torch_compile: bool = setting(
-        False, "compile the language model's layers: a minute at the start, and shorter steps after it (docs/training.md)"
+        False,
+        "compile the language model's layers: a minute at the start, and shorter steps after it (docs/training.md)",
     )
     save_steps: int = setting(100, "steps between checkpoints, from which an interrupted run resumes")
 

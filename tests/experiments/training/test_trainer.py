@@ -4,7 +4,7 @@
   `test_build_model_keeps_all_weights_of_a_checkpoint`.
 - Frozen parameters are trained, and trainable ones are not: `test_train_llava_updates_only_trainable_parameters`.
 - Pre-fusion cannot be restored from a file, and adapter files lack new modules: tests/llava_mini/test_prefusion.py,
-  `test_checkpoint_holds_compressor_and_prefusion`, `test_train_llava_with_lora_updates_low_rank_and_saves_the_adapter`.
+  `test_checkpoint_holds_compressor_and_prefusion`, tests/experiments/training/test_adapters.py.
 - Text embeddings are never trained: `test_train_llava_updates_only_trainable_parameters`, and
   tests/llava_mini/test_presets.py.
 - Video frames never reach the language model, and a batch of videos alone gives the vision modules no gradient:
@@ -22,8 +22,6 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
-from PIL import Image
-from safetensors import safe_open
 from transformers import set_seed
 
 from experiments.config import registry as configuration
@@ -31,60 +29,14 @@ from experiments.config.data_schema import ShapesData
 from experiments.config.schema import CheckpointModel, CompressorConfig, Config, PrefusionConfig, TrainConfig
 from experiments.data.encoding import Collator, SampleEncoder
 from experiments.data.llava_json import load_llava_json
-from experiments.data.samples import Sample, llava_conversation
-from experiments.models import lora
 from experiments.models.build import build_model
-from experiments.models.from_parts import multimodal_chat_template
 from experiments.training.trainer import ConversationDataset, latest_complete_checkpoint, train_llava
-from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
-from llava_mini.video import Video
+from llava_mini import LlavaMiniForConditionalGeneration
+from tests.experiments.training.weights import changed_parameters, copy_weights
 
 CPU = torch.device("cpu")
 ONE_STEP = TrainConfig(max_steps=1, batch_size=2, warmup_steps=0, lr_scheduler_type="constant", weight_decay=0)
 PROJECTOR = {f"model.multi_modal_projector.linear_{i}.{name}" for i in (1, 2) for name in ("weight", "bias")}
-
-
-@pytest.fixture
-def mini(llava):
-    """A LLaVA-Mini on the tiny LLaVA: four visual tokens, one pre-fusion layer."""
-    torch.manual_seed(1)
-    return LlavaMiniForConditionalGeneration.from_llava(llava, compressor_size=2, prefusion_layers=1)
-
-
-@pytest.fixture
-def mini_processor(processor, mini):
-    """The LLaVA-Mini's processor. Its template, unlike the tiny LLaVA's, accepts videos."""
-    processor = LlavaMiniProcessor.from_llava(processor, mini.config)
-    processor.chat_template = multimodal_chat_template(
-        "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
-        "{{ eos_token if m['role'] == 'assistant' }}{% endfor %}{{ '<assistant>' if add_generation_prompt }}"
-    )
-    return processor
-
-
-@pytest.fixture
-def mixed_samples(shapes_split):
-    """Four samples with an image, one with text alone, and three with a video of two frames."""
-
-    def clip(level: int) -> Video:
-        return Video([Image.new("RGB", (48, 48), (level, i, 0)) for i in (50, 200)])
-
-    text = Sample("t", (), llava_conversation([("is there a ring?", "no")], []), ["x"])
-    turns = llava_conversation([("what colour is at row 1 column 2?", "red")], ["<video>"])
-    clips = [Sample(f"v{level}", (lambda level=level: clip(level),), turns, ["x"]) for level in (0, 100, 250)]
-    return [*(shapes_split.samples[i] for i in range(4)), text, *clips]
-
-
-def copy_weights(model) -> dict[str, torch.Tensor]:
-    """Return a copy of the model's weights."""
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def changed_parameters(model, before: dict[str, torch.Tensor]) -> set[str]:
-    """Return the names of parameters that differ from earlier weights."""
-    return {name for name, value in model.named_parameters() if not torch.equal(before[name], value)}
-
-
 BY_STEPS = TrainConfig(max_steps=6, batch_size=4, warmup_steps=1, save_steps=2)
 BY_EPOCHS = TrainConfig(
     num_train_epochs=3,
@@ -314,95 +266,3 @@ def test_train_llava_with_a_broken_image_raises_with_its_name(mini, mini_process
     samples = load_llava_json(str(tmp_path / "rows.json"), str(tmp_path), "train").samples
     with pytest.raises(ValueError, match=r"1\.png"):
         train_llava(mini, mini_processor, samples, ONE_STEP, tmp_path / "work", 0, CPU)
-
-
-def test_train_llava_with_lora_updates_low_rank_and_saves_the_adapter(mini, mini_processor, shapes_split, tmp_path):
-    """Linear layers of the language model get an update of the given rank, and new modules are trained in full.
-
-    The saved adapter turns the initial model into the trained one.
-    """
-    from peft import PeftModel
-
-    before = copy_weights(mini)
-    config = dataclasses.replace(ONE_STEP, max_steps=3, lora_rank=2, learning_rate=1e-2)
-    train_llava(mini, mini_processor, shapes_split.samples, config, tmp_path, 0, CPU)
-    new_modules = ("multi_modal_projector", "compressor", "prefusion")
-    linear_weights = {
-        n for n, p in mini.named_parameters() if "language_model.layers" in n and n.endswith("_proj.weight")
-    }
-    assert len(linear_weights) == 2 * 7
-    assert changed_parameters(mini, before) == linear_weights | {
-        n for n, _ in mini.named_parameters() if any(part in n for part in new_modules)
-    }
-    for name in linear_weights:
-        assert torch.linalg.matrix_rank(mini.get_parameter(name) - before[name], rtol=1e-3) == 2
-    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
-        assert sum(file.get_tensor(key).numel() for key in file.keys()) < sum(p.numel() for p in mini.parameters()) / 2  # noqa: SIM118
-
-    after = copy_weights(mini)
-    mini.load_state_dict(before)
-    restored = PeftModel.from_pretrained(mini, tmp_path / "adapter").merge_and_unload()
-    assert all(torch.equal(after[name], value) for name, value in restored.state_dict().items())
-
-
-def test_train_llava_with_lora_without_peft_raises(llava, processor, shapes_split, tmp_path, monkeypatch):
-    monkeypatch.setattr(lora, "is_peft_available", lambda: False)
-    with pytest.raises(ImportError, match=r"train.lora_rank needs peft: pip install peft"):
-        train_llava(
-            llava, processor, shapes_split.samples, dataclasses.replace(ONE_STEP, lora_rank=2), tmp_path, 0, CPU
-        )
-
-
-def test_train_llava_starts_from_a_saved_adapter(mini, mini_processor, shapes_split, tmp_path):
-    """Training that learns nothing more merges the saved adapter into another copy of the initial model."""
-    start = copy_weights(mini)
-    config = dataclasses.replace(ONE_STEP, max_steps=3, lora_rank=2, learning_rate=1e-2)
-    train_llava(mini, mini_processor, shapes_split.samples, config, tmp_path / "first", 0, CPU)
-    trained = copy_weights(mini)
-    mini.load_state_dict(start)
-    again = dataclasses.replace(config, learning_rate=1e-30, lora_init=str(tmp_path / "first" / "adapter"))
-    train_llava(mini, mini_processor, shapes_split.samples, again, tmp_path / "second", 0, CPU)
-    for name, weight in copy_weights(mini).items():
-        torch.testing.assert_close(weight, trained[name], rtol=0, atol=1e-6, msg=name)
-
-
-@pytest.mark.parametrize(("rank", "prefusion_layers"), [(3, 1), (2, 0), (2, 2)])
-def test_train_llava_from_an_adapter_of_another_model_raises(
-    llava, mini, mini_processor, shapes_split, tmp_path, rank, prefusion_layers
-):
-    config = dataclasses.replace(ONE_STEP, lora_rank=2)
-    train_llava(mini, mini_processor, shapes_split.samples, config, tmp_path / "first", 0, CPU)
-    other = LlavaMiniForConditionalGeneration.from_llava(llava, compressor_size=2, prefusion_layers=prefusion_layers)
-    adapter = tmp_path / "first" / "adapter"
-    config = dataclasses.replace(config, lora_rank=rank, lora_init=str(adapter))
-    with pytest.raises(ValueError, match=rf"train\.lora_init: '{adapter}'"):
-        train_llava(other, mini_processor, shapes_split.samples, config, tmp_path / "second", 0, CPU)
-
-
-def test_train_llava_from_a_folder_without_adapter_raises(mini, mini_processor, shapes_split, tmp_path):
-    config = dataclasses.replace(ONE_STEP, lora_rank=2, lora_init=str(tmp_path))
-    with pytest.raises(ValueError, match=rf"train\.lora_init: '{tmp_path}' .*safetensors"):
-        train_llava(mini, mini_processor, shapes_split.samples, config, tmp_path / "work", 0, CPU)
-
-
-@pytest.mark.parametrize("lora_rank", [0, 2])
-def test_compiled_training_gives_the_same_weights(mini, mini_processor, mixed_samples, tmp_path, lora_rank):
-    """After it the layers are as before; measuring the validation split in between changes nothing."""
-    start, runs = copy_weights(mini), []
-    for compiled in (False, True):
-        mini.load_state_dict(start)
-        config = TrainConfig(
-            max_steps=4, batch_size=4, warmup_steps=0, eval_steps=2, lora_rank=lora_rank, torch_compile=compiled
-        )
-
-        def validate():
-            with torch.no_grad():
-                mini(**Collator(mini_processor)([SampleEncoder(mini_processor)(mixed_samples[0])]))
-            return {"accuracy": 0.0, "loss": 1.0}
-
-        folder = tmp_path / str(compiled)
-        train_llava(mini, mini_processor, mixed_samples, config, folder, 0, CPU, validate=validate)
-        runs.append(copy_weights(mini))
-    assert all("forward" not in vars(module) for module in mini.modules())
-    for name, weight in runs[0].items():
-        torch.testing.assert_close(runs[1][name], weight, rtol=0, atol=2e-4, msg=name)

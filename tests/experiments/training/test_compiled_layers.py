@@ -1,0 +1,34 @@
+"""Compiled training, compared with training that is not compiled."""
+
+import pytest
+import torch
+
+from experiments.config.schema import TrainConfig
+from experiments.data.encoding import Collator, SampleEncoder
+from experiments.training.trainer import train_llava
+from tests.experiments.training.weights import copy_weights
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_compiled_training_gives_the_same_weights(mini, mini_processor, mixed_samples, tmp_path, lora_rank):
+    """After it the layers are as before; measuring the validation split in between changes nothing."""
+    start, runs = copy_weights(mini), []
+    for compiled in (False, True):
+        mini.load_state_dict(start)
+        config = TrainConfig(
+            max_steps=4, batch_size=4, warmup_steps=0, eval_steps=2, lora_rank=lora_rank, torch_compile=compiled
+        )
+
+        def validate():
+            with torch.no_grad():
+                mini(**Collator(mini_processor)([SampleEncoder(mini_processor)(mixed_samples[0])]))
+            return {"accuracy": 0.0, "loss": 1.0}
+
+        folder = tmp_path / str(compiled)
+        train_llava(mini, mini_processor, mixed_samples, config, folder, 0, CPU, validate=validate)
+        runs.append(copy_weights(mini))
+    assert all("forward" not in vars(module) for module in mini.modules())
+    for name, weight in runs[0].items():
+        torch.testing.assert_close(runs[1][name], weight, rtol=0, atol=2e-4, msg=name)
