@@ -172,6 +172,11 @@ class ScratchModel(ModelConfig):
                     f"model.{name}.eval_steps: the validation split has questions, which this stage does not train; found "
                     f"{stage.eval_steps}, use 0"
                 )
+        if isinstance(self.vision_pretraining, TrainConfig) and self.vision_pretraining.torch_compile:
+            raise ValueError(
+                "model.vision_pretraining.torch_compile: this stage trains the vision tower, and the layers that are compiled "
+                "are the language model's; found true, use false"
+            )
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from experiments.config.schema import TrainConfig
+from experiments.config.schema import ScratchModel, TrainConfig
 from experiments.data.encoding import Collator, SampleEncoder
 from experiments.training.trainer import train_llava
 from tests.experiments.training.weights import copy_weights
@@ -32,3 +32,8 @@ def test_compiled_training_gives_the_same_weights(mini, mini_processor, mixed_sa
     assert all("forward" not in vars(module) for module in mini.modules())
     for name, weight in runs[0].items():
         torch.testing.assert_close(runs[1][name], weight, rtol=0, atol=2e-4, msg=name)
+
+
+def test_pretraining_of_the_vision_tower_refuses_compiled_layers():
+    with pytest.raises(ValueError, match=r"model\.vision_pretraining\.torch_compile: .*found true"):
+        ScratchModel(name="x", vision_pretraining=TrainConfig(torch_compile=True))
