@@ -46,6 +46,7 @@ from experiments.evaluation.patch_words import (
     measure_patch_words,
     shape_samples,
 )
+from experiments.evaluation.photo_readout import measure_photo_readout
 from experiments.evaluation.questions import EncodedQuestions
 from experiments.evaluation.swaps import measure_swaps
 from experiments.lmms_eval_model.cell_benchmarks import check_benchmarks, run_benchmarks, score_lines
@@ -224,6 +225,7 @@ def _evaluate(
         **_answer_parts(model, processor, config, questions, device),
         "generated": generated_part(model, processor, samples, config, BLIND_CONTROLS if config.probe.controls else {}),
         **(probes := run_probes(model, questions, questions_with_pixels, config.probe)),
+        "photo_readout": measure_photo_readout(model, questions, data.test.samples) if config.probe.readout else None,
         "patch_words": _patch_words_part(model, processor, config, data, device) if probes["lens"] else None,
         "swaps": _swaps_part(model, processor, config, device, limit) if config.probe.swaps else None,
     }

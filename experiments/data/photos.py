@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 
 from experiments.data.balanced_questions import TypedQuestion, draw_questions
@@ -107,6 +107,15 @@ class PhotoGridSamples(Sequence[Sample]):
             [question_type for question_type, _, _ in questions],
         )
 
+    def patches(self) -> Bool[np.ndarray, "cells patches"]:
+        """Return whether each patch of an image lies on each photograph, both in reading order."""
+        covers = np.zeros(
+            (self.grid_size, self.side), dtype=bool
+        )  # rows of the grid, rows of patches; columns are alike
+        for row, start in zip(covers, self.starts, strict=True):
+            row[start : start + self.photo_side] = True
+        return np.einsum("ry,cx->rcyx", covers, covers).reshape(self.grid_size**2, self.side**2)
+
     def render(self, index: int) -> Image.Image:
         """Return the image: its photographs on a grey background."""
         return self.render_photos(self.photo_indices[index])
@@ -192,6 +201,26 @@ def load_photos(
         fingerprint("photos", digest, shapes_fingerprints, split, count, seed, list(parts), side, patch, captions),
         count,
     )
+
+
+def photo_grids(samples: Sequence[Sample]) -> list[tuple[PhotoGridSamples, int] | None]:
+    """Return the grid of photographs behind each sample of a split, and its index there.
+
+    Args:
+        samples: The samples of a split that `load_photos` made, or of another.
+
+    Returns:
+        One entry a sample, None where it has no grid of photographs: scenes of shapes, single photographs, other data.
+    """
+    if not isinstance(samples, Mixture):
+        return [None] * len(samples)
+    parts = [part.samples if isinstance(part, OneQuestionPerImage) else part for _, part in samples.parts]
+    grids: list[tuple[PhotoGridSamples, int] | None] = []
+    for index in range(len(samples)):
+        part = parts[index % len(parts)]
+        is_grid = isinstance(part, PhotoGridSamples) and part.grid_size > 1
+        grids.append((part, index // len(parts)) if is_grid else None)  # type: ignore[arg-type]
+    return grids
 
 
 def _divide_photos(photos: LabelledPhotos, split: str, seed: int) -> LabelledPhotos:

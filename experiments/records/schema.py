@@ -102,6 +102,21 @@ class ReadoutPart(Part):
     depths: list[ReadoutDepth] = Field(description="after 0, 1, ... all layers")
 
 
+class PhotoReadoutOfGrid(Part):
+    """A linear probe on the vision features of grids of one size."""
+
+    grid_size: int = Field(description="photographs per side")
+    photographs: int = Field(description="of all images")
+    correct: Outcomes = Field(description="whether each photograph's class was named right, image by image")
+    control: Outcomes = Field(description="the same for shuffled classes")
+
+
+class PhotoReadoutPart(Part):
+    """A linear probe on the mean of each photograph's patches, in the features that the projector reads."""
+
+    grids: list[PhotoReadoutOfGrid]
+
+
 class LensDepth(Part):
     """A logit lens after some layers."""
 
@@ -195,6 +210,7 @@ class FinishedRecord(_AnyRecord):
     onset: OnsetPart | None = None
     knockout: KnockoutPart | None = None
     readout: ReadoutPart | None = None
+    photo_readout: PhotoReadoutPart | None = None
     lens: LensPart | None = None
     lens_note: str | None = Field(None, description="why there is no logit lens, where one was asked for")
     patch_words: PatchWordsPart | None = None
@@ -222,6 +238,9 @@ class FinishedRecord(_AnyRecord):
                     raise ValueError(f"benchmarks.tasks.{name}.probes.{error}") from None
         if self.readout is not None:
             check_depths("readout", self.readout.depths, ("correct", "control"), self.readout.samples, layers)
+        for entry in self.photo_readout.grids if self.photo_readout else ():
+            for name in ("correct", "control"):
+                check_length(f"photo_readout.{entry.grid_size}.{name}", getattr(entry, name), entry.photographs)
         if self.lens is not None:
             check_depths("lens", self.lens.depths, ("correct",), self.lens.samples, layers)
         if self.patch_words is not None:

@@ -83,6 +83,7 @@ def patch_words(**changed: Any) -> dict[str, Any]:
 
 def test_check_record_with_words_of_patches_accepts_it(probed: dict[str, Any]) -> None:
     check_record(probed | {"patch_words": patch_words()})
+    check_record(probed | {"photo_readout": {"grids": [PHOTO_READOUT]}})
 
 
 def swaps(points: int, layer: int | None, **changed: Any) -> dict[str, Any]:
@@ -150,6 +151,9 @@ def without_field(path: str) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+PHOTO_READOUT = {"grid_size": 2, "photographs": 4, "correct": "0110", "control": "1000"}
+
+
 def with_value(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
     """Return a function that sets a field of a record.
 
@@ -213,6 +217,14 @@ def with_value(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (with_value("lens.depths", []), "lens.depths: .*0 entries.*6 layers"),
         (with_value("lens.samples", 5), r"lens.depths\[0\].correct: .*120 outcomes for 5"),
         (lambda record: record["lens"]["depths"][2].pop("logprob"), r"lens.depths\[2\].logprob: is missing"),
+        (
+            with_value("photo_readout", {"grids": [PHOTO_READOUT | {"photographs": 8}]}),
+            "photo_readout.2.correct: .*4 outcomes for 8",
+        ),
+        (
+            with_value("photo_readout", {"grids": [PHOTO_READOUT | {"correct": "x"}]}),
+            r"photo_readout.grids\[0\].correct: .*'x'",
+        ),
         (with_value("patch_words", patch_words(depths=[])), "patch_words.depths: .*0 entries.*6 layers"),
         (with_value("patch_words", patch_words(patches=[3])), "patch_words.patches: .*1 counts for 2 images"),
         (with_value("patch_words", patch_words(patches=[0, 9])), r"patch_words.depths\[0\].logit.right: .*more"),
