@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from transformers import set_seed
 
 from experiments.config.schema import ScratchModel, TrainConfig
 from experiments.data.encoding import Collator, SampleEncoder
+from experiments.training.compiled_layers import compile_decoder_layers
 from experiments.training.trainer import train_llava
 from tests.experiments.training.weights import copy_weights
 
@@ -17,6 +20,7 @@ def test_compiled_training_gives_the_same_weights(mini, mini_processor, mixed_sa
     start, runs = copy_weights(mini), []
     for compiled in (False, True):
         mini.load_state_dict(start)
+        set_seed(0)  # of the adapters' initial weights
         config = TrainConfig(
             max_steps=4, batch_size=4, warmup_steps=0, eval_steps=2, lora_rank=lora_rank, torch_compile=compiled
         )
@@ -37,3 +41,16 @@ def test_compiled_training_gives_the_same_weights(mini, mini_processor, mixed_sa
 def test_pretraining_of_the_vision_tower_refuses_compiled_layers():
     with pytest.raises(ValueError, match=r"model\.vision_pretraining\.torch_compile: .*found true"):
         ScratchModel(name="x", vision_pretraining=TrainConfig(torch_compile=True))
+
+
+def test_all_decoder_layers_share_one_graph(deep_llava, processor, shapes_split):
+    """Batches of another length need no other graph."""
+    torch._dynamo.reset()
+    counters.clear()
+    encode, collate = SampleEncoder(processor), Collator(processor)
+    items = sorted(map(encode, shapes_split.samples), key=lambda item: len(item["input_ids"]))
+    with torch.no_grad(), compile_decoder_layers(deep_llava):
+        for item in (items[0], items[-1]):
+            deep_llava(**collate([item, item]), use_cache=False)
+    assert len(items[0]["input_ids"]) < len(items[-1]["input_ids"])
+    assert counters["stats"]["unique_graphs"] == 1
