@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 from collections.abc import Iterator
 
 import torch
@@ -18,7 +20,15 @@ def compile_decoder_layers(model: PreTrainedModel) -> Iterator[None]:
 
     Args:
         model: A model with a language model whose decoder has `layers`.
+
+    Raises:
+        FileNotFoundError: If there is no C++ compiler, which torch.compile needs.
     """
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise FileNotFoundError(
+            f"train.torch_compile: no C++ compiler '{compiler}' was found; install it, name another in CXX, or use false"
+        )
     layers = list(model.get_decoder().layers)
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=True)

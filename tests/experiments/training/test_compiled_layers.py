@@ -1,5 +1,7 @@
 """Compiled training, compared with training that is not compiled."""
 
+import shutil
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -14,6 +16,10 @@ from tests.experiments.training.weights import copy_weights
 CPU = torch.device("cpu")
 
 
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
+
+
+@needs_compiler
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_compiled_training_gives_the_same_weights(mini, mini_processor, mixed_samples, tmp_path, lora_rank):
     """After it the layers are as before; measuring the validation split in between changes nothing."""
@@ -43,6 +49,17 @@ def test_pretraining_of_the_vision_tower_refuses_compiled_layers():
         ScratchModel(name="x", vision_pretraining=TrainConfig(torch_compile=True))
 
 
+def test_compiled_layers_without_a_compiler_raise_one_line(llava, monkeypatch):
+    monkeypatch.setenv("CXX", "no-compiler")
+    with (
+        pytest.raises(FileNotFoundError, match=r"train\.torch_compile: .*'no-compiler'"),
+        compile_decoder_layers(llava),
+    ):
+        pass
+    assert all("forward" not in vars(module) for module in llava.modules())
+
+
+@needs_compiler
 def test_all_decoder_layers_share_one_graph(deep_llava, processor, shapes_split):
     """Batches of another length need no other graph."""
     torch._dynamo.reset()
