@@ -26,7 +26,15 @@ _SETTINGS = {
     "probe.block": "probe.removal_block_size",
 } | {f"{group}.{old}": f"{group}.{new}" for group in _TRAIN_GROUPS for old, new in _TRAIN.items()}
 # Records from before a setting existed were made as if it had had this value.
-_PLATEAU = {"until": "steps", "eval_steps": 0, "patience": 3, "min_improvement": 0.005}
+_ADDED_TO_TRAINING = {
+    "until": "steps",
+    "eval_steps": 0,
+    "patience": 3,
+    "min_improvement": 0.005,
+    "prefusion_learning_rate": None,
+    "lora_init": None,
+    "torch_compile": False,
+}
 _ADDED = {
     "data.max_length": None,
     "data.validation_samples": 0,
@@ -34,10 +42,7 @@ _ADDED = {
     "probe.swaps": False,
     "probe.swap_pairs": 100,
     **{f"probe.{name}": False for name in ("contribution", "sinks", "leave_out_sinks", "onset")},
-    **{f"{group}.prefusion_learning_rate": None for group in _TRAIN_GROUPS},
-    **{f"{group}.lora_init": None for group in _TRAIN_GROUPS},
-    **{f"{group}.torch_compile": False for group in _TRAIN_GROUPS},
-    **{f"{group}.{name}": value for group in _TRAIN_GROUPS for name, value in _PLATEAU.items()},
+    **{f"{group}.{name}": value for group in _TRAIN_GROUPS for name, value in _ADDED_TO_TRAINING.items()},
 }
 
 _ADDED_TO_CONVERSATIONS: dict[str, Any] = {  # of data=llava_json alone

@@ -24,9 +24,15 @@ class Mixture(Sequence[Sample]):
     def __getitem__(self, index: int) -> Sample:  # type: ignore[override]
         if not 0 <= index < len(self):
             raise IndexError(index)
-        prefix, samples = self.parts[index % len(self.parts)]
-        sample = samples[index // len(self.parts)]
+        part, number = self.locate(index)
+        prefix, samples = self.parts[part]
+        sample = samples[number]
         (load,) = sample.loaders
         question_types = [f"{prefix}{question_type}" for question_type in sample.question_types]
         loaders = (IndexedImageLoader(index, load),)  # type: ignore[arg-type]
         return replace(sample, loaders=loaders, question_types=question_types)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Return the number of the part that a sample comes from, and its index there."""
+        number, part = divmod(index, len(self.parts))
+        return part, number

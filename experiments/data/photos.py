@@ -109,9 +109,8 @@ class PhotoGridSamples(Sequence[Sample]):
 
     def patches(self) -> Bool[np.ndarray, "cells patches"]:
         """Return whether each patch of an image lies on each photograph, both in reading order."""
-        covers = np.zeros(
-            (self.grid_size, self.side), dtype=bool
-        )  # rows of the grid, rows of patches; columns are alike
+        # Rows of the grid by rows of patches; columns are alike.
+        covers = np.zeros((self.grid_size, self.side), dtype=bool)
         for row, start in zip(covers, self.starts, strict=True):
             row[start : start + self.photo_side] = True
         return np.einsum("ry,cx->rcyx", covers, covers).reshape(self.grid_size**2, self.side**2)
@@ -215,12 +214,9 @@ def photo_grids(samples: Sequence[Sample]) -> list[tuple[PhotoGridSamples, int] 
     if not isinstance(samples, Mixture):
         return [None] * len(samples)
     parts = [part.samples if isinstance(part, OneQuestionPerImage) else part for _, part in samples.parts]
-    grids: list[tuple[PhotoGridSamples, int] | None] = []
-    for index in range(len(samples)):
-        part = parts[index % len(parts)]
-        is_grid = isinstance(part, PhotoGridSamples) and part.grid_size > 1
-        grids.append((part, index // len(parts)) if is_grid else None)  # type: ignore[arg-type]
-    return grids
+    grids = [part if isinstance(part, PhotoGridSamples) and part.grid_size > 1 else None for part in parts]
+    places = map(samples.locate, range(len(samples)))
+    return [None if (grid := grids[part]) is None else (grid, number) for part, number in places]
 
 
 def _divide_photos(photos: LabelledPhotos, split: str, seed: int) -> LabelledPhotos:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from experiments.data.photos import PhotoGridSamples, photo_grids
 from experiments.data.samples import Sample
@@ -35,19 +35,23 @@ def measure_photo_readout(
     name either, since only the other patches could tell it more.
 
     Args:
-        model: A LLaVA or LLaVA-Mini.
+        model: The model.
         questions: One question of each sample.
         samples: The test split's samples, in the same order.
 
     Returns:
         For each grid size, whether each photograph was named right, image by image and in reading order. None without grids
-        of photographs, with fewer images than folds, or if the projector does not read one feature a patch.
+        of photographs, with fewer images than folds, for a model that is no LLaVA or LLaVA-Mini, or if the projector does
+        not read one feature a patch of the whole image.
     """
     grids = photo_grids(samples)
-    if not any(grids):
+    if not any(grids) or not isinstance(model, LlavaForConditionalGeneration):
+        return None
+    projector_inputs = _projector_inputs(model, questions)
+    if len(projector_inputs) != len(grids):  # an image in tiles
         return None
     by_size: dict[int, list[_Image]] = {}
-    for entry, features in zip(grids, _projector_inputs(model, questions), strict=True):
+    for entry, features in zip(grids, projector_inputs, strict=True):
         if entry:
             by_size.setdefault(entry[0].grid_size, []).append(_Image(*entry, features))
     images = [image for group in by_size.values() for image in group]
@@ -62,7 +66,9 @@ def measure_photo_readout(
     }
 
 
-def _projector_inputs(model: PreTrainedModel, questions: EncodedQuestions) -> list[Float[Tensor, "patches width"]]:
+def _projector_inputs(
+    model: LlavaForConditionalGeneration, questions: EncodedQuestions
+) -> list[Float[Tensor, "patches width"]]:
     """Return the features of each question's image that the projector reads."""
     captured: list[Tensor] = []
     base: Any = model.model

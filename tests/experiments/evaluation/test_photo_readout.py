@@ -1,4 +1,4 @@
-"""The read-out of photographs from vision features, compared with loops over patches and with a planted vision tower."""
+"""The read-out of photographs from vision features, compared with loops over patches."""
 
 from __future__ import annotations
 
@@ -78,6 +78,11 @@ def test_measure_photo_readout_without_enough_grids_is_none(llava, processor, sh
     assert measure_photo_readout(llava, questions_of(single, processor), single.samples) is None
     few = load_photos(noisy_photos, "test", 4, 0, ["3x3"], 3, 16, captions=False)
     assert measure_photo_readout(llava, questions_of(few, processor), few.samples) is None  # fewer than folds
+
+
+def test_measure_photo_readout_of_a_model_of_another_family_is_none(processor, noisy_photos):
+    split = load_photos(noisy_photos, "test", 8, 0, ["3x3"], 3, 16, captions=False)
+    assert measure_photo_readout(torch.nn.Identity(), questions_of(split, processor), split.samples) is None
 
 
 def test_measure_photo_readout_of_a_llava_mini_is_that_of_its_llava(llava, processor, noisy_photos):
