@@ -14,7 +14,7 @@ from rich.console import Console
 
 from experiments.report import figures, html, terminal
 from experiments.report.experiment_specs import ExperimentSpec
-from experiments.report.figure_entries import EXPERIMENT_SUFFIXES, FIXED_STEMS
+from experiments.report.figure_entries import EXPERIMENT_SUFFIXES, FIXED_STEMS, PROBE_SEPARATOR, PROBE_STEMS
 from experiments.report.results import Report
 from experiments.report.tables import writers
 
@@ -75,6 +75,8 @@ def _move_files(temporary: Path, out: Path, specs: Sequence[ExperimentSpec]) -> 
     table_names = [*(name + end for name in names for end in ("", "_orderings")), "generated_scores", "benchmarks"]
     possible |= {f"tables/{name}.{suffix}" for name in table_names for suffix in WRITERS}
     possible.add(html.ATTENTION_PAGE)
+    earlier = (path for stem in PROBE_STEMS for path in out.glob(f"figures/{stem}{PROBE_SEPARATOR}*"))
+    possible |= {path.relative_to(out).as_posix() for path in earlier}
     for stale in possible - {path.as_posix() for path in made}:
         (out / stale).unlink(missing_ok=True)
     for path in sorted(made, key=lambda path: path.name == "index.html"):

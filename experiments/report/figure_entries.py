@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from functools import partial
 
 from matplotlib.figure import Figure
 
-from experiments.records.views import Record
+from experiments.records.views import Record, record_label, record_seed
 from experiments.report import captions, figures
 from experiments.report.claims.registry import Finding
 from experiments.report.experiment_results import ExperimentResults
@@ -23,6 +24,8 @@ CURVES_SUFFIX = "_learning_curves"
 """Ending of the stem of an experiment's learning-curve figure."""
 CLAIMS_STEM, REMOVAL_STEM, ABLATION_STEM = "claims", "removal_by_block", "ablation"
 """Stems of the figures that the page opens with."""
+PROBE_SEPARATOR = "_of_"
+"""Between the stem of a probe's figure and the name of its analysis, where there are several."""
 EXPERIMENT_SUFFIXES = ("", CURVES_SUFFIX, COST_SUFFIX)
 """Endings of the stems of all figures of an experiment, in the order of the page."""
 
@@ -53,8 +56,8 @@ def figure_entries(
     """List every figure of a report, in order.
 
     Each experiment has a figure of its rows, one of their learning curves if they were measured, and one of their cost if
-    they differ in it. Each probe is drawn for the
-    first record that holds it. The ablation figures show the largest family of run groups.
+    they differ in it. Each probe has a figure for every analysis that holds it, of several seeds the first. The ablation
+    figures show the largest family of run groups.
 
     Args:
         experiments: Experiments with their runs. If there are any, other figures that were not run are left out.
@@ -67,14 +70,26 @@ def figure_entries(
     for results in experiments:
         yield from _experiment_entries(results)
     for stem, title, part, draw, caption in _PROBE_FIGURES:
-        record = next((record for record in probed if record.get(part) is not None), None)
-        if record is not None:
-            yield FigureEntry(stem, title, f"{caption(record)} {captions.probe_source(record)}", partial(draw, record))
-        elif part not in _UNMENTIONED_PARTS and (probed or not experiments):
+        analyses = _one_of_each_analysis([record for record in probed if record.get(part) is not None])
+        for number, (name, record) in enumerate(analyses.items()):
+            text = f"{caption(record)} {captions.probe_source(record)}"
+            # The first keeps the plain stem, which notebooks and pages name.
+            own_stem = stem if number == 0 else f"{stem}{PROBE_SEPARATOR}{re.sub(r'[^A-Za-z0-9.]+', '_', name).strip('_')}"
+            yield FigureEntry(own_stem, title if len(analyses) == 1 else f"{title}: {name}", text, partial(draw, record))
+        if not analyses and part not in _UNMENTIONED_PARTS and (probed or not experiments):
             note = next((f" ({note})" for record in probed if (note := record.get(f"{part}_note"))), "")
             yield FigureEntry(stem, title, f"Not drawn: no finished record holds {part} measurements{note}.", None)
     if ablation or not experiments:
         yield from _ablation_entries(ablation)
+
+
+def _one_of_each_analysis(records: Sequence[Record]) -> dict[str, Record]:
+    """Return the first record of each name, by the name without the seed."""
+    analyses: dict[str, Record] = {}
+    for record in records:
+        words = record_label(record).split(", ")
+        analyses.setdefault(", ".join(word for word in words if word != f"seed {record_seed(record)}"), record)
+    return analyses
 
 
 def _experiment_entries(results: ExperimentResults) -> Iterator[FigureEntry]:
@@ -185,5 +200,7 @@ _ABLATION_TITLES = {
     "accuracy_vs_cost": "Accuracy against cost",
 }
 """Titles of the ablation figures by stem."""
-FIXED_STEMS = (CLAIMS_STEM, *(entry[0] for entry in _PROBE_FIGURES), *_ABLATION_TITLES)
+PROBE_STEMS = tuple(entry[0] for entry in _PROBE_FIGURES)
+"""Stems of the probes' figures, of which there may be several."""
+FIXED_STEMS = (CLAIMS_STEM, *PROBE_STEMS, *_ABLATION_TITLES)
 """Stems of the figures that belong to no experiment."""

@@ -24,6 +24,21 @@ def unit(value: float, units: Sequence[tuple[float, str]] = UNITS) -> tuple[floa
     return next((pair for pair in units if value >= pair[0]), units[-1])
 
 
+def setting_text(key: str, value: object) -> str:
+    """Return a setting as one types it on the command line.
+
+    Example:
+        >>> setting_text("data.parts", ["2x2", "one"])
+        'data.parts=[2x2,one]'
+    """
+    return f"{key}={setting_value(value)}"
+
+
+def setting_value(value: object) -> str:
+    """Return the value of a setting as one types it on the command line."""
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
+
+
 def format_interval(interval: Interval, sign: bool = False) -> str:
     """Format a mean and its bounds (fractions) as percent: "83.1 [81.0, 85.2]"."""
     mean, low, high = (format_signed(100 * value, sign) for value in interval)

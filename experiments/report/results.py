@@ -14,6 +14,7 @@ from experiments.records.benchmarks import is_benchmark_record
 from experiments.records.files import Records, load_records, select_records
 from experiments.records.views import Record, is_attention_experiment, parse_outcomes, record_seed
 from experiments.report import tables
+from experiments.report.analysis_names import name_analyses
 from experiments.report.benchmark_samples import benchmark_samples
 from experiments.report.claims.registry import Finding, judge_by_question_type, judge_claims
 from experiments.report.experiment_results import ExperimentResults, match_results
@@ -72,7 +73,7 @@ class Report:
         self.attention_page, self.folder = attention_page, folder
         request = request or ReportRequest((), {})
         self.specs: tuple[ExperimentSpec, ...] = load_specs() if specs is None else tuple(specs)
-        self.records: Records = request.select_records(records)
+        self.records: Records = name_analyses(request.select_records(records))
         groups = group_runs(self.records)
         self.experiments: dict[str, ExperimentResults] = self._match_experiments(request, groups)
         if request.experiments:
@@ -209,7 +210,7 @@ class Report:
             onset.onset_table(self.probed),
             blind_controls.blind_controls_table(self.probed),
             generated_scores.generated_scores_table(self.groups),
-            question_types.question_type_table(self.groups, self.probed),
+            question_types.question_type_table([g for g in self.groups if not g.only_analyses], self.probed),
             question_types.removal_by_question_type_table(self.probed),
             *photo_readout.photo_readout_tables(self.records.finished),
             *patch_words.patch_words_tables(self.records.finished),

@@ -25,6 +25,7 @@ from experiments.records.views import (
     parse_outcomes,
     record_seed,
 )
+from experiments.report.formatting import setting_text
 from experiments.report.statistics import Interval, accuracy_interval, difference_interval, holm, paired_test
 
 
@@ -252,8 +253,7 @@ def _differing_settings(groups: Sequence[RunGroup]) -> list[str]:
     own_column = {"compressor.name", "compressor.size", "prefusion.layers"}
     flat = [{key: value for key, value in group.config.items() if key not in own_column} for group in groups]
     for settings, group in zip(flat, groups, strict=True):
-        # Without a compressor or pre-fusion, the other settings of that part have no effect.
-        for part, name, unused in (("compressor.", "name", "none"), ("prefusion.", "layers", 0)):
+        for part, name, unused in _PARTS_WITHOUT_EFFECT:
             if group.config.get(part + name) == unused:
                 for key in [key for key in settings if key.startswith(part)]:
                     del settings[key]
@@ -262,4 +262,13 @@ def _differing_settings(groups: Sequence[RunGroup]) -> list[str]:
         for key, value in settings.items():
             values[key].add(str(value))
     differing = {key for key, texts in values.items() if len(texts) > 1}
-    return [", ".join(f"{key}={settings[key]}" for key in sorted(differing & settings.keys())) for settings in flat]
+    return [", ".join(setting_text(key, settings[key]) for key in sorted(differing & settings.keys())) for settings in flat]
+
+
+_PARTS_WITHOUT_EFFECT = (
+    ("compressor.", "name", "none"),
+    ("prefusion.", "layers", 0),
+    ("reduction.", "name", "none"),
+    ("budget.", "method", "none"),
+)
+"""Parts of a configuration that have no effect if one of their settings has a value: part, setting and value."""

@@ -14,7 +14,8 @@ from experiments.report.tables.table import Table
 
 MOST_LINES = 25
 _MOST_CLAIMS = 12
-_OMITTED_COLUMNS = ("n", "Seeds", "Parameters", "Paper", "Measured on", "Line", "Smallest effect")
+_OMITTED_COLUMNS = ("n", "Seeds", "Parameters", "Paper", "Line", "Smallest effect")
+_MEASURED_ON = "Measured on"
 _EXPERIMENT_COLUMNS = ("Row", "FLOPs", "Accuracy (%)", "Difference", "p")
 
 
@@ -50,6 +51,8 @@ def print_summary(console: Console, report: Report, page: Path) -> None:
 def _print_rows(console: Console, table: Table, most: int) -> int:
     """Print the first rows of a table, one line each, and return how many lines its rows took."""
     columns = [column for column in table.text.columns if column not in _OMITTED_COLUMNS]
+    if _MEASURED_ON in columns and not table.text[columns[0]].duplicated().any():
+        columns.remove(_MEASURED_ON)  # without it, every row is told apart
     # The label of a row names its settings.
     columns = [column for column in columns if "Row" not in columns or column in _EXPERIMENT_COLUMNS]
     rendered = RichTable(box=None, pad_edge=False, header_style="bold")

@@ -9,6 +9,7 @@ from typing import Any
 from experiments.records.views import start_time
 from experiments.report.claims.claim import Case
 from experiments.report.claims.steps import Step, Steps
+from experiments.report.formatting import setting_value
 from experiments.report.run_groups import RunGroup
 
 OUTSIDE, INSIDE = "outside", "inside"
@@ -128,7 +129,7 @@ def _make_cell(group: RunGroup) -> Cell | None:
         *(["prefusion.", "train.prefusion_"] if not layers else []),
         *(["compressor."] if compressor == "none" else []),
     ]
-    rest = {k: repr(v) for k, v in config.items() if k not in _AXES and not k.startswith(tuple(unused))}
+    rest = {k: setting_value(v) for k, v in config.items() if k not in _AXES and not k.startswith(tuple(unused))}
     return Cell(group, compressor, size, layers, location, {**rest, _FINGERPRINT: group.fingerprint})
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from experiments.report.claims import attention, compression, knockout, onset, prefusion, removal, tokens
 from experiments.report.claims.answers import UNDECIDED, Estimate
 from experiments.report.claims.claim import Case, Claim
+from experiments.report.formatting import setting_text
 from experiments.report.run_groups import RunGroup
 from experiments.report.training_ends import STILL_IMPROVING, is_still_improving
 
@@ -115,4 +116,4 @@ def _name(case: Case) -> str:
 
 
 def _texts(case: Case, keys: Iterable[str]) -> list[str]:
-    return [f"{key}={str(case.settings[key]).strip(chr(39))}" for key in keys if key in case.settings]
+    return [setting_text(key, case.settings[key]) for key in keys if key in case.settings]

@@ -10,7 +10,7 @@ import pandas as pd
 
 from experiments.records.views import Record, parse_outcomes, record_label
 from experiments.report.formatting import EXACT_MATCH, NONE, format_interval
-from experiments.report.run_groups import RunGroup
+from experiments.report.run_groups import RunGroup, name_differing_settings
 from experiments.report.statistics import accuracy_interval
 from experiments.report.tables.table import Table, data_frame, group_name, interval_columns
 
@@ -32,11 +32,11 @@ def question_type_table(groups: Sequence[RunGroup], probed: Sequence[Record]) ->
     """Build the table of accuracy by question type: every run group, then each probed model with its blind controls.
 
     Args:
-        groups: All run groups of the report.
+        groups: Run groups that were compared with each other.
         probed: Finished records with a probe.
     """
     rows: list[tuple[str, str, int, Sequence[str], np.ndarray]] = []
-    for group in groups:
+    for group in name_differing_settings(groups):
         matrix = group.outcomes()
         if matrix is not None:
             rows.append((group_name(group), "image", len(matrix), group.finished[0]["data"]["kinds"], matrix))
