@@ -28,7 +28,10 @@ smol: $(STAMP)
 	@test -n "$(PHOTOS)" || { echo "error: name the folder of photographs: make smol PHOTOS=FOLDER (docs/data.md, Photographs)"; exit 1; }
 	$(BIN)/python -m experiments.run experiment=smol_stage1 results=$(AGAIN)/training save=$(AGAIN)/stage1 $(SMOL) $(PARTS)
 	$(BIN)/python -m experiments.run experiment=smol_stage2 results=$(AGAIN)/training model.path=$(AGAIN)/stage1 save=$(AGAIN)/stage2 $(SMOL)
-	$(BIN)/python -m experiments.run experiment=smol_attention results=$(AGAIN) model.adapter=$(AGAIN)/stage2/adapter $(SMOL) $(PARTS)
+	$(BIN)/python -m experiments.run -m experiment=smol_attention "data.parts=[2x2],[3x3],[one]" results=$(AGAIN) \
+	    model.adapter=$(AGAIN)/stage2/adapter $(SMOL) $(PARTS)
+	$(BIN)/python -m experiments.run -m experiment=swaps model=smol_grids model.dtype=bfloat16 data=photos "data.parts=[2x2],[3x3]" \
+	    data.test_samples=100 results=$(AGAIN) model.adapter=$(AGAIN)/stage2/adapter $(SMOL) $(PARTS)
 	$(BIN)/python -m experiments.run -m experiment=smol_ablations seed=0,1 results=$(AGAIN) model.adapter=$(AGAIN)/stage2/adapter $(SMOL) $(PARTS)
 	$(BIN)/python -m experiments.report --results $(AGAIN)
 

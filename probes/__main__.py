@@ -102,14 +102,20 @@ def _report(name: str, answer: Any) -> None:
         bar = "█" * round(share * _BAR)
         line = f"{layer:>5}  {share:.2f} {bar:<{_BAR}}"
         if answer.removal is not None:
-            line += f"  {answer.removal[layer].exp():.3f}"
+            line += f"  {_probability(answer.removal[layer])}"
         print(line.rstrip())
     if answer.removal is not None:
-        print(f"{'none':>5}  {'':<{_BAR + 5}}  {answer.removal[-1].exp():.3f}")
+        print(f"{'none':>5}  {'':<{_BAR + 5}}  {_probability(answer.removal[-1])}")
     order = sorted(range(len(mass)), key=lambda index: -mass[index])[:_TOP_LAYERS]
     print("\nmost attention on the image: " + ", ".join(f"layer {layers[i]} ({mass[i]:.2f})" for i in order))
     for note in answer.notes:
         print(note)
+
+
+def _probability(logarithm: Any) -> str:
+    """Return the probability of an answer: with three decimals, or as a power of ten where long answers make it small."""
+    probability = float(logarithm.exp())
+    return f"{probability:.3f}" if probability >= 0.001 else f"{probability:.0e}"
 
 
 def _open_image(path: str) -> Any:

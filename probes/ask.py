@@ -18,7 +18,7 @@ from probes.attention.record import AttentionRecord
 from probes.attention.recording import record_attention
 from probes.attention.sinks import SINK_STATISTICS, find_sinks
 from probes.attribution import Relevancy, relevancy
-from probes.fusion.curves import answer_logprob, removal_curve
+from probes.fusion.curves import ScoreFunction, removal_curve
 from probes.hooks.decoder import decoder_layers, find_decoder
 from probes.interventions import intervene
 from probes.readouts.logit_lens import LogitLens, decode_one_by_one, logit_lens
@@ -49,8 +49,8 @@ class Answer:
         tokens: Map of the prompt and the answer.
         inputs: Inputs of the prompt and the answer.
         attention: Attention of each word of the question and the answer.
-        removal: Log-probability (nats) of the answer's first token without the image from layer k on, for k = 0, 1, ...,
-            all layers; None if it was not measured.
+        removal: Log-probability (nats) of the answer, its special tokens left out, without the image from layer k on, for
+            k = 0, 1, ..., all layers; None if it was not measured.
         lens: The logit lens on the visual tokens; None if it was not read.
         relevancy: Relevancy for the answer's first token; None if it was not computed.
         tokenizer: The tokenizer of the model.
@@ -84,7 +84,7 @@ class Answer:
         sinks = find_sinks(self.attention, self.tokens, self.attention.targets)
         parts["sinks"] = sinks.by_attention[:, 0], SINK_RULE
         if self.removal is not None:
-            label = "probability of the answer's first token without the image, from a layer on"
+            label = "probability of the answer without the image, from a layer on"
             starts = range(len(self.removal))
             parts["removal"] = LayerCurve(label, starts, self.removal.exp().tolist())
         return AttentionView([self.attention.view_run(self.images, name, **parts)], title or self.question)
@@ -174,9 +174,9 @@ def ask(
         _intervene(stack, model, tokens, interventions)
         attention = stack.enter_context(record_attention(model, tokens, words=words, statistics=STATISTICS))
         model(**inputs)
-    first = ids[:1].cpu()
+    first, score = ids[:1].cpu(), _whole_answer_logprob(ids.tolist(), tokenizer.all_special_ids)
     measurements: dict[str, Callable[[], Any]] = {
-        "removal": lambda: torch.from_numpy(removal_curve(model, tokens, inputs, answer_logprob(tokens, first))[:, 0]),
+        "removal": lambda: torch.from_numpy(removal_curve(model, tokens, inputs, score)[:, 0]),
         "lens": lambda: _read_lens(model, tokens, inputs),
         "relevancy": lambda: relevancy(model, tokens, inputs, first),
     }
@@ -244,6 +244,21 @@ def append_answer(
     if "answer_mask" in inspect.signature(model.forward).parameters:  # LLaVA-Mini fuses the image into prompts alone
         inputs["answer_mask"] = labels >= 0
     return inputs, labels
+
+
+def _whole_answer_logprob(ids: Sequence[int], special: Sequence[int]) -> ScoreFunction:
+    """Return a score function: the log-probability (nats) of an answer at the end of the inputs, without special tokens.
+
+    The first token alone would tell little of an answer such as "The ring is red".
+    """
+    counted = [number for number, token in enumerate(ids) if token not in special]
+    at = torch.tensor(counted) - len(ids) - 1  # each token is predicted by the position before it
+
+    def score(logits: Float[Tensor, "batch positions vocabulary"]) -> Float[Tensor, " batch"]:
+        predicted = logits[:, at.to(logits.device)].float().log_softmax(-1)
+        return predicted[:, range(len(counted)), [ids[number] for number in counted]].sum(1)
+
+    return score
 
 
 def _intervene(stack: ExitStack, model: PreTrainedModel, tokens: TokenMap, interventions: Sequence[Any]) -> None:

@@ -169,6 +169,14 @@ def fusion(record: Record) -> str:
     return " ".join(parts)
 
 
+def knockout_types(record: Record) -> str:
+    """Return the caption of the knock-out figure by question type."""
+    return (
+        f"Accuracy with all text cut off from vision in {_layer_count(record['knockout']['width'])}, by type of question. "
+        "Where it falls, text needs to read the image there. Bands: 95% bootstrap intervals over the questions of the type."
+    )
+
+
 def logit_lens(record: Record) -> str:
     """Return the caption of the logit-lens figure."""
     guess = " The text-only guess counts whole answers." if record["data"].get("guess") is not None else ""

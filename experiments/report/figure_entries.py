@@ -74,9 +74,13 @@ def figure_entries(
         for number, (name, record) in enumerate(analyses.items()):
             text = f"{caption(record)} {captions.probe_source(record)}"
             # The first keeps the plain stem, which notebooks and pages name.
-            own_stem = stem if number == 0 else f"{stem}{PROBE_SEPARATOR}{re.sub(r'[^A-Za-z0-9.]+', '_', name).strip('_')}"
-            yield FigureEntry(own_stem, title if len(analyses) == 1 else f"{title}: {name}", text, partial(draw, record))
-        if not analyses and part not in _UNMENTIONED_PARTS and (probed or not experiments):
+            own_stem = (
+                stem if number == 0 else f"{stem}{PROBE_SEPARATOR}{re.sub(r'[^A-Za-z0-9.]+', '_', name).strip('_')}"
+            )
+            yield FigureEntry(
+                own_stem, title if len(analyses) == 1 else f"{title}: {name}", text, partial(draw, record)
+            )
+        if not analyses and stem not in _UNMENTIONED_STEMS and (probed or not experiments):
             note = next((f" ({note})" for record in probed if (note := record.get(f"{part}_note"))), "")
             yield FigureEntry(stem, title, f"Not drawn: no finished record holds {part} measurements{note}.", None)
     if ablation or not experiments:
@@ -134,8 +138,8 @@ def _ablation_entries(ablation: Sequence[RunGroup]) -> Iterator[FigureEntry]:
             yield FigureEntry(stem, title, caption, partial(draw, groups))
 
 
-_UNMENTIONED_PARTS = ("contribution", "sinks", "swaps")
-"""Parts of a record that a report does not mention if no record has them."""
+_UNMENTIONED_STEMS = ("knockout_by_kind", "contribution_by_layer", "sinks_by_layer", "swaps_by_property")
+"""Stems of figures that a report does not mention if no record has what they need."""
 _PROBE_FIGURES: tuple[tuple[str, str, str, Callable[[Record], Figure], Callable[[Record], str]], ...] = (
     (
         REMOVAL_STEM,
@@ -150,6 +154,13 @@ _PROBE_FIGURES: tuple[tuple[str, str, str, Callable[[Record], Figure], Callable[
         "knockout",
         figures.fusion_figure,
         captions.fusion,
+    ),
+    (
+        "knockout_by_kind",
+        "Knock-out by question type",
+        "knockout",
+        figures.knockout_types_figure,
+        captions.knockout_types,
     ),
     (
         "attention_by_layer",

@@ -36,6 +36,7 @@ _OTHER_TABLES = {
     "generated_scores": "Scores of generated answers",
     "accuracy_by_kind": "Accuracy by question type",
     "removal_by_kind": "Removal by question type",
+    "knockout_by_kind": "Knock-out by question type",
     "photo_readout": "Photographs read out of the features",
     "patch_words": "Words of patches",
 }

@@ -30,6 +30,7 @@ from experiments.report.tables import (
     claims,
     fusion_depth,
     generated_scores,
+    knockout_types,
     onset,
     patch_words,
     photo_readout,
@@ -187,7 +188,7 @@ class Report:
         Example:
             >>> from experiments.report import load
             >>> claims = load("results/smol").claims().set_index("claim")
-            >>> claims.answer["prefusion_rescues"].unique().tolist()
+            >>> claims.answer["first_block"].unique().tolist()
             ['holds']
         """
         return self.tables["claims"].data.drop(columns="question_type")
@@ -212,6 +213,7 @@ class Report:
             generated_scores.generated_scores_table(self.groups),
             question_types.question_type_table([g for g in self.groups if not g.only_analyses], self.probed),
             question_types.removal_by_question_type_table(self.probed),
+            *knockout_types.knockout_types_tables(self.probed),
             *photo_readout.photo_readout_tables(self.records.finished),
             *patch_words.patch_words_tables(self.records.finished),
             claims.claims_by_question_type_table(judge_by_question_type(self.findings)),

@@ -262,7 +262,9 @@ def _differing_settings(groups: Sequence[RunGroup]) -> list[str]:
         for key, value in settings.items():
             values[key].add(str(value))
     differing = {key for key, texts in values.items() if len(texts) > 1}
-    return [", ".join(setting_text(key, settings[key]) for key in sorted(differing & settings.keys())) for settings in flat]
+    return [
+        ", ".join(setting_text(key, settings[key]) for key in sorted(differing & settings.keys())) for settings in flat
+    ]
 
 
 _PARTS_WITHOUT_EFFECT = (

@@ -13,8 +13,8 @@ from experiments.models import lora
 from experiments.records.files import load_records
 from experiments.records.views import parse_outcomes
 
-SMOL = ASSETS / "smol"
-RECORDS = ASSETS.parents[1] / "results" / "smol" / "records"
+SMOL = ASSETS / "smol_grids"
+RECORDS = ASSETS.parents[1] / "results" / "smol" / "training" / "records"
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_adapter_files_name_no_path_of_one_machine():
 
 
 def test_card_shows_the_numbers_of_the_record():
-    (record,) = (record for record in load_records(RECORDS).finished if record["experiment"] == "smol_attention")
+    (record,) = (record for record in load_records(RECORDS).finished if record["experiment"] == "smol_stage2")
     card = (SMOL / "README.md").read_text()
     views = {**record["accuracy"], "guess": record["data"]["guess"]}
     shown = [100 * parse_outcomes(views[name]).mean() for name in ("image", "blank", "shuffled", "guess")]

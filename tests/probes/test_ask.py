@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from probes import RemoveTokens
+from probes import RemoveTokens, TokenMap, intervene
 from probes.ask import append_answer, ask, encode_prompt
 from probes.view.page import page_data
 from tests.experiments.model_families import chat_family, noise_image
@@ -55,6 +55,24 @@ def test_ask_under_an_intervention_answers_as_the_intervened_model_does(shipped)
     other = ask(model, processor, question, [Image.new("RGB", image.size)], interventions=[everywhere])
     assert blind.text == other.text
     assert blind.removal is None
+
+
+def test_removal_curve_is_the_probability_of_every_word_of_the_answer(shipped):
+    """Intact, and without the image in all layers, the words are read one by one, each in a pass of its own."""
+    model, processor, image = shipped
+    question, words = "what shape is right of the green ring?", "triangle red left"
+    answer = ask(model, processor, question, [image], answer=words)
+    prompt = encode_prompt(model, processor, question, [image])
+    ids = processor.tokenizer(words, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+    assert len(ids) > 1
+    for interventions, found in (([], answer.removal[-1]), ([RemoveTokens("vision", layers=range(6))], answer.removal[0])):
+        expected = 0.0
+        for count in range(len(ids)):
+            inputs, labels = append_answer(model, prompt, ids[:count])
+            tokens = TokenMap.from_inputs(model, inputs, processor, [image])
+            with torch.no_grad(), intervene(model, tokens, *interventions):
+                expected += float(model(**inputs).logits[0, -1].log_softmax(-1)[ids[count]])
+        assert float(found) == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize(("images", "key"), [([], "images"), (["empty"], "answer")])

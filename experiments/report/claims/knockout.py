@@ -9,12 +9,13 @@ from jaxtyping import Float
 
 from experiments.records.views import Record, parse_outcomes
 from experiments.report.claims.claim import Case, Claim
-from experiments.report.claims.image_need import NOT_NEEDED, if_image_is_needed
+from experiments.report.claims.image_need import if_image_is_needed
 from experiments.report.claims.probed import probed_groups
 from experiments.report.claims.removal import KEPT
 from experiments.report.claims.shares import Share
 from experiments.report.run_groups import RunGroup
 
+_TOO_LITTLE = "over all windows, cutting text off costs too little to tell"
 _TOO_WIDE = 10
 """Width at which windows that begin in the first half hold 90% of the damage of a layer right after it."""
 
@@ -28,7 +29,7 @@ def _cases(groups: Sequence[RunGroup]) -> Iterator[Case]:
         damage = np.stack([_damage(other) for other in group.finished])  # [seeds, windows, questions]
         starts = [min(run["layers"]) for run in record["knockout"]["windows"][1:]]
         early = np.asarray(starts) < layers / 2
-        share = Share(damage[:, early].sum(1), damage.sum(1), KEPT, 0.0, NOT_NEEDED)
+        share = Share(damage[:, early].sum(1), damage.sum(1), KEPT, 0.0, _TOO_LITTLE)
         needed = if_image_is_needed(share, group.finished)
         yield Case(needed, (group,), group.config, f"windows of {width} in {layers} layers")
 

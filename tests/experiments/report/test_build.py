@@ -99,6 +99,7 @@ def test_write_report_whole_study_writes_all_files(whole: Path) -> None:
         "claims",
         "claims_by_question_type",
         "fusion_depth",
+        "knockout_by_kind",
         "onset",
         "provenance",
         "removal_by_kind",
@@ -118,7 +119,7 @@ def test_page_is_self_contained_and_its_links_exist(whole: Path) -> None:
     page = read(whole)
     assert {"link", "iframe"}.isdisjoint(page.tags)
     embedded = [reference for reference in page.references if reference.startswith("data:")]
-    assert len(embedded) == 10
+    assert len(embedded) == 11
     links = {reference for reference in page.references if reference.startswith("#")}
     assert len(links) > 10
     assert {link.removeprefix("#") for link in links} <= set(page.ids)
