@@ -89,7 +89,7 @@ def test_notebook_in_a_kernel_shows_the_committed_outputs(path, tmp_path):
     committed = [(cell.source, output) for cell in book.cells for output in cell.get("outputs", [])]
     executed = run_notebook(path, tmp_path)
     assert not list(differences(committed, executed)), "run `make notebooks` if the change is meant"
-    drawn = {"ablation_tables": 1, "attention_analysis": 7, "own_model": 3, "smol_study": 8}
+    drawn = {"ablation_tables": 1, "attention_analysis": 7, "own_model": 3, "smol_study": 12}
     for outputs in (committed, executed):
         figures = shown_figures(outputs)
         assert len(figures) == drawn[path.stem]

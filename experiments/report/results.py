@@ -214,7 +214,7 @@ class Report:
             question_types.question_type_table([g for g in self.groups if not g.only_analyses], self.probed),
             question_types.removal_by_question_type_table(self.probed),
             *knockout_types.knockout_types_tables(self.probed),
-            *photo_readout.photo_readout_tables(self.records.finished),
+            *photo_readout.photo_readout_tables(self.probed),
             *patch_words.patch_words_tables(self.records.finished),
             claims.claims_by_question_type_table(judge_by_question_type(self.findings)),
             provenance.provenance_table(self.records),
@@ -228,6 +228,7 @@ class Report:
             return ()  # nothing is missing: benchmarks have a table
         # A record that holds nothing but a logit lens or swaps has no fusion depth, so it is not among the probed.
         others = [r for r in self.records.finished if r.get("lens") is not None or r.get("swaps") is not None]
+        others.sort(key=lambda record: (record["name"], str(record_seed(record)), record["id"]))
         experiments = tuple(self.experiments.values())
         return tuple(figure_entries(experiments, (*self.probed, *others), self._ablation_groups, self.findings))
 
