@@ -21,8 +21,8 @@ _STYLES: dict[str, dict[str, Any]] = {
 }
 _UNITS = {"share": "Share (%)", "difference": "Difference of accuracy (percentage points)"}
 _LABEL_CHARACTERS = 48
-_ROW_HEIGHT = 0.36
-"""Height of a row in inches: two lines of a label."""
+_LINE_HEIGHT = 0.16
+"""Height of a line of a label in inches."""
 
 
 @styled
@@ -42,8 +42,10 @@ def claims_figure(findings: Sequence[Finding]) -> Figure:
     if not drawn:
         raise ValueError("claims: no claim has a value to draw")
     heights = [len(rows) for rows in drawn.values()]
+    labels = [_label(finding, rows) for rows in drawn.values() for finding in rows]
+    row_height = _LINE_HEIGHT * max(2, *(label.count("\n") + 1 for label in labels))
     # Axis labels and the legend take the height of about three rows.
-    size = (WIDTH, _ROW_HEIGHT * (sum(heights) + 1.4 * len(heights) + 1))
+    size = (WIDTH, row_height * (sum(heights) + 1.4 * len(heights) + 1))
     figure = ReportFigure(figsize=size, layout="constrained")
     axes = list(figure.subplots(len(drawn), 1, squeeze=False, height_ratios=heights)[:, 0])
     for axis, (unit, rows) in zip(axes, drawn.items(), strict=True):
@@ -76,8 +78,10 @@ def _draw_rows(axis: Axes, rows: Sequence[Finding]) -> None:
 
 
 def _label(finding: Finding, rows: Sequence[Finding]) -> str:
-    """Return the statement, with the model if the claim has several rows."""
-    several = sum(other.claim.key == finding.claim.key for other in rows) > 1
-    text = f"{finding.claim.statement} ({finding.model})" if several else finding.claim.statement
-    lines = textwrap.wrap(text, _LABEL_CHARACTERS, max_lines=2, placeholder=" ...")
-    return "\n".join(lines)
+    """Return the statement; of a claim with several rows also the model, and the statement at the first of them alone."""
+    same = [other for other in rows if other.claim.key == finding.claim.key]
+    lines = textwrap.wrap(finding.claim.statement, _LABEL_CHARACTERS, max_lines=2, placeholder=" ...")
+    if len(same) == 1:
+        return "\n".join(lines)
+    model = textwrap.shorten(finding.model, _LABEL_CHARACTERS + 2, placeholder=" ...")
+    return "\n".join([*(lines if same[0] is finding else []), f"({model})"])

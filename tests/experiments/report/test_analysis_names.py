@@ -54,6 +54,12 @@ def test_each_analysis_has_its_own_figures(analyses: Path) -> None:
     assert entries[other].title.endswith(": tiny LLaVA, data.parts=[3x3,one]")
 
 
+def test_claims_figure_names_the_analysis_of_each_row_and_the_claim_once(analyses: Path) -> None:
+    labels = [text.get_text() for axis in load(analyses).figure("claims").axes for text in axis.get_yticklabels()]
+    claim = "The image can leave after half of the layers"
+    assert labels[labels.index(f"{claim}\n(tiny, data.parts=[2x2])") + 1] == "(tiny, data.parts=[3x3,one])"
+
+
 def test_seeds_of_one_analysis_share_a_figure(
     records: list[dict[str, Any]], write_records: Callable[..., Path]
 ) -> None:
