@@ -65,10 +65,13 @@ def test_removal_curve_is_the_probability_of_every_word_of_the_answer(shipped):
     prompt = encode_prompt(model, processor, question, [image])
     ids = processor.tokenizer(words, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
     assert len(ids) > 1
-    for interventions, found in (([], answer.removal[-1]), ([RemoveTokens("vision", layers=range(6))], answer.removal[0])):
+    for interventions, found in (
+        ([], answer.removal[-1]),
+        ([RemoveTokens("vision", layers=range(6))], answer.removal[0]),
+    ):
         expected = 0.0
         for count in range(len(ids)):
-            inputs, labels = append_answer(model, prompt, ids[:count])
+            inputs, _ = append_answer(model, prompt, ids[:count])
             tokens = TokenMap.from_inputs(model, inputs, processor, [image])
             with torch.no_grad(), intervene(model, tokens, *interventions):
                 expected += float(model(**inputs).logits[0, -1].log_softmax(-1)[ids[count]])
