@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from transformers import (
     AutoModel,
@@ -55,16 +58,20 @@ def build_llava_from_parts(
         The model and its processor.
 
     Raises:
+        OSError: If a part cannot be loaded, from its folder or from the hub.
         ValueError: If the language model's tokenizer has no chat template.
     """
-    tokenizer = AutoTokenizer.from_pretrained(language, extra_special_tokens={"image_token": IMAGE_PLACEHOLDER})
+    with _name_source("model.language", language):
+        tokenizer = AutoTokenizer.from_pretrained(language, extra_special_tokens={"image_token": IMAGE_PLACEHOLDER})
+        decoder = AutoModelForCausalLM.from_pretrained(language, dtype=dtype)
     if not tokenizer.chat_template:
         raise ValueError(
             f"model.language: the tokenizer in '{language}' has no chat template; use an instruction-tuned model"
         )
-    vision_tower = AutoModel.from_pretrained(vision, dtype=dtype)
+    with _name_source("model.vision", vision):
+        vision_tower = AutoModel.from_pretrained(vision, dtype=dtype)
+        image_processor = AutoImageProcessor.from_pretrained(vision)
     vision_tower = getattr(vision_tower, "vision_model", vision_tower)  # the vision half of a model such as CLIP
-    decoder = AutoModelForCausalLM.from_pretrained(language, dtype=dtype)
     decoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     config = LlavaConfig(
         vision_config=vision_tower.config,
@@ -73,7 +80,6 @@ def build_llava_from_parts(
         vision_feature_layer=vision_layer,
         tie_word_embeddings=decoder.config.tie_word_embeddings,
     )
-    image_processor = AutoImageProcessor.from_pretrained(vision)
     patch_size = vision_tower.config.patch_size
     if grid is not None:
         side = grid * patch_size
@@ -96,3 +102,13 @@ def build_llava_from_parts(
         chat_template=multimodal_chat_template(tokenizer.chat_template),
     )
     return model, processor
+
+
+@contextlib.contextmanager
+def _name_source(setting: str, name: str) -> Iterator[None]:
+    """Name the setting and the model in an OSError: transformers' own names neither when the hub does not answer."""
+    try:
+        yield
+    except OSError as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise OSError(f"{setting}: '{name}' cannot be loaded: {first_line}") from error

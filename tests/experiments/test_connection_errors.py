@@ -42,6 +42,14 @@ def test_run_if_needed_without_the_hub_raises_and_records_nothing(tmp_path, monk
     assert RecordStore(tmp_path).status(cell.id).state == "missing"
 
 
+def test_run_if_needed_without_the_hub_names_the_part_of_a_joined_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cell = tiny_cell(tmp_path, "model=smol", "model.language=nobody/no-such-model")
+    with pytest.raises(HubError, match=r"^model\.language: 'nobody/no-such-model'"):
+        run_if_needed(cell, record_input_errors=True)
+    assert RecordStore(tmp_path).status(cell.id).state == "missing"
+
+
 @pytest.mark.parametrize("error", [SafetensorError("No such file"), RuntimeError("anything")], ids=repr)
 def test_run_if_needed_whose_save_fails_raises_save_error_and_keeps_the_record(tmp_path, monkeypatch, error):
     def fail(*_, **__):
