@@ -39,6 +39,7 @@ include_patterns = [
     "results/*/README.md",
     "results/*/report/tables/claims.md",
     "results/tiny/report/tables/table10_compressors.md",
+    "results/tiny/report/tables/table10_equal_flops.md",
     "results/tiny/logs/sharing.md",
     "experiments/assets/*/README.md",
 ]
@@ -77,7 +78,8 @@ html_show_sphinx = False
 def add_title(app, docname, source):
     """Give a table of a report, whose file has no heading, the title that a page needs."""
     if "/report/tables/" in docname:
-        source[0] = f"# Claims on the records of {docname.split('/')[1]}\n\n{source[0]}"
+        study, table = docname.split("/")[1], docname.rpartition("/")[2]
+        source[0] = f"# {table.capitalize()} on the records of {study}\n\n{source[0]}"
 
 
 def unlink_folders(app, doctree):
