@@ -86,7 +86,8 @@ class Report:
 
     def __repr__(self) -> str:
         finished, failed = len(self.records.finished), len(self.records.failed)
-        return f"Report of {finished} finished and {failed} failed records, experiments: {', '.join(self.experiments)}"
+        experiments = ", ".join(self.experiments) or "none"
+        return f"Report of {finished} finished and {failed} failed records, experiments: {experiments}"
 
     def frame(self, experiment: str | None = None) -> pd.DataFrame:
         """Return the outcome of every question of every finished record, and the scores and depths of every document.
@@ -278,7 +279,7 @@ def load(folder: Path | str, *request: str) -> Report:
         >>> from experiments.report import load
         >>> report = load("results/smol")
         >>> report
-        Report of 43 finished and 0 failed records, experiments: smol_ablations
+        Report of 5 finished and 0 failed records, experiments: none
     """
     folder = Path(folder)
     records = load_records(folder / "records")
