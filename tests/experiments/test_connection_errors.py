@@ -34,18 +34,11 @@ def test_is_connection_error_counts_the_error_and_its_cause(error, expected):
     assert is_connection_error(wrapped) == expected
 
 
-def test_run_if_needed_without_the_hub_raises_and_records_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("model", "setting"), [("checkpoint", "model.path"), ("smol", "model.language")])
+def test_run_if_needed_without_the_hub_names_the_setting_and_records_nothing(tmp_path, monkeypatch, model, setting):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    cell = tiny_cell(tmp_path, "model=checkpoint", "model.path=nobody/no-such-model")
-    with pytest.raises(HubError, match=r"model\.path.*'nobody/no-such-model'"):
-        run_if_needed(cell, record_input_errors=True)
-    assert RecordStore(tmp_path).status(cell.id).state == "missing"
-
-
-def test_run_if_needed_without_the_hub_names_the_part_of_a_joined_model(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    cell = tiny_cell(tmp_path, "model=smol", "model.language=nobody/no-such-model")
-    with pytest.raises(HubError, match=r"^model\.language: 'nobody/no-such-model'"):
+    cell = tiny_cell(tmp_path, f"model={model}", f"{setting}=nobody/no-such-model")
+    with pytest.raises(HubError, match=rf"^{setting}: .*'?nobody/no-such-model'"):
         run_if_needed(cell, record_input_errors=True)
     assert RecordStore(tmp_path).status(cell.id).state == "missing"
 
