@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
@@ -16,6 +16,7 @@ from experiments.report.figure_entries import (
     ABLATION_STEM,
     CURVES_SUFFIX,
     EXPERIMENT_SUFFIXES,
+    PROBE_SEPARATOR,
     REMOVAL_STEM,
     FigureEntry,
 )
@@ -36,7 +37,7 @@ _OTHER_TABLES = {
     "generated_scores": "Scores of generated answers",
     "accuracy_by_kind": "Accuracy by question type",
     "removal_by_kind": "Removal by question type",
-    "knockout_by_kind": "Knock-out by question type",
+    "knockout_by_kind": "Largest loss by knock-out",
     "photo_readout": "Photographs read out of the features",
     "patch_words": "Words of patches",
 }
@@ -138,14 +139,23 @@ def _sections(report: Report, images: Mapping[str, Path]) -> Iterator[Section]:
     for name in names:
         stems = [name, *(name + suffix for suffix in EXPERIMENT_SUFFIXES if suffix)]
         stems += ["accuracy_vs_cost"] if name == ABLATION_STEM else []
+        stems += _of_other_analyses(name, figures)
         found = tuple(figures[stem] for stem in stems if stem in figures)
         results = report.experiments.get(name)
-        title = results.spec.title if results else found[0][0].title if found else "Ablation"
+        title = results.spec.title if results else found[0][0].title.partition(":")[0] if found else "Ablation"
         yield Section(name, title, found, tuple(tables[n] for n in (name, f"{name}_orderings") if n in tables))
         shown |= set(stems)
-    for stem, figure in figures.items():
+    for stem, (entry, image) in figures.items():
         if stem not in shown:
-            yield Section(f"figure-{stem}", figure[0].title, (figure,), ())
+            others = _of_other_analyses(stem, figures)
+            title = entry.title.partition(":")[0] if others else entry.title
+            yield Section(f"figure-{stem}", title, ((entry, image), *(figures[other] for other in others)), ())
+            shown |= {stem, *others}
     for name, title in _OTHER_TABLES.items():
         if name in tables:
             yield Section(f"table-{name}", title, (), (tables[name],))
+
+
+def _of_other_analyses(stem: str, stems: Iterable[str]) -> list[str]:
+    """Return the stems of the same probe's figures of other analyses, which share its section."""
+    return [other for other in stems if other.startswith(f"{stem}{PROBE_SEPARATOR}")]

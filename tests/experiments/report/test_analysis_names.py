@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from experiments.report import load
+from experiments.report import html, load
 from experiments.report.build import write_report
 
 PARTS = (["2x2"], ["3x3", "one"])
@@ -52,6 +52,16 @@ def test_each_analysis_has_its_own_figures(analyses: Path) -> None:
     assert "data.parts=[2x2]" in entries["removal_by_block"].caption
     assert "data.parts=[3x3,one]" in entries[other].caption
     assert entries[other].title.endswith(": tiny LLaVA, data.parts=[3x3,one]")
+
+
+def test_figures_of_one_probe_share_a_section_of_the_page(analyses: Path) -> None:
+    report = load(analyses)
+    sections = [section for part in html.split_sections(report, {}) for section in part]
+    labels = [section.label for section in sections]
+    assert len(set(labels)) == len(labels)
+    (removal,) = (section for section in sections if section.anchor == "removal_by_block")
+    assert len(removal.figures) == len(PARTS)
+    assert sum(len(section.figures) for section in sections) == len(report.figures)
 
 
 def test_claims_figure_names_the_analysis_of_each_row_and_the_claim_once(analyses: Path) -> None:
