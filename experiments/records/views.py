@@ -67,6 +67,16 @@ def layers_with_vision(record: Record) -> list[int]:
     return [record["model"]["layers"] - len(run["layers"]) for run in record["removal"]["onward"]]
 
 
+def window_middles(windows: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Return the middle layer of each window of a knock-out, counted from 1.
+
+    Example:
+        >>> window_middles([{"layers": [0]}, {"layers": [0, 1]}])
+        [1.0, 1.5]
+    """
+    return [(min(run["layers"]) + max(run["layers"])) / 2 + 1 for run in windows]
+
+
 def flatten_config(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the settings of a nested configuration with their dotted names.
 

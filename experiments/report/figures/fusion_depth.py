@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.records.views import Record, layers_with_vision, parse_outcomes, percent_right
+from experiments.records.views import Record, layers_with_vision, parse_outcomes, percent_right, window_middles
 from experiments.report.figures.style import (
     BLACK,
     CONTROL,
@@ -74,7 +74,7 @@ def _draw_removal(axis: Axes, record: Record) -> None:
 
 def _draw_knockout(axis: Axes, record: Record) -> None:
     intact, *windows = record["knockout"]["windows"]
-    middle = np.array([(min(run["layers"]) + max(run["layers"])) / 2 + 1 for run in windows])
+    middle = np.array(window_middles(windows))
     _draw_band(axis, middle, percent_right(windows), {**SECOND, "marker": "v"})
     axis.axhline(float(percent_right([intact]).mean()), color=BLACK, linestyle="-", linewidth=1.1, label="intact")
     width = record["knockout"]["width"]

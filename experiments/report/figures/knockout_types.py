@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.records.views import Record, percent_right
+from experiments.records.views import Record, percent_right, window_middles
 from experiments.report.figures.record_part import require_part
 from experiments.report.figures.style import BLACK, SECOND, legend, make_panels, styled
 from experiments.report.statistics import mean_interval
@@ -26,7 +26,7 @@ def knockout_types_figure(record: Record) -> Figure:
     """
     knockout = require_part(record, "knockout", "knock-out")
     intact, *windows = knockout["windows"]
-    middle = [(min(run["layers"]) + max(run["layers"])) / 2 + 1 for run in windows]
+    middle = window_middles(windows)
     right, right_intact = percent_right(windows), percent_right([intact])[0]
     kinds = np.array(record["data"]["kinds"])
     names = sorted(set(kinds))
