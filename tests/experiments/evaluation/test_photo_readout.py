@@ -12,7 +12,7 @@ from experiments.data.photos import load_photos, photo_grids
 from experiments.data.samples import single_questions
 from experiments.evaluation.photo_readout import measure_photo_readout
 from experiments.evaluation.questions import EncodedQuestions
-from llava_mini import LlavaMiniForConditionalGeneration
+from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
 from probes.readouts.linear_probe import linear_readout
 
 CPU = torch.device("cpu")
@@ -91,3 +91,11 @@ def test_measure_photo_readout_of_a_llava_mini_is_that_of_its_llava(llava, proce
     mini = LlavaMiniForConditionalGeneration.from_llava(llava, compressor_size=2)
     parts = [measure_photo_readout(model, questions_of(split, processor), split.samples) for model in (llava, mini)]
     assert parts[0] == parts[1] is not None
+
+
+def test_measure_photo_readout_of_images_in_tiles_is_none(llava, processor, noisy_photos):
+    """The projector then reads several crops an image, whose patches are not those of the whole grid."""
+    split = load_photos(noisy_photos, "test", 8, 0, ["3x3"], 3, 16, captions=False)
+    mini = LlavaMiniForConditionalGeneration.from_llava(llava, compressor_size=2)
+    tiled = LlavaMiniProcessor.from_llava(processor, mini.config, tiles=2)
+    assert measure_photo_readout(mini, questions_of(split, tiled), split.samples) is None
