@@ -119,12 +119,17 @@ def _probability(logarithm: Any) -> str:
 
 
 def _open_image(path: str) -> Any:
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
+
+    from probes.ask import require_8_bits
 
     try:
         with Image.open(path) as image:
+            require_8_bits(image)
             return ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except ValueError as error:
+        raise ValueError(f"--image: {path!r}: {error}") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"--image: {path!r} cannot be read as an image ({type(error).__name__})") from None
 
 

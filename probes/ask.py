@@ -207,7 +207,12 @@ def encode_prompt(
         question: The question.
         images: PIL images.
         videos: Videos, each a list of frames.
+
+    Raises:
+        ValueError: If a PIL image has more than 8 bits a channel.
     """
+    for image in (*images, *(frame for video in videos for frame in video)):
+        require_8_bits(image)
     parts = [*({"type": "image"} for _ in images), *({"type": "video"} for _ in videos)]
     text = question
     if getattr(processor, "chat_template", None):
@@ -218,6 +223,20 @@ def encode_prompt(
         arguments["videos"] = [list(video) for video in videos]
     inputs = processor(text=[text], **arguments, return_tensors="pt")
     return dict(inputs.to(model.device, model.dtype))
+
+
+def require_8_bits(image: Any) -> None:
+    """Check that a PIL image has at most 8 bits a channel. Converting another to RGB would clip it, mostly to white.
+
+    Raises:
+        ValueError: If it has more.
+    """
+    mode = getattr(image, "mode", "")
+    if mode == "F" or mode.startswith("I"):
+        raise ValueError(
+            f"images: an image of mode {mode} has more than 8 bits a channel; scale its values to 0 to 255 and convert it, "
+            "for example with llava_mini.images.to_rgb"
+        )
 
 
 def append_answer(

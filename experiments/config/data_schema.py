@@ -32,7 +32,7 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        require_at_least("data", self, {"validation_samples": 0})
+        require_at_least("data", self, dict.fromkeys(("train_samples", "test_samples", "validation_samples"), 0))
 
 
 @dataclass
@@ -146,7 +146,6 @@ class LmmsData(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least("data", self, {"test_samples": 0})
         if not self.tasks:
             raise ValueError("data.tasks: names no task; list at least one, as data.tasks=[gqa,pope]")
         if isinstance(self.tasks, list) and (twice := [name for name in self.tasks if self.tasks.count(name) > 1]):

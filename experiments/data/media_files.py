@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MediaFile:
-    """Loads an image or a video of an entry.
+    """Loads an image or a video of an entry. Loaders of the same file are equal, whatever entry they are of.
 
     Args:
         path: The file. A video may also be a folder of its frames.
@@ -36,7 +36,7 @@ class MediaFile:
 
     path: Path
     kind: Literal["image", "video"]
-    where: str
+    where: str = field(compare=False)
     frames: int = 8
     ignore_orientation: bool = False
 

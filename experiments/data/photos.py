@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +35,17 @@ GRID_SIZES = {"one": 1, "2x2": 2, "3x3": 3}
 SHAPES_PART = "shapes"
 MARGIN_COLOUR = (128, 128, 128)
 VALIDATION_SHARE = 0.1  # of the training photographs, where there is a validation split
+
+
+@dataclass(frozen=True)
+class _GridLoader:
+    """Makes an image. Loaders of the same photographs are equal: one photograph alone can be drawn repeatedly."""
+
+    samples: PhotoGridSamples
+    photos: tuple[int, ...]
+
+    def __call__(self) -> Image.Image:
+        return self.samples.render_photos(np.array(self.photos))
 
 
 class LabelledPhotos(NamedTuple):
@@ -102,7 +113,7 @@ class PhotoGridSamples(Sequence[Sample]):
             questions.append(("description", DESCRIBE_PROMPT, describe_photos(names, self.grid_size)))
         return Sample(
             f"photos-{self.split}-{self.seed}-{self.grid_size}-{index}",
-            (IndexedImageLoader(index, partial(self.render, index)),),
+            (IndexedImageLoader(index, _GridLoader(self, tuple(self.photo_numbers(index)))),),
             llava_conversation((question, answer) for _, question, answer in questions),
             [question_type for question_type, _, _ in questions],
         )
@@ -118,6 +129,10 @@ class PhotoGridSamples(Sequence[Sample]):
     def render(self, index: int) -> Image.Image:
         """Return the image: its photographs on a grey background."""
         return self.render_photos(self.photo_indices[index])
+
+    def photo_numbers(self, index: int) -> list[int]:
+        """Return which photographs an image shows, in reading order: their numbers in the file of the split."""
+        return self.photo_indices[index].tolist()  # type: ignore[no-any-return]
 
     def render_photos(self, photos: Int[np.ndarray, " cells"]) -> Image.Image:
         """Return the image of a grid of photographs.

@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -27,12 +27,14 @@ VisualInput: TypeAlias = "Image.Image | Video"
 class IndexedImageLoader:
     """Loads an image of a split, and knows the image's index without loading it.
 
+    Loaders with equal `make` are equal: the same image can have several indices.
+
     Args:
         index: Index of the image among all images of its split, from 0.
         make: Reads or renders the image.
     """
 
-    index: int
+    index: int = field(compare=False)
     make: Callable[[], Image.Image]
 
     def __call__(self) -> Image.Image:

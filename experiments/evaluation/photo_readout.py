@@ -31,8 +31,8 @@ def measure_photo_readout(
     """Measure the `photo_readout` part of a record.
 
     A linear classifier names each photograph of a grid from the mean of its patches in the features that the projector
-    reads. It is tested on images that it was not trained on. What it cannot name, a model behind the projector can hardly
-    name either, since only the other patches could tell it more.
+    reads. It is tested on photographs that it was not trained on in any image. What it cannot name, a model behind the
+    projector can hardly name either, since only the other patches could tell it more.
 
     Args:
         model: The model.
@@ -41,7 +41,7 @@ def measure_photo_readout(
 
     Returns:
         For each grid size, whether each photograph was named right, image by image and in reading order. None without grids
-        of photographs, with fewer images than folds, for a model that is no LLaVA or LLaVA-Mini, or if the projector does
+        of photographs, with fewer photographs than folds, for a model that is no LLaVA or LLaVA-Mini, or if the projector does
         not read one feature a patch of the whole image.
     """
     grids = photo_grids(samples)
@@ -54,12 +54,10 @@ def measure_photo_readout(
     for entry, features in zip(grids, projector_inputs, strict=True):
         if entry:
             by_size.setdefault(entry[0].grid_size, []).append(_Image(*entry, features))
-    images = [image for group in by_size.values() for image in group]
-    if (
-        any(len(image.features) != image.grid.side**2 for image in images)
-        or min(map(len, by_size.values())) < READOUT_FOLDS
-    ):
-        return None
+    for group in by_size.values():
+        photos = {photo for image in group for photo in image.grid.photo_numbers(image.number)}
+        if len(photos) < READOUT_FOLDS or any(len(image.features) != image.grid.side**2 for image in group):
+            return None
     return {
         "label": "class of each photograph, from the mean of its patches",
         "grids": [{"grid_size": size, **_read_photos(group)} for size, group in sorted(by_size.items())],
@@ -88,8 +86,8 @@ def _read_photos(images: Sequence[_Image]) -> dict[str, Any]:
     weights /= weights.sum(1, keepdim=True)
     states = torch.cat([weights @ image.features.double() for image in images])
     names = [name for image in images for name in image.grid.class_names(image.number)]
-    numbers = [number for number in range(len(images)) for _ in weights]
-    readout = linear_readout(states[None], names, pictures=numbers, folds=READOUT_FOLDS)
+    photos = [photo for image in images for photo in image.grid.photo_numbers(image.number)]
+    readout = linear_readout(states[None], names, pictures=photos, folds=READOUT_FOLDS)
     return {
         "photographs": len(names),
         "correct": outcome_digits(readout.correct[0]),

@@ -45,6 +45,7 @@ class KernelWatch:
         stack.callback(self.attention.register_forward_pre_hook(self._begin).remove)
         # Always, since the interception must not outlive a call that raises.
         stack.callback(self.attention.register_forward_hook(self._end, always_call=True).remove)
+        stack.callback(self._stop)  # torch calls no hook after a KeyboardInterrupt
 
     def _begin(self, attention: nn.Module, args: tuple[Any, ...]) -> None:
         selected = self.select_queries()
@@ -53,13 +54,17 @@ class KernelWatch:
             self._interception.__enter__()
 
     def _end(self, attention: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        interception, self._interception = self._interception, None
-        if interception is None:
-            return
-        interception.__exit__(None, None, None)
-        if isinstance(output, tuple) and output[1] is not None:
+        interception = self._stop()
+        if interception is not None and isinstance(output, tuple) and output[1] is not None:
             rows = interception.rows.to(output[1].device)
             self.receive(rows, output[1].detach()[:, :, rows].float())
+
+    def _stop(self) -> _SdpaInterception | None:
+        """End the interception of the call, and return it; None if there is none."""
+        interception, self._interception = self._interception, None
+        if interception is not None:
+            interception.__exit__(None, None, None)
+        return interception
 
 
 class _SdpaInterception(TorchFunctionMode):

@@ -135,6 +135,9 @@ def select_layers(decoder: nn.Module, layers: Iterable[int] | None) -> tuple[int
     """
     if layers is not None and not isinstance(layers, Iterable):
         raise TypeError(f"layers: {layers!r} is no list of layers; write [{layers!r}]")
+    layers = None if layers is None else list(layers)
+    if strangers := [layer for layer in layers or () if not hasattr(layer, "__index__")]:
+        raise TypeError(f"layers: {strangers[0]!r} is no number of a layer; write integers, such as [0, 1]")
     count = len(decoder_layers(decoder))
     selected = tuple(sorted(set(range(count) if layers is None else layers)))
     outside = [layer for layer in selected if not 0 <= layer < count]

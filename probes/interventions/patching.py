@@ -88,6 +88,7 @@ class PatchActivations:
 
         Raises:
             ValueError: An unknown layer, group, component or `when`, or values that do not fit.
+            TypeError: Values of another type.
         """
         layers = select_layers(decoder, self.layers)
         selection = TokenSelection(window, self.at)
@@ -103,6 +104,11 @@ class PatchActivations:
         check_when(self.when)
         if isinstance(self.values, str):
             check_choice("values", self.values, *NAMED_VALUES)
+        elif not isinstance(self.values, (States, Mapping)):
+            raise TypeError(
+                f"values: found a {type(self.values).__name__}; pass {', '.join(map(repr, NAMED_VALUES))}, recorded states, "
+                "or a dictionary from layers to tensors"
+            )
         if (isinstance(self.values, str) and self.values == "noise") != (self.std > 0):
             raise ValueError(f"std={self.std:g} does not fit: values='noise' need a positive std, other values std=0")
         if isinstance(self.values, str):

@@ -95,6 +95,7 @@ def test_option_composes_to_plain_config(compose_config, path):
         (["model=checkpoint"], "model.path"),
         (["model=checkpoint", "model.path=./no/such/folder"], "model.path: no folder './no/such/folder'"),
         (["data=llava_json", "data.path=none.json", "data.images=."], "data.path: no file 'none.json'"),
+        (["data.train_samples=-1"], "data.train_samples: must be at least 0, found -1"),
         (["results=/proc/results"], "'/proc/results'"),
         (["model.dtype=int8"], "model.dtype: 'int8'"),
         (["model=checkpoint", "model.path=./no/such/folder", "compressor.name=averag"], "'averag'"),

@@ -81,6 +81,7 @@ def test_main_model_that_cannot_be_shown_ends_in_one_line(make, value, tmp_path,
     [
         ([], "--image", "at least one image"),
         (["--image", "none.png"], "--image", "none.png"),
+        (["--image", "{tmp}/16_bits.png"], "--image", "16_bits.png"),
         (["--video", "none.mp4"], "--video", "none.mp4"),
         (["--image", "pyproject.toml"], "--image", "pyproject.toml"),
         (["--video", "pyproject.toml"], "--video", "pyproject.toml"),
@@ -91,8 +92,9 @@ def test_main_model_that_cannot_be_shown_ends_in_one_line(make, value, tmp_path,
         (["--image", SCENE, "--question", " "], "--question", "empty"),
     ],
 )
-def test_main_wrong_input_ends_in_one_line(arguments, key, value, capsys):
-    assert main([TINY, *QUESTION, *arguments]) == 1
+def test_main_wrong_input_ends_in_one_line(arguments, key, value, capsys, tmp_path):
+    Image.new("I;16", (48, 48), 40000).save(tmp_path / "16_bits.png")
+    assert main([TINY, *QUESTION, *(word.format(tmp=tmp_path) for word in arguments)]) == 1
     line = one_error_line(capsys)
     assert line.startswith(f"error: {key}")
     assert value in line

@@ -176,6 +176,7 @@ class _SoftmaxCapture(TorchFunctionMode):
         stack.callback(attention.register_forward_pre_hook(self._begin).remove)
         # Always, since the interception must not outlive a call that raises.
         stack.callback(attention.register_forward_hook(self._end, always_call=True).remove)
+        stack.callback(self._end, attention, None, None)  # torch calls no hook after a KeyboardInterrupt
 
     def pop(self) -> Tensor | None:
         """Return the scores of the last call, once; None if the module did not run."""

@@ -47,6 +47,14 @@ def test_load_llava_json_of_written_shapes_returns_the_same_samples(tmp_path):
         assert read.image.tobytes() == sample.image.tobytes()
 
 
+def test_entries_of_one_image_have_equal_loaders(folder):
+    """So that a read-out is not tested on an image that it was trained on."""
+    entries = [{"id": name, "image": image, "conversations": TURNS} for name, image in (("x", "a.png"), ("y", "a.png"))]
+    first, second = load_llava_json(write_json(folder, entries), str(folder), "test").samples
+    assert first.loaders == second.loaders
+    assert len({first.loaders, second.loaders}) == 1
+
+
 def test_load_llava_json_with_a_count_returns_so_many_and_another_fingerprint(folder):
     path = write_json(
         folder,

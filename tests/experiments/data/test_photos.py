@@ -97,6 +97,14 @@ def test_load_photos_of_fewer_images_than_parts_uses_the_first_parts(photos):
     assert [s.id for s in load(photos, "test", 2).samples] == ["photos-test-0-1-0.0", "photos-test-0-2-0.0"]
 
 
+def test_images_of_the_same_photographs_have_equal_loaders(photos):
+    split = load(photos, "test", 60, parts=["one"])
+    assert split.image_count == 60
+    loaders = [sample.loaders[0] for sample in split.samples]
+    images = [load_image().tobytes() for load_image in loaders]
+    assert len(set(loaders)) == len(set(images)) < 60  # few photographs, so that they are drawn repeatedly
+
+
 def test_load_photos_with_wrong_settings_or_files_raises(photos):
     for parts in ([], ["4x4"], ["one", "one"]):
         with pytest.raises(ValueError, match=rf"data\.parts: .*one, 2x2, 3x3, shapes.*{re.escape(str(parts))}"):

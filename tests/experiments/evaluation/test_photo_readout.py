@@ -43,7 +43,7 @@ def test_measure_photo_readout_equals_a_loop_over_patches(llava, processor, nois
     cells = {2: (0, 2, 6, 8), 3: range(9)}  # in a 2 x 2 grid photographs have one patch each, in the corners
     for grid in part["grids"]:
         states, names, pictures = [], [], []
-        for number, (sample, entry) in enumerate(zip(split.samples, photo_grids(split.samples), strict=True)):
+        for sample, entry in zip(split.samples, photo_grids(split.samples), strict=True):
             samples, index = entry
             if samples.grid_size != grid["grid_size"]:
                 continue
@@ -53,7 +53,8 @@ def test_measure_photo_readout_equals_a_loop_over_patches(llava, processor, nois
             layer = tower.hidden_states[llava.config.vision_feature_layer][0, 1:]
             states += [layer[cell] for cell in cells[grid["grid_size"]]]
             names += samples.class_names(index)
-            pictures += [number] * len(cells[grid["grid_size"]])
+            pictures += samples.photo_indices[index].tolist()
+        assert len(set(pictures)) < len(pictures)  # photographs recur in other images
         expected = linear_readout(torch.stack(states)[None], names, pictures=pictures)
         assert grid["photographs"] == len(names)
         assert grid["correct"] == "".join(str(int(right)) for right in expected.correct[0])
@@ -76,8 +77,10 @@ def test_measure_photo_readout_without_enough_grids_is_none(llava, processor, sh
     assert measure_photo_readout(llava, questions, shapes_split.samples) is None
     single = load_photos(noisy_photos, "test", 8, 0, ["one"], 3, 16, captions=False)
     assert measure_photo_readout(llava, questions_of(single, processor), single.samples) is None
-    few = load_photos(noisy_photos, "test", 4, 0, ["3x3"], 3, 16, captions=False)
-    assert measure_photo_readout(llava, questions_of(few, processor), few.samples) is None  # fewer than folds
+    few = load_photos(noisy_photos, "test", 1, 0, ["2x2"], 3, 16, captions=False)
+    assert (
+        measure_photo_readout(llava, questions_of(few, processor), few.samples) is None
+    )  # fewer photographs than folds
 
 
 def test_measure_photo_readout_of_a_model_of_another_family_is_none(processor, noisy_photos):

@@ -116,6 +116,23 @@ def test_record_attention_batch_without_copies_raises(
         model(**inputs)
 
 
+@torch.no_grad()
+def test_record_attention_rows_that_differ_in_one_word_raise(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
+    """Image features that are a hundred times larger than words must not hide the word."""
+    model = make_llava()
+    model.model.multi_modal_projector.linear_2.weight *= 100
+    inputs = {name: values[:1].repeat_interleave(2, 0) for name, values in make_inputs("none").items()}
+    tokens = TokenMap.from_inputs(model, {name: values[:1] for name, values in inputs.items()})
+    with record_attention(model, tokens) as attention:
+        model(**inputs)
+    assert attention.mass.shape[1] == 2
+    inputs["input_ids"][1, -1] = inputs["input_ids"][1, -1] + 1
+    with pytest.raises(ValueError, match="was called with 2 x"), record_attention(model, tokens):
+        model(**inputs)
+
+
 def test_record_attention_copies_made_after_prompt_raise(
     make_llama: Callable[..., LlamaForCausalLM], make_inputs: Callable[..., Inputs]
 ) -> None:

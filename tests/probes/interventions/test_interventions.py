@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, StaticCache
 
-from probes import RemoveTokens, TokenMap, intervene, record_attention
+from probes import PatchActivations, RemoveTokens, TokenMap, intervene, record_attention
 from tests.probes import reference_llama
 
 Model = LlavaForConditionalGeneration
@@ -280,6 +280,8 @@ class TestInterveneErrors:
         ("given", "message"),
         [
             (RemoveTokens("vision", 1), r"^layers: 1 .*\[1\]$"),  # type: ignore[arg-type]
+            (RemoveTokens("vision", ["1"]), r"^layers: '1' .*\[0, 1\]$"),  # type: ignore[list-item]
+            (PatchActivations("vision", [1], "mlp", torch.zeros(32)), "^values: found a Tensor"),  # type: ignore[arg-type]
             ([RemoveTokens("vision", [1])], r"^interventions: found a list"),
         ],
     )

@@ -308,19 +308,20 @@ def test_receipt_frame_and_str_list_effects(
     ]
 
 
+@pytest.mark.parametrize("exception", [KeyError, KeyboardInterrupt])
 def test_block_attention_exception_in_attention_leaves_no_hook(
-    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], exception: type[BaseException]
 ) -> None:
-    """The exception is raised inside the attention, while its kernel is intercepted."""
+    """It is raised inside the attention, while its kernel is intercepted: by a fault, or by a user who stops a cell."""
     inputs, model = make_inputs(), make_llava()
     tokens = TokenMap.from_inputs(model, inputs)
 
     def fail(*args: Any) -> None:
-        raise KeyError("from inside")
+        raise exception("from inside")
 
     handle = model.get_decoder().layers[1].self_attn.o_proj.register_forward_pre_hook(fail)
     with (
-        pytest.raises(KeyError, match="from inside"),
+        pytest.raises(exception, match="from inside"),
         intervene(model, tokens, BlockAttention("vision", "instruction", [1])),
     ):
         model(**inputs)
