@@ -61,7 +61,7 @@ from experiments.models.token_reduction import (
 from experiments.provenance import provenance
 from experiments.training.curriculum import pretrain_from_scratch
 from experiments.training.plateau import training_part
-from experiments.training.trainer import ADAPTER_FOLDER, latest_complete_checkpoint, train_llava
+from experiments.training.trainer import ADAPTER_FOLDER, train_llava
 from llava_mini import LlavaMiniConfig
 
 GUESS_NOTE = f"most frequent answer to the same question text in {TEXT_BASELINE_SAMPLES} training conversations"
@@ -167,11 +167,11 @@ def _train(
     encoder.check(islice(data.train.samples, CHECKED_SAMPLES))
     encoder.check(single_questions(data.test.samples))
     check_decodable(data.test)  # all of it is read after training: a damaged file must not end a run of hours there
-    validate = _validation(model, processor, config, data, device, limit)
     started = time.monotonic()
-    if isinstance(config.model, ScratchModel) and latest_complete_checkpoint(work) is None:
+    if isinstance(config.model, ScratchModel):  # before a feature cache is opened, which is named by the vision tower
         scenes = require_shape_samples(data.train)
         pretrain_from_scratch(model, processor, scenes, config.model, work, config.seed, device)
+    validate = _validation(model, processor, config, data, device, limit)
     training_log = train_llava(
         model,
         processor,

@@ -155,18 +155,22 @@ def blank_images(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def shuffled_images(samples: Sequence[Sample]) -> list[Sample]:
-    """Give each question the images of another question: the one half the set away.
+    """Give each question the images of another question: the one half the set away, or the next that has other images.
 
-    Questions exchange images only with questions that have as many images and videos in the same order.
+    Questions exchange images only with questions that have as many images and videos in the same order. A question that
+    finds no other images gets grey ones.
     """
     same_placeholders: dict[tuple[str, ...], list[Sample]] = defaultdict(list)
     for sample in samples:
         same_placeholders[tuple(sample.placeholders)].append(sample)
-    donors = {
-        placeholders: iter([*group[len(group) // 2 :], *group[: len(group) // 2]])
-        for placeholders, group in same_placeholders.items()
-    }
-    return [replace(s, loaders=next(donors[tuple(s.placeholders)]).loaders) for s in samples]
+    shuffled: dict[int, Sample] = {}
+    for group in same_placeholders.values():
+        half = len(group) // 2
+        for number, sample in enumerate(group):
+            donors = (group[(number + half + step) % len(group)] for step in range(len(group)))
+            donor = next((other for other in donors if other.loaders != sample.loaders), None)
+            shuffled[id(sample)] = replace(sample, loaders=donor.loaders) if donor else blank_images([sample])[0]
+    return [shuffled[id(sample)] for sample in samples]
 
 
 def outcome_digits(outcomes: Bool[Tensor, " questions"] | Bool[np.ndarray, " questions"]) -> str:

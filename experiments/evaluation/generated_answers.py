@@ -55,10 +55,10 @@ def generate_answers(
         ['yes']
     """
     positions = LengthLimit.for_model(model.config).positions
-    prompts = [replace(sample, conversations=sample.conversations[:-1]) for sample in samples]
     answers: list[str] = []
-    for start in tqdm(range(0, len(prompts), batch_size), desc=progress_label, leave=False):
-        batch = prompts[start : start + batch_size]
+    for start in tqdm(range(0, len(samples), batch_size), desc=progress_label, leave=False):
+        # New samples for each batch, since a sample keeps its decoded images.
+        batch = [replace(s, conversations=s.conversations[:-1]) for s in samples[start : start + batch_size]]
         inputs = _to_device(prompt_inputs(processor, batch), model.device)
         width = inputs["input_ids"].shape[1]
         if positions is not None and width > positions:

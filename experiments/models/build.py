@@ -166,7 +166,9 @@ def _build_llava(config: Config, train: Split | None) -> tuple[PreTrainedModel, 
     if isinstance(source, ScratchModel):
         questions = shapes.require_shape_samples(train)
         texts = (
-            samples[i] for samples in (questions, questions.with_descriptions()) for i in range(VOCABULARY_SAMPLES)
+            samples[i]
+            for samples in (questions, questions.with_descriptions())
+            for i in range(min(VOCABULARY_SAMPLES, len(samples)))
         )
         tokenizer = scratch.train_tokenizer(texts, source.vocabulary)
         model = scratch.build_llava(tokenizer, scenes.IMAGE_SIZE, source.patch, source.width, source.layers)

@@ -152,7 +152,16 @@ class VisionFeatureCache:
             torch.__version__,
             transformers.__version__,
         ]
-        return fingerprint(weights.hexdigest(), config, self.layers, image_processing, split.fingerprint, computation)
+        pixels = self._first_pixels(split).contiguous().numpy().tobytes()  # differ if code that makes images does
+        return fingerprint(
+            weights.hexdigest(), config, self.layers, image_processing, split.fingerprint, computation, pixels
+        )
+
+    def _first_pixels(self, split: Split) -> Float[Tensor, "crops channels height width"]:
+        """Return the pixels of the first image that the file would hold; those of a blank image if there is none."""
+        loaders = (load for sample in split.samples if split.image_count for load in sample.loaders)
+        first = next((load for load in loaders if isinstance(load, IndexedImageLoader)), None)
+        return self._pixel_values(_BLANK_IMAGE if first is None else first())
 
     def _open(self, image_count: int) -> None:
         size = self._rows_start + image_count * self._row_bytes
@@ -202,7 +211,9 @@ class VisionFeatureCache:
         was_training = self.vision_tower.training
         self.vision_tower.eval()
         inputs = pixels.to(self.vision_tower.device, self.vision_tower.dtype)
-        states = self._forward(inputs, output_hidden_states=True, return_dict=True).hidden_states
+        # Training in bfloat16 measures inside autocast, and the next cell may read these features outside.
+        with torch.autocast(inputs.device.type, enabled=False):
+            states = self._forward(inputs, output_hidden_states=True, return_dict=True).hidden_states
         self.vision_tower.train(was_training)
         return torch.stack([states[layer] for layer in self.layers], dim=1).to("cpu", torch.bfloat16)
 

@@ -116,9 +116,10 @@ def relevant_text(
         vision: The visual tokens.
         question: The text tokens that may be raters.
     """
-    products = states.float() @ states.float().transpose(1, 2)  # (batch, visual, text)
-    attention = products.masked_fill(~question[:, None, :], -torch.inf).softmax(dim=-1).nan_to_num()
-    relevance = (attention * vision[..., None]).sum(dim=1)
+    relevance = torch.zeros(question.shape, device=states.device)
+    for row, row_states in enumerate(states.float()):  # a prompt at a time: only visual rows and question columns count
+        attention = (row_states[vision[row]] @ row_states[question[row]].T).softmax(dim=-1)
+        relevance[row, question[row]] = attention.sum(dim=0)
     mean = relevance.sum(dim=1, keepdim=True) / question.sum(dim=1, keepdim=True).clamp(min=1)
     return question & (relevance >= mean)
 

@@ -268,3 +268,18 @@ def test_console_script_ignores_packages_of_the_current_folder(tmp_path):
     ended = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert yaml.safe_load(ended.stdout)["seed"] == 3
+
+
+def test_feature_caches_of_a_scratch_model_are_those_of_its_pretrained_tower(command, tmp_path):
+    """Cells that differ in the tower's pretraining share no file, for training, validation or test images."""
+    sizes = ["data.train_samples=64", "data.validation_samples=4", "data.test_samples=4"]
+    training = [
+        "model.caption_pretraining.max_steps=0",
+        "train.max_steps=1",
+        "train.eval_steps=1",
+        "keep_features=true",
+    ]
+    for steps in (1, 2):
+        pretraining = f"model.vision_pretraining.max_steps={steps}"
+        assert command("model=scratch", "data=shapes", pretraining, *sizes, *training, f"results={tmp_path}")[0] == 0
+        assert len(list((tmp_path / "shared").iterdir())) == 3 * steps

@@ -65,7 +65,7 @@ def photo_readout_tables(records: Sequence[Record]) -> tuple[Table, ...]:
         return ()
     notes = (
         "Linear read-out: the share of photographs in grids that a linear classifier names right from the mean of their patches "
-        "in the features that the projector reads, tested on images that it was not trained on. Model's answers: to "
+        "in the features that the projector reads, tested on photographs that it saw in no image of its training. Model's answers: to "
         '"What is at row 1 column 2?" and its like. 95% bootstrap intervals over images.',
     )
     order = ["Model", "Grid", "Photographs", "Linear read-out (%)", "Shuffled classes (%)", "Model's answers (%)"]

@@ -86,9 +86,20 @@ def test_blind_controls_of_videos_and_text_keep_their_kind():
     samples = [clips[0], text, image, clips[1]]
     first, unchanged_text, only_image, second = shuffled_images(samples)
     assert (first.loaders, second.loaders) == (clips[1].loaders, clips[0].loaders)
-    assert (unchanged_text, only_image) == (text, image)
+    assert unchanged_text == text
+    assert only_image.image.getcolors() == [(8, (128, 128, 128))]  # no other question has an image
     (grey,) = blank_images(samples)[0].visual_inputs
     assert [frame.getcolors() for frame in grey] == [[(8, (128, 128, 128))]] * 3
+
+
+def test_shuffled_images_are_never_the_own_ones():
+    """One image has most questions, so that the question half the set away may be about the same image."""
+    loaders = [partial(Image.new, "RGB", (4, 2), (level,) * 3) for level in range(3)]
+    samples = [
+        Sample(str(n), (loaders[image],), llava_conversation([("?", "a")]), ["x"])
+        for n, image in enumerate([0, 0] + [1] * 8 + [2, 2])
+    ]
+    assert all(a.loaders != b.loaders for a, b in zip(shuffled_images(samples), samples, strict=True))
 
 
 def test_outcome_digits_are_1_for_correct():

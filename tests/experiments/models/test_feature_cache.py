@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from experiments.config.data_schema import ShapesData
 from experiments.config.schema import Config, ReductionConfig, TrainConfig
@@ -100,6 +100,21 @@ def test_get_computes_once_for_llava_and_mini_and_loads_no_cached_image(
         assert torch.equal(collate(its_processor, without_images, features)["pixel_values"], first)
     assert len(tower_runs) == 2  # each encodes a blank image for the shape
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_get_inside_autocast_is_as_outside(llava, processor, shapes_split, tmp_path):
+    load = shapes_split.samples[0].loaders[0]
+    outside = VisionFeatureCache(tmp_path / "outside", llava, processor, shapes_split).get(load)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = VisionFeatureCache(tmp_path / "inside", llava, processor, shapes_split).get(load)
+    assert torch.equal(inside, outside)
+
+
+def test_path_differs_by_code_that_makes_images(llava, processor, shapes_split, tmp_path, monkeypatch):
+    before = VisionFeatureCache(tmp_path, llava, processor, shapes_split).path
+    render = type(shapes_split.samples).render
+    monkeypatch.setattr(type(shapes_split.samples), "render", lambda *arguments: ImageOps.invert(render(*arguments)))
+    assert VisionFeatureCache(tmp_path, llava, processor, shapes_split).path != before
 
 
 def test_get_depends_on_the_image_alone(llava, processor, shapes_split, tmp_path):

@@ -188,14 +188,15 @@ def test_removal_scores_of_several_spans_share_layers(batch: Any) -> None:
     assert sorted(runs[4:]) == sorted([(0, text), (1, text), (2, text), (1, whole), (2, whole)])
 
 
-def test_curves_of_one_batch_encode_its_images_once(batch: Any) -> None:
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.nn.DataParallel], ids=["plain", "wrapped"])
+def test_curves_of_one_batch_encode_its_images_once(batch: Any, wrap: Callable[[Any], Any]) -> None:
     model, tokens, inputs = batch
     runs: list[int] = []
     with contextlib.ExitStack() as stack:
         stack.callback(model.model.vision_tower.register_forward_hook(lambda *_: runs.append(1)).remove)
-        removal_scores(model, tokens, inputs, last_token_score, [range(1), range(2, 3), range(3)])
+        removal_scores(wrap(model), tokens, inputs, last_token_score, [range(1), range(2, 3), range(3)])
         assert len(runs) == 1
-        knockout_curve(model, tokens, inputs, last_token_score)
+        knockout_curve(wrap(model), tokens, inputs, last_token_score)
         assert len(runs) == 2
 
 
