@@ -116,6 +116,9 @@ def no_such_setting(key: str) -> str:
         return f"{key}: renamed; use {new}"
     from experiments.config.documentation import settings  # imports all schemas, which only an error needs
 
+    if owners := [setting.only for setting in settings() if setting.key == key and setting.only]:
+        group = key.partition(".")[0]
+        return f"{key}: the chosen {group} has no such setting; it belongs to {' or '.join(owners)} (docs/settings.md)"
     names = [setting.key for setting in settings()]
     groups = {name.rpartition(".")[0] for name in names} - {""}
     advice = _did_you_mean(key, [*names, *groups, "experiment"])
@@ -144,6 +147,10 @@ def _unknown_option(text: str) -> str | None:
     group, name, lines = found.groups()
     options = [option for option in lines.split() if not option.startswith("schema")]  # those are for our files alone
     similar = _did_you_mean(name, options)
+    if group == "compressor":
+        from llava_mini.compressors import COMPRESSORS  # takes seconds, which only an error needs
+
+        similar = f", but compressor.name={name} exists" if name in COMPRESSORS else similar
     return f"{group}: no option '{name}'{similar}; it has {', '.join(options)}{_plugin_hint(text)}"
 
 

@@ -122,11 +122,12 @@ def _open_image(path: str) -> Any:
     from PIL import Image, ImageOps
 
     from probes.ask import require_8_bits
+    from probes.view.run_data import rgb_on_white
 
     try:
         with Image.open(path) as image:
             require_8_bits(image)
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return rgb_on_white(ImageOps.exif_transpose(image))
     except ValueError as error:
         raise ValueError(f"--image: {path!r}: {error}") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -37,7 +38,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Pr
         The model in eval mode, and its processor.
 
     Raises:
-        ValueError: If weights are missing, the device or dtype is unknown or absent, or the model is not a
+        ValueError: If weights are missing or unreadable, the device or dtype is unknown or absent, or the model is not a
             vision-language model.
         OSError: If there is no such model, in a folder or on the hub.
 
@@ -62,7 +63,10 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Pr
         raise ValueError(
             f"model: {name!r} is a {config.model_type}, which takes no images; name a vision-language model"
         )
-    model, report = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    except SafetensorError as error:
+        raise ValueError(f"model: the weights of {name!r} cannot be read, they may be incomplete: {error}") from error
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"model: {name!r} lacks {len(missing)} weights, such as {missing[0]}; name a complete checkpoint"

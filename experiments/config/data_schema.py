@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from omegaconf import MISSING
@@ -45,6 +45,12 @@ class ShapesRounds:
     relation: int = setting(1, "questions about the neighbour of a shape")
     comparison: int = setting(1, "questions whether one colour is more frequent than another")
     reading: int = setting(1, "questions about the order from left to right, top to bottom")
+
+    def __post_init__(self) -> None:
+        names = [field.name for field in fields(self)]
+        require_at_least("data.rounds", self, dict.fromkeys(names, 0))
+        if not any(getattr(self, name) for name in names):
+            raise ValueError(f"data.rounds: all of {', '.join(names)} are 0; an image needs at least one question")
 
 
 @dataclass

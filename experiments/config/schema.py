@@ -293,7 +293,7 @@ class ProbeConfig:
     swap_pairs: int = setting(100, "minimal pairs of each property")
 
     def __post_init__(self) -> None:
-        require_at_least("probe", self, {"swap_pairs": 10})
+        require_at_least("probe", self, {"swap_pairs": 10, "attention_questions": 1, "view_questions": 0})
 
 
 @dataclass

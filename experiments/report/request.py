@@ -103,7 +103,7 @@ def split_results(words: Sequence[str], option: Path | None) -> tuple[Path, list
 
 
 def parse_request(words: Sequence[str]) -> ReportRequest:
-    """Parse words such as "experiment=table6_prefusion,table8_compression" and "train.steps=60".
+    """Parse words such as "experiment=table6_prefusion,table8_compression" and "train.max_steps=60".
 
     Args:
         words: One KEY=VALUE each; `experiment` may list several names, separated by commas.
@@ -117,7 +117,7 @@ def parse_request(words: Sequence[str]) -> ReportRequest:
         key, equals, text = word.partition("=")
         if not (key and equals and text):
             raise ValueError(
-                f"'{word}' is not a setting; write KEY=VALUE, such as experiment=table6_prefusion or train.steps=60"
+                f"'{word}' is not a setting; write KEY=VALUE, such as experiment=table6_prefusion or train.max_steps=60"
             )
         if key == "experiment":
             experiments += text.split(",")

@@ -266,7 +266,7 @@ def load(folder: Path | str, *request: str) -> Report:
     Args:
         folder: A results folder, which holds `records/`.
         request: Experiments and settings to select, as on the command line of `python -m experiments.report`:
-            "experiment=table6_prefusion" or "train.steps=60".
+            "experiment=table6_prefusion" or "train.max_steps=60".
 
     Returns:
         The report: `frame()`, `table(name)`, `latex(name)`, `figure(name)`, `claims()` and `records`.

@@ -93,7 +93,7 @@ def record_attention(
     target_tokens = tokens if words is None else words.label(tokens)
     if targets is None:
         targets = (group for group in tokens.groups if group != "pad") if words is None else words.groups
-    groups = tuple(targets)
+    groups = (targets,) if isinstance(targets, str) else tuple(targets)
     if not groups:
         raise ValueError(f"targets are empty: name at least one of {', '.join(target_tokens.groups)}")
     for group in groups:

@@ -202,9 +202,17 @@ def _image_data(image: Any, label: str) -> dict[str, Any]:
     return {"label": label, "width": width, "height": height, "frames": [_data_uri(frame) for frame in frames]}
 
 
+def rgb_on_white(image: Image.Image) -> Image.Image:
+    """Return an image in RGB, on white where it is transparent, as transformers' processors and LLaVA-Mini's show it."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def _as_pil(image: Any) -> Image.Image:
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return rgb_on_white(image)
     array = np.asarray(image)
     return Image.fromarray(array.astype(np.uint8)).convert("RGB")
 

@@ -1,6 +1,7 @@
 """The command line of the probes: its output, and one line for wrong input."""
 
 import re
+import shutil
 
 import pytest
 from PIL import Image
@@ -113,3 +114,30 @@ def one_error_line(capsys):
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
     return lines[0]
+
+
+def test_main_shows_transparent_images_as_the_processor_does(tmp_path, capsys):
+    """On white. The pixels below are black, where another image would be seen."""
+    scene = Image.open(SCENE).convert("RGBA")
+    pixels = [(0, 0, 0, 0) if sum(pixel[:3]) > 700 else pixel for pixel in scene.getdata()]
+    scene.putdata(pixels)
+    scene.save(tmp_path / "transparent.png")
+    Image.alpha_composite(Image.new("RGBA", scene.size, "white"), scene).convert("RGB").save(tmp_path / "white.png")
+    shown = []
+    for name in ("transparent", "white"):
+        out = tmp_path / f"{name}.html"
+        arguments = ["--image", str(tmp_path / f"{name}.png"), *QUESTION, "--device", "cpu", "--out", str(out)]
+        assert main([TINY, *arguments]) == 0
+        shown.append(capsys.readouterr().out.splitlines()[:10])
+    assert shown[0] == shown[1]
+
+
+def test_main_with_incomplete_weights_ends_in_one_line(tmp_path, capsys):
+    model = tmp_path / "cut"
+    shutil.copytree(TINY, model)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    assert main([str(model), "--image", SCENE, *QUESTION, "--out", str(tmp_path / "page.html")]) == 1
+    line = one_error_line(capsys)
+    assert line.startswith("error: model")
+    assert str(model) in line

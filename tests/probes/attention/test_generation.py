@@ -117,6 +117,16 @@ def test_record_attention_batch_without_copies_raises(
 
 
 @torch.no_grad()
+def test_record_attention_of_one_target_takes_its_name_alone(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
+) -> None:
+    inputs, model = make_inputs("none"), make_llava()
+    with record_attention(model, TokenMap.from_inputs(model, inputs), targets="vision") as attention:
+        model(**inputs)
+    assert attention.targets == ("vision",)
+
+
+@torch.no_grad()
 def test_record_attention_rows_that_differ_in_one_word_raise(
     make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
 ) -> None:
