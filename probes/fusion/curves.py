@@ -175,7 +175,6 @@ def removal_scores(
         >>> removal_scores(model, tokens, inputs, score, [range(2, 4), range(0)]).shape
         (2, 1)
     """
-    model = require_model(model)  # a wrapper's forward call is not the one that keeps image features
     decoder = find_decoder(model)
     select_attention_layers(decoder, {layer for span in spans for layer in span})
     how: Literal["drop", "mask"] = "drop" if can_run_subset(decoder, tokens.labels.shape[1]) else "mask"
@@ -237,7 +236,6 @@ def knockout_curve(
     """
     if width < 1:
         raise ValueError(f"width is {width}: windows hold at least 1 layer")
-    model = require_model(model)  # a wrapper's forward call is not the one that keeps image features
     layers = len(decoder_layers(find_decoder(model)))
     select_attention_layers(find_decoder(model), range(layers))
     text_map = tokens.merge({"text": [group for group in tokens.groups if group not in ("pad", "vision")]})

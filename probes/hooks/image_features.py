@@ -10,6 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from probes.unwrapping import require_model
+
 METHOD = "get_image_features"
 # Of the vision tower, for which the language model has no use; they take more memory than the features.
 _DROPPED = ("hidden_states", "attentions")
@@ -23,7 +25,7 @@ def reuse_image_features(model: PreTrainedModel) -> Iterator[None]:
     that encodes its images without `get_image_features`, as LLaVA-Mini does, encodes them in each call.
 
     Args:
-        model: A transformers model.
+        model: A transformers model, or a wrapper of one.
 
     Example:
         >>> runs = []
@@ -34,6 +36,7 @@ def reuse_image_features(model: PreTrainedModel) -> Iterator[None]:
         >>> len(runs), torch.equal(first, second)
         (1, True)
     """
+    model = require_model(model)  # probes call it without its wrappers, whose hooks then do not run
     # A module's `forward` calls the method on itself, so that an attribute of the instance takes its place.
     encoders = [_StoredFeatures(module) for module in model.modules() if hasattr(type(module), METHOD)]
 
