@@ -36,7 +36,7 @@ from experiments.evaluation.accuracy import (
     shuffled_images,
     validation_scores,
 )
-from experiments.evaluation.analyses import check_probe_layers, run_probes
+from experiments.evaluation.analyses import check_probe_layers, check_questions_have_images, run_probes
 from experiments.evaluation.attention_page import attention_page_path, write_attention_page
 from experiments.evaluation.flops import forward_cost
 from experiments.evaluation.generated_answers import generated_part
@@ -134,6 +134,7 @@ def _build(config: Config, data: DataSplits, device: torch.device) -> tuple[PreT
     transformers.logging.set_verbosity_error()  # it warns of new weights; load_checkpoint refuses missing ones
     model, processor = build_model(config, data.train)
     check_probe_layers(model, config.probe)
+    check_questions_have_images(data.test.samples, config.probe)
     if config.probe.swaps:
         check_minimal_pairs(config.data)
     check_token_reduction(model, config)

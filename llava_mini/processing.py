@@ -30,8 +30,6 @@ from .tiles import cut_into_tiles
 from .video import Video
 from .visual_inputs import FrameStream, VisualInput, as_video, flatten
 
-VIDEO_TOKEN = "<video>"  # replaced by image tokens, so it need not be in the vocabulary
-
 
 class LlavaMiniProcessor(LlavaProcessor):
     """Processor of LLaVA-Mini: a [`LlavaProcessor`] with videos, tiles and one placeholder for each visual token.
@@ -65,6 +63,8 @@ class LlavaMiniProcessor(LlavaProcessor):
         >>> int((inputs["input_ids"] == model.config.image_token_id).sum())
         4
     """
+
+    video_token = "<video>"  # replaced by image tokens, so it need not be in the vocabulary
 
     def __init__(
         self,
@@ -331,19 +331,19 @@ class LlavaMiniProcessor(LlavaProcessor):
         """Assign images and videos to the rows with their `<image>` and `<video>` tokens, in the order of the text."""
         matches = [(row, match[0]) for row, text in enumerate(rows) for match in self._visual_tokens.finditer(text)]
         tokens = [token for _, token in matches]
-        for name, token, given in (("images", self.image_token, images), ("videos", VIDEO_TOKEN, videos)):
+        for name, token, given in (("images", self.image_token, images), ("videos", self.video_token, videos)):
             if rows and tokens.count(token) != len(given):
                 raise ValueError(
                     f"the text has {tokens.count(token)} {token} tokens, but {len(given)} {name} are given"
                 )
         if not rows:  # without text every image and video is a row
             return [VisualInput(i, source) for i, source in enumerate([*images, *videos])]
-        sources = {self.image_token: iter(images), VIDEO_TOKEN: iter(videos)}
+        sources = {self.image_token: iter(images), self.video_token: iter(videos)}
         return [VisualInput(row, next(sources[token])) for row, token in matches]
 
     @property
     def _visual_tokens(self) -> re.Pattern[str]:
-        return re.compile(f"{re.escape(self.image_token)}|{re.escape(VIDEO_TOKEN)}")
+        return re.compile(f"{re.escape(self.image_token)}|{re.escape(self.video_token)}")
 
     def _expand_placeholders(self, text: str, visual_inputs: list[VisualInput]) -> tuple[str, list[tuple[int, int]]]:
         """Replace each `<image>` and `<video>` by one placeholder for each visual token.

@@ -70,15 +70,18 @@ def _run(options: argparse.Namespace) -> None:
     import transformers
 
     from probes.ask import ask
-    from probes.loading import load_model
+    from probes.loading import check_model_config, load_model
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()  # without a network it warns of each retry
     images = [_open_image(path) for path in options.image]
     videos = [_read_frames(path) for path in options.video]
+    names = [options.model, *([options.compare] if options.compare else [])]
+    for name in names:  # before the first model runs, which can take minutes
+        check_model_config(name)
     view = None
-    for name in [options.model, *([options.compare] if options.compare else [])]:
+    for name in names:
         model, processor = load_model(name, options.device, options.dtype)
         answer = ask(model, processor, options.question, images, videos)
         _report(name, answer)

@@ -209,19 +209,31 @@ def encode_prompt(
         videos: Videos, each a list of frames.
 
     Raises:
-        ValueError: If a PIL image has more than 8 bits a channel.
+        ValueError: If a PIL image has more than 8 bits a channel, the processor reads no videos, or the prompt has no
+            visual token.
     """
+    if videos and not (getattr(processor, "video_processor", None) or getattr(processor, "video_token", None)):
+        raise ValueError(f"videos: a {type(processor).__name__} reads no videos; pass frames as images")
     for image in (*images, *(frame for video in videos for frame in video)):
         require_8_bits(image)
     parts = [*({"type": "image"} for _ in images), *({"type": "video"} for _ in videos)]
-    text = question
-    if getattr(processor, "chat_template", None):
+    text, template = question, getattr(processor, "chat_template", None)
+    if template:
         messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
         text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     arguments: dict[str, Any] = {"images": [list(images)]} if images else {}
     if videos:
         arguments["videos"] = [list(video) for video in videos]
-    inputs = processor(text=[text], **arguments, return_tensors="pt")
+    try:
+        inputs = processor(text=[text], **arguments, return_tensors="pt")
+        visual = torch.tensor(visual_token_ids(model.config))
+        if parts and not torch.isin(inputs["input_ids"], visual).any():
+            raise ValueError("the prompt has no visual token")
+    except ValueError as error:
+        if template:
+            raise
+        name = type(processor).__name__
+        raise ValueError(f"processor: {name} has no chat_template; set it, or write image tokens: {error}") from error
     return dict(inputs.to(model.device, model.dtype))
 
 

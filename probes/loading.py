@@ -48,8 +48,34 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Pr
         'llava'
     """
     target = torch_device(device)
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+    found = getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise ValueError(f"dtype: unknown {dtype!r}; use auto, float32, bfloat16 or float16")
+    check_model_config(name)
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    except SafetensorError as error:
+        raise ValueError(f"model: the weights of {name!r} cannot be read, they may be incomplete: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"model: {name!r} lacks {len(missing)} weights, such as {missing[0]}; name a complete checkpoint"
+        )
+    return model.eval().to(target), AutoProcessor.from_pretrained(name)
+
+
+def check_model_config(name: str) -> None:
+    """Check that a folder or hub name provides the config of a vision-language model. No weights are read.
+
+    Args:
+        name: Folder, or name on the hub.
+
+    Raises:
+        ValueError: If the config cannot be read, or is not that of a vision-language model.
+        OSError: If there is no such model, in a folder or on the hub.
+
+    Example:
+        >>> check_model_config(model.name_or_path)
+    """
     _check_name(name)
     _import_package_of_model_type(name)
     try:
@@ -63,15 +89,6 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Pr
         raise ValueError(
             f"model: {name!r} is a {config.model_type}, which takes no images; name a vision-language model"
         )
-    try:
-        model, report = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, output_loading_info=True)
-    except SafetensorError as error:
-        raise ValueError(f"model: the weights of {name!r} cannot be read, they may be incomplete: {error}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"model: {name!r} lacks {len(missing)} weights, such as {missing[0]}; name a complete checkpoint"
-        )
-    return model.eval().to(target), AutoProcessor.from_pretrained(name)
 
 
 def torch_device(name: str) -> torch.device:

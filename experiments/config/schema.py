@@ -257,6 +257,11 @@ class BudgetConfig:
     share: float = setting(1.0, "budget as a share of LLaVA's FLOPs")
     text_tokens: int = setting(40, "text tokens of the prompt that FLOPs are counted for")
 
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"budget.share: must be above 0 and at most 1, found {self.share}")
+        require_at_least("budget", self, {"text_tokens": 1})
+
 
 @dataclass
 class ProbeConfig:
@@ -265,7 +270,7 @@ class ProbeConfig:
     controls: bool = setting(False, "blind controls: accuracy with a blank image and with another question's image")
     attention: bool = setting(False, "attention mass and entropy between token groups, by layer (Figures 2 and 3)")
     attention_questions: int = setting(300, "questions that attention is recorded on")
-    random_control: bool = setting(False, "the same attention in a model with random weights")
+    random_control: bool = setting(False, "with attention: the same in a model with random weights")
     contribution: bool = setting(
         False, "with attention: how much each token group adds to the attention's output, by layer and head"
     )
@@ -294,6 +299,12 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         require_at_least("probe", self, {"swap_pairs": 10, "attention_questions": 1, "view_questions": 0})
+        if not self.attention:  # they would be left out without a word
+            for name in ("random_control", "contribution", "sinks", "leave_out_sinks"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"probe.{name}: is measured with attention; set probe.attention=true, or {name}=false"
+                    )
 
 
 @dataclass
@@ -326,6 +337,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.threads < 1:
             raise ValueError(f"threads: must be at least 1, found {self.threads}")
+        if self.tiles < 1:
+            raise ValueError(f"tiles: must be at least 1, found {self.tiles}")
         if self.train.eval_steps and isinstance(self.data, DataConfig) and not self.data.validation_samples:
             raise ValueError(
                 f"data.validation_samples: train.eval_steps={self.train.eval_steps} measures the validation split, which "

@@ -5,16 +5,20 @@ The paper's analyses are attention mass and entropy, and removal of visual token
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from experiments.config.schema import ProbeConfig
+from experiments.data.samples import Sample
 from experiments.evaluation.attention_by_layer import measure_attention
 from experiments.evaluation.layerwise_ablation import measure_knockout, measure_removal
 from experiments.evaluation.onset import measure_onset
 from experiments.evaluation.questions import EncodedQuestions
 from experiments.evaluation.readouts import measure_lens, measure_readout
+
+_READ_IMAGES = ("attention", "removal", "onset", "knockout", "readout", "lens", "view_questions")
 
 
 def check_probe_layers(model: PreTrainedModel, config: ProbeConfig) -> None:
@@ -28,6 +32,25 @@ def check_probe_layers(model: PreTrainedModel, config: ProbeConfig) -> None:
         layers = getattr(config, setting)
         if not 1 <= layers <= depth:
             raise ValueError(f"probe.{setting}: {layers} layers at once in a model of {depth}; use 1 to {depth}")
+
+
+def check_questions_have_images(samples: Iterable[Sample], config: ProbeConfig) -> None:
+    """Check, before anything is computed, that each test question has an image if an analysis reads it.
+
+    Args:
+        samples: The test split. No image is loaded.
+        config: Which analyses are run.
+
+    Raises:
+        ValueError: If an entry is text alone, and an analysis would read its image.
+    """
+    configured = [name for name in _READ_IMAGES if getattr(config, name)]
+    for number, sample in enumerate(samples if configured else (), start=1):
+        if not sample.loaders:
+            raise ValueError(
+                f"probe.{configured[0]}: entry {number} of the test split ({sample.id!r}) has no image to analyse; leave "
+                "entries of text alone out of the test data, or analyses out"
+            )
 
 
 def run_probes(

@@ -18,6 +18,7 @@ from transformers import (
     ProcessorMixin,
     set_seed,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from experiments.config.schema import (
     CheckpointModel,
@@ -149,6 +150,9 @@ def _build_llava(config: Config, train: Split | None) -> tuple[PreTrainedModel, 
         raise ValueError(
             f"model.dtype: '{source.dtype}' is not a floating type of torch; use float32, bfloat16 or float16"
         )
+    if source.attention not in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()) and "/" not in source.attention:
+        # with a slash it is a kernel of the hub
+        raise ValueError(f"model.attention: unknown '{source.attention}'; use sdpa, eager or flash_attention_2")
     if isinstance(source, CheckpointModel):
         return load_checkpoint(source.path, dtype, source.attention)
     if isinstance(source, JoinedModel):

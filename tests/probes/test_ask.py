@@ -57,6 +57,22 @@ def test_ask_under_an_intervention_answers_as_the_intervened_model_does(shipped)
     assert blind.removal is None
 
 
+def test_encode_prompt_of_a_processor_that_reads_no_videos_is_refused(shipped):
+    model, processor, image = shipped
+    with pytest.raises(ValueError, match=r"^videos: .*LlavaProcessor"):
+        encode_prompt(model, processor, "how many rings are there?", [image], videos=[[image, image]])
+
+
+def test_encode_prompt_without_a_chat_template_needs_the_image_token_in_the_question(shipped):
+    model, _, image = shipped
+    processor = AutoProcessor.from_pretrained(TINY)
+    processor.chat_template = None
+    with pytest.raises(ValueError, match=r"^processor: .*LlavaProcessor.*chat_template"):
+        encode_prompt(model, processor, "how many rings are there?", [image])
+    inputs = encode_prompt(model, processor, "<image> how many rings are there?", [image])
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 36  # 6 x 6 patches
+
+
 def test_removal_curve_is_the_probability_of_every_word_of_the_answer(shipped):
     """Intact, and without the image in all layers, the words are read one by one, each in a pass of its own."""
     model, processor, image = shipped

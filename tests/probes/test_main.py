@@ -90,6 +90,7 @@ def test_main_model_that_cannot_be_shown_ends_in_one_line(make, value, tmp_path,
         (["--image", SCENE, "--out", "docs"], "--out", "docs"),
         (["--image", SCENE, "--device", "cuda:99"], "device", "cuda:99"),
         (["--image", SCENE, "--dtype", "float12"], "dtype", "float12"),
+        (["--image", SCENE, "--dtype", "int8"], "dtype", "int8"),
         (["--image", SCENE, "--question", " "], "--question", "empty"),
     ],
 )
@@ -108,6 +109,14 @@ def test_main_without_a_checkpoint_of_the_given_name_ends_in_one_line(model, cap
     line = one_error_line(capsys)
     assert line.startswith("error: model: ")
     assert f"'{model}'" in line
+
+
+def test_main_checks_the_second_model_before_the_first_runs(capsys, monkeypatch):
+    monkeypatch.setattr("probes.loading.load_model", lambda *_: pytest.fail("a model was loaded"))
+    assert main([TINY, "--image", SCENE, *QUESTION, "--compare", "experiments/assets"]) == 1
+    line = one_error_line(capsys)
+    assert line.startswith("error: model: ")
+    assert "'experiments/assets'" in line
 
 
 def one_error_line(capsys):

@@ -45,6 +45,15 @@ def test_run_probes_with_cached_features_does_not_run_the_vision_tower(
     assert len(runs) == len(layers)  # one batch of pixels
 
 
+@pytest.mark.parametrize("name", ["attention", "removal", "lens"])
+def test_check_questions_have_images_names_the_analysis_and_the_entry_of_text_alone(samples, name):
+    alone = dataclasses.replace(samples[2], id="text-7", loaders=())
+    analyses.check_questions_have_images([*samples, alone], ProbeConfig(controls=True))
+    analyses.check_questions_have_images(samples, ProbeConfig(**{name: True}))
+    with pytest.raises(ValueError, match=rf"^probe\.{name}: .* 13 .*'text-7'"):
+        analyses.check_questions_have_images([*samples, alone], ProbeConfig(**{name: True}))
+
+
 def test_run_probes_computes_logits_of_answers_alone(deep_llava, processor, samples):
     """A large vocabulary's head on every position costs as much as layers, and only answers are scored."""
     questions = EncodedQuestions(samples, processor, 4, CPU)
