@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from experiments.report.tables.latex_layout import FOOTNOTE, TEXT_WIDTH, Layout, Page, Panel, lay_out, pieces, words
-from experiments.report.tables.table import Table
+from experiments.report.tables.table import NO_ROWS, Table
 
 _ESCAPES = {
     "\\": r"\textbackslash{}",
@@ -32,7 +32,6 @@ _ESCAPES = {
 }
 _NUMBER = re.compile(r"^(?:table|tab\.|figure|fig\.)\s*[a-z]?\d+[a-z]?\s*[:.\u2013\u2014-]\s+", re.IGNORECASE)
 _NAMED_TABLE = re.compile(r"^table\s*[a-z]?\d", re.IGNORECASE)
-_NO_ROWS = "No record belongs in this table."
 
 
 def latex(table: Table) -> str:
@@ -47,7 +46,7 @@ def latex(table: Table) -> str:
     """
     header, rows = list(table.text.columns), [list(row) for row in table.text.itertuples(index=False, name=None)]
     if not header:
-        header, rows = [_NO_ROWS], []
+        header, rows = [NO_ROWS], []
     caption = _without_number(table.caption)
     layout = lay_out(header, rows, caption, table.notes)
     parts = []

@@ -14,6 +14,7 @@ from experiments.report.run_groups import RunGroup
 from experiments.report.statistics import Interval
 
 LATENCY_COLUMN = "Latency (ms)"
+NO_ROWS = "No record belongs in this table."
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from experiments.markdown import markdown_cell, markdown_table
 from experiments.report.tables.latex import escape, latex
-from experiments.report.tables.table import Table
+from experiments.report.tables.table import NO_ROWS, Table
 
 __all__ = ["csv", "escape", "latex", "markdown"]
 
 
 def markdown(table: Table) -> str:
-    """Return a table as GitHub-flavoured Markdown: caption, table, notes."""
-    rows = _format_cells(table)
-    lines = markdown_table(list(table.text.columns), rows, table.numeric)
+    """Return a table as GitHub-flavoured Markdown: caption, table, notes. Without columns, a sentence says so."""
+    columns = list(table.text.columns)
+    lines = markdown_table(columns, _format_cells(table), table.numeric) if columns else NO_ROWS
     return "\n".join([f"**{table.caption}**", "", lines, *(f"\n{note}" for note in table.notes)]) + "\n"
 
 

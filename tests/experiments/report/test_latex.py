@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from experiments.report.tables import writers
 from experiments.report.tables.latex import latex
 from experiments.report.tables.latex_layout import FOOTNOTE, SCRIPT, lay_out, text_width, words
 from experiments.report.tables.table import Table
@@ -98,9 +99,10 @@ def test_latex_caption_leaves_the_number_to_latex(caption: str, set_caption: str
     assert rf"\caption{{{set_caption}}}" in latex(make_table(pd.DataFrame({"a": ["1"]}), caption))
 
 
-def test_latex_without_columns_says_so() -> None:
+def test_table_without_columns_says_so() -> None:
     assert r"\begin{tabular}{l}" in latex(make_table(pd.DataFrame()))
-    assert "No record belongs in this table." in latex(make_table(pd.DataFrame()))
+    for write in (latex, writers.markdown):
+        assert "No record belongs in this table." in write(make_table(pd.DataFrame()))
 
 
 @pytest.mark.parametrize("name", wide_tables())
