@@ -127,6 +127,8 @@ def relevancy(
             calls, last_hidden, logits = _record_layer_calls(model, decoder, unembed, tokens, inputs, at)
             unembed.check(last_hidden[samples, at], logits)
             answers = logits.argmax(-1).cpu() if answers is None else answers.cpu().clone()
+            if not ((answers >= 0) & (answers < logits.shape[-1])).all():
+                raise ValueError(f"answers are {answers.tolist()}: use token ids from 0 to {logits.shape[-1] - 1}")
             last_hidden = last_hidden.detach().requires_grad_()
             with torch.enable_grad():
                 answer_logits = unembed(last_hidden[samples, at])[samples, answers]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from probes.attention.group_sums import DEFAULT_STATISTICS, STATISTICS
 from probes.attention.record import AttentionRecord
 from probes.attention.recorder import AttentionRecorder
-from probes.hooks.decoder import MASK_FORMATS, find_decoder, select_attention_layers
+from probes.hooks.decoder import MASK_FORMATS, decoder_layers, find_decoder, select_attention_layers
 from probes.hooks.token_window import TokenWindow
 from probes.tokens.token_map import TokenMap
 from probes.unwrapping import unwrap_model
@@ -69,7 +69,8 @@ def record_attention(
         The record. It can be read once the model has run the whole prompt.
 
     Raises:
-        ValueError: An unknown layer, head, group or statistic; a model that cannot be recorded; or a call that does not fit
+        TypeError: Layers or heads are no list of integers.
+        ValueError: An unknown layer, head, group or statistic; no layer or head; a model that cannot be recorded; or a call that does not fit
             `tokens`, is packed or paged, or has a mask that cannot be read.
         RuntimeError: The layers are being recorded already; a second prompt or a second thread runs in the same record;
             decoding goes back to an earlier position; or the record is read before the whole prompt has run.
@@ -100,9 +101,9 @@ def record_attention(
         target_tokens.index(group)
     selected_statistics = _select_statistics(statistics, backend)
     selected_heads = _select_heads(decoder.config.num_attention_heads, heads)
-    record = AttentionRecord(
-        tokens, select_attention_layers(decoder, layers), selected_heads, groups, words, selected_statistics
-    )
+    if not (selected_layers := select_attention_layers(decoder, layers)):
+        raise ValueError(f"layers are empty: name at least one of {len(decoder_layers(decoder))}, counted from 0")
+    record = AttentionRecord(tokens, selected_layers, selected_heads, groups, words, selected_statistics)
     record.facts = {
         "model": transformers_model.config.model_type,
         "device": str(transformers_model.device),
@@ -121,8 +122,13 @@ def _select_heads(count: int, heads: Iterable[int] | None) -> tuple[int, ...]:
     """Return `heads` in ascending order without duplicates, or all heads.
 
     Raises:
+        TypeError: `heads` are no list of integers.
         ValueError: No head, or a head outside the model.
     """
+    if isinstance(heads, str | int):
+        raise TypeError(
+            f"heads: {heads!r} is no list of heads; write integers, such as [0, 1], or leave it out for all"
+        )
     selected = tuple(sorted(set(range(count) if heads is None else heads)))
     outside = [head for head in selected if not 0 <= head < count]
     if outside or not selected:

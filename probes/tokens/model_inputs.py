@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ def original_image_sizes(inputs: Mapping[str, Any], images: Sequence[Any] | None
         One size per image, or None.
 
     Raises:
+        TypeError: If images are no list.
         ValueError: If an image has another type.
 
     Example:
@@ -31,6 +32,8 @@ def original_image_sizes(inputs: Mapping[str, Any], images: Sequence[Any] | None
     if images is None:
         sizes = inputs.get("image_sizes")
         return None if sizes is None else [(int(height), int(width)) for height, width in sizes]
+    if not isinstance(images, Iterable) or isinstance(images, str):
+        raise TypeError(f"images: found a {type(images).__name__}; pass a list of images")
     return [size for image in images for size in _sizes_of(image)]
 
 

@@ -137,6 +137,7 @@ def test_relevancy_with_invalid_arguments_raises(make_llava, make_inputs):
     tokens = TokenMap.from_inputs(model, inputs)
     for arguments, message in (
         ({"answers": torch.tensor([1])}, r"answers have shape \[1\].*3"),
+        ({"answers": torch.tensor([1, 2, 9999])}, r"answers are \[1, 2, 9999\]"),
         ({"at": torch.tensor([0, 0])}, r"at is \[0, 0\].*0 to 12.*3 samples"),
         ({"at": torch.tensor([0, 0, 13])}, r"at is \[0, 0, 13\].*0 to 12"),
     ):

@@ -70,6 +70,10 @@ class TestRecordAttentionErrors:
             record_attention(model, tokens, heads=[4, 1]).__enter__()
         with pytest.raises(ValueError, match=r"heads are empty.*4 query heads"):
             record_attention(model, tokens, heads=[]).__enter__()
+        with pytest.raises(ValueError, match=r"layers are empty.*3"):
+            record_attention(model, tokens, layers=[]).__enter__()
+        with pytest.raises(TypeError, match=r"heads: 'all' "):
+            record_attention(model, tokens, heads="all").__enter__()
 
     def test_model_without_recordable_attention_raises(
         self, make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]

@@ -40,6 +40,12 @@ def test_original_image_sizes_with_unknown_type_raises_value_error() -> None:
         original_image_sizes({}, ["cat.png"])
 
 
+@pytest.mark.parametrize("images", [Image.new("RGB", (4, 4)), "cat.png"])
+def test_original_image_sizes_of_what_is_no_list_raises_type_error(images) -> None:
+    with pytest.raises(TypeError, match=rf"images: found a {type(images).__name__}"):
+        original_image_sizes({}, images)
+
+
 def test_size_of_image_with_wrong_number_of_sizes_raises_value_error() -> None:
     with pytest.raises(ValueError, match=r"hold 3 images.*2 images or image_sizes"):
         size_of_image([(1, 2), (3, 4)], 0, 3)
