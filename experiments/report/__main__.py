@@ -8,11 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.records.files import Records, load_records
+from experiments.records.files import Records
 from experiments.report.build import write_report
-from experiments.report.experiment_specs import load_all_specs
-from experiments.report.request import parse_request, split_results
-from experiments.report.results import Report
+from experiments.report.request import split_results
+from experiments.report.results import load
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,10 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         results, words = split_results(arguments.request, arguments.results)
-        request = parse_request(words)
-        records = load_records(results / "records")
-        report = Report(records, request, load_all_specs(results))
-        _warn_unreadable(records)
+        report = load(results, *words)
+        _warn_unreadable(report.records)
         write_report(report, arguments.out or results / "report")
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments.report import load
-from experiments.report.build import write_report
+from experiments.report.__main__ import main
 from experiments.report.results import Report
 from experiments.report.tables import writers
 
@@ -166,11 +166,12 @@ def test_report_copies_the_attention_page_of_the_newest_attention_experiment(
     (folder / "views").mkdir()
     for record in (newest, oldest, other):
         (folder / "views" / f"{record['id']}.html").write_text(f"page of {record['id']}")
-    write_report(load(folder), tmp_path / "report")
+    command = [f"results={folder}", "--out", str(tmp_path / "report")]
+    assert main(command) == 0
     assert (tmp_path / "report" / "view.html").read_text() == f"page of {newest['id']}"
     assert 'href="view.html"' in (tmp_path / "report" / "index.html").read_text()
     for page in (folder / "views").iterdir():
         page.unlink()
-    write_report(load(folder), tmp_path / "report")
+    assert main(command) == 0
     assert not (tmp_path / "report" / "view.html").exists()
     assert "view.html" not in (tmp_path / "report" / "index.html").read_text()
