@@ -73,7 +73,8 @@ def generate_answer(
         stream=True,  # decode video frames one at a time while the model encodes them
     ).to(model.device)
     # A single query has no later turn. A compressor that reads the question must encode the images with every question.
-    is_reused = options.query is None and "text" not in model.model.needs
+    # A plain LLaVA encodes them in every turn too.
+    is_reused = options.query is None and hasattr(model, "encode_pictures") and "text" not in model.model.needs
     if is_reused and "pixel_values" in inputs:
         pixel_values = inputs.pop("pixel_values")
         if pictures is None:
@@ -122,6 +123,10 @@ def run_chat(options: argparse.Namespace) -> None:
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype, None)
     if not (dtype == "auto" or isinstance(dtype, torch.dtype)):
         raise ValueError(f"--dtype: no dtype '{options.dtype}'; use auto, bfloat16, float16 or float32")
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError):  # torch without CUDA asserts
+        raise ValueError(f"--device: '{options.device}' is not available here; use cpu") from None
     # Read the images and videos once before the model, which takes minutes to load.
     for path in options.image:
         to_rgb(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -212,6 +213,9 @@ class LlavaMiniForConditionalGeneration(LlavaMiniPreTrainedModel, LlavaForCondit
         finally:
             logging.set_verbosity(verbosity)
         model.name_or_path = model.config.name_or_path = llava.name_or_path
+        model.generation_config = copy.deepcopy(
+            llava.generation_config
+        )  # some name their end-of-turn token there alone
         return model.to(llava.device)
 
     @can_return_tuple

@@ -28,7 +28,7 @@ from .images import pad_to_square, to_rgb
 from .older_processors import complete_from_checkpoint, complete_from_config
 from .tiles import cut_into_tiles
 from .video import Video
-from .visual_inputs import FrameStream, VisualInput, as_video, flatten
+from .visual_inputs import FrameStream, VisualInput, as_video, check_rows, flatten, is_image, is_video
 
 
 class LlavaMiniProcessor(LlavaProcessor):
@@ -173,7 +173,7 @@ class LlavaMiniProcessor(LlavaProcessor):
             text (`str` or `list[str]`, *optional*):
                 One row or several. Without text every image and video is a row.
             videos (path, [`Video`], or (nested) list of them, *optional*):
-                Videos in the order of the text, as `images`. A [`Video`] may consist of frames.
+                Videos in the order of the text, as `images`. A list of PIL images is one video.
             fps (`float`, *optional*):
                 Frames a second sampled from videos given by path; 1 unless `num_frames` is given.
             num_frames (`int`, *optional*):
@@ -199,9 +199,10 @@ class LlavaMiniProcessor(LlavaProcessor):
         rows = [text] if isinstance(text, str) else list(text or [])
         for i, row in enumerate(rows):
             check_text(row, f"row {i} of the text" if len(rows) > 1 else "the text")
-        visual_inputs = self._assign_rows(
-            rows, flatten(images), [as_video(video, fps, num_frames) for video in flatten(videos)]
-        )
+        check_rows("images", images, is_image, [row.count(self.image_token) for row in rows])
+        check_rows("videos", videos, is_video, [row.count(self.video_token) for row in rows])
+        all_videos = [as_video(video, fps, num_frames) for video in flatten(videos, is_video)]
+        visual_inputs = self._assign_rows(rows, flatten(images, is_image), all_videos)
         expanded = [
             self._expand_placeholders(row, [visual for visual in visual_inputs if visual.row == i])
             for i, row in enumerate(rows)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from .video import Video
@@ -57,13 +58,46 @@ class FrameStream:
                 yield self.processor.crops(visual.source, squash=False)
 
 
-def flatten(given: Any) -> list[Any]:
-    """Flatten one image or video, a list of them, or a list of lists."""
+def is_image(given: Any) -> bool:
+    """Return whether this is one image or its path, not a list of them."""
+    return not isinstance(given, (list, tuple))
+
+
+def is_video(given: Any) -> bool:
+    """Return whether this is one video: a path, a [`Video`], an array, or a list of PIL images."""
+    return not isinstance(given, (list, tuple)) or any(isinstance(frame, Image.Image) for frame in given)
+
+
+def flatten(given: Any, is_one: Callable[[Any], bool]) -> list[Any]:
+    """Flatten one image or video, a list of them, or a list for each row.
+
+    Args:
+        given: Images or videos, as the processor gets them.
+        is_one: [`is_image`] or [`is_video`].
+    """
     if given is None:
         return []
-    if not isinstance(given, (list, tuple)):
+    if is_one(given):
         return [given]
-    return [x for item in given for x in (item if isinstance(item, (list, tuple)) else [item])]
+    return [x for item in given for x in ([item] if is_one(item) else item)]
+
+
+def check_rows(name: str, given: Any, is_one: Callable[[Any], bool], counts: list[int]) -> None:
+    """Check that lists for each row hold as many images or videos as the text of the row has placeholders.
+
+    Args:
+        name: "images" or "videos", for the message.
+        given: Images or videos, as the processor gets them.
+        is_one: [`is_image`] or [`is_video`].
+        counts: Placeholders of each row.
+
+    Raises:
+        ValueError: If they differ. In the order of the text, an image would go to another row.
+    """
+    if given is None or is_one(given) or not len(given) or any(is_one(item) for item in given):
+        return
+    if (found := [len(item) for item in given]) != counts:
+        raise ValueError(f"{name}: the rows get {found}, but their text has {counts} placeholders")
 
 
 def as_video(source: Any, fps: float | None, num_frames: int | None) -> Video:

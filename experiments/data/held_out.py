@@ -93,7 +93,7 @@ def _entries_by_media(media: Sequence[Iterable[str]]) -> list[list[int]]:
     first_entry: dict[str, int] = {}
     for entry, paths in enumerate(media):
         for path in paths:
-            parent[root(entry)] = root(first_entry.setdefault(os.path.normpath(path), entry))
+            parent[root(entry)] = root(first_entry.setdefault(os.path.abspath(path), entry))
     groups: dict[int, list[int]] = {}
     for entry in range(len(media)):
         groups.setdefault(root(entry), []).append(entry)

@@ -67,7 +67,8 @@ def learning_rate_factor(config: TrainConfig, step: int, log: Sequence[Mapping[s
         log: Trainer's log.
         warmup_steps: Steps of the warm-up, along which the rate rises linearly.
     """
-    return min(1.0, step / max(warmup_steps, 1)) * RATE_FACTOR ** plateaus_in_log(log, config)
+    warm_up = min(1.0, step / warmup_steps) if warmup_steps else 1.0
+    return warm_up * RATE_FACTOR ** plateaus_in_log(log, config)
 
 
 class Validation(TrainerCallback):

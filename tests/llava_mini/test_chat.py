@@ -77,6 +77,13 @@ def test_main_without_a_query_answers_turn_by_turn(saved_model, image_file, caps
     assert capsys.readouterr().out.replace("> ", "").split() == [*first.split(), *second.split()]
 
 
+def test_main_with_a_plain_llava_answers_turn_by_turn(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("is there a red ring?\nis there a red ring?\n"))
+    arguments = ["experiments/assets/tiny", "--image", "experiments/assets/scene.png", "--max-new-tokens", "2"]
+    assert chat.main([*arguments, "--device", "cpu"]) == 0
+    assert {*capsys.readouterr().out.replace("> ", "").split()} <= {"yes", "no"}
+
+
 def test_main_without_a_query_encodes_an_image_once(saved_model, image_file, monkeypatch):
     vision_tower_runs = []
     run = CLIPVisionModel.forward
@@ -106,7 +113,8 @@ def test_main_without_a_query_encodes_an_image_once(saved_model, image_file, mon
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1; got 0"),
         (["--query", "what \udce9"], "--query has the surrogate U+DCE9 at character 5"),
         (["--image", "."], "there is no image file at ."),
-        (["--device", "toaster"], "toaster"),
+        (["--device", "toaster"], "--device: 'toaster'"),
+        (["--device", "cuda:99"], "--device: 'cuda:99'"),
     ],
 )
 def test_main_with_a_wrong_argument_prints_one_line(saved_model, capsys, arguments, message):

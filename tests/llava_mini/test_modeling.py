@@ -311,6 +311,16 @@ def test_forward_with_wrong_arguments_raises(tiny_mini, sample):
         model(input_ids=ids, pixel_values=pixels, vision_feature_layer=-1)
 
 
+def test_from_llava_keeps_the_generation_config(tiny_llava):
+    """Some models name their end-of-turn token there alone."""
+    llava = tiny_llava()
+    llava.generation_config.eos_token_id = [2, 7]
+    llava.generation_config.repetition_penalty = 1.3
+    mini = LlavaMiniForConditionalGeneration.from_llava(llava)
+    assert (mini.generation_config.eos_token_id, mini.generation_config.repetition_penalty) == ([2, 7], 1.3)
+    assert mini.generation_config is not llava.generation_config
+
+
 @pytest.mark.parametrize("part", ["model", "language_model"])
 def test_from_llava_with_another_model_raises(part, tiny_llava):
     llava = tiny_llava()

@@ -106,6 +106,22 @@ def test_processor_puts_images_and_videos_in_the_order_of_the_text(processor):
     assert batch["input_ids"][0][is_token].tolist() == [4, *[IMAGE_TOKEN] * 4, 5, *[IMAGE_TOKEN] * 12, 6]
 
 
+def test_processor_with_lists_for_rows_checks_each_row(processor, image):
+    text = ["<image> what", "<image> <image> is this"]
+    images = [[image], [image, image]]
+    assert processor(text=text, images=images, padding=True)["visual_layout"][:, 0].tolist() == [0, 1, 1]
+    with pytest.raises(ValueError, match=r"images: .*\[2, 1\].*\[1, 2\]"):
+        processor(text=text, images=images[::-1], padding=True)
+    with pytest.raises(ValueError, match=r"videos: .*\[0, 1\].*\[1, 0\]"):
+        processor(text=["<video> what", "what"], videos=[[], [Video([image])]], padding=True)
+
+
+def test_processor_of_a_list_of_frames_reads_one_video(processor, image):
+    """As transformers' processors of other families do."""
+    for videos in ([image] * 3, [[image] * 3], [[[image] * 3]], [[Video([image] * 3)]]):
+        assert processor(text="<video> what", videos=videos)["visual_layout"].tolist() == [[0, 3, 1]]
+
+
 def test_processor_with_tiles_and_padding_pads_before_it_cuts(llava_processor):
     """The crops are in row-major order and end with the whole image."""
     config = LlavaMiniConfig(compressor="none")

@@ -30,6 +30,14 @@ def test_hold_out_keeps_entries_with_a_common_file_together():
     assert divide(media, 2, 5) == divide(media, 2, 5)
 
 
+def test_hold_out_keeps_names_of_one_file_together(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    media = [["photos/a.png"], [str(tmp_path / "photos" / "a.png")], ["photos/b.png"], ["photos/c.png"]]
+    for seed in range(20):
+        rest, held = divide(media, 1, seed)
+        assert {0, 1} <= set(rest) or {0, 1} <= set(held)
+
+
 def test_hold_out_of_a_share_holds_out_that_many_entries():
     _, held = divide([[str(i)] for i in range(1000)], 100)
     assert len(held) == 100

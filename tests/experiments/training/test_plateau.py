@@ -62,6 +62,7 @@ def test_learning_rate_factor_warms_up_and_falls_at_each_plateau():
     log = [{"loss": 3.0, "step": 1}, *({"validation_loss": a, "step": 2} for a in (0.4, 0.5, 0.5))]
     config = dataclasses.replace(PLATEAU, min_improvement=0.0)
     assert [learning_rate_factor(config, step, log[:2], 4) for step in (0, 1, 2, 4, 9)] == [0, 0.25, 0.5, 1, 1]
+    assert learning_rate_factor(config, 0, log[:2], 0) == 1
     assert learning_rate_factor(config, 9, log[:3], 4) == pytest.approx(RATE_FACTOR)
     assert learning_rate_factor(config, 9, log, 0) == pytest.approx(RATE_FACTOR**2)
 
