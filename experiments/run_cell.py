@@ -150,9 +150,12 @@ def _train(
     work: Path,
     device: torch.device,
 ) -> tuple[list[dict[str, float]], float]:
-    """Train the model in place, and return the training log and the seconds. A cell without training returns none."""
+    """Train the model in place, and return the training log and the seconds. A cell without training returns none.
+
+    The pretraining of a model from scratch belongs to the model: it comes before, also without training.
+    """
     if not config.train.trains:
-        return [], 0.0
+        return [], _pretrain(model, processor, config, data, work, device)
     if data.train is None:
         setting = "max_steps" if config.train.max_steps else "num_train_epochs"
         raise ValueError(
@@ -169,9 +172,7 @@ def _train(
     encoder.check(single_questions(data.test.samples))
     check_decodable(data.test)  # all of it is read after training: a damaged file must not end a run of hours there
     started = time.monotonic()
-    if isinstance(config.model, ScratchModel):  # before a feature cache is opened, which is named by the vision tower
-        scenes = require_shape_samples(data.train)
-        pretrain_from_scratch(model, processor, scenes, config.model, work, config.seed, device)
+    _pretrain(model, processor, config, data, work, device)  # ahead of the feature cache: the vision tower names it
     validate = _validation(model, processor, config, data, device, limit)
     training_log = train_llava(
         model,
@@ -188,6 +189,23 @@ def _train(
     )
     model.eval()
     return training_log, round(time.monotonic() - started, 1)
+
+
+def _pretrain(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    config: Config,
+    data: DataSplits,
+    work: Path,
+    device: torch.device,
+) -> float:
+    """Pretrain a model from scratch in place, and return the seconds. No other model is changed."""
+    if not isinstance(config.model, ScratchModel):
+        return 0.0
+    started = time.monotonic()
+    pretrain_from_scratch(model, processor, require_shape_samples(data.train), config.model, work, config.seed, device)
+    model.eval()
+    return round(time.monotonic() - started, 1)
 
 
 def _validation(

@@ -165,6 +165,8 @@ class ScratchModel(ModelConfig):
     caption_pretraining: TrainConfig = group(TrainConfig, "second stage: the model learns to describe images")
 
     def __post_init__(self) -> None:
+        if self.dtype != "float32":
+            raise ValueError(f"model.dtype: a model from scratch is pretrained in float32, found '{self.dtype}'")
         for name in ("vision_pretraining", "caption_pretraining"):
             stage = getattr(self, name)
             if isinstance(stage, TrainConfig) and stage.eval_steps:

@@ -145,10 +145,11 @@ class SampleEncoder:
     def _encode_for_llava_mini(
         self, sample: Sample, text: str, answers: CharacterSpans, add_special_tokens: bool
     ) -> tuple[list[int], list[bool], dict[str, Any]]:
+        loaded = sample.visual_inputs
         encoded = self.processor(
             text=[text],
-            images=[visual for visual in sample.visual_inputs if isinstance(visual, Image.Image)],
-            videos=[visual for visual in sample.visual_inputs if not isinstance(visual, Image.Image)],
+            images=[visual for visual in loaded if isinstance(visual, Image.Image)],
+            videos=[visual for visual in loaded if not isinstance(visual, Image.Image)],
             answer_spans=[answers],
             stream=True,
             add_special_tokens=add_special_tokens,

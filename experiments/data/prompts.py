@@ -32,10 +32,11 @@ def prompt_inputs(processor: ProcessorMixin, samples: Sequence[Sample]) -> dict[
         processor.apply_chat_template(chat_messages(sample), add_generation_prompt=True, tokenize=False)
         for sample in samples
     ]
-    images = [[v for v in sample.visual_inputs if isinstance(v, Image.Image)] for sample in samples]
+    loaded = [sample.visual_inputs for sample in samples]
+    images = [[v for v in visual_inputs if isinstance(v, Image.Image)] for visual_inputs in loaded]
     visual: dict[str, Any] = {"images": images if any(images) else None}
     if isinstance(processor, LlavaMiniProcessor):
-        videos = [[v for v in sample.visual_inputs if not isinstance(v, Image.Image)] for sample in samples]
+        videos = [[v for v in visual_inputs if not isinstance(v, Image.Image)] for visual_inputs in loaded]
         visual |= {"videos": videos, "stream": True}
     bos = processor.tokenizer.bos_token
     return dict(

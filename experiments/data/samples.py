@@ -8,7 +8,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
 from PIL import Image
@@ -63,9 +62,12 @@ class Sample:
     system: str | None = None
     annotators: list[list[str]] | None = None
 
-    @cached_property
+    @property
     def visual_inputs(self) -> list[VisualInput]:
-        """The images and videos, loaded at first access. A video decodes its frames only when they are iterated."""
+        """The images and videos. A video decodes its frames only when they are iterated.
+
+        They are loaded at each access: the decoded images of all questions of a test split can exceed memory.
+        """
         return [load() for load in self.loaders]
 
     @property
@@ -132,13 +134,21 @@ def llava_conversation(
 
 
 def single_questions(samples: Iterable[Sample]) -> Iterator[Sample]:
-    """Yield a sample for each question alone, so that no earlier answer helps with a later one."""
+    """Yield a sample for each question alone, so that no earlier answer helps with a later one.
+
+    A question keeps the images and videos of its turn where they stand. Those of earlier turns come before it, and those
+    of later turns are left out.
+    """
     for sample in samples:
-        for i, (question, answer) in enumerate(zip(sample.questions, sample.answers, strict=True)):
-            turns = llava_conversation([(question, answer)], sample.placeholders)
+        earlier: list[str] = []
+        for i, (question, answer) in enumerate(zip(sample.conversations[::2], sample.answers, strict=True)):
+            text = "".join(f"{placeholder}\n" for placeholder in earlier) + question["value"].strip()
+            turns = [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
+            earlier += PLACEHOLDER.findall(question["value"])
+            loaders = sample.loaders[: len(earlier)]
             annotators = None if sample.annotators is None else [sample.annotators[i]]
             types = [sample.question_types[i]]
-            yield Sample(f"{sample.id}.{i}", sample.loaders, turns, types, sample.system, annotators)
+            yield Sample(f"{sample.id}.{i}", loaders, turns, types, sample.system, annotators)
 
 
 class OneQuestionPerImage(Sequence[Sample]):

@@ -48,7 +48,7 @@ def write_attention_page(
         question, right_answer = sample.questions[0], sample.answers[0]
         images = [image for image in sample.visual_inputs if isinstance(image, Image.Image)]
         try:
-            if len(images) < len(sample.visual_inputs):
+            if len(images) < len(sample.loaders):
                 raise ValueError("videos are not shown")
             answer = ask(model, processor, question, images)
         except (ValueError, RuntimeError) as error:

@@ -176,6 +176,7 @@ def _build_llava(config: Config, train: Split | None) -> tuple[PreTrainedModel, 
         )
         tokenizer = scratch.train_tokenizer(texts, source.vocabulary)
         model = scratch.build_llava(tokenizer, scenes.IMAGE_SIZE, source.patch, source.width, source.layers)
+        model.set_attn_implementation(source.attention)
         return model, scratch.build_processor(tokenizer, scenes.IMAGE_SIZE, source.patch)
     raise TypeError(f"model: no builder for a {type(source).__name__}; add one to build.py")
 

@@ -21,13 +21,14 @@ def shipped_folder(source: str) -> str:
     return str(ASSETS / source.removeprefix(ASSET_PREFIX)) if source.startswith(ASSET_PREFIX) else source
 
 
-def model_files_digest(model: ModelConfig) -> str:
+def model_files_digest(model: ModelConfig, *others: str | None) -> str:
     """Return a hash of the files in the folders that a model is read from.
 
     Models of the hub count by their names, which are settings.
 
     Args:
         model: The model's configuration.
+        others: Further files, or folders of files, that its weights come from.
 
     Returns:
         Names and hashes of the files as one text, "" if the model is read from no folder.
@@ -35,8 +36,8 @@ def model_files_digest(model: ModelConfig) -> str:
     Raises:
         OSError: If a file cannot be read.
     """
-    sources = [str(getattr(model, name, None) or "") for name in _SOURCES]
-    stamps = file_stamps(folder for source in sources if source and Path(folder := shipped_folder(source)).is_dir())
+    sources = [shipped_folder(source) for name in _SOURCES if (source := getattr(model, name, None))]
+    stamps = file_stamps(source for source in (*sources, *others) if source and Path(source).exists())
     return " ".join(_file_digest(*stamp) for stamp in stamps)
 
 

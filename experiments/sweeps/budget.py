@@ -5,16 +5,20 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from transformers import LlavaConfig
+from transformers import AutoConfig, LlavaConfig
 
 from experiments.config.schema import REDUCTIONS
-from experiments.cost.architectures import ARCHITECTURES, llava_config, llava_mini_config
+from experiments.cost.architectures import llava_config, llava_mini_config
 from experiments.cost.estimate import CostModel, Prompt
 from experiments.cost.reduced_prompts import estimate_with_reduction, published_reduction
+from experiments.models.model_files import shipped_folder
 from experiments.models.reduction_schedule import reduction_layers
 from llava_mini.compressors import COMPRESSORS
+
+_ARCHITECTURES_OF_PARTS = {("facebook/dinov2-small", "HuggingFaceTB/SmolLM2-135M-Instruct"): "smol"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ def budget_settings(model: Any, method: str, share: float, text_tokens: int) -> 
     """Return the settings that `most_costly_within` chooses for a cell's model.
 
     Args:
-        model: The configuration of the model: the name of a known architecture, or the folder of a LLaVA.
+        model: The configuration of the model.
         method: The method, as in `budget.method`.
         share: The budget as a share of LLaVA's FLOPs.
         text_tokens: Text tokens of the prompt.
@@ -44,13 +48,27 @@ def budget_settings(model: Any, method: str, share: float, text_tokens: int) -> 
     Raises:
         ValueError: If the model's architecture is not known, or as `most_costly_within`.
     """
-    name = model.name if model.name in ARCHITECTURES else str(model.get("path"))
-    return _cached_settings(name, method, share, text_tokens)
+    sources = [shipped_folder(str(model.get(part) or "")) for part in ("path", "vision", "language")]
+    return _cached_settings(model.name, *sources, model.grid, method, share, text_tokens)
 
 
 @functools.cache
-def _cached_settings(name: str, method: str, share: float, text_tokens: int) -> dict[str, Any]:
-    return most_costly_within(llava_config(name), method, share, text_tokens).settings
+def _cached_settings(
+    name: str, path: str, vision: str, language: str, grid: int | None, method: str, share: float, text_tokens: int
+) -> dict[str, Any]:
+    if path and Path(path).is_dir():
+        llava = llava_config(path)
+    elif Path(vision).is_dir() and Path(language).is_dir() and vision and language:
+        vision_config = AutoConfig.from_pretrained(vision)
+        llava = LlavaConfig(
+            vision_config=getattr(vision_config, "vision_config", vision_config),
+            text_config=AutoConfig.from_pretrained(language),
+        )
+    else:
+        llava = llava_config(_ARCHITECTURES_OF_PARTS.get((vision, language), name))
+    if grid is not None:
+        llava.vision_config.image_size = grid * llava.vision_config.patch_size
+    return most_costly_within(llava, method, share, text_tokens).settings
 
 
 def most_costly_within(llava: LlavaConfig, method: str, share: float, text_tokens: int) -> BudgetedSetting:

@@ -12,7 +12,6 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.cell import Cell
-from experiments.config.data_schema import LmmsData
 from experiments.config.identity import cell_identity
 from experiments.config.plain import to_plain, unknown_settings
 from experiments.config.rows import read_rows
@@ -70,8 +69,10 @@ def identify_cell(config: DictConfig, overrides: Sequence[str] = ()) -> Cell:
     resolved = to_plain(selected)
     data = load_data(typed.data, Path(typed.results) / "shared")
     fingerprint = data.fingerprint
-    if isinstance(typed.data, LmmsData):  # a model is trained again in its folder, and must not get its old answers
-        fingerprint = f"{fingerprint} {model_files_digest(typed.model)}"
+    # A model that is trained again in its folder is another cell: it must not get the old one's record or checkpoints.
+    weights = typed.prefusion.init if typed.prefusion.init.endswith(".safetensors") else None
+    if files := model_files_digest(typed.model, typed.train.lora_init, weights):
+        fingerprint = f"{fingerprint} {files}"
     identity = cell_identity(resolved, fingerprint, code_version())
     row = None
     if config.row is not None:

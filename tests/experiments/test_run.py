@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -103,6 +104,7 @@ def test_option_composes_to_plain_config(compose_config, path):
         (["results=/proc/results"], "'/proc/results'"),
         (["model.dtype=int8"], "model.dtype: 'int8'"),
         (["model.attention=spda"], "model.attention: unknown 'spda'"),
+        (["model=scratch", "model.dtype=bfloat16"], "model.dtype: a model from scratch is pretrained in float32"),
         (["tiles=0"], "tiles: must be at least 1, found 0"),
         (["budget.share=2"], "budget.share: must be above 0 and at most 1, found 2.0"),
         (["probe.sinks=true"], "probe.sinks: is measured with attention"),
@@ -291,3 +293,19 @@ def test_feature_caches_of_a_scratch_model_are_those_of_its_pretrained_tower(com
         pretraining = f"model.vision_pretraining.max_steps={steps}"
         assert command("model=scratch", "data=shapes", pretraining, *sizes, *training, f"results={tmp_path}")[0] == 0
         assert len(list((tmp_path / "shared").iterdir())) == 3 * steps
+
+
+def test_scratch_model_without_training_of_its_own_is_pretrained(command, tmp_path):
+    """Its accuracy would be that of random weights otherwise."""
+    sizes = ["data.train_samples=64", "data.test_samples=4", "model.caption_pretraining.max_steps=0"]
+    towers = []
+    for steps in (0, 2):  # the first step of a warm-up changes nothing
+        words = [f"model.vision_pretraining.max_steps={steps}", f"save={tmp_path}/{steps}", f"results={tmp_path}"]
+        assert command("model=scratch", "data=shapes", "model.attention=eager", *sizes, *words)[0] == 0
+        weights = load_file(tmp_path / str(steps) / "model.safetensors")
+        towers.append({name: tensor for name, tensor in weights.items() if "vision_tower" in name})
+    assert towers[0].keys() == towers[1].keys()
+    assert not all(torch.equal(towers[0][name], towers[1][name]) for name in towers[0])
+    records = [json.loads(path.read_text()) for path in (tmp_path / "records").glob("*.json")]
+    assert [record["train"] for record in records] == [None, None]
+    assert sum(record["provenance"]["train_seconds"] > 0 for record in records) == 1

@@ -1,5 +1,7 @@
 """Samples and single questions."""
 
+import weakref
+
 from PIL import Image
 
 from experiments.data.samples import Sample, llava_conversation, single_questions
@@ -10,12 +12,14 @@ def red_image() -> Image.Image:
     return Image.new("RGB", (2, 2), "red")
 
 
-def test_visual_inputs_are_loaded_once_at_first_access():
+def test_visual_inputs_are_loaded_at_each_access_and_not_kept():
     calls = []
     sample = Sample("s", (lambda: calls.append(1) or red_image(),), llava_conversation([("what?", "red")]), ["x"])
     assert (sample.placeholders, sample.questions, sample.answers, calls) == (["<image>"], ["what?"], ["red"], [])
-    assert sample.image is sample.visual_inputs[0]
-    assert calls == [1]
+    loaded = weakref.ref(sample.image)
+    assert loaded() is None
+    assert sample.visual_inputs[0].getpixel((0, 0)) == (255, 0, 0)
+    assert calls == [1, 1]
 
 
 def test_image_of_a_sample_without_exactly_one_image_is_none():
@@ -24,14 +28,20 @@ def test_image_of_a_sample_without_exactly_one_image_is_none():
         assert Sample("s", load, turns, ["x"]).image is None
 
 
-def test_single_questions_have_all_visual_inputs_of_the_conversation():
-    """Those of later turns too."""
+def test_single_questions_keep_the_places_of_images_and_leave_out_those_of_later_turns():
+    loaders = tuple(lambda: red_image() for _ in range(4))  # four that differ
     turns = [
-        *llava_conversation([("what?", "a")], ["<video>", "<image>"]),
-        *llava_conversation([("and here?", "b")], ["<image>"]),
+        *llava_conversation([("what?", "a")], ["<video>"]),
+        {"from": "human", "value": "is <image> like <image>?"},
+        {"from": "gpt", "value": "b"},
+        *llava_conversation([("why?", "c"), ("and here?\n<image>", "d")], []),
     ]
-    sample = Sample("s", (red_image,) * 3, turns, ["x", "y"])
-    first, second = single_questions([sample])
-    assert first.conversations[0]["value"] == "<video>\n<image>\n<image>\nwhat?"
-    assert second.conversations[0]["value"] == "<video>\n<image>\n<image>\nand here?"
-    assert first.loaders == second.loaders == sample.loaders
+    singles = list(single_questions([Sample("s", loaders, turns, ["x"] * 4)]))
+    assert [single.conversations[0]["value"] for single in singles] == [
+        "<video>\nwhat?",
+        "<video>\nis <image> like <image>?",
+        "<video>\n<image>\n<image>\nwhy?",
+        "<video>\n<image>\n<image>\nand here?\n<image>",
+    ]
+    assert [single.loaders for single in singles] == [loaders[:1], loaders[:3], loaders[:3], loaders]
+    assert [single.answers for single in singles] == [["a"], ["b"], ["c"], ["d"]]

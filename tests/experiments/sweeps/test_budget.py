@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from experiments.config.schema import Config, ReductionConfig
+from experiments.cost.architectures import llava_config
+from experiments.cost.estimate import CostModel, Prompt
+from experiments.cost.reduced_prompts import estimate_with_reduction
 from experiments.data.samples import single_questions
 from experiments.evaluation.flops import forward_cost
 from experiments.evaluation.questions import EncodedQuestions
 from experiments.models.token_reduction import token_dropper_for_inference
-from experiments.sweeps.budget import most_costly_within
+from experiments.sweeps.budget import budget_settings, most_costly_within
 from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
 
 # All different settings of a model of 4 layers and 9 patches, cheapest first.
@@ -59,6 +65,33 @@ def test_most_costly_within_for_compressor_takes_the_largest_size_below_the_budg
         result = most_costly_within(deep_llava.config, "average", budget, full["text_tokens"])
         assert result.settings == {"compressor.name": "average", "compressor.size": size}
         assert result.share == pytest.approx(shares[size], rel=0.005)
+
+
+HUB_PARTS = {"vision": "facebook/dinov2-small", "language": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+
+@pytest.mark.parametrize("name", ["smol", "smol_grids"])
+@pytest.mark.parametrize("grid", [8, 16])
+def test_budget_settings_count_the_patches_of_the_cells_own_grid(name, grid):
+    model = OmegaConf.create({"name": name, **HUB_PARTS, "grid": grid})
+    settings = budget_settings(model, "fastv", 0.6, 40)
+    llava = llava_config("smol")
+    llava.vision_config.image_size = grid * llava.vision_config.patch_size
+    cost, prompt = CostModel(llava), Prompt(40)
+    assert cost(prompt).visual_tokens == grid**2
+    reduction = ReductionConfig(**{key.removeprefix("reduction."): value for key, value in settings.items()})
+    chosen = estimate_with_reduction(cost, prompt, reduction).flops("full") / cost(prompt).flops("full")
+    more = dataclasses.replace(reduction, keep=reduction.keep + 1.5 / grid**2)
+    assert chosen <= 0.6 < estimate_with_reduction(cost, prompt, more).flops("full") / cost(prompt).flops("full")
+
+
+def test_budget_settings_read_the_folder_of_the_model_whatever_its_name(deep_llava, tmp_path):
+    deep_llava.config.save_pretrained(tmp_path)
+    model = OmegaConf.create({"name": "tiny", "path": str(tmp_path), "grid": None})
+    expected = most_costly_within(deep_llava.config, "fastv", 0.95, 20).settings
+    assert budget_settings(model, "fastv", 0.95, 20) == expected
+    shipped = [OmegaConf.create({"name": name, "path": "asset:tiny", "grid": 6}) for name in ("tiny", "checkpoint")]
+    assert budget_settings(shipped[0], "fastv", 0.95, 20) == budget_settings(shipped[1], "fastv", 0.95, 20) != expected
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Cells of a command line: table rows, FLOPs budgets, contradicting overrides, and the jobs of a sweep."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -232,3 +233,23 @@ def test_is_benchmark_for_cell_and_benchmarks(compose_cached):
     assert not is_benchmark(compose_cached(TABLE))
     assert is_benchmark(compose_cached("experiment=cost"))
     assert is_benchmark(compose_cached("experiment=bench_probe"))
+
+
+def test_identity_of_a_cell_changes_with_the_files_that_its_weights_come_from(compose_cached, tmp_path):
+    """A second training into the same folder must not get the record or the checkpoints of the first."""
+    shutil.copytree("experiments/assets/tiny", tmp_path / "model")
+    shutil.copytree("experiments/assets/smol_grids", tmp_path / "adapter")
+    weights = tmp_path / "prefusion.safetensors"
+    weights.write_bytes(b"first")
+    given = [f"model.path={tmp_path}/model", f"train.lora_init={tmp_path}/adapter", f"prefusion.init={weights}"]
+    overrides = ["model=checkpoint", "model.name=mine", *given, "train.lora_rank=128", "prefusion.layers=1"]
+
+    def identity():
+        return identify_cell(compose_cached(*overrides, "data.test_samples=1"), overrides).id
+
+    seen = [identity(), identity()]
+    assert seen[0] == seen[1]
+    for changed in (tmp_path / "model/model.safetensors", tmp_path / "adapter/adapter_model.safetensors", weights):
+        changed.write_bytes(b"second")
+        seen.append(identity())
+    assert len(set(seen)) == 4
