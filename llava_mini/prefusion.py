@@ -78,7 +78,7 @@ def keys_and_values(
     if hasattr(attention, "k_norm"):
         keys = attention.k_norm(keys)
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb  # type: ignore[attr-defined]
-    return rotate(keys[:, :1], keys, *rotation)[1], values
+    return rotate(keys[:, :1], keys, *(part.to(keys.device) for part in rotation))[1], values
 
 
 def has_supported_attention(layer: nn.Module) -> bool:
@@ -243,7 +243,9 @@ class Prefusion(nn.Module):
                 )
         if past is not None:
             past[:] = [(c.layers[0].keys[:, :, :end], c.layers[0].values[:, :, :end]) for c in caches if c is not None]
-        visual, text = hidden_states[:, unread - skipped :].split([visual.shape[1] - unread, text.shape[1]], dim=1)
+        # A device map may put layers on several devices.
+        hidden_states = hidden_states[:, unread - skipped :].to(text.device)
+        visual, text = hidden_states.split([visual.shape[1] - unread, text.shape[1]], dim=1)
         return visual, text
 
     def _masks(self, hidden_states: Tensor, cache: LayerCache | None) -> dict[str, Any]:

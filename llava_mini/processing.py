@@ -290,9 +290,8 @@ class LlavaMiniProcessor(LlavaProcessor):
             videos=[part_source(part) for part in message_parts(chats, "video")],
             answer_spans=spans,
             # If the template writes the start token itself, the tokenizer must not add a second one.
-            add_special_tokens=not (bos and texts[0].startswith(bos)),
-            return_tensors=return_tensors,
-            **options,
+            **{"add_special_tokens": not (bos and texts[0].startswith(bos)), "return_tensors": return_tensors}
+            | options,
         )
         return data if return_dict else data["input_ids"]
 

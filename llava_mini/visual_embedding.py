@@ -247,7 +247,8 @@ class VisualEmbeddingMixin:
             "text": text,
             "text_mask": mask,
         }
-        return cast(Compressor, self.compressor)(features, **{name: available[name] for name in self.needs})[0]
+        tokens = cast(Compressor, self.compressor)(features, **{name: available[name] for name in self.needs})[0]
+        return tokens.to(features.device)  # a device map may put the compressor on another device
 
     def _fuse_frames(
         self,

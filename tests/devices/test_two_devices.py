@@ -148,12 +148,12 @@ PROBES: dict[str, Probe] = {
 }
 
 
-def place_on(model: Any, devices: tuple[torch.device, torch.device]) -> Any:
+def place_on(model: Any, devices: tuple[torch.device, torch.device], on_second: tuple[str, ...] = ()) -> Any:
     """Put the parts of a model on two devices as transformers does for a `device_map`."""
     names = dict(zip(devices, PARTS_BY_DEVICE, strict=True))
     device_map = {part: device for device, parts in names.items() for part in parts}
-    others = [f"{LANGUAGE}.rotary_emb", "model.compressor", "model.prefusion"]
-    device_map |= {name: devices[0] for name in others if name in dict(model.named_modules())}
+    others = [f"{LANGUAGE}.rotary_emb", "model.compressor", "model.prefusion.layers.0", "model.prefusion.layers.1"]
+    device_map |= {name: devices[name in on_second] for name in others if name in dict(model.named_modules())}
     return dispatch_model(model, device_map, main_device=devices[0])
 
 
@@ -179,11 +179,21 @@ def test_probe_of_model_on_two_devices_equals_that_on_one(
         torch.testing.assert_close(ours.cpu(), theirs, atol=1e-5, rtol=1e-4, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    "on_second",
+    [
+        (),
+        ("model.compressor",),
+        ("model.prefusion.layers.1",),
+        ("model.compressor", "model.prefusion.layers.0", "model.prefusion.layers.1"),  # as an automatic device map does
+    ],
+    ids=len,
+)
 @torch.no_grad()
 def test_llava_mini_on_two_devices_equals_that_on_one(
-    make_llava: Callable[..., Model], devices: tuple[torch.device, torch.device]
+    make_llava: Callable[..., Model], devices: tuple[torch.device, torch.device], on_second: tuple[str, ...]
 ) -> None:
-    """Pre-fusion runs on the first device, and most of the language model on the second."""
+    """Most of the language model runs on the second device."""
     torch.manual_seed(0)
     model = LlavaMiniForConditionalGeneration.from_llava(make_llava(), compressor="query", prefusion_layers=2).eval()
     inputs = {
@@ -194,7 +204,7 @@ def test_llava_mini_on_two_devices_equals_that_on_one(
     }
     expected = model(**inputs).logits
     answer = model.generate(**inputs, max_new_tokens=3, do_sample=False)
-    model = place_on(model, devices)
+    model = place_on(model, devices, on_second)
     inputs = {key: values.to(devices[0]) for key, values in inputs.items()}
     torch.testing.assert_close(model(**inputs).logits.cpu(), expected, atol=1e-5, rtol=1e-4)
     assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False).cpu(), answer)

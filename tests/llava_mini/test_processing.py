@@ -218,6 +218,14 @@ def test_processor_with_a_wrong_number_of_images_raises(processor, arguments, me
         processor(**arguments)
 
 
+def test_apply_chat_template_passes_processor_kwargs_on(processor, image):
+    chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what"}]}]
+    expected = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+    given = {"return_tensors": "pt", "add_special_tokens": False}
+    found = processor.apply_chat_template(chat, tokenize=True, return_dict=True, processor_kwargs=given)
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+
+
 def test_apply_chat_template_of_a_message_without_its_image_raises(processor):
     with pytest.raises(ValueError, match="message part of type 'image'"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], tokenize=True)
