@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
 from experiments.data.chat_rendering import CharacterSpans, check_rendered_texts, first_line
-from experiments.data.length_limit import LengthLimit, shorten
+from experiments.data.length_limit import LengthLimit, cut_question, drop_questions, droppable_questions
 from experiments.data.media_files import with_orientation_of
 from experiments.data.rendered_chats import RenderedChats
 from experiments.data.samples import IMAGE_PLACEHOLDER, PLACEHOLDER, VIDEO_PLACEHOLDER, Sample
@@ -83,18 +84,31 @@ class SampleEncoder:
         sample = with_orientation_of(self.processor, sample)
         encoded = self._encode_whole(sample)
         length = len(encoded["input_ids"])
+        if self.limit.excess(length) <= 0:
+            return encoded
+        if self.limit.max_length is None:
+            raise self._too_long(sample, length)
+        encoded = self._encode_truncated(sample, length)
+        log.info("sample %s: %d tokens truncated to %d", sample.id, length, len(encoded["input_ids"]))
+        return encoded
+
+    def _encode_truncated(self, sample: Sample, length: int) -> EncodedSample:
+        """Return a sample of `length` tokens without as few of its last questions as needed, or with its question cut."""
+
+        def fits(dropped: int) -> bool:
+            return self.limit.excess(len(self._encode_whole(drop_questions(sample, dropped))["input_ids"])) <= 0
+
+        droppable = droppable_questions(sample)
+        shorter = drop_questions(sample, bisect.bisect_left(range(droppable), True, lo=min(1, droppable), key=fits))
+        encoded = self._encode_whole(shorter)
         while (excess := self.limit.excess(len(encoded["input_ids"]))) > 0:
-            if self.limit.max_length is None:
-                raise self._too_long(sample, length)
-            shorter = shorten(sample, excess, self.tokenizer)
-            if shorter is None:
+            cut = cut_question(shorter, excess, self.tokenizer)
+            if cut is None:
                 raise ValueError(
                     f"sample {sample.id}: data.max_length={self.limit.max_length} leaves no question beside its images "
                     f"and its answer, of {length} tokens in all; set a larger one"
                 )
-            sample, encoded = shorter, self._encode_whole(shorter)
-        if length != len(encoded["input_ids"]):
-            log.info("sample %s: %d tokens truncated to %d", sample.id, length, len(encoded["input_ids"]))
+            shorter, encoded = cut, self._encode_whole(cut)
         return encoded
 
     def check(self, samples: Iterable[Sample]) -> None:

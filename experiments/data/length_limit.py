@@ -51,22 +51,42 @@ class LengthLimit:
         return length - min(limits, default=length)
 
 
-def shorten(sample: Sample, excess: int, tokenizer: Any) -> Sample | None:
-    """Return a sample that is shorter by its last turns, or else by the end of its question. Answers stay whole.
+def droppable_questions(sample: Sample) -> int:
+    """Return how many of the last questions, with their answers, a truncation may drop.
 
-    Images and videos are never cut off: a turn that holds one stays.
+    Questions with images or videos stay, and so do the first question and the last answer that is not empty.
+    """
+    count = 0
+    answers = sample.answers
+    for question in reversed(sample.conversations[2::2]):
+        rest = answers[: len(answers) - count - 1]
+        if PLACEHOLDER.search(question["value"]) or not any(answer.strip() for answer in rest):
+            break
+        count += 1
+    return count
+
+
+def drop_questions(sample: Sample, count: int) -> Sample:
+    """Return a sample without its last `count` questions and their answers."""
+    if not count:
+        return sample
+    return replace(
+        sample, conversations=sample.conversations[: -2 * count], question_types=sample.question_types[:-count]
+    )
+
+
+def cut_question(sample: Sample, excess: int, tokenizer: Any) -> Sample | None:
+    """Return a sample without the end of its last question. The answer and all images and videos stay.
 
     Args:
         sample: The sample.
-        excess: How many tokens to cut off a question. One dropped turn may be fewer or more.
+        excess: How many tokens to cut off.
         tokenizer: A fast tokenizer.
 
     Returns:
-        The shorter sample, or None if nothing of it can be cut off.
+        The shorter sample, or None if the question has no more tokens than that.
     """
     turns = sample.conversations
-    if len(turns) > 2 and not PLACEHOLDER.search(turns[-2]["value"]):
-        return replace(sample, conversations=turns[:-2], question_types=sample.question_types[:-1])
     question = turns[-2]["value"]
     placeholders = list(PLACEHOLDER.finditer(question))
     if len(placeholders) == 1:  # the chat template gets a single image before the text, wherever it stands

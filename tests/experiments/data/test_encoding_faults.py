@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import LlamaConfig
 
 from experiments.data.encoding import IGNORE_INDEX, Collator, SampleEncoder
-from experiments.data.length_limit import LengthLimit, shorten
+from experiments.data.length_limit import LengthLimit, cut_question
 from experiments.data.samples import Sample, llava_conversation
 from experiments.evaluation.questions import EncodedQuestions
 from llava_mini.chat_templates import VICUNA_TEMPLATE
@@ -151,6 +151,27 @@ def test_sample_encoder_with_max_length_drops_last_turns_first(processor):
     assert SampleEncoder(processor, LengthLimit(None, len(expected)))(sample)["input_ids"] == expected
 
 
+def test_sample_encoder_with_max_length_drops_as_few_turns_as_needed_in_few_encodings(processor, monkeypatch):
+    pairs = [(f"is there a {'blue ' * (number % 3)}ring?", "no") for number in range(40)]
+    samples = [Sample("s1", (lambda: IMAGE,), llava_conversation(pairs[:n]), ["x"] * n) for n in range(1, 41)]
+    whole = [SampleEncoder(processor)(sample)["input_ids"] for sample in samples]
+    encodings = []
+    encode = SampleEncoder._encode_whole
+    monkeypatch.setattr(SampleEncoder, "_encode_whole", lambda *given: encodings.append(1) or encode(*given))
+    for limit in (len(whole[0]), len(whole[7]) + 1, len(whole[20]), len(whole[38])):
+        encodings.clear()
+        expected = max((ids for ids in whole if len(ids) <= limit), key=len)
+        assert SampleEncoder(processor, LengthLimit(None, limit))(samples[-1])["input_ids"] == expected
+        assert len(encodings) <= 8  # log2(40), and the first and the last
+
+
+def test_sample_encoder_with_max_length_keeps_the_last_answer_that_is_not_empty(processor):
+    pairs = [("what?", ""), ("is there a blue ring? " * 20, "no"), ("why?", ""), ("where?", "")]
+    sample = Sample("s1", (lambda: IMAGE,), llava_conversation(pairs), ["x"] * 4)
+    cut = SampleEncoder(processor, LengthLimit(None, 40))(sample)
+    assert "no" in processor.tokenizer.decode([i for i in cut["labels"] if i != IGNORE_INDEX])
+
+
 def test_sample_encoder_with_max_length_below_image_and_answer_raises(processor):
     with pytest.raises(ValueError, match=r"^sample s1: data.max_length=10 leaves no question.*$"):
         SampleEncoder(processor, LengthLimit(2048, 10))(one_question())
@@ -162,12 +183,12 @@ def test_length_limit_outside_the_positions_raises(max_length):
         LengthLimit.for_model(LlamaConfig(max_position_embeddings=2048), max_length)
 
 
-def test_shorten_keeps_turns_that_hold_an_image(processor):
+def test_cut_question_keeps_turns_that_hold_an_image(processor):
     turns = [*llava_conversation([("this?", "red")]), *llava_conversation([("that?", "no")])]
     sample = Sample("s1", (lambda: IMAGE, lambda: IMAGE), turns, ["x", "x"])
-    shorter = shorten(sample, 1, processor.tokenizer)
+    shorter = cut_question(sample, 1, processor.tokenizer)
     assert shorter is None or shorter.placeholders == sample.placeholders
-    assert shorten(sample, 100, processor.tokenizer) is None
+    assert cut_question(sample, 100, processor.tokenizer) is None
 
 
 def test_sample_encoder_with_the_vicuna_template_accepts_every_check(processor, monkeypatch):
