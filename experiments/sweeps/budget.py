@@ -58,7 +58,7 @@ def _cached_settings(
 ) -> dict[str, Any]:
     if path and Path(path).is_dir():
         llava = llava_config(path)
-    elif Path(vision).is_dir() and Path(language).is_dir() and vision and language:
+    elif vision and language and Path(vision).is_dir() and Path(language).is_dir():
         vision_config = AutoConfig.from_pretrained(vision)
         llava = LlavaConfig(
             vision_config=getattr(vision_config, "vision_config", vision_config),
