@@ -213,9 +213,8 @@ class LlavaMiniForConditionalGeneration(LlavaMiniPreTrainedModel, LlavaForCondit
         finally:
             logging.set_verbosity(verbosity)
         model.name_or_path = model.config.name_or_path = llava.name_or_path
-        model.generation_config = copy.deepcopy(
-            llava.generation_config
-        )  # some name their end-of-turn token there alone
+        # Some models name their end-of-turn token there alone.
+        model.generation_config = copy.deepcopy(llava.generation_config)
         return model.to(llava.device)
 
     @can_return_tuple

@@ -89,12 +89,12 @@ def check_rows(name: str, given: Any, is_one: Callable[[Any], bool], counts: lis
         name: "images" or "videos", for the message.
         given: Images or videos, as the processor gets them.
         is_one: [`is_image`] or [`is_video`].
-        counts: Placeholders of each row.
+        counts: Placeholders of each row; empty without text, where every image and video is a row.
 
     Raises:
         ValueError: If they differ. In the order of the text, an image would go to another row.
     """
-    if given is None or is_one(given) or not len(given) or any(is_one(item) for item in given):
+    if not counts or given is None or is_one(given) or not len(given) or any(is_one(item) for item in given):
         return
     if (found := [len(item) for item in given]) != counts:
         raise ValueError(f"{name}: the rows get {found}, but their text has {counts} placeholders")

@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-from experiments.files import ASSETS
+from experiments.models.model_files import shipped_folder
 
 _GIB = 2**30
 PROCESS_BYTES = 3 * _GIB // 2  # beside weights: 1.1 GiB measured for the tiny model in training with 32 rows a step
@@ -97,7 +97,7 @@ def _model_folders(model: Any) -> Iterator[Path]:
     for name in ("path", "vision", "language"):
         if not (source := getattr(model, name, None)):
             continue
-        folder = ASSETS / source.removeprefix("asset:") if source.startswith("asset:") else Path(source)
+        folder = Path(shipped_folder(source))
         if not folder.is_dir():
             try:
                 cached = try_to_load_from_cache(source, "config.json")

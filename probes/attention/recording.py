@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from probes.attention.group_sums import DEFAULT_STATISTICS, STATISTICS
 from probes.attention.record import AttentionRecord
 from probes.attention.recorder import AttentionRecorder
-from probes.hooks.decoder import MASK_FORMATS, decoder_layers, find_decoder, select_attention_layers
+from probes.hooks.decoder import MASK_FORMATS, as_indices, decoder_layers, find_decoder, select_attention_layers
 from probes.hooks.token_window import TokenWindow
 from probes.tokens.token_map import TokenMap
 from probes.unwrapping import unwrap_model
@@ -70,8 +70,8 @@ def record_attention(
 
     Raises:
         TypeError: Layers or heads are no list of integers.
-        ValueError: An unknown layer, head, group or statistic; no layer or head; a model that cannot be recorded; or a call that does not fit
-            `tokens`, is packed or paged, or has a mask that cannot be read.
+        ValueError: An unknown layer, head, group or statistic; no layer or head; a model that cannot be recorded; or a
+            call that does not fit `tokens`, is packed or paged, or has a mask that cannot be read.
         RuntimeError: The layers are being recorded already; a second prompt or a second thread runs in the same record;
             decoding goes back to an earlier position; or the record is read before the whole prompt has run.
 
@@ -125,11 +125,7 @@ def _select_heads(count: int, heads: Iterable[int] | None) -> tuple[int, ...]:
         TypeError: `heads` are no list of integers.
         ValueError: No head, or a head outside the model.
     """
-    if isinstance(heads, str | int):
-        raise TypeError(
-            f"heads: {heads!r} is no list of heads; write integers, such as [0, 1], or leave it out for all"
-        )
-    selected = tuple(sorted(set(range(count) if heads is None else heads)))
+    selected = tuple(sorted(set(range(count) if heads is None else as_indices("heads", heads))))
     outside = [head for head in selected if not 0 <= head < count]
     if outside or not selected:
         problem = f"{outside} are unknown" if outside else "are empty"

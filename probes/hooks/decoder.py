@@ -118,6 +118,28 @@ def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
     return [unwrap_module(layer) for layer in decoder.get_submodule("layers").children()]
 
 
+def as_indices(name: str, given: Iterable[int]) -> list[int]:
+    """Return the numbers of layers or heads as a list.
+
+    Args:
+        name: "layers" or "heads", for the message.
+        given: What a user gave.
+
+    Raises:
+        TypeError: If it is not a list of integers.
+
+    Example:
+        >>> as_indices("heads", range(2))
+        [0, 1]
+    """
+    if not isinstance(given, Iterable):
+        raise TypeError(f"{name}: {given!r} is no list of {name}; write [{given!r}]")
+    numbers: list[Any] = [given] if isinstance(given, str) else list(given)
+    if strangers := [number for number in numbers if not hasattr(number, "__index__")]:
+        raise TypeError(f"{name}: {strangers[0]!r} is no number of a {name[:-1]}; write integers, such as [0, 1]")
+    return numbers
+
+
 def select_layers(decoder: nn.Module, layers: Iterable[int] | None) -> tuple[int, ...]:
     """Return layer indices in ascending order without duplicates.
 
@@ -133,13 +155,8 @@ def select_layers(decoder: nn.Module, layers: Iterable[int] | None) -> tuple[int
         >>> select_layers(find_decoder(model), [3, 1, 3])
         (1, 3)
     """
-    if layers is not None and not isinstance(layers, Iterable):
-        raise TypeError(f"layers: {layers!r} is no list of layers; write [{layers!r}]")
-    layers = None if layers is None else list(layers)
-    if strangers := [layer for layer in layers or () if not hasattr(layer, "__index__")]:
-        raise TypeError(f"layers: {strangers[0]!r} is no number of a layer; write integers, such as [0, 1]")
     count = len(decoder_layers(decoder))
-    selected = tuple(sorted(set(range(count) if layers is None else layers)))
+    selected = tuple(sorted(set(range(count) if layers is None else as_indices("layers", layers))))
     outside = [layer for layer in selected if not 0 <= layer < count]
     if outside:
         raise ValueError(f"layers {outside} are outside the model; it has {count} layers, 0 to {count - 1}")

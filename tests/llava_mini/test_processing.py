@@ -110,6 +110,8 @@ def test_processor_with_lists_for_rows_checks_each_row(processor, image):
     text = ["<image> what", "<image> <image> is this"]
     images = [[image], [image, image]]
     assert processor(text=text, images=images, padding=True)["visual_layout"][:, 0].tolist() == [0, 1, 1]
+    # Without text there are no rows to fit.
+    assert processor(images=images)["visual_layout"][:, 0].tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match=r"images: .*\[2, 1\].*\[1, 2\]"):
         processor(text=text, images=images[::-1], padding=True)
     with pytest.raises(ValueError, match=r"videos: .*\[0, 1\].*\[1, 0\]"):

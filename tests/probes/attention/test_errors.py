@@ -74,6 +74,8 @@ class TestRecordAttentionErrors:
             record_attention(model, tokens, layers=[]).__enter__()
         with pytest.raises(TypeError, match=r"heads: 'all' "):
             record_attention(model, tokens, heads="all").__enter__()
+        with pytest.raises(TypeError, match=r"heads: '1' "):
+            record_attention(model, tokens, heads=["1"]).__enter__()
 
     def test_model_without_recordable_attention_raises(
         self, make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs]
