@@ -52,11 +52,12 @@ ARCHITECTURES: dict[str, Callable[[], LlavaConfig]] = {
 }
 
 
-def llava_config(name: str) -> LlavaConfig:
+def llava_config(name: str, *, setting: str = "model") -> LlavaConfig:
     """Return the configuration of a LLaVA or a LLaVA-Mini.
 
     Args:
         name: A key of `ARCHITECTURES`, or the folder of a saved model.
+        setting: The setting that gives the name, for errors.
 
     Raises:
         ValueError: If the name is neither, or the folder holds another kind of model.
@@ -69,12 +70,12 @@ def llava_config(name: str) -> LlavaConfig:
         return ARCHITECTURES[name]()
     if not (Path(name) / "config.json").is_file():
         raise ValueError(
-            f"model: no architecture {name!r}; use {', '.join(ARCHITECTURES)}, or a folder with a config.json"
+            f"{setting}: no architecture {name!r}; use {', '.join(ARCHITECTURES)}, or a folder with a config.json"
         )
     config = AutoConfig.from_pretrained(name)
     if not isinstance(config, LlavaConfig):
         raise ValueError(
-            f"model: {name} holds a {config.model_type}; costs can be estimated for LLaVA and LLaVA-Mini only"
+            f"{setting}: {name} holds a {config.model_type}; costs can be estimated for LLaVA and LLaVA-Mini only"
         )
     return config
 

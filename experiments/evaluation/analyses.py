@@ -5,7 +5,8 @@ The paper's analyses are attention mass and entropy, and removal of visual token
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -17,6 +18,8 @@ from experiments.evaluation.layerwise_ablation import measure_knockout, measure_
 from experiments.evaluation.onset import measure_onset
 from experiments.evaluation.questions import EncodedQuestions
 from experiments.evaluation.readouts import measure_lens, measure_readout
+
+log = logging.getLogger(__name__)
 
 _READ_IMAGES = ("attention", "removal", "onset", "knockout", "readout", "lens", "view_questions")
 
@@ -69,14 +72,16 @@ def run_probes(
         config: Which analyses to run.
 
     Returns:
-        The parts `attention`, `contribution`, `sinks`, `removal`, `onset`, `knockout`, `readout`, `fusion`, `lens` and
-        `lens_note` of a record. A part that is not configured is None.
+        The parts `attention`, `contribution`, `sinks`, `removal`, `onset`, `knockout`, `readout`, `fusion` and `lens`
+        of a record, `readout_note` and `lens_note`. A part that is not configured is None.
     """
     parts: dict[str, dict[str, Any] | None] = dict.fromkeys(("attention", "removal", "knockout", "readout"))
     beside_attention: dict[str, Any] = {"contribution": None, "sinks": None}
     if config.attention:
         beside_attention = measure_attention(model, attention_questions, config)
         parts["attention"] = beside_attention.pop("attention")
+    lens: dict[str, Any] | None = None
+    notes: dict[str, str | None] = {"readout_note": None, "lens_note": None}
     with questions.features_as_pixel_values():
         if config.removal:
             parts["removal"] = measure_removal(model, questions, config.removal_block_size)
@@ -84,15 +89,21 @@ def run_probes(
         if config.knockout:
             parts["knockout"] = measure_knockout(model, questions, config.knockout_width)
         if config.readout:
-            parts["readout"] = measure_readout(model, questions)
-        lens = _lens_or_reason(model, questions, config)
+            parts["readout"], notes["readout_note"] = _part_or_reason(measure_readout, model, questions)
+        if config.lens:
+            lens, notes["lens_note"] = _part_or_reason(measure_lens, model, questions)
     fusion_depths = {name: part.pop("fusion") for name, part in parts.items() if part}
-    return {**parts, **beside_attention, "onset": onset, "fusion": fusion_depths or None, **lens}
+    return {**parts, **beside_attention, "onset": onset, "lens": lens, "fusion": fusion_depths or None, **notes}
 
 
-def _lens_or_reason(model: PreTrainedModel, questions: EncodedQuestions, config: ProbeConfig) -> dict[str, Any]:
-    """Return the `lens` part, and in `lens_note` why a configured lens is None: it cannot read every model."""
+def _part_or_reason(
+    measure: Callable[[PreTrainedModel, EncodedQuestions], dict[str, Any]],
+    model: PreTrainedModel,
+    questions: EncodedQuestions,
+) -> tuple[dict[str, Any] | None, str | None]:
+    """Return a part of a record and None, or None and the reason: not every model and test split can be read."""
     try:
-        return {"lens": measure_lens(model, questions) if config.lens else None, "lens_note": None}
+        return measure(model, questions), None
     except ValueError as error:
-        return {"lens": None, "lens_note": str(error)}
+        log.warning("%s: left out, %s", measure.__name__, error)
+        return None, str(error)

@@ -65,26 +65,29 @@ def answer_start(
     return pad(first, (0, 1)), labels[:, 1:][first]
 
 
-def measure_readout(model: PreTrainedModel, questions: EncodedQuestions) -> dict[str, Any] | None:
+def measure_readout(model: PreTrainedModel, questions: EncodedQuestions) -> dict[str, Any]:
     """Measure the `readout` part of a record.
 
     After 0, 1, ... all layers, a linear classifier predicts the right answer from the question's hidden states. It is
     tested on images that it was not trained on.
 
-    Returns:
-        The part, or None if there are fewer than two different answers or fewer images than folds.
+    Raises:
+        ValueError: If there are fewer than two different answers, or fewer images than folds.
     """
+    with_image = [i for i, sample in enumerate(questions.samples) if sample.loaders]
+    answers = [questions.samples[i].answers[0] for i in with_image]
+    images = [questions.samples[i].loaders for i in with_image]
+    if len(set(answers)) < 2 or len(set(images)) < READOUT_FOLDS:
+        raise ValueError(
+            f"the read-out needs {READOUT_FOLDS} images and 2 different answers, found {len(set(images))} and "
+            f"{len(set(answers))}"
+        )
     with inference_mode(model):
         batches = [
             text_states(model, instruction_token_map(model, inputs), restrict_to_answers(inputs)[0])
             for inputs in questions.batches("hidden states of the question")
         ]
     states = torch.cat(batches, dim=1)
-    with_image = [i for i, sample in enumerate(questions.samples) if sample.loaders]
-    answers = [questions.samples[i].answers[0] for i in with_image]
-    images = [questions.samples[i].loaders for i in with_image]
-    if len(set(answers)) < 2 or len(set(images)) < READOUT_FOLDS:
-        return None
     readout = linear_readout(states[:, with_image], answers, pictures=images, folds=READOUT_FOLDS)
     return {
         "label": "the right answer",

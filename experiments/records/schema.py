@@ -210,6 +210,7 @@ class FinishedRecord(_AnyRecord):
     onset: OnsetPart | None = None
     knockout: KnockoutPart | None = None
     readout: ReadoutPart | None = None
+    readout_note: str | None = Field(None, description="why there is no read-out, where one was asked for")
     photo_readout: PhotoReadoutPart | None = None
     lens: LensPart | None = None
     lens_note: str | None = Field(None, description="why there is no logit lens, where one was asked for")

@@ -59,7 +59,7 @@ def measure_long_videos(cost: CostConfig, device: torch.device) -> dict[str, Any
         rows.append({"frames": frames, "seconds": answer.seconds, "cache": answer.cache_bytes, "peak": peak})
     return {
         "cost": vars(cost),
-        "side": llava_config(cost.geometry).vision_config.image_size,
+        "side": llava_config(cost.geometry, setting="cost.geometry").vision_config.image_size,
         "weights": sum(parameter.nbytes for parameter in model.parameters()),
         "rows": rows,
         "machine": device_name(device),

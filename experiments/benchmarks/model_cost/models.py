@@ -94,7 +94,7 @@ def model_configs(cost: CostConfig) -> dict[str, LlavaConfig]:
     Raises:
         ValueError: If `cost.geometry` is unknown, or names a LLaVA-Mini.
     """
-    llava = llava_config(cost.geometry)
+    llava = llava_config(cost.geometry, setting="cost.geometry")
     if isinstance(llava, LlavaMiniConfig):
         raise ValueError(f"cost.geometry: {cost.geometry} is a LLaVA-Mini; give the LLaVA to compare it with")
     layers = cost.prefusion or max(1, round(llava.get_text_config().num_hidden_layers / 8))

@@ -98,7 +98,7 @@ def run_cost_benchmark(config: Config, resolved: dict[str, Any]) -> list[Path]:
         log.info("%s", json.dumps({key: row[key] for key in ("model", "frames", "memory", "cache_bytes")}))
     record = {
         "cost": asdict(cost),
-        "pixels": llava_config(cost.geometry).vision_config.image_size * cost.tiles,
+        "pixels": llava_config(cost.geometry, setting="cost.geometry").vision_config.image_size * cost.tiles,
         "machine": device_name(device),
         "rows": rows,
         "provenance": {"started": started, **provenance(device)},

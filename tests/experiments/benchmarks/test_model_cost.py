@@ -262,6 +262,11 @@ def test_model_configs_of_llava_mini_raises(tmp_path: Path) -> None:
         models_module.model_configs(CostConfig(str(tmp_path), [1], [1]))
 
 
+def test_model_configs_of_no_architecture_names_the_setting() -> None:
+    with pytest.raises(ValueError, match=r"^cost\.geometry: .*'rock'"):
+        models_module.model_configs(CostConfig("rock", [1], [1]))
+
+
 def test_run_in_child_process_failure_raises_with_its_last_line() -> None:
     with pytest.raises(
         RuntimeError, match=r"process of experiments\.no_such_module .*No module named .*no_such_module"

@@ -120,6 +120,14 @@ def test_run_probes_of_a_model_the_lens_cannot_read_notes_the_reason(llava, ques
     assert len(parts["knockout"]["windows"]) == 3
 
 
+def test_run_probes_on_too_few_images_notes_why_there_is_no_readout(llava, processor):
+    samples = list(single_questions(load_shapes("test", 4).samples))
+    parts = run_probes(llava, encode_questions(samples, processor, 8), (), ProbeConfig(readout=True))
+    assert (parts["readout"], parts["fusion"]) == (None, None)
+    assert "5 images" in parts["readout_note"]
+    assert "found 4" in parts["readout_note"]
+
+
 def test_run_probes_has_a_lens_only_if_configured(llava, questions):
     parts = run_probes(llava, questions, questions, ProbeConfig(lens=True))
     assert parts["lens"] == measure_lens(llava, questions)
