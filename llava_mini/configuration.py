@@ -158,6 +158,14 @@ class LlavaMiniConfig(LlavaConfig):
             raise ValueError(
                 f"keep_patches=True needs patches at full resolution; compressor={self.compressor!r} encodes small images"
             )
+        selected = self.vision_feature_layer
+        vision_layers = getattr(self.vision_config, "num_hidden_layers", None)
+        for layer in [selected] if isinstance(selected, int) else selected:
+            if vision_layers is not None and not -vision_layers - 1 <= layer <= vision_layers:
+                raise ValueError(
+                    f"vision_feature_layer must be from {-vision_layers - 1} to {vision_layers} with {vision_layers} "
+                    f"layers in the vision tower; got {selected}"
+                )
         num_layers = self.get_text_config().num_hidden_layers
         if self.prefusion_init in COPYING_INITS and self.prefusion_layers > num_layers:
             raise ValueError(

@@ -21,8 +21,8 @@ from .compressors import COMPRESSORS
 from .configuration import LlavaMiniConfig
 from .encoded_images import Pictures
 from .outputs import LlavaMiniCausalLMOutputWithPast, LlavaMiniModelOutputWithPast
-from .prefusion import Prefusion
-from .pretrained_model import LlavaMiniPreTrainedModel
+from .prefusion import CACHE_ARGUMENT, Prefusion
+from .pretrained_model import LlavaMiniPreTrainedModel, check_plain_weights
 from .quick_gelu import replace_quick_gelu
 from .vision_tower import query_key_projections
 from .visual_embedding import VisualEmbeddingMixin
@@ -186,6 +186,7 @@ class LlavaMiniForConditionalGeneration(LlavaMiniPreTrainedModel, LlavaForCondit
 
         Raises:
             TypeError: If `llava` is no LLaVA, or if a field does not exist.
+            ValueError: If `llava` is quantised, offloaded or has adapters.
 
         Example:
             >>> mini = LlavaMiniForConditionalGeneration.from_llava(model, compressor_size=2, prefusion_layers=1)
@@ -197,6 +198,7 @@ class LlavaMiniForConditionalGeneration(LlavaMiniPreTrainedModel, LlavaForCondit
         new_fields = LlavaMiniConfig.__dataclass_fields__.keys() - LlavaConfig.__dataclass_fields__.keys()
         if unknown := sorted(fields.keys() - new_fields):
             raise TypeError(f"from_llava: no field {unknown[0]!r}; use one of {', '.join(sorted(new_fields))}")
+        check_plain_weights(llava)
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # the new modules are missing in LLaVA on purpose, so do not report them
         try:
@@ -329,11 +331,31 @@ class LlavaMiniForConditionalGeneration(LlavaMiniPreTrainedModel, LlavaForCondit
             inputs["answer_mask"] = labels != -100
         return prefusion_positions(self.config, **inputs)
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, is_first_iteration=False, **kwargs):
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        # The cache is among the other arguments of `forward`, and _expand_inputs_for_generation adds "copies".
+        others = {name: value for name, value in model_kwargs.items() if name not in (CACHE_ARGUMENT, "copies")}
+        super()._validate_model_kwargs(others)
+
+    def prepare_inputs_for_generation(
+        self, input_ids, attention_mask=None, inputs_embeds=None, is_first_iteration=False, **kwargs
+    ):
+        cache = kwargs.get(CACHE_ARGUMENT)
+        if is_first_iteration and cache is not None and (cached := cache.get_seq_length()):
+            looks_again = any(kwargs.get(name) is not None for name in ("pixel_values", "pictures"))
+            has_images = bool((input_ids == self.config.image_token_id).any())
+            if looks_again or (has_images and self.config.prefusion_layers):
+                raise ValueError(
+                    f"{CACHE_ARGUMENT} holds {cached} tokens of a prompt with images, and new text is not fused with "
+                    "images in a cache: give the whole prompt without it (encode_pictures encodes the images only once)"
+                )
         if not is_first_iteration and kwargs.get("use_cache", True):
             kwargs.pop("pictures", None)  # as transformers does with pixel_values
         inputs = super().prepare_inputs_for_generation(
-            input_ids, attention_mask=attention_mask, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
         if inputs.get("pixel_values") is not None or inputs.get("pictures") is not None:
             # With a static cache, transformers has already made the attention mask 4-D.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, LlavaPreTrainedModel
+from transformers import BitsAndBytesConfig, LlavaPreTrainedModel, PreTrainedModel
 
 from .checkpoint_files import MODEL_FILES, name_damaged_file
 from .compressors import COMPRESSORS, Compressor
@@ -73,6 +73,9 @@ class LlavaMiniPreTrainedModel(LlavaPreTrainedModel):
             'query'
         """
         quantization = kwargs.get("quantization_config")
+        if isinstance(quantization, dict) and (quantization.get("load_in_8bit") or quantization.get("load_in_4bit")):
+            quantization = BitsAndBytesConfig(**quantization)
+            kwargs["quantization_config"] = quantization
         if isinstance(quantization, BitsAndBytesConfig) and quantization.llm_int8_skip_modules is None:
             kwargs["quantization_config"] = quantization = copy.copy(quantization)
             unquantised = ["model.compressor", "model.prefusion", "model.multi_modal_projector", "lm_head"]
@@ -90,4 +93,22 @@ class LlavaMiniPreTrainedModel(LlavaPreTrainedModel):
         return (model, info) if output_loading_info else model
 
 
-__all__ = ["LlavaMiniPreTrainedModel"]
+def check_plain_weights(model: PreTrainedModel) -> None:
+    """Check that a model's weights can be copied into another: in memory, not quantised, and without adapters.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    reasons = {
+        "has adapters; merge them first (merge_and_unload of peft)": getattr(model, "_hf_peft_config_loaded", False),
+        "is quantised; load it without quantization_config": any(
+            not parameter.is_floating_point() for parameter in model.parameters()
+        ),
+        "is offloaded in part; load it without device_map": any(parameter.is_meta for parameter in model.parameters()),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"the {type(model).__name__} {reason}")
+
+
+__all__ = ["LlavaMiniPreTrainedModel", "check_plain_weights"]

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .full_precision import without_autocast
 from .partial_vision_tower import hidden_states_at
 from .tiles import stitch_tiles
 
@@ -118,6 +119,7 @@ def capture_outputs(*modules: nn.Module) -> Iterator[list[Any]]:
             handle.remove()
 
 
+@without_autocast
 def attention_received(
     queries: Float[Tensor, "crops positions width"], keys: Float[Tensor, "crops positions width"], heads: int
 ) -> Float[Tensor, "crops positions"]:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ..full_precision import without_autocast
 from . import Compressor, grid_side, register
 from .uniform import select_patches
 
@@ -45,6 +46,7 @@ class CdPrunerCompressor(Compressor):
 
     needs = ("projected", "text", "text_mask")
 
+    @without_autocast
     def forward(
         self,
         features: Float[Tensor, "batch patches width"],

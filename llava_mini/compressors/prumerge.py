@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..full_precision import without_autocast
 from . import Compressor, grid_side, register
 
 # Neighbours merged into each kept patch, as a share of all patches: 32 of 576 in the paper.
@@ -51,6 +52,7 @@ class PruMergeCompressor(Compressor):
         """Return the indices of the patches that become tokens, in ascending order."""
         return most_salient_patches(saliency, self.size**2)
 
+    @without_autocast
     def forward(
         self,
         features: Float[Tensor, "batch patches width"],

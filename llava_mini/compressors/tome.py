@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..full_precision import without_autocast
 from . import Compressor, grid_side, register
 
 
@@ -36,6 +37,7 @@ class TokenMergingCompressor(Compressor):
         ValueError: If the patches form no square grid, or one smaller than C x C.
     """
 
+    @without_autocast
     def forward(
         self, features: Float[Tensor, "batch patches width"]
     ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens patches"]]:

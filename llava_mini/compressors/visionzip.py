@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..full_precision import without_autocast
 from . import Compressor, grid_side, register
 from .prumerge import most_salient_patches, remaining_patches
 
@@ -54,6 +55,7 @@ class VisionZipCompressor(Compressor):
         vision: Any = config.vision_config
         self.heads = vision.num_attention_heads
 
+    @without_autocast
     def forward(
         self,
         features: Float[Tensor, "batch patches width"],

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..full_precision import without_autocast
 from . import Compressor, grid_side, register
 from .uniform import select_patches
 
@@ -44,6 +45,7 @@ class VisPrunerCompressor(Compressor):
 
     needs = ("saliency",)
 
+    @without_autocast
     def forward(
         self, features: Float[Tensor, "batch patches width"], saliency: Float[Tensor, "batch patches"]
     ) -> tuple[Float[Tensor, "batch tokens width"], Float[Tensor, "batch tokens patches"]]:

@@ -89,6 +89,18 @@ def test_compressor_in_bfloat16_returns_finite_bfloat16(name):
         assert result.isfinite().all()
 
 
+@pytest.mark.parametrize("name", [name for name in sorted(COMPRESSORS) if not any(build(name).state_dict())])
+def test_compressor_without_parameters_chooses_the_same_patches_under_autocast(name):
+    """Nearly equal features: in bfloat16 their order changes, and training would choose others than evaluation."""
+    compressor = build(name, 3)
+    arguments = random_inputs(compressor)
+    common = {"features", "keys", "projected"} & arguments.keys()
+    arguments |= {key: 1 + 0.02 * arguments[key] for key in common}
+    weights = compressor(**arguments)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compressor(**arguments)[1], weights)
+
+
 @every_compressor
 def test_compressor_nonsquare_patch_count_raises(name):
     compressor = build(name)

@@ -40,6 +40,8 @@ def test_vision_width_concatenates_the_selected_layers(layers, width):
         ({"compressor_heads": 0}, "compressor_heads .*at least 1.*0"),
         ({"prefusion_layers": -1}, "prefusion_layers .*at least 0.*-1"),
         ({"prefusion_layers": "4"}, "prefusion_layers .*at least 0.*'4'"),
+        ({"vision_feature_layer": -26}, "vision_feature_layer .*-25 to 24 .*-26"),
+        ({"vision_feature_layer": [1, 25]}, r"vision_feature_layer .*-25 to 24 .*\[1, 25\]"),
         ({"keep_patches": True}, "keep_patches=True needs .*prefusion_layers=4"),
         (
             {"keep_patches": True, "prefusion_layers": 0, "compressor": "none"},

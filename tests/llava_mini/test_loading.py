@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from llava_mini import LlavaMiniConfig, LlavaMiniForConditionalGeneration, LlavaMiniModel
@@ -191,6 +193,12 @@ def test_from_pretrained_quantised_keeps_new_modules_unquantised(sample, tmp_pat
         tmp_path, quantization_config=quantization, device_map="cpu", dtype=torch.bfloat16
     )
     assert quantization.llm_int8_skip_modules is None
+    from_dictionary = LlavaMiniForConditionalGeneration.from_pretrained(
+        tmp_path, quantization_config={f"load_in_{bits}bit": True}, device_map="cpu", dtype=torch.bfloat16
+    )
+    assert {n: p.dtype for n, p in from_dictionary.named_parameters()} == {
+        n: p.dtype for n, p in model.named_parameters()
+    }
     quantised = {name.split(".")[1] for name, p in model.named_parameters() if not p.is_floating_point()}
     assert quantised == {"language_model", "vision_tower"}
     ids, pixels = sample(1, 5)
@@ -211,6 +219,21 @@ def test_from_pretrained_with_offloading_has_the_same_logits(tiny_mini, sample, 
     )
     assert offloaded.model.compressor.query.device.type == "meta"
     torch.testing.assert_close(offloaded(input_ids=ids[None], pixel_values=pixels[None]).logits, expected)
+
+
+def test_from_llava_of_a_llava_without_plain_weights_names_the_reason(tiny_llava):
+    llava = tiny_llava()
+    llava.model.language_model.layers[0].mlp.up_proj.to("meta")
+    with pytest.raises(ValueError, match="offloaded"):
+        LlavaMiniForConditionalGeneration.from_llava(llava)
+    quantised = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    llava.model.language_model.layers[0].mlp.up_proj.weight = quantised
+    with pytest.raises(ValueError, match="quantised"):
+        LlavaMiniForConditionalGeneration.from_llava(llava)
+    adapted = tiny_llava()
+    adapted.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="adapters"):
+        LlavaMiniForConditionalGeneration.from_llava(adapted)
 
 
 def test_from_llava_keeps_the_name_of_the_llava(tiny_llava):

@@ -94,7 +94,10 @@ def test_attention_received_in_chunks_of_queries_equals_full_attention():
             for q, k in zip(queries.split(4, dim=2), keys.split(4, dim=2), strict=True)
         ]
     )
-    torch.testing.assert_close(attention_received(queries, keys, heads=3), attention.mean(dim=(0, 2)))
+    received = attention_received(queries, keys, heads=3)
+    torch.testing.assert_close(received, attention.mean(dim=(0, 2)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attention_received(queries, keys, heads=3), received)
 
 
 @torch.no_grad()
