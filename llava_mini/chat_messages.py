@@ -1,33 +1,39 @@
-"""Contents of chat messages: their images and videos, and the character spans of the assistant's answers."""
+"""Contents of chat messages: their texts, images and videos."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from transformers.image_utils import load_image
 
-# Start and end of spans of characters.
-CharacterSpans = Sequence[tuple[int, int]]
+# How an image that transformers loads starts.
+REMOTE = ("http://", "https://", "data:")
 
 
 def message_parts(chats: list[list[dict[str, Any]]], kind: str) -> Iterator[dict[str, Any]]:
-    """Iterate over the message parts of type `kind` ("image" or "video") of all chats, in order."""
+    """Iterate over the message parts of type `kind` ("image" or "video") or `kind`_url of all chats, in order."""
     for chat in chats:
         for message in chat:
             if not isinstance(message["content"], str):
-                yield from (part for part in message["content"] if part["type"] == kind)
+                yield from (part for part in message["content"] if part["type"] in (kind, f"{kind}_url"))
 
 
 def part_source(part: dict[str, Any]) -> Any:
     """Return the image or video of a message part: an object, a path, an address or base64.
 
     Raises:
-        ValueError: If the part has none.
+        ValueError: If the part has none, or a video is not given as a file or as frames.
     """
     for name in (part["type"], "url", "path", "base64"):
-        if part.get(name) is not None:
-            return part[name]
+        if (source := part.get(name)) is None:
+            continue
+        if isinstance(source, dict):  # {"type": "image_url", "image_url": {"url": ...}}, as OpenAI writes it
+            source = source["url"]
+        is_remote = name == "base64" or (isinstance(source, str) and source.startswith(REMOTE))
+        if part["type"].startswith("video") and is_remote:
+            raise ValueError(f"videos are read from files, not from addresses or base64; got {source[:40]!r}")
+        return source
     raise ValueError(
         f"a message part of type {part['type']!r} has no {part['type']}: give it as {part['type']!r}, 'url', 'path' or "
         "'base64'"
@@ -41,7 +47,7 @@ def load_part_image(part: dict[str, Any], ignore_orientation: bool) -> Any:
         ValueError: If `ignore_orientation` is set for an address or base64, which transformers turns upright.
     """
     source = part_source(part)
-    is_remote = isinstance(source, str) and source.startswith(("http://", "https://", "data:image/"))
+    is_remote = isinstance(source, str) and source.startswith(REMOTE)
     if not (is_remote or "base64" in part):
         return source
     if ignore_orientation:
@@ -92,48 +98,10 @@ def check_message_texts(chats: list[list[dict[str, Any]]]) -> None:
                 check_text(message["content"], where)
 
 
-def find_answer_spans(chat: list[dict[str, Any]], text: str, render: Callable[..., str]) -> CharacterSpans:
-    """Locate the assistant's turns in a rendered chat, each from after its generation prompt to its end.
-
-    Args:
-        chat: Messages of the chat.
-        text: The rendered chat.
-        render: Function that renders messages with the same chat template.
-
-    Raises:
-        ValueError: If the template does not render the chat turn by turn.
-    """
-    spans = []
-    for i, message in enumerate(chat):
-        if message["role"] == "assistant":
-            prompt, with_answer = render(chat[:i], add_generation_prompt=True), render(chat[: i + 1])
-            if not (with_answer.startswith(prompt) and text.startswith(with_answer.rstrip())):
-                raise ValueError("the chat template does not render the chat turn by turn: set fuse_answers=True")
-            spans.append((len(prompt), len(with_answer.rstrip())))
-    return spans
-
-
-def shift_spans(spans: CharacterSpans, insertions: list[tuple[int, int]]) -> CharacterSpans:
-    """Shift character spans by the text inserted ahead of their ends.
-
-    Args:
-        spans: Spans in the text before the insertions.
-        insertions: Position of each insertion in that text, and the number of characters that it adds.
-    """
-
-    def shift(position: int) -> int:
-        return position + sum(added for end, added in insertions if end <= position)
-
-    return [(shift(start), shift(end)) for start, end in spans]
-
-
 __all__ = [
-    "CharacterSpans",
     "check_message_texts",
     "check_text",
-    "find_answer_spans",
     "load_part_image",
     "message_parts",
     "part_source",
-    "shift_spans",
 ]

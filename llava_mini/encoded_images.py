@@ -129,19 +129,22 @@ class Pictures:
         """Return the indices in `layout` of the frames that use these source frames."""
         return ((self.frame >= frames.start) & (self.frame < frames.stop)).nonzero().flatten()
 
-    def check(self, rows: int, visual_layout: Int[Tensor, "visual_inputs 3"] | None) -> None:
-        """Check that a batch matches these images and videos.
+    def check(self, placeholders: Int[Tensor, " rows"], visual_layout: Int[Tensor, "visual_inputs 3"] | None) -> None:
+        """Check that a batch matches these images and videos. Its last rows may be text without images.
 
         Args:
-            rows (`int`):
-                Number of rows of the batch.
+            placeholders (`torch.LongTensor` of shape `(rows,)`):
+                Number of placeholders in each row of the batch.
             visual_layout (`torch.LongTensor` of shape `(visual_inputs, 3)`, *optional*):
                 The batch's layout.
 
         Raises:
             ValueError: If the number of rows or the layout differs.
         """
-        if rows != self.rows:
+        rows = len(placeholders)
+        # Without a placeholder in any row (compressor_size=0), rows of text cannot be told from rows with images.
+        rest_is_text = bool(placeholders.any()) and not placeholders[self.rows :].any()
+        if rows < self.rows or (rows > self.rows and not rest_is_text):
             raise ValueError(
                 f"pictures has {self.rows} rows, but input_ids has {rows}: pictures.select([...]) assigns a row of "
                 "pictures to each row of input_ids"

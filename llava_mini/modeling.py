@@ -246,7 +246,8 @@ class LlavaMiniForConditionalGeneration(LlavaMiniPreTrainedModel, LlavaForCondit
             labels (`torch.LongTensor` of shape `(batch, length)`, *optional*):
                 Labels of the language modelling loss; -100 is ignored.
             answer_mask (`torch.BoolTensor` of shape `(batch, answer_length)`, *optional*):
-                True at tokens that pre-fusion leaves unchanged; computed from `labels` by default.
+                True at tokens that pre-fusion leaves unchanged; computed from `labels` by default. A trainer that keeps
+                the labels for a loss of its own, as with `label_smoothing_factor`, must give this mask instead.
             logits_to_keep (`int` or `torch.LongTensor`, *optional*, defaults to 0):
                 Number of last positions, or indices of the positions, to compute logits of; 0 for all.
             kwargs:

@@ -12,20 +12,13 @@ from torch import Tensor
 from transformers import BatchFeature, LlavaProcessor
 from transformers.processing_utils import MultiModalData
 
-from .chat_messages import (
-    CharacterSpans,
-    check_message_texts,
-    check_text,
-    find_answer_spans,
-    load_part_image,
-    message_parts,
-    part_source,
-    shift_spans,
-)
+from .answer_spans import CharacterSpans, find_answer_spans, shift_spans, tokens_within
+from .chat_messages import check_message_texts, check_text, load_part_image, message_parts, part_source
 from .checkpoint_files import PROCESSOR_FILES, name_damaged_file
 from .configuration import LlavaMiniConfig
 from .images import pad_to_square, to_rgb
 from .older_processors import complete_from_checkpoint, complete_from_config
+from .processor_arguments import split_template_arguments, tokenizer_arguments
 from .tiles import cut_into_tiles
 from .video import Video
 from .visual_inputs import FrameStream, VisualInput, as_video, check_rows, flatten, is_image, is_video
@@ -184,7 +177,7 @@ class LlavaMiniProcessor(LlavaProcessor):
             answer_spans (`list[CharacterSpans]`, *optional*):
                 For each row the spans of characters that pre-fusion must not fuse.
             kwargs:
-                Arguments of the tokenizer: `padding`, `return_tensors`, ...
+                Arguments of the tokenizer: `padding`, `return_tensors`, ... They may be grouped in `text_kwargs`.
 
         Returns:
             [`BatchFeature`]: With text `input_ids` and `attention_mask`. With images or videos `pixel_values` of shape
@@ -194,8 +187,10 @@ class LlavaMiniProcessor(LlavaProcessor):
         Raises:
             FileNotFoundError: If the file of an image or a video does not exist.
             ValueError: If an image or a video cannot be read, the text has another number of `<image>` or `<video>`
-                tokens or a surrogate, or `fps` or `num_frames` is given for a [`Video`].
+                tokens or a surrogate, `fps` or `num_frames` is given for a [`Video`], or truncation cuts placeholders.
+            TypeError: If the tokenizer does not know an argument.
         """
+        arguments = tokenizer_arguments(self.tokenizer, kwargs)
         rows = [text] if isinstance(text, str) else list(text or [])
         for i, row in enumerate(rows):
             check_text(row, f"row {i} of the text" if len(rows) > 1 else "the text")
@@ -213,7 +208,7 @@ class LlavaMiniProcessor(LlavaProcessor):
                 shift_spans(row_spans, insertions)
                 for row_spans, (_, insertions) in zip(answer_spans, expanded, strict=True)
             ]
-            data |= self._tokenize([row for row, _ in expanded], spans, kwargs)
+            data |= self._tokenize([row for row, _ in expanded], spans, arguments)
         if visual_inputs:
             frames = FrameStream(self, visual_inputs)
             data["pixel_values"] = frames if stream else torch.cat(list(frames))
@@ -233,7 +228,8 @@ class LlavaMiniProcessor(LlavaProcessor):
     ) -> Any:
         """Render one conversation or a list of them, and tokenize it, as in transformers.
 
-        Images and videos come from the messages, where they are given as `image`, `video`, `url`, `path` or `base64`.
+        Images and videos come from the messages, where they are given as `image`, `video`, `url` or `path`; images also
+        as `base64`, or with their addresses in `image_url`. `processor_kwargs` may have the `images` instead.
         Unless `fuse_answers` is set, `answer_mask` marks the assistant's earlier turns.
 
         Args:
@@ -250,9 +246,10 @@ class LlavaMiniProcessor(LlavaProcessor):
             processor_kwargs (`dict`, *optional*):
                 Arguments of `__call__`.
             kwargs:
-                Arguments of the template, and of `__call__` if not in `processor_kwargs`.
+                Arguments of the template. Those that `__call__` knows are passed to it.
 
         Raises:
+            TypeError: If `return_assistant_tokens_mask` or `sanitize_control_tokens` is set.
             ValueError: As `__call__`; or if a message part has no image or video, or the template does not render the
                 chat turn by turn.
 
@@ -264,10 +261,7 @@ class LlavaMiniProcessor(LlavaProcessor):
             >>> mini_processor.apply_chat_template(chat, template)
             'user : <image> what is this'
         """
-        options = dict(processor_kwargs or {})
-        for name in ("fps", "num_frames", "stream", "padding", "truncation", "max_length", "padding_side"):
-            if name in kwargs:
-                options[name] = kwargs.pop(name)
+        options, kwargs = split_template_arguments(self.tokenizer, kwargs, processor_kwargs)
 
         def render(chat: list[dict[str, Any]], **template_kwargs: Any) -> str:
             return super(LlavaMiniProcessor, self).apply_chat_template(
@@ -282,11 +276,14 @@ class LlavaMiniProcessor(LlavaProcessor):
             return texts[0] if is_single else texts
         spans = None
         if not self.fuse_answers and any(message["role"] == "assistant" for chat in chats for message in chat):
-            spans = [find_answer_spans(chat, text, render) for chat, text in zip(chats, texts, strict=True)]
+            spans = [find_answer_spans(chat, text, render, kwargs) for chat, text in zip(chats, texts, strict=True)]
         bos = self.tokenizer.bos_token
+        images = options.pop("images", None)
+        if images is None:
+            images = [load_part_image(part, self.ignore_orientation) for part in message_parts(chats, "image")]
         data = self(
             text=texts[0] if is_single else texts,
-            images=[load_part_image(part, self.ignore_orientation) for part in message_parts(chats, "image")],
+            images=images,
             videos=[part_source(part) for part in message_parts(chats, "video")],
             answer_spans=spans,
             # If the template writes the start token itself, the tokenizer must not add a second one.
@@ -378,13 +375,11 @@ class LlavaMiniProcessor(LlavaProcessor):
 
     def _tokenize(self, rows: list[str], spans: list[CharacterSpans] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Tokenize rows, with an `answer_mask` of the tokens within `spans` if given."""
+        data = dict(self.tokenizer(rows, **kwargs | ({} if spans is None else {"return_offsets_mapping": True})))
+        self._check_special_mm_tokens(rows, BatchFeature(data), modalities=["image"])
         if spans is None:
-            return dict(self.tokenizer(rows, **kwargs))
-        data = dict(self.tokenizer(rows, return_offsets_mapping=True, **kwargs))
-        masks = [
-            [any(first <= start < end <= last for first, last in row_spans) for start, end in map(tuple, row)]
-            for row, row_spans in zip(data.pop("offset_mapping"), spans, strict=True)
-        ]
+            return data
+        masks = [tokens_within(*row) for row in zip(spans, data.pop("offset_mapping"), strict=True)]
         data["answer_mask"] = torch.tensor(masks) if kwargs.get("return_tensors") == "pt" else masks
         return data
 

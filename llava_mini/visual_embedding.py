@@ -191,7 +191,7 @@ class VisualEmbeddingMixin:
         placeholders = is_visual.sum(dim=1)
         if pictures is None:
             pictures = Pictures.of_pixels(cast(Pixels, pixel_values), visual_layout, placeholders)
-        pictures.check(len(placeholders), visual_layout)
+        pictures.check(placeholders, visual_layout)
         layout = pictures.layout
         frame_row, frame_weight = layout.frame_row.to(embeds.device), layout.frame_weight.to(embeds.device)
 

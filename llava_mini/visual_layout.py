@@ -187,7 +187,8 @@ class VisualLayout:
             row = wrong_rows[0]
             raise ValueError(
                 f"row {row} has {int(placeholders[row])} placeholders, but its {int((self.row == row).sum())} images or "
-                f"videos give {int(expected[row])} visual tokens; make input_ids and pixel_values with the same processor"
+                f"videos give {int(expected[row])} visual tokens; make input_ids, pixel_values and visual_layout in one "
+                "call of one processor, and do not truncate or concatenate them"
             )
 
 

@@ -322,13 +322,22 @@ def test_forward_in_bfloat16_is_close_with_pixels_and_pictures(tiny_mini):
     torch.testing.assert_close(picture_logits.float(), pixel_logits.float(), atol=0.1, rtol=0.1)
 
 
+@torch.no_grad()
+def test_pictures_serve_a_batch_whose_last_row_is_text(tiny_mini):
+    model = tiny_mini()
+    inputs = make_batch(model)
+    logits = model(**without_pixels(inputs), pictures=encode(model, inputs)).logits
+    torch.testing.assert_close(logits, model(**inputs).logits)
+
+
 def test_pictures_in_a_wrong_call_raise(tiny_mini):
     model = tiny_mini(frames_per_chunk=16)
     inputs = make_batch(model)
     pictures, questions = encode(model, inputs), without_pixels(inputs)
     two = {name: value[:2] for name, value in questions.items()}
-    with pytest.raises(ValueError, match=r"pictures has 2 rows.*input_ids has 3"):
-        model(**questions, pictures=pictures)
+    for rows in ([0, 1, 0], [0]):  # a third row with placeholders, and a row too few
+        with pytest.raises(ValueError, match=rf"pictures has 2 rows.*input_ids has {len(rows)}"):
+            model(**{name: value[rows] for name, value in questions.items()}, pictures=pictures)
     with pytest.raises(ValueError, match="both pixel_values and pictures"):
         model(**inputs, pictures=pictures)
     with pytest.raises(ValueError, match="pictures need input_ids, not inputs_embeds"):
