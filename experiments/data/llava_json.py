@@ -161,6 +161,7 @@ def load_llava_json(
         _fingerprint(texts, kept, count, frames, [shares, seed], list(skipped)),
         len(samples.image_indices),
         tuple(skipped.values()) if bad == "skip" else None,
+        tuple(samples.image_indices),
     )
 
 

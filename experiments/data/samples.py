@@ -8,6 +8,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from PIL import Image
@@ -99,9 +100,10 @@ class Split:
     Args:
         name: "train", "validation" or "test".
         samples: The samples; may build each one on access.
-        fingerprint: Hash that stands for the bytes of all samples.
+        fingerprint: Hash that stands for the samples. Of images and videos in files it covers names and sizes in bytes.
         image_count: How many images have an `IndexedImageLoader`; their indices are 0 to image_count - 1.
         skipped: Entries of the user's files that are left out; None for a data set that leaves out none.
+        image_files: The files that the images are read from, by index; empty if none has a file of its own.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Split:
     fingerprint: str
     image_count: int = 0
     skipped: tuple[BadEntry, ...] | None = None
+    image_files: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -26,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from experiments.config.schema import Config
 from experiments.data.media_files import with_orientation_of
 from experiments.data.samples import IndexedImageLoader, Sample, Split, fingerprint
+from experiments.files import file_stamps
 from llava_mini import LlavaMiniProcessor
 from llava_mini.images import to_rgb
 
@@ -153,9 +154,9 @@ class VisionFeatureCache:
             transformers.__version__,
         ]
         pixels = self._first_pixels(split).contiguous().numpy().tobytes()  # differ if code that makes images does
-        return fingerprint(
-            weights.hexdigest(), config, self.layers, image_processing, split.fingerprint, computation, pixels
-        )
+        files = file_stamps(map(str, split.image_files))  # an image may be replaced by another of the same size
+        parts = [weights.hexdigest(), config, self.layers, image_processing, split.fingerprint, computation, pixels]
+        return fingerprint(*parts, *([files] if files else []))
 
     def _first_pixels(self, split: Split) -> Float[Tensor, "crops channels height width"]:
         """Return the pixels of the first image that the file would hold; those of a blank image if there is none."""

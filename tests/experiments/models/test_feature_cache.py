@@ -1,6 +1,7 @@
 """The feature cache: it holds the vision tower's features, computes each once, and recovers from faults."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from PIL import Image, ImageOps
 from experiments.config.data_schema import ShapesData
 from experiments.config.schema import Config, ReductionConfig, TrainConfig
 from experiments.data.encoding import Collator, SampleEncoder
+from experiments.data.llava_json import load_llava_json
 from experiments.data.samples import IndexedImageLoader, Sample, llava_conversation
 from experiments.data.shapes import load_shapes
 from experiments.evaluation.accuracy import blank_images, shuffled_images
@@ -115,6 +117,24 @@ def test_path_differs_by_code_that_makes_images(llava, processor, shapes_split, 
     render = type(shapes_split.samples).render
     monkeypatch.setattr(type(shapes_split.samples), "render", lambda *arguments: ImageOps.invert(render(*arguments)))
     assert VisionFeatureCache(tmp_path, llava, processor, shapes_split).path != before
+
+
+def test_path_differs_by_an_image_file_that_was_replaced_by_one_of_the_same_size(llava, processor, tmp_path):
+    """Bitmaps of one size are equally long, and only the first image's pixels count besides."""
+    entries = []
+    for number, color in enumerate(("red", "blue")):
+        Image.new("RGB", (24, 24), color).save(tmp_path / f"{number}.bmp")
+        turns = [{"from": "human", "value": "<image> what"}, {"from": "gpt", "value": color}]
+        entries.append({"id": str(number), "image": f"{number}.bmp", "conversations": turns})
+    (tmp_path / "questions.json").write_text(json.dumps(entries))
+    paths, fingerprints = [], []
+    for color in ("blue", "white"):
+        Image.new("RGB", (24, 24), color).save(tmp_path / "1.bmp")
+        split = load_llava_json(str(tmp_path / "questions.json"), str(tmp_path), "test")
+        fingerprints.append(split.fingerprint)
+        paths.append(VisionFeatureCache(tmp_path / "features", llava, processor, split).path)
+    assert fingerprints[0] == fingerprints[1]
+    assert paths[0] != paths[1]
 
 
 def test_get_depends_on_the_image_alone(llava, processor, shapes_split, tmp_path):
