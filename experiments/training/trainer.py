@@ -192,7 +192,8 @@ def set_trainable_parameters(model: nn.Module, config: TrainConfig) -> None:
     LLaVA-Mini's first stage trains the projector alone, and its second stage all but the vision tower.
 
     Raises:
-        ValueError: If the model has no LLaVA's projector and vision tower.
+        ValueError: If the model has no LLaVA's projector and vision tower, or no trained pre-fusion layers for a learning
+            rate of their own.
     """
     base = getattr(model, "model", None)
     if not (hasattr(base, PROJECTOR) and hasattr(base, "vision_tower")):
@@ -203,6 +204,12 @@ def set_trainable_parameters(model: nn.Module, config: TrainConfig) -> None:
     model.requires_grad_(config.trainable == "all")
     model.get_submodule(f"model.{PROJECTOR}").requires_grad_(True)
     model.get_submodule("model.vision_tower").requires_grad_(config.train_vision)
+    rate = config.prefusion_learning_rate
+    if rate is not None and not any(PREFUSION in name for name, p in model.named_parameters() if p.requires_grad):
+        raise ValueError(
+            f"train.prefusion_learning_rate: {rate:g} acts on nothing, because no pre-fusion layers are trained outside the "
+            "language model; leave it out"
+        )
 
 
 def train_llava(
