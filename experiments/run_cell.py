@@ -88,7 +88,7 @@ def run_cell(cell: Cell, work: Path, write_record: Callable[[dict[str, Any]], ob
     """
     config, data = cell.config, cell.data
     if config.save:
-        check_save_folder(Path(config.save))
+        check_save_folder(Path(config.save), cell.id)
     if isinstance(config.data, LmmsData):
         check_benchmarks(config)
     torch.set_num_threads(config.threads)
