@@ -71,7 +71,7 @@ log = logging.getLogger(__name__)
 
 
 def run_cell(cell: Cell, work: Path, write_record: Callable[[dict[str, Any]], object]) -> dict[str, Any] | None:
-    """Run a cell: build its model, train it, evaluate it, write its record, and save the model.
+    """Run a cell: build its model, train it, evaluate it, write its attention page and its record, and save the model.
 
     Args:
         cell: The configuration and the data.
@@ -88,7 +88,7 @@ def run_cell(cell: Cell, work: Path, write_record: Callable[[dict[str, Any]], ob
     """
     config, data = cell.config, cell.data
     if config.save:
-        check_save_folder(Path(config.save))
+        check_save_folder(Path(config.save), cell.id)
     if isinstance(config.data, LmmsData):
         check_benchmarks(config)
     torch.set_num_threads(config.threads)
@@ -119,11 +119,11 @@ def run_cell(cell: Cell, work: Path, write_record: Callable[[dict[str, Any]], ob
         log.info("scores:\n%s", "\n".join(score_lines(part)))
     else:
         log.info("accuracy in percent, %s split:\n%s", data.test.name, accuracy_by_question_type(record))
-    write_record(record)
-    if config.probe.view_questions:
+    if config.probe.view_questions:  # ahead of the record: a cell that has one never runs again to write its page
         page = attention_page_path(config.results, cell.id)
         samples = list(islice(single_questions(data.test.samples), config.probe.view_questions))
         write_attention_page(model, processor, samples, page, cell.label)
+    write_record(record)
     if config.save:
         save_model(model, processor, work / ADAPTER_FOLDER, Path(config.save), cell.id)
     return record

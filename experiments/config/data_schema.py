@@ -32,7 +32,8 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
-        require_at_least("data", self, dict.fromkeys(("train_samples", "test_samples", "validation_samples"), 0))
+        counts = ("train_samples", "test_samples", "validation_samples")
+        require_at_least("data", self, dict.fromkeys((*counts, "seed"), 0))
 
 
 @dataclass

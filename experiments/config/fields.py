@@ -30,7 +30,7 @@ def require_at_least(prefix: str, config: Any, bounds: Mapping[str, float]) -> N
     """Check lower bounds of settings.
 
     Args:
-        prefix: The settings' group, for the message: "train".
+        prefix: The settings' group, for the message: "train"; "" for settings outside a group.
         config: The object that holds them.
         bounds: The least value of each setting. A list is checked entry by entry; a missing value is not checked.
 
@@ -41,4 +41,5 @@ def require_at_least(prefix: str, config: Any, bounds: Mapping[str, float]) -> N
         value = getattr(config, name)
         for number in value if isinstance(value, list) else [value]:
             if number != MISSING and not number >= bound:
-                raise ValueError(f"{prefix}.{name}: must be at least {bound}, found {number}")
+                setting_name = f"{prefix}.{name}" if prefix else name
+                raise ValueError(f"{setting_name}: must be at least {bound}, found {number}")

@@ -1,14 +1,14 @@
 """The rows of an ablation table, as the files in conf/experiment/ list them.
 
-Each row has a `label`, maybe `paper` (the values that the paper prints in this row, by benchmark), and dotted settings
-with their values; all rows name the same settings. The first row is the baseline. `row=2` runs the third row, and `-m`
-all of them.
+Each row has a `label`, maybe `paper` (the values that the paper prints in this row, by benchmark), and settings with their
+values, dotted (`compressor.size: 2`) or nested (`compressor: {size: 2}`); all rows name the same settings. The first row is
+the baseline. `row=2` runs the third row, and `-m` all of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +48,7 @@ def read_rows(experiment: str, rows: Any) -> list[TableRow]:
     table = [
         TableRow(
             str(row["label"]),
-            {key: row[key] for key in row if key not in ("label", "paper")},
+            _dotted_settings(experiment, row),
             dict(row.get("paper", {})),
         )
         for row in rows
@@ -60,6 +60,25 @@ def read_rows(experiment: str, rows: Any) -> list[TableRow]:
                 "name the same settings"
             )
     return table
+
+
+def _dotted_settings(experiment: str, row: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return the settings of a row by dotted keys: no setting has a mapping as its value."""
+    dotted: dict[str, Any] = {}
+    for key, value in _leaves({key: row[key] for key in row if key not in ("label", "paper")}):
+        if key in dotted:
+            raise ValueError(f"experiment {experiment}: row '{row['label']}' sets {key} twice: {dotted[key]}, {value}")
+        dotted[key] = value
+    return dotted
+
+
+def _leaves(settings: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested mappings with their dotted keys."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def scaled_size(grid: int | None, size: int, resolution: int = 1) -> int:

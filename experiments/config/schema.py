@@ -337,10 +337,17 @@ class Config:
     save: str | None = setting(None, "folder for the trained model and its processor")
 
     def __post_init__(self) -> None:
-        if self.threads < 1:
-            raise ValueError(f"threads: must be at least 1, found {self.threads}")
-        if self.tiles < 1:
-            raise ValueError(f"tiles: must be at least 1, found {self.tiles}")
+        require_at_least("", self, {"threads": 1, "tiles": 1, "seed": 0})
+        if (
+            isinstance(self.model, ModelConfig)
+            and self.model.dtype in ("float16", "half")  # two names of one type in torch
+            and self.train.bf16
+            and self.train.trains
+        ):
+            raise ValueError(
+                "train.bf16: bfloat16 autocast cannot train a model whose model.dtype is float16; set model.dtype=bfloat16 "
+                "or float32, or train.bf16=false"
+            )
         if self.train.eval_steps and isinstance(self.data, DataConfig) and not self.data.validation_samples:
             raise ValueError(
                 f"data.validation_samples: train.eval_steps={self.train.eval_steps} measures the validation split, which "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -256,16 +257,11 @@ def check_entry(entry: Any, folder: Path, is_measured: bool, annotators: bool = 
         turns = [turn | {"value": turn["value"].replace(IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER)} for turn in turns]
     _check_placeholders(turns, files, system)
     sizes = {kind: [_file_size(folder / path, kind, path) for path in paths] for kind, paths in files.items()}
-    question_types = entry.get("kinds", ["question"] * (len(turns) // 2))
-    if not isinstance(question_types, list) or len(question_types) != len(turns) // 2:
-        raise EntryError(
-            f'"kinds" must list the type of each of its {len(turns) // 2} questions, found {str(question_types)[:80]}'
-        )
     answers = annotators_answers(entry.get("answers"), len(turns) // 2) if annotators else None
     return {
         **files,
         "conversations": turns,
-        "kinds": question_types,
+        "kinds": _question_types(entry, len(turns) // 2),
         "system": system or None,
         "answers": answers,
         "sizes": sizes,
@@ -288,6 +284,17 @@ def _checked_turns(turns: list[Any], is_measured: bool) -> list[dict[str, str]]:
     if empty and is_measured:
         raise EntryError(f"turn {empty[0]}: the answer is empty, so that its question cannot be measured")
     return turns
+
+
+def _question_types(entry: dict[str, Any], count: int) -> list[str]:
+    """Return the type of each of an entry's `count` questions, "question" where it names none."""
+    types = entry.get("kinds", ["question"] * count)
+    if not isinstance(types, list) or len(types) != count:
+        raise EntryError(f'"kinds" must list the type of each of its {count} questions, found {str(types)[:80]}')
+    for i, question_type in enumerate(types):
+        if not isinstance(question_type, str):
+            raise EntryError(f'"kinds": the type of question {i} must be text, found {json.dumps(question_type)[:80]}')
+    return types
 
 
 def _check_placeholders(turns: list[dict[str, str]], files: dict[str, list[str]], system: str | None) -> None:

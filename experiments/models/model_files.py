@@ -36,8 +36,9 @@ def model_files_digest(model: ModelConfig, *others: str | None) -> str:
     Raises:
         OSError: If a file cannot be read.
     """
-    sources = [shipped_folder(source) for name in _SOURCES if (source := getattr(model, name, None))]
-    stamps = file_stamps(source for source in (*sources, *others) if source and Path(source).exists())
+    given = (*(getattr(model, name, None) for name in _SOURCES), *others)
+    sources = [shipped_folder(source) for source in given if source]
+    stamps = file_stamps(source for source in sources if Path(source).exists())
     return " ".join(_file_digest(*stamp) for stamp in stamps)
 
 

@@ -21,19 +21,25 @@ class SaveError(OSError):
     """A model cannot be saved. The message says what to do."""
 
 
-def check_save_folder(folder: Path) -> None:
+def check_save_folder(folder: Path, cell_id: str) -> None:
     """Check that a model can be saved to a folder, before anything is computed.
 
     Args:
-        folder: A new folder, an empty one, or one that an earlier `save_model` wrote.
+        folder: A new folder, an empty one, or one that an earlier `save_model` of the same cell wrote.
+        cell_id: The identity of the cell.
 
     Raises:
-        SaveError: If the folder is a file, holds other files, or cannot be written.
+        SaveError: If the folder is a file, holds other files or the model of another cell, or cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise SaveError(f"save: '{folder}' is a file; name a folder")
     if others := _other_files(folder):
         raise SaveError(f"save: '{folder}' holds other files ({others[0]}); name a new or an empty folder")
+    if (saved := (_marker(folder) or {}).get("id", cell_id)) != cell_id:
+        raise SaveError(
+            f"save: '{folder}' holds the model of cell {saved}, and this is cell {cell_id}: settings, data or code differ; "
+            "name another folder, or remove this one"
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}."):
@@ -57,7 +63,7 @@ def save_model(model: PreTrainedModel, processor: ProcessorMixin, adapter: Path,
         processor: Its processor.
         adapter: The folder of the adapter; if it does not exist, none is saved.
         folder: The target, which `check_save_folder` accepts.
-        cell_id: The identity of the cell, for `is_saved`.
+        cell_id: The identity of the cell, for `is_saved` and `check_save_folder`.
 
     Raises:
         SaveError: If it cannot be written. What the folder held before is unchanged.
@@ -71,7 +77,7 @@ def save_model(model: PreTrainedModel, processor: ProcessorMixin, adapter: Path,
             shutil.copytree(adapter, temporary / adapter.name)
         files = sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file())
         (temporary / MARKER).write_text(json.dumps({"id": cell_id, "files": [*files, MARKER]}, indent=1) + "\n")
-        check_save_folder(folder)  # training takes long: somebody may have put files there since
+        check_save_folder(folder, cell_id)  # training takes long: somebody may have put files there since
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)

@@ -131,7 +131,7 @@ def _check_save_folders(jobs: Sequence[SweepJob]) -> None:
 
     Raises:
         ValueError: If two cells share a folder.
-        SaveError: If a folder cannot be written.
+        SaveError: If a folder cannot be written, or holds the model of another cell.
     """
     saving = {job.cell.id: job.cell.config.save for job in jobs if job.cell and job.cell.config.save}
     for folder, cells in Counter(saving.values()).items():
@@ -140,7 +140,8 @@ def _check_save_folders(jobs: Sequence[SweepJob]) -> None:
                 f"save: {cells} cells would be saved to '{folder}'; give each a folder of its own, as "
                 f"'save={folder}/${{seed}}'"
             )
-        check_save_folder(Path(folder))
+    for identity, folder in saving.items():
+        check_save_folder(Path(folder), identity)
 
 
 def _unfinished(jobs: Sequence[SweepJob], statuses: Mapping[str, CellStatus]) -> list[SweepJob]:

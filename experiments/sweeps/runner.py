@@ -37,7 +37,7 @@ def run_if_needed(cell: Cell, record_input_errors: bool) -> CellStatus:
         The status of the cell afterwards.
 
     Raises:
-        ResultsFolderError: If the results folder cannot be written.
+        ResultsFolderError: If the results folder cannot be written, or the record cannot be read back.
         SaveError: If the model cannot be saved.
         MissingDeviceError, ImportError, HubError: If this machine lacks a device or a package, or the network or the model
             hub fails. Such an error is not recorded.
@@ -77,8 +77,9 @@ def run_if_needed(cell: Cell, record_input_errors: bool) -> CellStatus:
             return CellStatus("failed", record)
         if not is_main_process():
             return CellStatus("running")
+        finished = store.require_finished(cell.id)  # before its checkpoints go, from which it could be made again
         store.clean(cell.id)
-        return CellStatus("finished", store.record(cell.id))
+        return CellStatus("finished", finished)
 
 
 def _claim(cell: Cell, store: RecordStore, held_lock: ExitStack) -> CellStatus | None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from experiments.files import write_atomically
 from experiments.records.benchmarks import check_answer_files
 from experiments.records.files import read_record, with_digest
+from experiments.records.schema import check_record
 from experiments.records.views import Record
 from experiments.sweeps.locks import CellLock, LockOwner, lock_owner
 
@@ -106,12 +107,14 @@ class RecordStore:
 
         Raises:
             ResultsFolderError: If it cannot be written. The file that was there before is unchanged.
-            ValueError: If it holds NaN or infinity, which JSON has not.
+            ValueError: If it holds NaN or infinity, which JSON has not, or is no record that can be read again.
         """
         path = self.path(record["id"])
         if record["status"] != "finished" and self.status(record["id"]).state == "finished":
             return path
-        text = with_digest(json.dumps(record, separators=(",", ":"), allow_nan=False))
+        body = json.dumps(record, separators=(",", ":"), allow_nan=False)
+        check_record(json.loads(body))
+        text = with_digest(body)
         try:
             write_atomically(path, text)
         except OSError as error:
@@ -139,6 +142,20 @@ class RecordStore:
         shutil.rmtree(self.work(identity), ignore_errors=True)
         for temporary in self.records.glob(f".{identity}.json.*"):
             temporary.unlink(missing_ok=True)
+
+    def require_finished(self, identity: str) -> Record:
+        """Return the record of a finished cell.
+
+        Raises:
+            ResultsFolderError: If it cannot be read back as finished.
+        """
+        status = self.status(identity)
+        if status.state != "finished" or status.record is None:
+            raise ResultsFolderError(
+                f"results folder '{self.folder}': the record {identity} cannot be read back; its checkpoints are kept, run "
+                "the same command again"
+            )
+        return status.record
 
     def _error(self, error: OSError) -> ResultsFolderError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from experiments.config.schema import TrainConfig
+from experiments.training.divergence import require_finite
 
 RATE_FACTOR = 0.1
 """The learning rate is multiplied by it at a plateau."""
@@ -88,7 +89,11 @@ class Validation(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Measure every `eval_steps` and after the last step; Trainer calls this."""
+        """Measure every `eval_steps` and after the last step; Trainer calls this.
+
+        Raises:
+            ValueError: If the loss is not finite.
+        """
         step = state.global_step
         if step % self.config.eval_steps == 0 or step == state.max_steps:
             # A model that trains in bfloat16 holds weights of two dtypes, which autocast alone brings together.
@@ -97,6 +102,7 @@ class Validation(TrainerCallback):
                 torch.compiler.set_stance("force_eager"),  # its batches and its cache would need graphs of their own
             ):
                 scores = self.measure()
+            require_finite("validation loss", scores["loss"], step, self.config)
             rate = kwargs["optimizer"].param_groups[0]["lr"]
             entry = {"step": step, ACCURACY: scores["accuracy"], LOSS: scores["loss"], "learning_rate": rate}
             state.log_history.append(entry)

@@ -28,6 +28,7 @@ from experiments.models.model_files import shipped_folder
 from experiments.models.token_reduction import TokenDropper, keep_all_tokens
 from experiments.training.batch_sampler import SizeSortedSampler
 from experiments.training.compiled_layers import compile_decoder_layers
+from experiments.training.divergence import DivergenceStop
 from experiments.training.mixed_precision import train_in_float32
 from experiments.training.optimizers import MuonAdamW, set_learning_rate
 from experiments.training.plateau import ACCURACY, Validation, learning_rate_factor, stops_at_plateau
@@ -191,7 +192,8 @@ def set_trainable_parameters(model: nn.Module, config: TrainConfig) -> None:
     LLaVA-Mini's first stage trains the projector alone, and its second stage all but the vision tower.
 
     Raises:
-        ValueError: If the model has no LLaVA's projector and vision tower.
+        ValueError: If the model has no LLaVA's projector and vision tower, or no trained pre-fusion layers for a learning
+            rate of their own.
     """
     base = getattr(model, "model", None)
     if not (hasattr(base, PROJECTOR) and hasattr(base, "vision_tower")):
@@ -202,6 +204,12 @@ def set_trainable_parameters(model: nn.Module, config: TrainConfig) -> None:
     model.requires_grad_(config.trainable == "all")
     model.get_submodule(f"model.{PROJECTOR}").requires_grad_(True)
     model.get_submodule("model.vision_tower").requires_grad_(config.train_vision)
+    rate = config.prefusion_learning_rate
+    if rate is not None and not any(PREFUSION in name for name, p in model.named_parameters() if p.requires_grad):
+        raise ValueError(
+            f"train.prefusion_learning_rate: {rate:g} acts on nothing, because no pre-fusion layers are trained outside the "
+            "language model; leave it out"
+        )
 
 
 def train_llava(
@@ -292,7 +300,7 @@ def run_trainer(
         (`experiments.training.plateau.learning_curve`).
 
     Raises:
-        ValueError: If the rows of a step cannot be split evenly, or `validate` is missing.
+        ValueError: If the rows of a step cannot be split evenly, `validate` is missing, or the training diverges.
     """
     if config.eval_steps and validate is None:
         raise ValueError(f"train.eval_steps: {config.eval_steps} needs a function that measures the validation split")
@@ -314,6 +322,7 @@ def run_trainer(
         # A divisor of the steps between checkpoints, so that a resumed run averages losses over the same steps.
         logging_steps=math.gcd(10, config.save_steps),
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would log a mean in place of NaN, and DivergenceStop would not see it
         seed=seed,
         use_cpu=device.type == "cpu",
         remove_unused_columns=False,
@@ -335,7 +344,10 @@ def run_trainer(
         part_learning_rates={PROJECTOR: config.projector_learning_rate, PREFUSION: config.prefusion_learning_rate},
         forward_context=forward_context,
         learning_rate_factor=partial(learning_rate_factor, config) if until_plateau else None,
-        callbacks=[Validation(validate, config)] if validate is not None and config.eval_steps else [],
+        callbacks=[
+            DivergenceStop(config),
+            *([Validation(validate, config)] if validate is not None and config.eval_steps else []),
+        ],
     )
     checkpoint = latest_complete_checkpoint(work)
     if checkpoint:

@@ -106,6 +106,12 @@ def test_option_composes_to_plain_config(compose_config, path):
         (["model.attention=spda"], "model.attention: unknown 'spda'"),
         (["model=scratch", "model.dtype=bfloat16"], "model.dtype: a model from scratch is pretrained in float32"),
         (["tiles=0"], "tiles: must be at least 1, found 0"),
+        (["seed=-1"], "seed: must be at least 0, found -1"),
+        (["data.seed=-1"], "data.seed: must be at least 0, found -1"),
+        (
+            ["model.dtype=float16", "train.bf16=true", "train.max_steps=1"],
+            "train.bf16: bfloat16 autocast cannot train a model whose model.dtype is float16",
+        ),
         (["budget.share=2"], "budget.share: must be above 0 and at most 1, found 2.0"),
         (["probe.sinks=true"], "probe.sinks: is measured with attention"),
         (["model=checkpoint", "model.path=./no/such/folder", "compressor.name=averag"], "'averag'"),

@@ -25,14 +25,33 @@ def test_read_rows_separates_label_paper_values_and_settings():
     assert (row.label, row.settings, row.paper) == ("7", {"seed": 1, "compressor.size": 2}, {"gqa": 62.0})
 
 
+def test_read_rows_of_nested_settings_equal_those_of_dotted_ones():
+    nested = {
+        "compressor": {"name": "average", "size": 2},
+        "data": {"rounds": {"place": 3}},
+        "reduction": {"layers": []},
+    }
+    dotted = {
+        "compressor.name": "average",
+        "compressor.size": 2,
+        "data.rounds.place": 3,
+        "reduction.layers": [],
+    }
+    paper = {"paper": {"gqa": 62.0}}
+    rows = read_rows("mine", [{"label": "a", **nested, **paper}, {"label": "a", **dotted, **paper}])
+    assert rows[0] == rows[1]
+    assert (rows[0].settings, rows[0].paper) == (dotted, {"gqa": 62.0})
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         ({"a": 1}, "experiment mine: .*list of mappings"),
         ([{"seed": 1}], "experiment mine: .*label"),
         ([{"label": "a", "seed": 1}, {"label": "b"}], "experiment mine: .*'b'.*seed"),
+        ([{"label": "a", "compressor.size": 1, "compressor": {"size": 2}}], r"'a' sets compressor\.size twice: 1, 2"),
     ],
-    ids=["no list", "no label", "different settings"],
+    ids=["no list", "no label", "different settings", "twice"],
 )
 def test_read_rows_of_no_table_raises(rows, message):
     with pytest.raises(ValueError, match=message):

@@ -87,6 +87,8 @@ def test_load_llava_json_with_a_count_returns_so_many_and_another_fingerprint(fo
         ([{"image": "", "conversations": TURNS}], "\"image\" must be a path.*found ''"),
         ([{"image": "s3://bucket/a.png", "conversations": TURNS}], "image 's3://bucket/a.png' is an address"),
         ([{"image": "a.png", "conversations": TURNS, "kinds": []}], r'"kinds".* 1 questions.*\[\]'),
+        ([{"image": "a.png", "conversations": TURNS, "kinds": [0]}], r'entry 0: "kinds".* question 0 .*text.*found 0'),
+        ([{"image": "a.png", "conversations": TURNS, "kinds": [None]}], r'entry 0: "kinds".*text.*found null'),
     ],
 )
 def test_load_llava_json_of_a_wrong_file_raises_one_line(folder, entries, message):

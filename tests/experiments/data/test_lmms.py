@@ -11,6 +11,7 @@ from experiments.config.schema import CheckpointModel
 from experiments.data import lmms
 from experiments.data.lmms import load_benchmarks
 from experiments.data.load import load_data
+from experiments.files import ASSETS
 from experiments.models.model_files import model_files_digest
 
 TASK = "task: mine\ndataset_path: {data}\ndataset_kwargs: {{data_files: {{test: {file}}}}}\ndoc_to_text: !function utils.text\n"
@@ -118,3 +119,5 @@ def test_model_files_digest_changes_with_the_weights_in_a_folder_and_not_with_it
     assert model_files_digest(CheckpointModel(name="m", path=str(folders[1]))) != one
     assert model_files_digest(CheckpointModel(name="m", path="llava-hf/llava-1.5-7b-hf")) == ""
     assert model_files_digest(CheckpointModel(name="m", path="asset:tiny"))
+    hub = CheckpointModel(name="m", path="llava-hf/llava-1.5-7b-hf")
+    assert model_files_digest(hub, "asset:smol_grids") == model_files_digest(hub, str(ASSETS / "smol_grids")) != ""

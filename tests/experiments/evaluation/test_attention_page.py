@@ -10,7 +10,9 @@ from experiments.data.samples import Sample, llava_conversation
 from experiments.evaluation.attention_page import attention_page_path, write_attention_page
 from experiments.models.build import load_checkpoint
 from experiments.run import main
+from experiments.run_cell import run_cell
 from probes.view.page import page_data
+from tests.experiments.sweeps.run_sweep import tiny_cell
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,18 @@ def test_run_with_view_questions_writes_the_page_beside_the_record(tmp_path, mon
     main()
     record = json.loads(next((tmp_path / "records").iterdir()).read_text())
     assert len(page_data((tmp_path / "views" / f"{record['id']}.html").read_text())["runs"]) == 2
+
+
+def test_run_cell_whose_record_cannot_be_written_has_its_page(tmp_path):
+    """A finished cell never runs again, so a page that came after the record would be missing after a kill between."""
+    cell = tiny_cell(tmp_path, "probe.view_questions=1")
+
+    def fail(record):
+        raise OSError("killed")
+
+    with pytest.raises(OSError, match="killed"):
+        run_cell(cell, tmp_path / "work", fail)
+    assert len(page_data(attention_page_path(str(tmp_path), cell.id).read_text())["runs"]) == 1
 
 
 def test_run_with_view_questions_and_a_reduction_is_refused(tmp_path, monkeypatch, capsys):

@@ -40,10 +40,22 @@ def test_save_model_again_replaces_what_it_wrote(save, llava, tmp_path):
     folder = save(adapter=adapter)
     assert (folder / "adapter" / "adapter_config.json").exists()
     llava.lm_head.weight.data.fill_(2.0)
-    save(cell_id="b" * 16)
-    assert is_saved(folder, "b" * 16)
+    save()
+    assert is_saved(folder, "a" * 16)
     assert AutoModelForImageTextToText.from_pretrained(folder).lm_head.weight.eq(2).all()
     assert not (folder / "adapter").exists()
+
+
+def test_save_model_to_the_folder_of_another_cell_raises_and_keeps_it(save, llava):
+    folder = save()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    check_save_folder(folder, "a" * 16)
+    llava.lm_head.weight.data.fill_(2.0)
+    for attempt in (lambda: check_save_folder(folder, "b" * 16), lambda: save(cell_id="b" * 16)):
+        with pytest.raises(SaveError, match=r"save: '.*model' .*cell a{16}.* cell b{16}") as error:
+            attempt()
+        assert "\n" not in str(error.value)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize("where", ["a foreign folder", "a saved model"])
@@ -53,7 +65,7 @@ def test_save_model_beside_other_files_raises_and_keeps_them(save, tmp_path, whe
         save()
     folder.mkdir(exist_ok=True)
     (folder / "thesis.txt").write_text("mine")
-    for attempt in (lambda: check_save_folder(folder), save):
+    for attempt in (lambda: check_save_folder(folder, "a" * 16), save):
         with pytest.raises(SaveError, match=r"save: .*model' .*thesis\.txt"):
             attempt()
     assert (folder / "thesis.txt").read_text() == "mine"
@@ -61,17 +73,17 @@ def test_save_model_beside_other_files_raises_and_keeps_them(save, tmp_path, whe
 
 
 def test_check_save_folder_accepts_a_new_and_an_empty_folder(tmp_path):
-    check_save_folder(tmp_path / "new" / "model")
-    check_save_folder(tmp_path)
+    check_save_folder(tmp_path / "new" / "model", "a" * 16)
+    check_save_folder(tmp_path, "a" * 16)
     assert not (tmp_path / "new" / "model").exists()
 
 
 def test_check_save_folder_of_a_file_or_below_a_file_raises(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SaveError, match=r"save: .*file'"):
-        check_save_folder(tmp_path / "file")
+        check_save_folder(tmp_path / "file", "a" * 16)
     with pytest.raises(SaveError, match=r"save: .*file/model'"):
-        check_save_folder(tmp_path / "file" / "model")
+        check_save_folder(tmp_path / "file" / "model", "a" * 16)
 
 
 def test_save_model_on_a_full_disk_keeps_the_earlier_model(save, monkeypatch):

@@ -112,3 +112,24 @@ def test_table_of_rows_on_the_command_line_is_kept(monkeypatch: pytest.MonkeyPat
     assert table.name == "typed"
     assert table.text is not None
     assert "MY_LAYERS" not in table.text  # the report may run where the variable is not set
+
+
+def test_nested_and_dotted_rows_are_the_same_cells_and_the_same_table(tmp_path: Path) -> None:
+    nested = "rows=[{label: a, compressor: {name: query, size: 1}}, {label: b, compressor: {name: average, size: 2}}]"
+    dotted = (
+        "rows=[{label: a, compressor.name: query, compressor.size: 1},"
+        "{label: b, compressor.name: average, compressor.size: 2}]"
+    )
+    register_configs()
+    ids, specs = [], []
+    with open_hydra() as hydra:
+        for rows in (nested, dotted):
+            jobs = expand_sweep(hydra, [rows, "name=mine", "row=0,1", "model=tiny", "data.test_samples=2"])[1]
+            ids.append([job.cell.id for job in jobs if job.cell])
+            assert jobs[0].table is not None
+            jobs[0].table.keep(tmp_path)
+            specs.extend(load_specs(tmp_path / "experiments"))
+    assert ids[0] == ids[1]
+    assert len(set(ids[0])) == 2
+    assert [spec.setting_keys for spec in specs] == [("compressor.name", "compressor.size")] * 2
+    assert specs[0].rows == specs[1].rows

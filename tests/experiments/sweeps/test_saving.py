@@ -60,6 +60,18 @@ def test_run_if_needed_with_a_save_folder_of_others_raises_before_training(cells
     assert RecordStore(cell.config.results).status(cell.id).state == "missing"
 
 
+def test_commands_that_save_two_cells_to_one_folder_are_refused_from_the_second_on(cells, sweep, tmp_path):
+    folder = tmp_path / "model"
+    (first,) = cells(f"save={folder}")
+    (second,) = cells(f"save={folder}", "seed=1")
+    assert run_if_needed(first, record_input_errors=False).state == "finished"
+    for attempt in (lambda: run_if_needed(second, record_input_errors=True), lambda: sweep("seed=1", f"save={folder}")):
+        with pytest.raises(SaveError, match=rf"save: '{folder}' .*cell {first.id}"):
+            attempt()
+    assert is_saved(folder, first.id)
+    assert RecordStore(second.config.results).status(second.id).state == "missing"
+
+
 def test_run_if_needed_whose_save_fails_keeps_the_record(cells, tmp_path, monkeypatch):
     (cell,) = cells(f"save={tmp_path / 'model'}")
 

@@ -9,8 +9,9 @@ import pytest
 
 from experiments.files import write_atomically
 from experiments.records.files import read_record
+from experiments.sweeps.runner import run_if_needed
 from experiments.sweeps.store import RecordStore, ResultsFolderError
-from tests.experiments.sweeps.run_sweep import MINIMAL_MEASUREMENT
+from tests.experiments.sweeps.run_sweep import MINIMAL_MEASUREMENT, tiny_cell
 
 BASE = {"schema": 1, "id": "ab", "experiment": "table", "name": "a cell, seed 0", "config": {"seed": 0}}
 FAILED = BASE | {"status": "failed", "error": "ValueError: no"}
@@ -97,6 +98,24 @@ def test_write_of_nan_raises_and_leaves_no_file(store):
     assert not list(store.records.iterdir())
 
 
+def test_write_of_what_no_record_may_hold_raises_and_leaves_no_file(store):
+    data = FINISHED["data"] | {"kinds": [0, "count", "count", "count"]}
+    with pytest.raises(ValueError, match=r"data\.kinds\[0\].* found 0"):
+        store.write(FINISHED | {"data": data})
+    assert not list(store.records.iterdir())
+
+
+@pytest.mark.parametrize("record", [None, FAILED, FINISHED], ids=["missing", "failed", "unreadable"])
+def test_require_finished_of_any_other_cell_raises(store, record):
+    if record:
+        path = store.write(record)
+    if record is FINISHED:
+        assert store.require_finished("ab")["accuracy"] == {"image": "0110"}
+        path.write_text(path.read_text()[:40])
+    with pytest.raises(ResultsFolderError, match=r"results folder .* record ab cannot be read back"):
+        store.require_finished("ab")
+
+
 def test_prepare_of_folder_that_cannot_be_made_raises(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ResultsFolderError, match=r"results folder '.*file/results' .*results=FOLDER"):
@@ -133,3 +152,15 @@ def test_clean_removes_checkpoints_and_half_written_records(store):
     assert not store.work("ab").exists()
     assert not temporary.exists()
     assert store.status("ab").state == "finished"
+
+
+def test_run_if_needed_whose_record_is_damaged_at_once_keeps_the_checkpoints(tmp_path, monkeypatch):
+    cell = tiny_cell(tmp_path)
+    checkpoint = RecordStore(tmp_path).work(cell.id) / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    monkeypatch.setattr(
+        "experiments.sweeps.store.write_atomically", lambda path, text: write_atomically(path, text[:-40])
+    )
+    with pytest.raises(ResultsFolderError, match=f"{cell.id} cannot be read back"):
+        run_if_needed(cell, record_input_errors=True)
+    assert checkpoint.is_dir()

@@ -167,6 +167,20 @@ def test_train_llava_with_part_learning_rates_steps_by_them(mini, mini_processor
             assert largest_change == pytest.approx(rate, rel=0.02), name
 
 
+@pytest.mark.parametrize(
+    ("settings", "layers"), [({"trainable": "projector"}, 1), ({}, 0)], ids=["frozen layers", "no layers"]
+)
+def test_train_llava_with_a_rate_of_prefusion_layers_that_are_not_trained_raises(
+    llava, processor, shapes_split, tmp_path, settings, layers
+):
+    mini = LlavaMiniForConditionalGeneration.from_llava(
+        llava, compressor_size=2, prefusion_layers=layers, keep_patches=not layers
+    )
+    config = dataclasses.replace(ONE_STEP, prefusion_learning_rate=1e-4, **settings)
+    with pytest.raises(ValueError, match=r"train\.prefusion_learning_rate: 0\.0001 acts on nothing"):
+        train_llava(mini, processor, shapes_split.samples, config, tmp_path, 0, CPU)
+
+
 def test_train_llava_step_has_the_configured_rows(mini, mini_processor, mixed_samples, tmp_path):
     """Steps and gradients are the same however few rows a forward pass has, and of whatever kind."""
     config = TrainConfig(num_train_epochs=2, batch_size=8, warmup_steps=0, learning_rate=1e-4)
