@@ -23,6 +23,7 @@ DIFFERENCE_RULE = (
     "p below 0.05 in an exact paired test over examples, and a 95% bootstrap interval over examples and seeds that "
     "excludes zero"
 )
+OTHER_FILES = "the same settings with other files of the model"
 EQUIVALENCE_MARGIN = 0.02  # of accuracy; about the difference that 2,000 questions decide
 
 
@@ -219,14 +220,15 @@ def match_results(
         except ValueError:  # a size scales with a grid that this configuration lacks: it belongs to no row
             continue
         for same_data in _split_by_data(family, spec):
-            runs = [_newest_group(group for group in same_data if _has_settings(group, s.values)) for s in settings]
+            matching = [[group for group in same_data if _has_settings(group, s.values)] for s in settings]
+            runs = [_choose_group(groups, matching) for groups in matching]
             if any(runs):
-                candidates.append((settings, runs))
-    counted = [(settings, runs) for settings, runs in candidates if requested or _belongs_to_experiment(spec, runs)]
+                candidates.append((settings, runs, matching))
+    counted = [entry for entry in candidates if requested or _belongs_to_experiment(spec, entry[1])]
     if not counted:
         return None
     counted.sort(key=lambda entry: _completeness(entry[1]), reverse=True)
-    settings, runs = counted[0]
+    settings, runs, matching = counted[0]
     seeds = sorted({record_seed(record) for group in runs if group for record in group.records}, key=str)
     rows = tuple(
         ResultRow(
@@ -234,7 +236,9 @@ def match_results(
         )
         for number, (row, group) in enumerate(zip(settings, runs, strict=True))
     )
-    excluded = [_describe_difference(spec, runs, other) for _, other in counted[1:]]
+    excluded = [_describe_difference(spec, runs, other) for _, other, _ in counted[1:]]
+    unchosen = (group for groups in matching for group in groups if group.finished and group not in runs)
+    excluded += [OTHER_FILES for _ in {str(group.model_files) for group in unchosen}]
     return ExperimentResults(spec, rows, tuple(excluded))
 
 
@@ -266,8 +270,19 @@ def _has_settings(group: RunGroup, values: Mapping[str, Any]) -> bool:
     return all(group.config[key] == value for key, value in values.items())
 
 
-def _newest_group(groups: Iterable[RunGroup]) -> RunGroup | None:
-    return max(groups, key=_recency, default=None)
+def _choose_group(groups: Sequence[RunGroup], matching: Sequence[Sequence[RunGroup]]) -> RunGroup | None:
+    """Return the group of one row whose model's files most records of the table share; among equals the newest.
+
+    Args:
+        groups: The groups with the row's settings.
+        matching: The groups of all rows.
+    """
+
+    def sharing(group: RunGroup) -> int:
+        alike = (other for others in matching for other in others if other.model_files == group.model_files)
+        return sum(len(other.finished) for other in alike)
+
+    return max(groups, key=lambda group: (bool(group.finished), sharing(group), _recency(group)), default=None)
 
 
 def _recency(group: RunGroup) -> tuple[bool, str, str]:

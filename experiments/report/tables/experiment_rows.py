@@ -10,6 +10,7 @@ import pandas as pd
 
 from experiments.records.views import Record, failure_reason, record_seed
 from experiments.report.experiment_results import DIFFERENCE_RULE, ExperimentResults, ResultRow, blind_accuracies
+from experiments.report.file_versions import file_versions
 from experiments.report.formatting import (
     ACCURACY_DEFINITION,
     EXACT_MATCH,
@@ -163,6 +164,11 @@ def _notes(results: ExperimentResults) -> list[str]:
         )
     if len(code_versions) > 1:
         notes.append(f"The records come from {len(code_versions)} versions of the code.")
+    for (setting, value), versions in file_versions(records).items():
+        notes.append(
+            f"The rows come from {len(versions)} versions of the model's files: those of {setting}={value} have the hashes "
+            f"{' and '.join(versions)}."
+        )
     if excluded:
         notes.append(
             f"{len(excluded)} other famil{'y' if len(excluded) == 1 else 'ies'} of records of this experiment left "

@@ -54,6 +54,20 @@ def test_load_records_with_two_of_one_configuration_takes_the_newer(
     assert "5" * 16 in loaded.superseded[0].name
 
 
+@pytest.mark.parametrize(
+    ("files", "kept"), [(("x", "y"), "ab"), (("x", "x"), "b"), ((None, None), "b"), ((None, "x"), "ab")]
+)
+def test_load_records_keeps_one_record_of_each_version_of_the_models_files(
+    records: Records, write_records: Callable[[Records], Path], files: tuple[str | None, ...], kept: str
+) -> None:
+    made = [copy.deepcopy(records[0]) for _ in files]
+    for name, record, version in zip("ab", made, files, strict=True):
+        record["id"], record["provenance"]["started"] = name * 16, f"2026-11-2{ord(name) - 96}T10:00:00"
+        record["model"]["files"] = version and {"model.path": version * 16}
+    loaded = load_records(write_records(made) / "records")
+    assert [record["id"] for record in loaded.finished] == [name * 16 for name in kept]
+
+
 def test_load_records_fills_in_settings_younger_than_a_record(
     records: Records, write_records: Callable[[Records], Path]
 ) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from experiments.config import rows
 from experiments.records.files import Records
-from experiments.report.experiment_results import ExperimentResults, match_results
+from experiments.report.experiment_results import OTHER_FILES, ExperimentResults, match_results
 from experiments.report.experiment_specs import ExperimentSpec, load_specs
 from experiments.report.run_groups import group_runs
 from experiments.report.statistics import paired_test
@@ -100,6 +100,35 @@ def test_match_results_other_data_form_an_excluded_family(spec: ExperimentSpec, 
     study = match_required(spec, table_records)
     assert [row.status for row in study.rows[:3]] == ["finished", "finished", "not run"]
     assert study.excluded_families == ("the same settings on other data",)
+
+
+def with_files(record: dict[str, Any], version: str) -> dict[str, Any]:
+    """Return a record whose model was read from files with a hash."""
+    changed = copy.deepcopy(record)
+    changed["config"]["model"]["path"], changed["model"]["files"] = "mdl", {"model.path": version * 16}
+    return changed
+
+
+def test_match_results_never_takes_other_files_of_the_model_as_a_seed(
+    spec: ExperimentSpec, table_records: RecordList
+) -> None:
+    """The model was trained again after the first seed of the first row."""
+    files = ["a", "b", "b", "b"]
+    records = [with_files(table_records[n], version) for n, version in zip((0, 1, 3, 4), files, strict=True)]
+    study = match_required(spec, records)
+    assert [record["id"] for record in study.records] == [record["id"] for record in records[1:]]
+    assert study.rows[0].outcomes.shape[0] == 1
+    assert study.excluded_families == (OTHER_FILES,)
+    # also where the older files have the newest record of a row
+    records[0]["provenance"]["started"] = "2026-12-01T10:00:00"
+    assert [r["model"]["files"] for r in match_required(spec, records).records] == [{"model.path": "b" * 16}] * 3
+
+
+def test_group_names_tell_versions_of_the_models_files_apart(table_records: RecordList) -> None:
+    records = (with_files(table_records[0], "a"), with_files(table_records[1], "b"))
+    groups = group_runs(Records(records, (), (), ()))
+    assert [group.settings for group in groups] == ["files of model.path=aaaaaaaa", "files of model.path=bbbbbbbb"]
+    assert len({group.family for group in groups}) == 2
 
 
 def test_match_results_rows_that_name_data_settings_share_a_family(

@@ -54,6 +54,22 @@ def test_tables_are_independent_of_record_order(spec: ExperimentSpec, table_reco
         assert all(write(table) == write(again[name]) for write in WRITERS.values())
 
 
+@pytest.mark.parametrize("versions", [("a", "b"), ("a", None), ("a", "a"), (None, None)])
+def test_experiment_table_notes_several_versions_of_the_models_files(
+    spec: ExperimentSpec, table_records: RecordList, versions: tuple[str | None, ...]
+) -> None:
+    records = table_records[:6]
+    for number, record in enumerate(records):
+        version = versions[number // 3]
+        record["config"]["model"]["path"] = "mdl"
+        record["model"]["files"] = version and {"model.path": version * 16}
+    notes = [note for note in tables(spec, records)[NAMES[0]].notes if "versions of the model's files" in note]
+    assert len(notes) == (versions[0] != versions[1])
+    for note in notes:
+        assert "model.path=mdl" in note
+        assert "aaaaaaaa" in note
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_tables_have_no_blank_cell(spec: ExperimentSpec, table_records: RecordList, name: str) -> None:
     table = tables(spec, table_records)[name]

@@ -1,5 +1,6 @@
 """Cells of a command line: table rows, FLOPs budgets, contradicting overrides, and the jobs of a sweep."""
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -245,11 +246,23 @@ def test_identity_of_a_cell_changes_with_the_files_that_its_weights_come_from(co
     overrides = ["model=checkpoint", "model.name=mine", *given, "train.lora_rank=128", "prefusion.layers=1"]
 
     def identity():
-        return identify_cell(compose_cached(*overrides, "data.test_samples=1"), overrides).id
+        cell = identify_cell(compose_cached(*overrides, "data.test_samples=1"), overrides)
+        files.append(cell.model_files)
+        return cell.id
 
+    files = []
     seen = [identity(), identity()]
     assert seen[0] == seen[1]
     for changed in (tmp_path / "model/model.safetensors", tmp_path / "adapter/adapter_model.safetensors", weights):
         changed.write_bytes(b"second")
         seen.append(identity())
     assert len(set(seen)) == 4
+    settings = ["model.path", "train.lora_init", "prefusion.init"]
+    assert list(files[0]) == settings
+    changed = [{key for key in settings if a[key] != b[key]} for a, b in itertools.pairwise(files)]
+    assert changed == [set(), {"model.path"}, {"train.lora_init"}, {"prefusion.init"}]
+
+
+def test_cell_of_a_hub_model_names_no_files(compose_cached):
+    overrides = ["model=llava-1.5-7b"]
+    assert identify_cell(compose_cached(*overrides, "data.test_samples=1"), overrides).model_files == {}
