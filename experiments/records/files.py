@@ -58,8 +58,8 @@ class Records:
 def load_records(folder: Path) -> Records:
     """Read every `*.json` in a folder.
 
-    Of records whose configurations differ in nothing but `IGNORED_SETTINGS`, and whose models were read from the same
-    files, the newest counts. A failed record does not say which files: it replaces failed ones alone, and any newer
+    Of finished records whose configurations differ in nothing but `IGNORED_SETTINGS`, and whose data and files of the
+    model are the same, the newest counts. A failed record names neither: it replaces failed ones alone, and any newer
     finished one of its configuration replaces it. A latency that was measured for a record's model, in the results
     folder above, is added to its `cost`.
 
@@ -171,7 +171,9 @@ def _record_paths(folder: Path) -> list[Path]:
 def _key(record: Record) -> tuple[str, ...]:
     """Return a key that is equal for records of which the newest counts."""
     config = configuration_key(record["config"])
-    return ("failed", config) if record["status"] == "failed" else (config, json.dumps(model_files(record)))
+    if record["status"] == "failed":
+        return "failed", config
+    return config, record["data"]["fingerprint"], json.dumps(model_files(record))
 
 
 def _replaced(older: Record, newer: Record) -> MissingEntry:

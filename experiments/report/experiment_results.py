@@ -23,7 +23,7 @@ DIFFERENCE_RULE = (
     "p below 0.05 in an exact paired test over examples, and a 95% bootstrap interval over examples and seeds that "
     "excludes zero"
 )
-OTHER_FILES = "the same settings with other files of the model"
+OTHER_FILES, OTHER_DATA = "the same settings with other files of the model", "the same settings on other data"
 EQUIVALENCE_MARGIN = 0.02  # of accuracy; about the difference that 2,000 questions decide
 
 
@@ -88,7 +88,8 @@ class ExperimentResults:
     Args:
         spec: The experiment's rows, as conf/experiment/ defines them.
         rows: One entry for each row, in the table's order.
-        excluded_families: For each other family of this experiment, the settings that set it apart.
+        excluded_families: For each other family of this experiment, the settings that set it apart; `OTHER_DATA` or
+            `OTHER_FILES` where none does.
     """
 
     spec: ExperimentSpec
@@ -237,8 +238,13 @@ def match_results(
         for number, (row, group) in enumerate(zip(settings, runs, strict=True))
     )
     excluded = [_describe_difference(spec, runs, other) for _, other, _ in counted[1:]]
-    unchosen = (group for groups in matching for group in groups if group.finished and group not in runs)
-    excluded += [OTHER_FILES for _ in {str(group.model_files) for group in unchosen}]
+    unchosen = (
+        OTHER_DATA if group.model_files == chosen.model_files else OTHER_FILES
+        for groups, chosen in zip(matching, runs, strict=True)
+        for group in groups
+        if chosen is not None and group.finished and group is not chosen
+    )
+    excluded += dict.fromkeys(unchosen)
     return ExperimentResults(spec, rows, tuple(excluded))
 
 
@@ -308,6 +314,4 @@ def _describe_difference(
     here, there = (next(group for group in groups if group is not None) for groups in (runs, others))
     keys = sorted(key for key in here.config.keys() | there.config.keys() if not spec.may_vary(key))
     different = [key for key in keys if here.config.get(key, math.nan) != there.config.get(key, math.nan)]
-    return (
-        ", ".join(f"{key}={there.config.get(key, 'unset')}" for key in different) or "the same settings on other data"
-    )
+    return ", ".join(f"{key}={there.config.get(key, 'unset')}" for key in different) or OTHER_DATA

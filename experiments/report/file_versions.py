@@ -1,9 +1,9 @@
-"""Versions of a model's files: weights that changed while the setting that names them stayed the same."""
+"""Versions of files and data: what changed while the settings that name it stayed the same."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 from experiments.records.views import Record, flatten_config, model_files
 
@@ -38,6 +38,23 @@ def version_settings(records: Sequence[Record]) -> list[dict[str, str]]:
     return [
         {f"files of {source[0]}": version for source, version in _versions(record, settings) if source in changed}
         for record in records
+    ]
+
+
+def data_versions(names: Sequence[Hashable], records: Sequence[Record]) -> list[str]:
+    """Return, for each record, its data's fingerprint as a text where records of one name differ in it, else "".
+
+    Args:
+        names: What tells the records apart so far.
+        records: Records, of which the finished ones count.
+    """
+    found: dict[Hashable, set[str]] = defaultdict(set)
+    prints = [record["data"]["fingerprint"] if record["status"] == "finished" else "" for record in records]
+    for name, fingerprint in zip(names, prints, strict=True):
+        found[name].update([fingerprint] if fingerprint else [])
+    return [
+        f"data {fingerprint[:_DIGITS]}" if fingerprint and len(found[name]) > 1 else ""
+        for name, fingerprint in zip(names, prints, strict=True)
     ]
 
 

@@ -28,7 +28,7 @@ from experiments.records.views import (
     record_seed,
     start_time,
 )
-from experiments.report.file_versions import version_settings
+from experiments.report.file_versions import data_versions, version_settings
 from experiments.report.formatting import setting_text
 from experiments.report.statistics import Interval, accuracy_interval, difference_interval, holm, paired_test
 
@@ -215,6 +215,11 @@ def _fit(group: Sequence[Record], seed: int | None) -> tuple[bool, str]:
 def name_differing_settings(groups: Sequence[RunGroup]) -> tuple[RunGroup, ...]:
     """Return the groups with `settings` set to those in which they differ from each other."""
     settings = _differing_settings(groups)
+    names = [
+        (g.label, g.visual_tokens, g.compressor, g.prefusion_layers, s) for g, s in zip(groups, settings, strict=True)
+    ]
+    data = data_versions(names, [group.records[0] for group in groups])
+    settings = [", ".join(filter(None, texts)) for texts in zip(settings, data, strict=True)]
     return tuple(replace(group, settings=text) for group, text in zip(groups, settings, strict=True))
 
 

@@ -9,7 +9,14 @@ import numpy as np
 import pandas as pd
 
 from experiments.records.views import Record, failure_reason, record_seed
-from experiments.report.experiment_results import DIFFERENCE_RULE, ExperimentResults, ResultRow, blind_accuracies
+from experiments.report.experiment_results import (
+    DIFFERENCE_RULE,
+    OTHER_DATA,
+    OTHER_FILES,
+    ExperimentResults,
+    ResultRow,
+    blind_accuracies,
+)
 from experiments.report.file_versions import file_versions
 from experiments.report.formatting import (
     ACCURACY_DEFINITION,
@@ -170,9 +177,11 @@ def _notes(results: ExperimentResults) -> list[str]:
             f"{' and '.join(versions)}."
         )
     if excluded:
+        by_setting = any(family not in (OTHER_DATA, OTHER_FILES) for family in excluded)
         notes.append(
             f"{len(excluded)} other famil{'y' if len(excluded) == 1 else 'ies'} of records of this experiment left "
-            f"out, set apart by {'; '.join(excluded)}. To select one, add its setting after experiment={results.name}."
+            f"out, set apart by {'; '.join(excluded)}."
+            + (f" To select one, add its setting after experiment={results.name}." if by_setting else "")
         )
     return notes
 
@@ -207,7 +216,8 @@ def _missing_run_notes(row: ResultRow) -> list[str]:
         return [f"{row.label}: not run."]
     seeds: dict[str, list[Any]] = {}
     for record in row.runs.failed:
-        seeds.setdefault(failure_reason(record), []).append(record_seed(record))
+        newer = "" if record in row.runs.lost else "a newer run "
+        seeds.setdefault(newer + failure_reason(record), []).append(record_seed(record))
     if row.missing_seeds:
         seeds["not run"] = list(row.missing_seeds)
     return [

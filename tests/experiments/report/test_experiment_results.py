@@ -131,6 +131,13 @@ def test_group_names_tell_versions_of_the_models_files_apart(table_records: Reco
     assert len({group.family for group in groups}) == 2
 
 
+def test_group_names_tell_versions_of_the_data_apart(table_records: RecordList) -> None:
+    other = copy.deepcopy(table_records[0])
+    other["data"]["fingerprint"] = "other"
+    groups = group_runs(Records((table_records[0], other, table_records[3]), (), (), ()))
+    assert sorted(group.settings for group in groups) == ["", "data c0ffee12", "data other"]
+
+
 def test_match_results_rows_that_name_data_settings_share_a_family(
     spec: ExperimentSpec, table_records: RecordList
 ) -> None:
