@@ -140,7 +140,8 @@ def select_row(config: DictConfig, overrides: Sequence[str] = ()) -> DictConfig:
 
     Raises:
         ValueError: As `check_settings`; if a table has no such row or none is named; if nothing fits the budget; or if an
-            override names a setting that the row or the budget sets to another value.
+            override names a setting that the row or the budget sets to another value, or adds cost that the budget does
+            not count.
         omegaconf.errors.OmegaConfBaseException: If a row names a setting that does not exist, or has another type.
     """
     check_settings(config)
@@ -159,8 +160,9 @@ def select_row(config: DictConfig, overrides: Sequence[str] = ()) -> DictConfig:
         _apply(selected, rows[number].settings, overrides, f"row {number} ('{rows[number].label}') of {config.name}")
     selected.rows, selected.row = [], None
     if selected.budget.method != "none":
-        from experiments.sweeps.budget import budget_settings  # imports torch, which few rows need
+        from experiments.sweeps.budget import budget_settings, check_budget_alone  # imports torch, which few rows need
 
+        check_budget_alone(selected)
         chosen = budget_settings(selected.model, **selected.budget)
         _apply(selected, chosen, overrides, f"the FLOPs budget of {config.name}")
     return selected

@@ -1,6 +1,7 @@
 """Cells of a command line: table rows, FLOPs budgets, contradicting overrides, and the jobs of a sweep."""
 
 import itertools
+import re
 import shutil
 from pathlib import Path
 
@@ -134,6 +135,26 @@ def test_select_row_with_override_that_contradicts_budget_names_override_and_set
     with pytest.raises(ValueError, match="leave out one of the two") as error:
         select("experiment=table10_equal_flops", *overrides)
     assert str(error.value).startswith(f"{override}: the FLOPs budget of table10_equal_flops sets {setting}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "found"),
+    [
+        (["row=1", "prefusion.layers=4"], "prefusion.layers", "4"),
+        (["row=15", "prefusion=inside", "prefusion.layers=2"], "prefusion.layers", "2"),
+        (["row=15", "compressor=query"], "compressor.name", "query"),
+        (["row=1", "reduction=vtw"], "reduction.name", "vtw"),
+        (["row=1", "tiles=2"], "tiles", "2"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_select_row_with_cost_that_the_budget_does_not_count_names_setting_and_value(select, overrides, key, found):
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)}: .*budget\.method=.* found {found};"):
+        select("experiment=table10_equal_flops", *overrides)
+
+
+def test_select_row_without_budget_takes_pre_fusion_layers(select):
+    assert select("experiment=table10_equal_flops", "row=0", "prefusion.layers=4").prefusion.layers == 4
 
 
 def test_select_row_with_contradicting_budget_method_names_row(select):
