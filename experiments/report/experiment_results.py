@@ -14,6 +14,7 @@ from jaxtyping import Integer
 
 from experiments.records.views import Record, parse_outcomes, record_seed, start_time
 from experiments.report.experiment_specs import ExperimentSpec, RowSettings
+from experiments.report.question_pairing import may_be_paired
 from experiments.report.run_groups import RunGroup
 from experiments.report.statistics import CONFIDENCE_LEVEL, Interval, difference_interval, holm, paired_test
 from experiments.report.training_ends import is_still_improving
@@ -122,8 +123,10 @@ class ExperimentResults:
         return tuple(sorted({record_seed(record) for record in self.records}, key=str))
 
     def comparable(self, first: ResultRow, second: ResultRow) -> bool:
-        """Return whether both rows are finished with equally many examples, so that examples can be paired by index."""
-        return first.finished and second.finished and first.outcomes.shape[1] == second.outcomes.shape[1]
+        """Return whether both rows are finished with the same questions, so that these can be paired by index."""
+        if first.runs is None or second.runs is None or not (first.finished and second.finished):
+            return False
+        return may_be_paired(first.runs, second.runs)
 
     def may_be_ordered(self, first: ResultRow, second: ResultRow) -> bool:
         """Return whether an ordering of two rows is judged: they are comparable, and neither was still improving."""

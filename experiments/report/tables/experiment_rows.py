@@ -27,6 +27,7 @@ from experiments.report.formatting import (
     format_p_value,
     format_quantity,
 )
+from experiments.report.question_pairing import PAIRING_NOTE
 from experiments.report.run_groups import RunGroup
 from experiments.report.tables.table import LATENCY_COLUMN, Table, interval_columns
 from experiments.report.training_ends import STILL_IMPROVING, describe_training, training_end, trains_until_plateau
@@ -166,9 +167,7 @@ def _notes(results: ExperimentResults) -> list[str]:
         *(note for row in results.rows for note in _missing_run_notes(row)),
     ]
     if len(fingerprints) > 1:
-        notes.append(
-            "The rows were evaluated on different data; question n of one row corresponds to question n of another."
-        )
+        notes.append(PAIRING_NOTE)
     if len(code_versions) > 1:
         notes.append(f"The records come from {len(code_versions)} versions of the code.")
     for (setting, value), versions in file_versions(records).items():

@@ -157,6 +157,43 @@ def test_match_results_rows_that_name_data_settings_share_a_family(
     assert study.comparable(*study.rows)
 
 
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({}, True),
+        ({"answers": list("abXY")}, True),  # right are questions 0 and 1 in both
+        ({"answers": list("aXcd")}, False),
+        ({"kinds": ["place", "place", "place", "count"]}, False),
+        ({"guess": "0110"}, False),
+        ({"guess": "0110", "path": "other.json"}, True),  # another training split gives other guesses
+    ],
+)
+def test_comparable_rows_of_other_data_pair_questions_unless_records_contradict_it(
+    table_records: RecordList, changes: dict[str, Any], same: bool
+) -> None:
+    about = ExperimentSpec("files", "", tuple(rows.TableRow(name, {"data.test_path": name}) for name in ("a", "b")))
+    made = [with_outcomes(record, right) for record, right in zip(table_records[:2], ("1100", "1101"), strict=True)]
+    for number, record in enumerate(made):
+        record["id"], record["experiment"], record["data"]["fingerprint"] = f"{number:016x}", "files", f"data {number}"
+        record["config"]["data"] |= {"test_path": "ab"[number], "path": "train.json"}
+        record["config"]["seed"], record["answers"], record["data"]["guess"] = 0, list("abcd"), "0101"
+    made[1]["config"]["data"]["path"] = changes.pop("path", "train.json")
+    made[1]["answers"] = changes.pop("answers", list("abcd"))
+    made[1]["data"] |= changes
+    if made[1]["config"]["data"]["path"] != "train.json":
+        about = ExperimentSpec(
+            "files",
+            "",
+            tuple(
+                rows.TableRow(n, {"data.test_path": n, "data.path": p})
+                for n, p in zip("ab", ("train.json", "other.json"), strict=True)
+            ),
+        )
+    study = match_required(about, made)
+    assert study.comparable(*study.rows) == same
+    assert (study.holm_p_values([study.rows]) == [None]) != same
+
+
 def test_match_results_requires_own_record_or_all_rows_finished(
     spec: ExperimentSpec, table_records: RecordList
 ) -> None:
