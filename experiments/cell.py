@@ -16,6 +16,7 @@ class Cell:
     Attributes:
         config: The typed configuration, with the settings of its table row.
         resolved: The same as plain containers: this is hashed and recorded.
+        model_files: A hash of the files behind each setting that names weights, by the dotted setting.
         data: The splits. No sample has been drawn or read yet.
         id: 16 hex digits: a hash of the configuration, the data and the code.
         row: The label of its table row, None outside a table.
@@ -23,6 +24,7 @@ class Cell:
 
     config: Config
     resolved: dict[str, Any]
+    model_files: dict[str, str]
     data: DataSplits
     id: str
     row: str | None = None

@@ -112,7 +112,7 @@ def run_cell(cell: Cell, work: Path, write_record: Callable[[dict[str, Any]], ob
         "config": cell.resolved,
         **results,
         "train": training_part(training_log, config.train) if config.train.trains else None,
-        "model": _model_part(model, config, results["cost"]),
+        "model": _model_part(model, config, results["cost"]) | {"files": cell.model_files or None},
         "provenance": {"train_seconds": train_seconds, **provenance(device)},
     }
     if part := record.get("benchmarks"):

@@ -1,11 +1,12 @@
-"""A hash of the files of a model that lies on this machine. It is made before the model is loaded, and imports no torch."""
+"""Hashes of the files of a model that lies on this machine. They are made before it is loaded, without torch."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 from pathlib import Path
 
-from experiments.config.schema import ModelConfig
+from experiments.config.schema import Config, ModelConfig
 from experiments.files import ASSETS, file_sha256, file_stamps
 
 ASSET_PREFIX = "asset:"
@@ -21,14 +22,35 @@ def shipped_folder(source: str) -> str:
     return str(ASSETS / source.removeprefix(ASSET_PREFIX)) if source.startswith(ASSET_PREFIX) else source
 
 
-def model_files_digest(model: ModelConfig, *others: str | None) -> str:
+def model_file_versions(config: Config) -> dict[str, str]:
+    """Return a hash of the files behind each setting that names weights of a cell, by the dotted setting.
+
+    Models of the hub count by their names, which are settings.
+
+    Args:
+        config: The cell's configuration.
+
+    Returns:
+        16 hex digits for each setting that names a file or folder on this machine.
+
+    Raises:
+        OSError: If a file cannot be read.
+    """
+    sources = {f"model.{name}": getattr(config.model, name, None) for name in _SOURCES}
+    sources["train.lora_init"] = config.train.lora_init
+    if config.prefusion.init.endswith(".safetensors"):
+        sources["prefusion.init"] = config.prefusion.init
+    digests = {setting: _digest(source) for setting, source in sources.items() if source}
+    return {setting: hashlib.sha256(digest.encode()).hexdigest()[:16] for setting, digest in digests.items() if digest}
+
+
+def model_files_digest(model: ModelConfig) -> str:
     """Return a hash of the files in the folders that a model is read from.
 
     Models of the hub count by their names, which are settings.
 
     Args:
         model: The model's configuration.
-        others: Further files, or folders of files, that its weights come from.
 
     Returns:
         Names and hashes of the files as one text, "" if the model is read from no folder.
@@ -36,10 +58,13 @@ def model_files_digest(model: ModelConfig, *others: str | None) -> str:
     Raises:
         OSError: If a file cannot be read.
     """
-    given = (*(getattr(model, name, None) for name in _SOURCES), *others)
-    sources = [shipped_folder(source) for source in given if source]
-    stamps = file_stamps(source for source in sources if Path(source).exists())
-    return " ".join(_file_digest(*stamp) for stamp in stamps)
+    return " ".join(filter(None, (_digest(source) for name in _SOURCES if (source := getattr(model, name, None)))))
+
+
+def _digest(source: str) -> str:
+    """Return names and hashes of the files of one source, "" for a name of the hub."""
+    folder = shipped_folder(source)
+    return " ".join(_file_digest(*stamp) for stamp in file_stamps([folder] if Path(folder).exists() else []))
 
 
 @functools.cache

@@ -12,7 +12,14 @@ from experiments.config.renamed_keys import migrate
 from experiments.records.benchmarks import check_answer_files
 from experiments.records.latency import latency_key, load_latencies
 from experiments.records.schema import check_record
-from experiments.records.views import Record, configuration_key, failure_reason, record_label, start_time
+from experiments.records.views import (
+    Record,
+    configuration_key,
+    failure_reason,
+    model_files,
+    record_label,
+    start_time,
+)
 
 _DIGEST = ',"digest":"'
 
@@ -51,8 +58,10 @@ class Records:
 def load_records(folder: Path) -> Records:
     """Read every `*.json` in a folder.
 
-    Of records whose configurations differ in nothing but `IGNORED_SETTINGS` the newest counts. A latency that was
-    measured for a record's model, in the results folder above, is added to its `cost`.
+    Of finished records whose configurations differ in nothing but `IGNORED_SETTINGS`, and whose data and files of the
+    model are the same, the newest counts. A failed record names neither: it replaces failed ones alone, and any newer
+    finished one of its configuration replaces it. A latency that was measured for a record's model, in the results
+    folder above, is added to its `cost`.
 
     Args:
         folder: The folder `records` of a results folder.
@@ -63,7 +72,7 @@ def load_records(folder: Path) -> Records:
     """
     paths = _record_paths(folder)
     latencies = load_latencies(folder.parent)
-    newest: dict[str, Record] = {}
+    newest: dict[tuple[str, ...], Record] = {}
     unreadable, superseded = [], []
     for path in paths:
         try:
@@ -74,11 +83,10 @@ def load_records(folder: Path) -> Records:
             continue
         if record.get("cost") and (measured := latencies.get(latency_key(record["config"]))):
             record = {**record, "cost": {**record["cost"], **measured}}
-        key = configuration_key(record["config"])
+        key = _key(record)
         if (other := newest.get(key)) is not None:
             older, record = sorted((other, record), key=_age)
-            name = f"{record_label(older)} ({older['id']})"
-            superseded.append(MissingEntry(name, f"replaced by the newer {record['id']}"))
+            superseded.append(_replaced(older, record))
         newest[key] = record
     if not newest:
         count = f"its {len(paths)} files" if len(paths) > 1 else "its one file"
@@ -87,9 +95,19 @@ def load_records(folder: Path) -> Records:
             "`python -m experiments.run` or name another folder"
         )
     current = sorted(newest.values(), key=lambda record: record["id"])
+    finished = tuple(record for record in current if record["status"] == "finished")
+    latest = {configuration_key(record["config"]): record for record in sorted(finished, key=_age)}
+    failed = []
+    for record in current:
+        if record["status"] == "failed":
+            later = latest.get(configuration_key(record["config"]))
+            if later is not None and _age(later) > _age(record):
+                superseded.append(_replaced(record, later))
+            else:
+                failed.append(record)
     return Records(
-        finished=tuple(record for record in current if record["status"] == "finished"),
-        failed=tuple(record for record in current if record["status"] == "failed"),
+        finished=finished,
+        failed=tuple(failed),
         unreadable=tuple(unreadable),
         superseded=tuple(sorted(superseded, key=lambda entry: entry.name)),
     )
@@ -148,6 +166,18 @@ def _record_paths(folder: Path) -> list[Path]:
     if not paths:
         raise FileNotFoundError(f"no records in {folder}: {advice}")
     return paths
+
+
+def _key(record: Record) -> tuple[str, ...]:
+    """Return a key that is equal for records of which the newest counts."""
+    config = configuration_key(record["config"])
+    if record["status"] == "failed":
+        return "failed", config
+    return config, record["data"]["fingerprint"], json.dumps(model_files(record))
+
+
+def _replaced(older: Record, newer: Record) -> MissingEntry:
+    return MissingEntry(f"{record_label(older)} ({older['id']})", f"replaced by the newer {newer['id']}")
 
 
 def _age(record: Record) -> tuple[str, str]:

@@ -54,6 +54,9 @@ class ModelPart(Part):
     prefusion_place: str | None = Field(None, description="outside or inside the language model")
     compressor: str = Field(description="compressor, and reduction if there is one; none for neither")
     parameters: Number = Field(description="number of parameters")
+    files: dict[str, str] | None = Field(
+        None, description="hash of the files behind each setting that names weights; null for models of the hub alone"
+    )
 
 
 class DataPart(Part):

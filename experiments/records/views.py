@@ -51,6 +51,11 @@ def record_seed(record: Record) -> int | None:
     return record["config"].get("seed")
 
 
+def model_files(record: Record) -> Mapping[str, str]:
+    """Return the hash of the model's files by setting; empty for models of the hub, older records and failed ones."""
+    return (record.get("model") or {}).get("files") or {}
+
+
 def record_label(record: Record) -> str:
     """Return the name of a record with its seed."""
     suffix = f"seed {record_seed(record)}"

@@ -9,6 +9,7 @@ from dataclasses import replace
 from experiments.config.identity import IGNORED_SETTINGS
 from experiments.records.files import Records
 from experiments.records.views import Record, analyses_one_model, flatten_config, record_label
+from experiments.report.file_versions import data_versions, version_settings
 from experiments.report.formatting import setting_text
 
 
@@ -39,7 +40,12 @@ def name_analyses(records: Records) -> Records:
 
 
 def _differing_settings(records: Sequence[Record]) -> list[list[str]]:
-    flat = [dict(flatten_config(record["config"])) for record in records]
+    flat = [
+        dict(flatten_config(record["config"])) | versions
+        for record, versions in zip(records, version_settings(records), strict=True)
+    ]
     keys = sorted({key for settings in flat for key in settings} - {"seed", *IGNORED_SETTINGS})
     differing = [key for key in keys if len({str(settings.get(key)) for settings in flat}) > 1]
-    return [[setting_text(key, settings[key]) for key in differing if key in settings] for settings in flat]
+    texts = [[setting_text(key, settings[key]) for key in differing if key in settings] for settings in flat]
+    data = data_versions(list(map(tuple, texts)), records)
+    return [[*text, *filter(None, [version])] for text, version in zip(texts, data, strict=True)]

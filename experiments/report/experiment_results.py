@@ -14,6 +14,7 @@ from jaxtyping import Integer
 
 from experiments.records.views import Record, parse_outcomes, record_seed, start_time
 from experiments.report.experiment_specs import ExperimentSpec, RowSettings
+from experiments.report.question_pairing import may_be_paired
 from experiments.report.run_groups import RunGroup
 from experiments.report.statistics import CONFIDENCE_LEVEL, Interval, difference_interval, holm, paired_test
 from experiments.report.training_ends import is_still_improving
@@ -23,6 +24,7 @@ DIFFERENCE_RULE = (
     "p below 0.05 in an exact paired test over examples, and a 95% bootstrap interval over examples and seeds that "
     "excludes zero"
 )
+OTHER_FILES, OTHER_DATA = "the same settings with other files of the model", "the same settings on other data"
 EQUIVALENCE_MARGIN = 0.02  # of accuracy; about the difference that 2,000 questions decide
 
 
@@ -87,7 +89,8 @@ class ExperimentResults:
     Args:
         spec: The experiment's rows, as conf/experiment/ defines them.
         rows: One entry for each row, in the table's order.
-        excluded_families: For each other family of this experiment, the settings that set it apart.
+        excluded_families: For each other family of this experiment, the settings that set it apart; `OTHER_DATA` or
+            `OTHER_FILES` where none does.
     """
 
     spec: ExperimentSpec
@@ -120,8 +123,10 @@ class ExperimentResults:
         return tuple(sorted({record_seed(record) for record in self.records}, key=str))
 
     def comparable(self, first: ResultRow, second: ResultRow) -> bool:
-        """Return whether both rows are finished with equally many examples, so that examples can be paired by index."""
-        return first.finished and second.finished and first.outcomes.shape[1] == second.outcomes.shape[1]
+        """Return whether both rows are finished with the same questions, so that these can be paired by index."""
+        if first.runs is None or second.runs is None or not (first.finished and second.finished):
+            return False
+        return may_be_paired(first.runs, second.runs)
 
     def may_be_ordered(self, first: ResultRow, second: ResultRow) -> bool:
         """Return whether an ordering of two rows is judged: they are comparable, and neither was still improving."""
@@ -219,14 +224,15 @@ def match_results(
         except ValueError:  # a size scales with a grid that this configuration lacks: it belongs to no row
             continue
         for same_data in _split_by_data(family, spec):
-            runs = [_newest_group(group for group in same_data if _has_settings(group, s.values)) for s in settings]
+            matching = [[group for group in same_data if _has_settings(group, s.values)] for s in settings]
+            runs = [_choose_group(groups, matching) for groups in matching]
             if any(runs):
-                candidates.append((settings, runs))
-    counted = [(settings, runs) for settings, runs in candidates if requested or _belongs_to_experiment(spec, runs)]
+                candidates.append((settings, runs, matching))
+    counted = [entry for entry in candidates if requested or _belongs_to_experiment(spec, entry[1])]
     if not counted:
         return None
     counted.sort(key=lambda entry: _completeness(entry[1]), reverse=True)
-    settings, runs = counted[0]
+    settings, runs, matching = counted[0]
     seeds = sorted({record_seed(record) for group in runs if group for record in group.records}, key=str)
     rows = tuple(
         ResultRow(
@@ -234,7 +240,14 @@ def match_results(
         )
         for number, (row, group) in enumerate(zip(settings, runs, strict=True))
     )
-    excluded = [_describe_difference(spec, runs, other) for _, other in counted[1:]]
+    excluded = [_describe_difference(spec, runs, other) for _, other, _ in counted[1:]]
+    unchosen = (
+        OTHER_DATA if group.model_files == chosen.model_files else OTHER_FILES
+        for groups, chosen in zip(matching, runs, strict=True)
+        for group in groups
+        if chosen is not None and group.finished and group is not chosen
+    )
+    excluded += dict.fromkeys(unchosen)
     return ExperimentResults(spec, rows, tuple(excluded))
 
 
@@ -266,8 +279,19 @@ def _has_settings(group: RunGroup, values: Mapping[str, Any]) -> bool:
     return all(group.config[key] == value for key, value in values.items())
 
 
-def _newest_group(groups: Iterable[RunGroup]) -> RunGroup | None:
-    return max(groups, key=_recency, default=None)
+def _choose_group(groups: Sequence[RunGroup], matching: Sequence[Sequence[RunGroup]]) -> RunGroup | None:
+    """Return the group of one row whose model's files most records of the table share; among equals the newest.
+
+    Args:
+        groups: The groups with the row's settings.
+        matching: The groups of all rows.
+    """
+
+    def sharing(group: RunGroup) -> int:
+        alike = (other for others in matching for other in others if other.model_files == group.model_files)
+        return sum(len(other.finished) for other in alike)
+
+    return max(groups, key=lambda group: (bool(group.finished), sharing(group), _recency(group)), default=None)
 
 
 def _recency(group: RunGroup) -> tuple[bool, str, str]:
@@ -293,6 +317,4 @@ def _describe_difference(
     here, there = (next(group for group in groups if group is not None) for groups in (runs, others))
     keys = sorted(key for key in here.config.keys() | there.config.keys() if not spec.may_vary(key))
     different = [key for key in keys if here.config.get(key, math.nan) != there.config.get(key, math.nan)]
-    return (
-        ", ".join(f"{key}={there.config.get(key, 'unset')}" for key in different) or "the same settings on other data"
-    )
+    return ", ".join(f"{key}={there.config.get(key, 'unset')}" for key in different) or OTHER_DATA

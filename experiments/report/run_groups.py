@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -22,9 +23,12 @@ from experiments.records.views import (
     failure_reason,
     flatten_config,
     is_attention_experiment,
+    model_files,
     parse_outcomes,
     record_seed,
+    start_time,
 )
+from experiments.report.file_versions import data_versions, version_settings
 from experiments.report.formatting import setting_text
 from experiments.report.statistics import Interval, accuracy_interval, difference_interval, holm, paired_test
 
@@ -100,12 +104,29 @@ class RunGroup:
         return all(map(analyses_one_model, self.records))
 
     @property
+    def model_files(self) -> Mapping[str, str]:
+        """Hash of the model's files by setting, empty if no record is finished or says it."""
+        return model_files(self.finished[0]) if self.finished else {}
+
+    @property
+    def lost(self) -> tuple[Record, ...]:
+        """Failed records of seeds that are not finished. Of the others, an earlier run is finished."""
+        seeds = set(map(record_seed, self.finished))
+        return tuple(record for record in self.failed if record_seed(record) not in seeds)
+
+    @property
     def failure_reasons(self) -> str:
         """Why seeds failed, in one line; "" if none did."""
-        reasons = "; ".join(sorted({failure_reason(record) for record in self.failed}))
-        if not self.failed or not self.finished:
+        reasons = "; ".join(sorted({failure_reason(record) for record in self.lost}))
+        if not self.finished:
             return reasons
-        return f"{len(self.failed)} of {len(self.failed) + len(self.finished)} seeds {reasons}"
+        parts = [f"{len(self.lost)} of {len(self.lost) + len(self.finished)} seeds {reasons}"] if self.lost else []
+        parts += [
+            f"a newer run of seed {record_seed(record)} {failure_reason(record)}"
+            for record in self.failed
+            if record not in self.lost
+        ]
+        return "; ".join(parts)
 
     @property
     def examples(self) -> int:
@@ -150,8 +171,8 @@ class RunGroup:
 def group_runs(records: Records) -> tuple[RunGroup, ...]:
     """Group all records by configuration: baselines first, then by compressor and size.
 
-    Records belong to one group if their configurations differ only in the seed and their data are the same. Records with
-    benchmarks have no accuracy, and belong to none (experiments/report/benchmark_rows.py).
+    Records belong to one group if their configurations differ only in the seed, and their data and the files of their
+    models are the same. Records that name no files are of one version among themselves. Records with benchmarks have no accuracy, and belong to none (experiments/report/benchmark_rows.py).
 
     Args:
         records: The records of a results folder.
@@ -159,27 +180,46 @@ def group_runs(records: Records) -> tuple[RunGroup, ...]:
     Returns:
         The groups, with the settings in which they differ.
     """
-    groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    groups: dict[_GroupKey, list[Record]] = defaultdict(list)
     for record in itertools.filterfalse(is_benchmark_record, records.finished):
-        groups[configuration_key(record["config"], "seed"), record["data"]["fingerprint"]].append(record)
-    failed: dict[tuple[str, str], list[Record]] = defaultdict(list)
+        files = json.dumps(model_files(record), sort_keys=True)
+        groups[configuration_key(record["config"], "seed"), record["data"]["fingerprint"], files].append(record)
+    failed: dict[_GroupKey, list[Record]] = defaultdict(list)
     for record in itertools.filterfalse(is_benchmark_record, records.failed):
         config, family = configuration_key(record["config"], "seed"), _family_configuration(record["config"])
-        # A failed record has no data fingerprint. It joins the group of its own configuration, or else gets the
-        # fingerprint of models trained alike, so that it appears in their table.
-        same_config = (key for key in groups if key[0] == config)
+        # A failed record names neither data nor files. It joins the group of its own configuration that lacks its seed,
+        # or the newest, or else gets the fingerprint of models trained alike, so that it appears in their table.
+        same_config = [key for key in groups if key[0] == config]
         same_family = (
-            (config, key[1]) for key, group in groups.items() if _family_configuration(group[0]["config"]) == family
+            (config, *key[1:]) for key, group in groups.items() if _family_configuration(group[0]["config"]) == family
         )
-        failed[next(iter((*same_config, *same_family)), (config, ""))].append(record)
-    run_groups = [_make_group(groups[key], failed[key], key[1]) for key in dict.fromkeys((*groups, *failed))]
+        if same_config:
+            key = max(same_config, key=lambda key: _fit(groups[key], record_seed(record)))
+        else:
+            key = next(same_family, (config, "", ""))
+        failed[key].append(record)
+    run_groups = [_make_group(groups[key], failed[key], *key[1:]) for key in dict.fromkeys((*groups, *failed))]
     run_groups.sort(key=lambda g: (g.family, not g.is_baseline, g.compressor, g.visual_tokens or 0, g.prefusion_layers))
     return name_differing_settings(run_groups)
+
+
+_GroupKey: TypeAlias = tuple[str, str, str]
+"""Configuration without seed, fingerprint of the data, and files of the model."""
+
+
+def _fit(group: Sequence[Record], seed: int | None) -> tuple[bool, str]:
+    """Return a sort key by which a failed record finds its group: without its seed, then by time."""
+    return seed not in map(record_seed, group), max(map(start_time, group))
 
 
 def name_differing_settings(groups: Sequence[RunGroup]) -> tuple[RunGroup, ...]:
     """Return the groups with `settings` set to those in which they differ from each other."""
     settings = _differing_settings(groups)
+    names = [
+        (g.label, g.visual_tokens, g.compressor, g.prefusion_layers, s) for g, s in zip(groups, settings, strict=True)
+    ]
+    data = data_versions(names, [group.records[0] for group in groups])
+    settings = [", ".join(filter(None, texts)) for texts in zip(settings, data, strict=True)]
     return tuple(replace(group, settings=text) for group, text in zip(groups, settings, strict=True))
 
 
@@ -198,10 +238,13 @@ def compare_with_baselines(groups: Iterable[RunGroup]) -> tuple[RunGroup, ...]:
     return tuple(_with_comparisons(name_differing_settings([g for g in groups if not g.only_analyses])))
 
 
-def _make_group(finished: list[Record], failed: list[Record], fingerprint: str) -> RunGroup:
+def _make_group(finished: list[Record], failed: list[Record], fingerprint: str, files: str) -> RunGroup:
     finished, failed = (sorted(part, key=lambda record: str(record_seed(record))) for part in (finished, failed))
     config = (*finished, *failed)[0]["config"]
     family = f"{_family_configuration(config)} {fingerprint}"
+    # The files of pre-fusion layers may differ within a family, as their settings may.
+    if shared := [item for item in json.loads(files or "{}").items() if not item[0].startswith("prefusion.")]:
+        family += f" {shared}"
     if finished:
         model = finished[0]["model"]
         label, tokens, layers = model["label"], model["visual_tokens"], model["prefusion_layers"]
@@ -257,6 +300,8 @@ def _differing_settings(groups: Sequence[RunGroup]) -> list[str]:
             if group.config.get(part + name) == unused:
                 for key in [key for key in settings if key.startswith(part)]:
                     del settings[key]
+    for settings, versions in zip(flat, version_settings([group.records[0] for group in groups]), strict=True):
+        settings |= versions
     values: dict[str, set[str]] = defaultdict(set)
     for settings in flat:
         for key, value in settings.items():

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from transformers import AutoConfig, LlavaConfig
 
 from experiments.config.schema import REDUCTIONS
@@ -50,6 +51,24 @@ def budget_settings(model: Any, method: str, share: float, text_tokens: int) -> 
     """
     sources = [shipped_folder(str(model.get(part) or "")) for part in ("path", "vision", "language")]
     return _cached_settings(model.name, *sources, model.grid, method, share, text_tokens)
+
+
+def check_budget_alone(config: Any) -> None:
+    """Check that a cell has nothing beside its budgeted method whose FLOPs the budget does not count.
+
+    Args:
+        config: The configuration of the cell, with a budget.
+
+    Raises:
+        ValueError: If it has pre-fusion layers, tiles, or a compressor and a reduction at once.
+    """
+    method = config.budget.method
+    beside = "compressor.name" if method in REDUCTIONS else "reduction.name"
+    for key, counted in (("prefusion.layers", 0), ("tiles", 1), (beside, "none")):
+        if (found := OmegaConf.select(config, key)) != counted:
+            raise ValueError(
+                f"{key}: budget.method={method} counts FLOPs with {key}={counted}, found {found}; leave out one of the two"
+            )
 
 
 @functools.cache

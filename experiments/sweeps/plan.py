@@ -18,7 +18,7 @@ from experiments.config.rows import read_rows
 from experiments.config.schema import Config
 from experiments.data.load import load_data
 from experiments.errors import no_such_setting
-from experiments.models.model_files import model_files_digest
+from experiments.models.model_files import model_file_versions
 from experiments.provenance import code_version
 from experiments.sweeps.hydra_api import (
     CompositionCache,
@@ -68,16 +68,13 @@ def identify_cell(config: DictConfig, overrides: Sequence[str] = ()) -> Cell:
     typed: Config = OmegaConf.to_object(selected)  # type: ignore[assignment]
     resolved = to_plain(selected)
     data = load_data(typed.data, Path(typed.results) / "shared")
-    fingerprint = data.fingerprint
     # A model that is trained again in its folder is another cell: it must not get the old one's record or checkpoints.
-    weights = typed.prefusion.init if typed.prefusion.init.endswith(".safetensors") else None
-    if files := model_files_digest(typed.model, typed.train.lora_init, weights):
-        fingerprint = f"{fingerprint} {files}"
-    identity = cell_identity(resolved, fingerprint, code_version())
+    files = model_file_versions(typed)
+    identity = cell_identity(resolved, " ".join([data.fingerprint, *files.values()]), code_version())
     row = None
     if config.row is not None:
         row = read_rows(config.name, OmegaConf.to_container(config.rows))[config.row].label
-    return Cell(typed, resolved, data, identity, row)
+    return Cell(typed, resolved, files, data, identity, row)
 
 
 def expand_sweep(hydra: Hydra, overrides: Sequence[str]) -> tuple[DictConfig, list[SweepJob]]:
@@ -143,7 +140,8 @@ def select_row(config: DictConfig, overrides: Sequence[str] = ()) -> DictConfig:
 
     Raises:
         ValueError: As `check_settings`; if a table has no such row or none is named; if nothing fits the budget; or if an
-            override names a setting that the row or the budget sets to another value.
+            override names a setting that the row or the budget sets to another value, or adds cost that the budget does
+            not count.
         omegaconf.errors.OmegaConfBaseException: If a row names a setting that does not exist, or has another type.
     """
     check_settings(config)
@@ -162,8 +160,9 @@ def select_row(config: DictConfig, overrides: Sequence[str] = ()) -> DictConfig:
         _apply(selected, rows[number].settings, overrides, f"row {number} ('{rows[number].label}') of {config.name}")
     selected.rows, selected.row = [], None
     if selected.budget.method != "none":
-        from experiments.sweeps.budget import budget_settings  # imports torch, which few rows need
+        from experiments.sweeps.budget import budget_settings, check_budget_alone  # imports torch, which few rows need
 
+        check_budget_alone(selected)
         chosen = budget_settings(selected.model, **selected.budget)
         _apply(selected, chosen, overrides, f"the FLOPs budget of {config.name}")
     return selected

@@ -14,7 +14,7 @@ from experiments.report.run_groups import RunGroup
 
 OUTSIDE, INSIDE = "outside", "inside"
 _AXES = ("compressor.name", "compressor.size", "prefusion.layers", "prefusion.location")
-_FINGERPRINT = "fingerprint"
+_FINGERPRINT, _FILES = "fingerprint", "files"
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Cell:
         size: C of its C x C visual tokens.
         layers: Number of pre-fusion layers.
         location: `OUTSIDE` or `INSIDE`.
-        rest: All other settings that have an effect, and the fingerprint of the data.
+        rest: All other settings that have an effect, the fingerprint of the data, and the files of the model.
     """
 
     group: RunGroup
@@ -130,7 +130,15 @@ def _make_cell(group: RunGroup) -> Cell | None:
         *(["compressor."] if compressor == "none" else []),
     ]
     rest = {k: setting_value(v) for k, v in config.items() if k not in _AXES and not k.startswith(tuple(unused))}
-    return Cell(group, compressor, size, layers, location, {**rest, _FINGERPRINT: group.fingerprint})
+    files = {k: v for k, v in group.model_files.items() if not k.startswith(tuple(unused))}
+    return Cell(
+        group,
+        compressor,
+        size,
+        layers,
+        location,
+        {**rest, _FINGERPRINT: group.fingerprint, _FILES: str(sorted(files.items()))},
+    )
 
 
 def _most_specific(settings: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -132,7 +132,7 @@ def ablation_table(groups: Sequence[RunGroup]) -> Table:
 
 def _seed_count(group: RunGroup) -> str:
     finished = len(group.finished)
-    return f"{finished} of {finished + len(group.failed)}" if group.failed else str(finished)
+    return f"{finished} of {finished + len(group.lost)}" if group.lost else str(finished)
 
 
 def _control_rows(groups: Sequence[RunGroup]) -> list[tuple[dict[str, Any], dict[str, str]]]:

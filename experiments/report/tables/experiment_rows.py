@@ -9,7 +9,15 @@ import numpy as np
 import pandas as pd
 
 from experiments.records.views import Record, failure_reason, record_seed
-from experiments.report.experiment_results import DIFFERENCE_RULE, ExperimentResults, ResultRow, blind_accuracies
+from experiments.report.experiment_results import (
+    DIFFERENCE_RULE,
+    OTHER_DATA,
+    OTHER_FILES,
+    ExperimentResults,
+    ResultRow,
+    blind_accuracies,
+)
+from experiments.report.file_versions import file_versions
 from experiments.report.formatting import (
     ACCURACY_DEFINITION,
     EXACT_MATCH,
@@ -19,6 +27,7 @@ from experiments.report.formatting import (
     format_p_value,
     format_quantity,
 )
+from experiments.report.question_pairing import PAIRING_NOTE
 from experiments.report.run_groups import RunGroup
 from experiments.report.tables.table import LATENCY_COLUMN, Table, interval_columns
 from experiments.report.training_ends import STILL_IMPROVING, describe_training, training_end, trains_until_plateau
@@ -158,15 +167,20 @@ def _notes(results: ExperimentResults) -> list[str]:
         *(note for row in results.rows for note in _missing_run_notes(row)),
     ]
     if len(fingerprints) > 1:
-        notes.append(
-            "The rows were evaluated on different data; question n of one row corresponds to question n of another."
-        )
+        notes.append(PAIRING_NOTE)
     if len(code_versions) > 1:
         notes.append(f"The records come from {len(code_versions)} versions of the code.")
+    for (setting, value), versions in file_versions(records).items():
+        notes.append(
+            f"The rows come from {len(versions)} versions of the model's files: those of {setting}={value} have the hashes "
+            f"{' and '.join(versions)}."
+        )
     if excluded:
+        by_setting = any(family not in (OTHER_DATA, OTHER_FILES) for family in excluded)
         notes.append(
             f"{len(excluded)} other famil{'y' if len(excluded) == 1 else 'ies'} of records of this experiment left "
-            f"out, set apart by {'; '.join(excluded)}. To select one, add its setting after experiment={results.name}."
+            f"out, set apart by {'; '.join(excluded)}."
+            + (f" To select one, add its setting after experiment={results.name}." if by_setting else "")
         )
     return notes
 
@@ -201,7 +215,8 @@ def _missing_run_notes(row: ResultRow) -> list[str]:
         return [f"{row.label}: not run."]
     seeds: dict[str, list[Any]] = {}
     for record in row.runs.failed:
-        seeds.setdefault(failure_reason(record), []).append(record_seed(record))
+        newer = "" if record in row.runs.lost else "a newer run "
+        seeds.setdefault(newer + failure_reason(record), []).append(record_seed(record))
     if row.missing_seeds:
         seeds["not run"] = list(row.missing_seeds)
     return [

@@ -12,6 +12,7 @@ from experiments.report.experiment_results import ExperimentResults
 from experiments.report.formatting import NONE, format_interval, format_p_value
 from experiments.report.generated_scores import generated_of, score_interval, score_note, score_tenths
 from experiments.report.published_scores import comparable_benchmark, published_score
+from experiments.report.question_pairing import may_be_paired
 from experiments.report.run_groups import RunGroup
 from experiments.report.statistics import holm, paired_test
 from experiments.report.tables.experiment_rows import BENCHMARKS
@@ -39,8 +40,8 @@ def with_score_columns(table: Table, groups: Sequence[RunGroup | None], baseline
     scores = [_scores_of(group, name) for group in groups]
     references = [_scores_of(baseline, name) for baseline in baselines]
     comparable = [
-        score is not None and reference is not None and score.shape[1] == reference.shape[1]
-        for score, reference in zip(scores, references, strict=True)
+        score is not None and reference is not None and group and baseline and may_be_paired(group, baseline)
+        for score, reference, group, baseline in zip(scores, references, groups, baselines, strict=True)
     ]
     pairs = [pair for pair, compared in zip(zip(scores, references, strict=True), comparable, strict=True) if compared]
     p_values = iter(holm([paired_test(*pair) for pair in pairs]))

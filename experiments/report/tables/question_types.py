@@ -47,26 +47,52 @@ def question_type_table(groups: Sequence[RunGroup], probed: Sequence[Record]) ->
             if text is not None:
                 rows.append((record_label(record), view, 1, types, parse_outcomes(text)[None]))
     names = sorted({name for *_, types, _ in rows for name in types})
+    of_types = _type_columns(names)
     data, texts = [], []
     for model, view, seeds, types, matrix in rows:
         row: dict[str, Any] = {"model": model, "input": view, "seeds": seeds}
         cells = {"Model": model, "Input": view, "Seeds": str(seeds)}
         type_of_example = np.array(types)
         columns = (
-            ("all", np.ones(len(type_of_example), bool)),
-            *((name, type_of_example == name) for name in names),
+            ("all", "All", np.ones(len(type_of_example), bool)),
+            *((key, heading, type_of_example == name) for name, (key, heading) in zip(names, of_types, strict=True)),
         )
-        for title, in_column in columns:
+        for key, heading, in_column in columns:
             interval = accuracy_interval(matrix[:, in_column]) if in_column.any() else None
-            row |= {**interval_columns(title, interval), f"{title}_n": int(in_column.sum())}
-            cells[title.capitalize()] = format_interval(interval) if interval else NONE
+            row |= dict(zip(_data_columns(key), (*(interval or (None,) * 3), int(in_column.sum())), strict=True))
+            cells[heading] = format_interval(interval) if interval else NONE
         data.append(row)
         texts.append(cells)
-    numeric = ("Seeds", "All", *(name.capitalize() for name in names))
+    numeric = ("Seeds", "All", *(heading for _, heading in of_types))
     counts = {tuple((name, list(types).count(name)) for name in names) for *_, types, _ in rows}
     notes = tuple("Examples: " + ", ".join(f"{name} {n}" for name, n in count) + "." for count in sorted(counts))
     caption = f"Accuracy ({EXACT_MATCH}, %) by question type, with 95% bootstrap intervals over examples and seeds."
     return Table("accuracy_by_kind", caption, data_frame(data, _ACCURACY_COLUMNS), pd.DataFrame(texts), numeric, notes)
+
+
+def _type_columns(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the column of each question type in the data and its heading, distinct from each other and the fixed ones.
+
+    A type whose name is taken gets an addition: a type "model" has the columns "model (type)" and "Model (type)".
+    """
+    fixed = ("Model", "Input", "Seeds", "All")
+    taken_keys, taken_headings = set(_ACCURACY_COLUMNS), set(fixed)
+    found = []
+    for name in names:
+        additions = ("", " (type)", *(f" (type {number})" for number in range(2, len(names) + 3)))
+        key = next(name + end for end in additions if taken_keys.isdisjoint(_data_columns(name + end)))
+        as_written = () if name.capitalize() in fixed else (name,)
+        headings = (name.capitalize(), *as_written, *(name.capitalize() + end for end in additions[1:]))
+        heading = next(heading for heading in headings if heading not in taken_headings)
+        taken_keys.update(_data_columns(key))
+        taken_headings.add(heading)
+        found.append((key, heading))
+    return found
+
+
+def _data_columns(key: str) -> tuple[str, ...]:
+    """Return the four columns of the data that belong to one column of the text."""
+    return (*interval_columns(key, None), f"{key}_n")
 
 
 def removal_by_question_type_table(probed: Sequence[Record]) -> Table:

@@ -12,7 +12,7 @@ from experiments.data import lmms
 from experiments.data.lmms import load_benchmarks
 from experiments.data.load import load_data
 from experiments.files import ASSETS
-from experiments.models.model_files import model_files_digest
+from experiments.models.model_files import model_file_versions, model_files_digest
 
 TASK = "task: mine\ndataset_path: {data}\ndataset_kwargs: {{data_files: {{test: {file}}}}}\ndoc_to_text: !function utils.text\n"
 
@@ -119,5 +119,15 @@ def test_model_files_digest_changes_with_the_weights_in_a_folder_and_not_with_it
     assert model_files_digest(CheckpointModel(name="m", path=str(folders[1]))) != one
     assert model_files_digest(CheckpointModel(name="m", path="llava-hf/llava-1.5-7b-hf")) == ""
     assert model_files_digest(CheckpointModel(name="m", path="asset:tiny"))
-    hub = CheckpointModel(name="m", path="llava-hf/llava-1.5-7b-hf")
-    assert model_files_digest(hub, "asset:smol_grids") == model_files_digest(hub, str(ASSETS / "smol_grids")) != ""
+
+
+def test_model_file_versions_of_a_shipped_adapter_are_those_of_its_folder():
+    hub = {"name": "m", "path": "llava-hf/llava-1.5-7b-hf"}
+    by_name, by_folder = (
+        model_file_versions(
+            from_plain(migrate({"model": hub, "data": {"name": "shapes"}, "train": {"lora_init": adapter}}))
+        )
+        for adapter in ("asset:smol_grids", str(ASSETS / "smol_grids"))
+    )
+    assert by_name == by_folder
+    assert list(by_name) == ["train.lora_init"]

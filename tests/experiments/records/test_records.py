@@ -14,6 +14,7 @@ import pytest
 from experiments.config import renamed_keys
 from experiments.records.files import load_records, read_record
 from experiments.records.schema import check_record, json_schema
+from tests.experiments.sample_records import fail
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -47,11 +48,48 @@ def test_load_records_with_two_of_one_configuration_takes_the_newer(
     newer = copy.deepcopy(records[0])
     newer["id"] = ("0" if newer_first else "z") * 16
     newer["provenance"]["started"] = "2026-11-22T10:00:00"
-    newer["data"]["fingerprint"] = "another"
     records[0]["id"] = "5" * 16
     loaded = load_records(write_records([records[0], newer]) / "records")
     assert [record["id"] for record in loaded.finished] == [newer["id"]]
     assert "5" * 16 in loaded.superseded[0].name
+
+
+@pytest.mark.parametrize(
+    ("files", "kept"), [(("x", "y"), "ab"), (("x", "x"), "b"), ((None, None), "b"), ((None, "x"), "ab")]
+)
+def test_load_records_keeps_one_record_of_each_version_of_the_models_files(
+    records: Records, write_records: Callable[[Records], Path], files: tuple[str | None, ...], kept: str
+) -> None:
+    made = [copy.deepcopy(records[0]) for _ in files]
+    for name, record, version in zip("ab", made, files, strict=True):
+        record["id"], record["provenance"]["started"] = name * 16, f"2026-11-2{ord(name) - 96}T10:00:00"
+        record["model"]["files"] = version and {"model.path": version * 16}
+    loaded = load_records(write_records(made) / "records")
+    assert [record["id"] for record in loaded.finished] == [name * 16 for name in kept]
+
+
+def test_load_records_keeps_a_record_of_other_data(records: Records, write_records: Callable[[Records], Path]) -> None:
+    newer = copy.deepcopy(records[0])
+    newer["id"], newer["provenance"]["started"], newer["data"]["fingerprint"] = (
+        "f" * 16,
+        "2026-11-22T10:00:00",
+        "another",
+    )
+    loaded = load_records(write_records([records[0], newer]) / "records")
+    assert {record["id"] for record in loaded.finished} == {records[0]["id"], newer["id"]}
+    assert not loaded.superseded
+
+
+@pytest.mark.parametrize(("starts", "kept"), [((1, 2), "f"), ((2, 1), "fx"), ((1, 1), "f")])
+def test_load_records_failed_record_never_replaces_a_finished_one(
+    records: Records, write_records: Callable[[Records], Path], starts: tuple[int, int], kept: str
+) -> None:
+    finished = copy.deepcopy(records[0])
+    failed, again = ({**fail(finished), "provenance": {"started": f"2026-11-2{starts[0]}"}, "id": n * 16} for n in "wx")
+    finished["id"], finished["provenance"]["started"] = "f" * 16, f"2026-11-2{starts[1]}T10:00:00"
+    loaded = load_records(write_records([finished, failed, again]) / "records")
+    assert [record["id"] for record in (*loaded.finished, *loaded.failed)] == [name * 16 for name in kept]
+    assert len(loaded.superseded) == 3 - len(kept)
 
 
 def test_load_records_fills_in_settings_younger_than_a_record(

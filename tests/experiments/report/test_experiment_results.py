@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from experiments.config import rows
 from experiments.records.files import Records
-from experiments.report.experiment_results import ExperimentResults, match_results
+from experiments.report.experiment_results import OTHER_FILES, ExperimentResults, match_results
 from experiments.report.experiment_specs import ExperimentSpec, load_specs
 from experiments.report.run_groups import group_runs
 from experiments.report.statistics import paired_test
@@ -102,6 +102,42 @@ def test_match_results_other_data_form_an_excluded_family(spec: ExperimentSpec, 
     assert study.excluded_families == ("the same settings on other data",)
 
 
+def with_files(record: dict[str, Any], version: str) -> dict[str, Any]:
+    """Return a record whose model was read from files with a hash."""
+    changed = copy.deepcopy(record)
+    changed["config"]["model"]["path"], changed["model"]["files"] = "mdl", {"model.path": version * 16}
+    return changed
+
+
+def test_match_results_never_takes_other_files_of_the_model_as_a_seed(
+    spec: ExperimentSpec, table_records: RecordList
+) -> None:
+    """The model was trained again after the first seed of the first row."""
+    files = ["a", "b", "b", "b"]
+    records = [with_files(table_records[n], version) for n, version in zip((0, 1, 3, 4), files, strict=True)]
+    study = match_required(spec, records)
+    assert [record["id"] for record in study.records] == [record["id"] for record in records[1:]]
+    assert study.rows[0].outcomes.shape[0] == 1
+    assert study.excluded_families == (OTHER_FILES,)
+    # also where the older files have the newest record of a row
+    records[0]["provenance"]["started"] = "2026-12-01T10:00:00"
+    assert [r["model"]["files"] for r in match_required(spec, records).records] == [{"model.path": "b" * 16}] * 3
+
+
+def test_group_names_tell_versions_of_the_models_files_apart(table_records: RecordList) -> None:
+    records = (with_files(table_records[0], "a"), with_files(table_records[1], "b"))
+    groups = group_runs(Records(records, (), (), ()))
+    assert [group.settings for group in groups] == ["files of model.path=aaaaaaaa", "files of model.path=bbbbbbbb"]
+    assert len({group.family for group in groups}) == 2
+
+
+def test_group_names_tell_versions_of_the_data_apart(table_records: RecordList) -> None:
+    other = copy.deepcopy(table_records[0])
+    other["data"]["fingerprint"] = "other"
+    groups = group_runs(Records((table_records[0], other, table_records[3]), (), (), ()))
+    assert sorted(group.settings for group in groups) == ["", "data c0ffee12", "data other"]
+
+
 def test_match_results_rows_that_name_data_settings_share_a_family(
     spec: ExperimentSpec, table_records: RecordList
 ) -> None:
@@ -119,6 +155,43 @@ def test_match_results_rows_that_name_data_settings_share_a_family(
     study = match_required(about, made)
     assert [row.status for row in study.rows] == ["finished", "finished"]
     assert study.comparable(*study.rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({}, True),
+        ({"answers": list("abXY")}, True),  # right are questions 0 and 1 in both
+        ({"answers": list("aXcd")}, False),
+        ({"kinds": ["place", "place", "place", "count"]}, False),
+        ({"guess": "0110"}, False),
+        ({"guess": "0110", "path": "other.json"}, True),  # another training split gives other guesses
+    ],
+)
+def test_comparable_rows_of_other_data_pair_questions_unless_records_contradict_it(
+    table_records: RecordList, changes: dict[str, Any], same: bool
+) -> None:
+    about = ExperimentSpec("files", "", tuple(rows.TableRow(name, {"data.test_path": name}) for name in ("a", "b")))
+    made = [with_outcomes(record, right) for record, right in zip(table_records[:2], ("1100", "1101"), strict=True)]
+    for number, record in enumerate(made):
+        record["id"], record["experiment"], record["data"]["fingerprint"] = f"{number:016x}", "files", f"data {number}"
+        record["config"]["data"] |= {"test_path": "ab"[number], "path": "train.json"}
+        record["config"]["seed"], record["answers"], record["data"]["guess"] = 0, list("abcd"), "0101"
+    made[1]["config"]["data"]["path"] = changes.pop("path", "train.json")
+    made[1]["answers"] = changes.pop("answers", list("abcd"))
+    made[1]["data"] |= changes
+    if made[1]["config"]["data"]["path"] != "train.json":
+        about = ExperimentSpec(
+            "files",
+            "",
+            tuple(
+                rows.TableRow(n, {"data.test_path": n, "data.path": p})
+                for n, p in zip("ab", ("train.json", "other.json"), strict=True)
+            ),
+        )
+    study = match_required(about, made)
+    assert study.comparable(*study.rows) == same
+    assert (study.holm_p_values([study.rows]) == [None]) != same
 
 
 def test_match_results_requires_own_record_or_all_rows_finished(

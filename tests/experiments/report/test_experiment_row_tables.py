@@ -20,6 +20,7 @@ from experiments.report.run_groups import group_runs
 from experiments.report.tables import experiment_rows, writers
 from experiments.report.tables.table import Table
 from tests.experiments.report.test_writers import GOLDEN, WRITERS
+from tests.experiments.sample_records import fail
 
 RecordList = list[dict[str, Any]]
 NAMES = ("table60_mixed", "table60_mixed_orderings")
@@ -52,6 +53,47 @@ def test_tables_are_independent_of_record_order(spec: ExperimentSpec, table_reco
     again = tables(spec, sorted(table_records, key=lambda record: record["id"]))
     for name, table in made.items():
         assert all(write(table) == write(again[name]) for write in WRITERS.values())
+
+
+@pytest.mark.parametrize("versions", [("a", "b"), ("a", None), ("a", "a"), (None, None)])
+def test_experiment_table_notes_several_versions_of_the_models_files(
+    spec: ExperimentSpec, table_records: RecordList, versions: tuple[str | None, ...]
+) -> None:
+    records = table_records[:6]
+    for number, record in enumerate(records):
+        version = versions[number // 3]
+        record["config"]["model"]["path"] = "mdl"
+        record["model"]["files"] = version and {"model.path": version * 16}
+    notes = [note for note in tables(spec, records)[NAMES[0]].notes if "versions of the model's files" in note]
+    assert len(notes) == (versions[0] != versions[1])
+    for note in notes:
+        assert "model.path=mdl" in note
+        assert "aaaaaaaa" in note
+
+
+def test_experiment_table_names_a_newer_failed_run_and_keeps_the_finished_one(
+    spec: ExperimentSpec, table_records: RecordList
+) -> None:
+    before = tables(spec, table_records[:6])[NAMES[0]]
+    made = tables(spec, [*table_records[:6], {**fail(table_records[3]), "id": "f" * 16}])[NAMES[0]]
+    assert made.text.equals(before.text)
+    (note,) = set(made.notes) - set(before.notes)
+    assert "seed 0" in note
+    assert "out of memory" in note
+
+
+@pytest.mark.parametrize("change", ["data", "settings"])
+def test_experiment_table_advises_a_setting_only_where_one_differs(
+    spec: ExperimentSpec, table_records: RecordList, change: str
+) -> None:
+    other = copy.deepcopy(table_records[0])
+    other["id"] = "f" * 16
+    if change == "data":
+        other["data"]["fingerprint"] = "other"
+    else:
+        other["config"]["train"]["max_steps"] = 400
+    (note,) = [n for n in tables(spec, [*table_records[:6], other])[NAMES[0]].notes if "left out" in n]
+    assert ("add its setting" in note) == (change == "settings")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,5 +1,7 @@
 """Cells of a command line: table rows, FLOPs budgets, contradicting overrides, and the jobs of a sweep."""
 
+import itertools
+import re
 import shutil
 from pathlib import Path
 
@@ -135,6 +137,26 @@ def test_select_row_with_override_that_contradicts_budget_names_override_and_set
     assert str(error.value).startswith(f"{override}: the FLOPs budget of table10_equal_flops sets {setting}")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "key", "found"),
+    [
+        (["row=1", "prefusion.layers=4"], "prefusion.layers", "4"),
+        (["row=15", "prefusion=inside", "prefusion.layers=2"], "prefusion.layers", "2"),
+        (["row=15", "compressor=query"], "compressor.name", "query"),
+        (["row=1", "reduction=vtw"], "reduction.name", "vtw"),
+        (["row=1", "tiles=2"], "tiles", "2"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_select_row_with_cost_that_the_budget_does_not_count_names_setting_and_value(select, overrides, key, found):
+    with pytest.raises(ValueError, match=rf"^{re.escape(key)}: .*budget\.method=.* found {found};"):
+        select("experiment=table10_equal_flops", *overrides)
+
+
+def test_select_row_without_budget_takes_pre_fusion_layers(select):
+    assert select("experiment=table10_equal_flops", "row=0", "prefusion.layers=4").prefusion.layers == 4
+
+
 def test_select_row_with_contradicting_budget_method_names_row(select):
     with pytest.raises(ValueError, match=r"budget\.method=vtw: row 1 \('query'\).* sets budget\.method=query"):
         select("experiment=table10_equal_flops", "row=1", "budget.method=vtw")
@@ -245,11 +267,23 @@ def test_identity_of_a_cell_changes_with_the_files_that_its_weights_come_from(co
     overrides = ["model=checkpoint", "model.name=mine", *given, "train.lora_rank=128", "prefusion.layers=1"]
 
     def identity():
-        return identify_cell(compose_cached(*overrides, "data.test_samples=1"), overrides).id
+        cell = identify_cell(compose_cached(*overrides, "data.test_samples=1"), overrides)
+        files.append(cell.model_files)
+        return cell.id
 
+    files = []
     seen = [identity(), identity()]
     assert seen[0] == seen[1]
     for changed in (tmp_path / "model/model.safetensors", tmp_path / "adapter/adapter_model.safetensors", weights):
         changed.write_bytes(b"second")
         seen.append(identity())
     assert len(set(seen)) == 4
+    settings = ["model.path", "train.lora_init", "prefusion.init"]
+    assert list(files[0]) == settings
+    changed = [{key for key in settings if a[key] != b[key]} for a, b in itertools.pairwise(files)]
+    assert changed == [set(), {"model.path"}, {"train.lora_init"}, {"prefusion.init"}]
+
+
+def test_cell_of_a_hub_model_names_no_files(compose_cached):
+    overrides = ["model=llava-1.5-7b"]
+    assert identify_cell(compose_cached(*overrides, "data.test_samples=1"), overrides).model_files == {}
