@@ -191,12 +191,10 @@ def removal_scores(
         for start in sorted({span.start for span in spans}, reverse=True):
             longest, *shorter = sorted({span for span in spans if span.start == start}, key=len, reverse=True)
             with replay(model, [span.stop for span in shorter]) as resume_after:
-                for span in (longest, *shorter) if how == "mask" else (longest,):
-                    with resume_from(start), intervene(model, tokens, RemoveTokens(removed, span, how=how)):
-                        scores[span] = run()
-                # Inside a shorter span, the run of the longest one is the same. A mask's states are not: `replay` stores
-                # a layer's output before the states of masked tokens are restored.
-                for span in shorter if how == "drop" else ():
+                with resume_from(start), intervene(model, tokens, RemoveTokens(removed, longest, how=how)):
+                    scores[longest] = run()
+                # Inside a shorter span, the run of the longest one is the same.
+                for span in shorter:
                     with resume_after(span.stop):
                         scores[span] = run()
     return _stack_points([scores[span] for span in spans])

@@ -142,10 +142,14 @@ class _LayerMasking:
     def install(self, stack: ExitStack) -> None:
         """Register the hooks until `stack` closes.
 
-        They come first of the layer's hooks, since a hook that drops tokens has to run after them.
+        They come first of the layer's hooks, so that patches and recorders get the layer's final states. But a hook that
+        drops tokens has to run after them on the input, and before them on the output.
         """
         stack.callback(self.layer.register_forward_pre_hook(self.before_layer, prepend=True, with_kwargs=True).remove)
-        stack.callback(self.layer.register_forward_hook(self.after_layer).remove)
+        stack.callback(self.layer.register_forward_hook(self.after_layer, prepend=True).remove)
+        dropping: LayerDropping | None = getattr(self.layer, "_probes_drop", None)
+        if dropping is not None:
+            dropping.come_first()
         if self.cut_mlp:
             mlp = component_module(self.layer, "mlp")
             stack.callback(mlp.register_forward_pre_hook(self.before_mlp).remove)
