@@ -103,13 +103,16 @@ def attention_curve(
         Mass in 0 to 1, `[layers, samples]`; NaN for a sample whose `target` cannot attend to any visual token.
 
     Raises:
-        ValueError: `target` is not a group of the map, or the map does not fit the inputs.
+        ValueError: `target` is not a group of the map, the map does not fit the inputs, or a layer has no softmax
+            attention, as in hybrid models.
 
     Example:
         >>> attention_curve(model, tokens, inputs).shape
         (6, 1)
     """
     model = require_model(model)
+    decoder = find_decoder(model, tokens.stack)
+    select_attention_layers(decoder, range(len(decoder_layers(decoder))))
     with record_attention(model, tokens, targets=[target]) as record:
         model(**inputs)
     return record.mass[:, :, :, 0, tokens.index("vision")].mean(2).numpy()
