@@ -337,7 +337,7 @@ def _score_without_padding(
     """Return the scores of one call, after a check that they do not read padding.
 
     Raises:
-        ValueError: If a score changes when other logits are put at padding.
+        ValueError: If a score changes when other logits, or the row's logits before its answer, are put at padding.
     """
     scores = score(logits).clone()
     pad = tokens.mask("pad").to(logits.device)
@@ -347,7 +347,11 @@ def _score_without_padding(
     own = logits[pad]
     # The roll changes which token is most likely; the slope changes values even where neighbouring tokens are equal.
     logits[pad] = own.roll(1, dims=-1) + torch.linspace(0, 1, own.shape[-1], dtype=own.dtype, device=own.device)
-    changed = (score(logits) != scores) & ~scores.isnan()
+    changed = score(logits) != scores
+    # A score of right or wrong may be wrong for both. So padding also gets the logits that predict the row's answer.
+    rows, at = pad.nonzero()[:, 0], answer_positions(tokens).to(logits.device)
+    logits[pad] = torch.where(at[rows, None] < 0, own, logits[rows, at[rows]])
+    changed = (changed | (score(logits) != scores)) & ~scores.isnan()
     logits[pad] = own
     if changed.any():
         raise ValueError(
