@@ -51,7 +51,7 @@ class RemoveTokens:
     Args:
         group: A group of the token map, a mask of its positions, or a callable. The callable is called when the first
             of the layers is reached, in a prompt that runs in one call. It returns the mask
-            `[rows of the call, positions]`.
+            `[rows of the call, positions]`. It may choose no token; the receipt then counts the call with 0 tokens.
         layers: Decoder layers, from 0; an empty collection changes nothing.
         when: Calls in which to act: the prompt's ("prefill"), those of cached steps after it ("decode"), or "both".
         how: "mask" or "drop".
@@ -176,6 +176,7 @@ class _LayerMasking:
 
         mask = shared.once_per_call(("hide", keys), block, kwargs["attention_mask"])
         if mask is None:
+            shared.count_empty_choice(self.number)
             return None
         self.layer_input, self.removed = hidden, shared.selection.queries.to(hidden.device)
         shared.effect.add(self.number, int(self.removed.sum()))

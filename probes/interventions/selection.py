@@ -108,6 +108,11 @@ class TokenSelection:
         self._chosen = self._checked(self._make_mask(), rows)
 
     @property
+    def is_deferred(self) -> bool:
+        """Return whether a callable chooses the tokens."""
+        return self._make_mask is not None
+
+    @property
     def chosen(self) -> Bool[Tensor, "batch positions"]:
         """Return the mask of the selected positions of the map.
 

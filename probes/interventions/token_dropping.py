@@ -118,6 +118,7 @@ class LayerDropping:
         )
         self.cached_subset, self.has_dropped = subset, self.has_dropped or bool(removed.any())
         if not self.has_dropped:
+            shared.count_empty_choice(self.number)
             return None
         if kwargs.get("position_embeddings") is None:
             raise ValueError(f"{type(layer).__name__} takes no position_embeddings: use how='mask'")
