@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from probes.attention.recording import record_attention
-from probes.hooks.decoder import decoder_layers, find_decoder, select_attention_layers
+from probes.hooks.decoder import as_indices, decoder_layers, find_decoder, select_attention_layers
 from probes.hooks.image_features import reuse_image_features
 from probes.hooks.layer_io import input_states
 from probes.hooks.partial_call import can_run_subset
@@ -306,6 +306,7 @@ def points_of_curve(model: PreTrainedModel, name: str, points: Sequence[int] | N
         points: Numbers of layers; None for 0, 1, ..., all layers.
 
     Raises:
+        TypeError: The points are no list of integers.
         ValueError: A point is outside the model.
 
     Example:
@@ -313,7 +314,7 @@ def points_of_curve(model: PreTrainedModel, name: str, points: Sequence[int] | N
         (6, range(0, 7))
     """
     layers = len(decoder_layers(find_decoder(model)))
-    points = range(layers + 1) if points is None else points
+    points = range(layers + 1) if points is None else as_indices(name, points)
     if outside := [point for point in points if not 0 <= point <= layers]:
         raise ValueError(
             f"{name} {outside} are outside the model: it has {layers} layers, so {name} go from 0 to {layers}"

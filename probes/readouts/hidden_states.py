@@ -16,6 +16,7 @@ from probes.hooks.decoder import decoder_layers, find_decoder, select_layers
 from probes.hooks.layer_io import component_module, output_states
 from probes.hooks.partial_call import current_subset
 from probes.hooks.token_window import TokenWindow
+from probes.tokens.position_mask import select_positions
 from probes.tokens.token_map import TokenMap
 
 
@@ -103,7 +104,9 @@ def record_states(
         The states. They can be read once the model has run the whole prompt.
 
     Raises:
-        ValueError: An unknown layer, group or component, or a call that does not fit `tokens`.
+        ValueError: An unknown layer, group or component, a mask that is not bool or not of the map's shape, or a call that
+            does not fit `tokens`.
+        TypeError: Layers are no list of integers.
 
     Example:
         >>> from probes import record_states
@@ -113,8 +116,7 @@ def record_states(
         torch.Size([6, 6, 128])
     """
     decoder = find_decoder(model, tokens.stack)
-    positions = tokens.mask(at) if isinstance(at, str) else at
-    states = States(select_layers(decoder, layers), component, positions)
+    states = States(select_layers(decoder, layers), component, select_positions(tokens, at))
     window = TokenWindow(decoder, tokens)
     handles: dict[int, RemovableHandle] = {}
 

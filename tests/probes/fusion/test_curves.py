@@ -311,6 +311,8 @@ def test_curves_with_invalid_arguments_raise_value_error(batch: Any) -> None:
     model, tokens, inputs = batch
     with pytest.raises(ValueError, match=r"starts \[-1, 4\].*3 layers"):
         removal_curve(model, tokens, inputs, last_token_score, starts=[-1, 0, 4])
+    with pytest.raises(TypeError, match=r"^starts: 2 "):
+        removal_curve(model, tokens, inputs, last_token_score, starts=2)
     with pytest.raises(ValueError, match="width is 0"):
         knockout_curve(model, tokens, inputs, last_token_score, 0)
     with pytest.raises(ValueError, match="group 'question'"):

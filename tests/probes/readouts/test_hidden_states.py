@@ -120,6 +120,11 @@ def test_record_states_chunked_prompt_equals_one_pass(
         ({"component": "resid"}, "unknown component 'resid'.*residual, attention, mlp"),
         ({"at": "image"}, "unknown group 'image'"),
         ({"layers": [3]}, r"layers \[3\] are outside the model"),
+        ({"at": torch.ones(3, 13, dtype=torch.long)}, r"mask .* torch.int64 .*\[3, 13\]"),
+        ({"at": torch.ones(1, 13, dtype=torch.bool)}, r"mask .*\[1, 13\].*\[3, 13\]"),
+        ({"at": torch.ones(4, 13, dtype=torch.bool)}, r"mask .*\[4, 13\].*\[3, 13\]"),
+        ({"at": torch.ones(3, 5, dtype=torch.bool)}, r"mask .*\[3, 5\].*\[3, 13\]"),
+        ({"at": [[True] * 13] * 3}, r"mask .* list"),
     ],
 )
 def test_record_states_invalid_argument_raises(
