@@ -183,7 +183,9 @@ def removal_scores(
     how: Literal["drop", "mask"] = "drop" if can_run_subset(decoder, tokens.labels.shape[1]) else "mask"
     # Padding has no effect on the scores. If it stayed, one heavily padded row without an image would set the length
     # of all rows after the drop.
-    removed = tokens.mask("vision") | tokens.mask("pad")
+    removed = tokens.mask("vision")
+    if "pad" in tokens.groups:
+        removed = removed | tokens.mask("pad")
     scores: dict[range, Float[Tensor, " samples"]] = {}
 
     def run() -> Float[Tensor, " samples"]:
@@ -341,6 +343,8 @@ def _score_without_padding(
         ValueError: If a score changes when other logits, or the row's logits before its answer, are put at padding.
     """
     scores = score(logits).clone()
+    if "pad" not in tokens.groups:
+        return scores
     pad = tokens.mask("pad").to(logits.device)
     if pad.shape != logits.shape[:2] or not pad.any():
         return scores

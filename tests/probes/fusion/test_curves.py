@@ -307,6 +307,15 @@ def test_curves_of_right_answers_read_at_padding_raise_value_error(make_llava: M
         assert curve.max() == 1
 
 
+def test_curves_of_map_without_pad_group_equal_those_with_one(make_llava: Make, make_rows: Make) -> None:
+    model, inputs = make_llava(), make_rows([(2, 4, 6)], "left")
+    tokens = TokenMap.from_inputs(model, inputs)
+    two_groups = TokenMap(tokens.mask("vision").long(), groups=("text", "vision"), generated="text")
+    for measure in (removal_curve, knockout_curve):
+        expected = measure(model, tokens, inputs, last_token_score)
+        assert measure(model, two_groups, inputs, last_token_score) == pytest.approx(expected, abs=1e-6)
+
+
 def test_curves_with_invalid_arguments_raise_value_error(batch: Any) -> None:
     model, tokens, inputs = batch
     with pytest.raises(ValueError, match=r"starts \[-1, 4\].*3 layers"):
