@@ -165,13 +165,13 @@ def removal_scores(
         tokens: Map of `inputs`.
         inputs: Arguments of the model's forward call.
         score: Returns one score for each sample from the logits.
-        spans: Ranges of layers, from 0. An empty range removes nothing.
+        spans: Ranges of layers, from 0, of step 1. An empty range removes nothing.
 
     Returns:
         Scores `[spans, samples]`.
 
     Raises:
-        ValueError: A layer is outside the model, or the score reads padding.
+        ValueError: A layer is outside the model, a range has another step, or the score reads padding.
 
     Example:
         >>> score = answer_logprob(tokens, torch.tensor([5]))  # token 5 is the answer
@@ -179,6 +179,8 @@ def removal_scores(
         (2, 1)
     """
     decoder = find_decoder(model)
+    if stepped := [span for span in spans if span.step != 1]:
+        raise ValueError(f"spans {stepped} skip layers: removal needs ranges of step 1")
     select_attention_layers(decoder, {layer for span in spans for layer in span})
     how: Literal["drop", "mask"] = "drop" if can_run_subset(decoder, tokens.labels.shape[1]) else "mask"
     # Padding has no effect on the scores. If it stayed, one heavily padded row without an image would set the length

@@ -273,6 +273,8 @@ def contextual_lens(
         raise ValueError(f"depths: {list(selected)} must be 1 to {layers}, the number of the model's layers")
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer: {type(tokenizer).__name__} does not report offsets; use a fast tokenizer")
+    if isinstance(corpus, str):
+        raise TypeError("corpus: found a str; pass a list of texts")
     texts = list(shipped_captions() if corpus is None else corpus)
     encoded = [_find_last_tokens(tokenizer, text) for text in texts]
     _drop_repeated_prefixes(encoded)

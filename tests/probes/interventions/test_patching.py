@@ -273,6 +273,11 @@ def test_patch_activations_beam_search_patches_each_beam(
             r"values of layer 1 have shape \[7, 32\]: .*8 positions of width 32.*\[8, 32\] or \[32\]",
         ),
         (("vision", [1], "mlp", {1: torch.zeros(8, 16)}), r"have shape \[8, 16\]"),
+        (
+            ("vision", [1], "mlp", {1: torch.eye(8, 32).log().where(torch.arange(8)[:, None] == 5, 0)}),
+            r"layer 1.*row 5",
+        ),
+        (("vision", [1], "mlp", {1: torch.full((32,), torch.nan)}), r"values of layer 1: .*not finite"),
     ],
 )
 def test_patch_activations_invalid_argument_raises(

@@ -115,6 +115,15 @@ def test_compare_has_the_runs_of_both_pages(shipped):
     assert [run["name"] for run in page_data(page)["runs"]] == ["first", "second", "first"]
 
 
+def test_compare_keeps_the_title_that_was_given(shipped):
+    model, inputs, tokens, words, image = shipped
+    run = record_words(model, inputs, tokens, words).view_run([image], "first")
+    titled, plain = AttentionView([run], "Rings"), AttentionView([run])
+    assert titled.compare(plain).title == "Rings"
+    assert plain.compare(titled).compare(plain).title == "Rings"
+    assert plain.compare(plain).title == "Attention of first"
+
+
 def test_jupyter_frame_holds_the_page(shipped):
     model, inputs, tokens, words, image = shipped
     view = record_words(model, inputs, tokens, words).view(images=[image])
