@@ -222,6 +222,10 @@ def encode_prompt(
         messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
         text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     arguments: dict[str, Any] = {"images": [list(images)]} if images else {}
+    bos = processor.tokenizer.bos_token
+    # A template that writes the start token itself must not get a second one.
+    if template and bos and text.startswith(bos):
+        arguments["add_special_tokens"] = False
     if videos:
         arguments["videos"] = [list(video) for video in videos]
     try:

@@ -74,8 +74,8 @@ def relevancy(
         model: A transformers model in eval mode, with a head.
         tokens: Map of `inputs`.
         inputs: Arguments of the model's forward call: a prompt, or a prompt and (the start of) its answer.
-        answers: Token ids to explain, `[batch]`; by default the model's own most likely ones.
-        at: Positions that predict them, `[batch]`. By default the position before the first `response` position, or
+        answers: Token ids to explain, `[batch]`, or a list of them; by default the model's own most likely ones.
+        at: Positions that predict them, `[batch]`, or a list. By default the position before the first `response` position, or
             the last unpadded one in rows without a response.
         limit_gib: Memory limit in GiB for the matrices of one layer.
 
@@ -115,11 +115,12 @@ def relevancy(
         )
     # Tensors made in inference mode cannot enter the backward pass, so leave that mode and copy what was given.
     with torch.inference_mode(False):
-        at = answer_positions(tokens) if at is None else at.cpu().clone()
+        at = answer_positions(tokens) if at is None else torch.as_tensor(at).cpu().clone()
         if at.shape != (batch,) or not ((at >= 0) & (at < length)).all():
             raise ValueError(
                 f"at is {at.tolist()}: it must hold one position from 0 to {length - 1} for each of {batch} samples"
             )
+        answers = None if answers is None else torch.as_tensor(answers)
         if answers is not None and answers.shape != (batch,):
             raise ValueError(f"answers have shape {list(answers.shape)}: one token id for each of {batch} is needed")
         samples = torch.arange(batch)

@@ -70,8 +70,9 @@ def record_attention(
 
     Raises:
         TypeError: Layers or heads are no list of integers.
-        ValueError: An unknown layer, head, group or statistic; no layer or head; a model that cannot be recorded; or a
-            call that does not fit `tokens`, is packed or paged, or has a mask that cannot be read.
+        ValueError: An unknown layer, head, group or statistic; no layer or head; a target group that holds one of the
+            words; a model that cannot be recorded; or a call that does not fit `tokens`, is packed or paged, or has a mask
+            that cannot be read.
         RuntimeError: The layers are being recorded already; a second prompt or a second thread runs in the same record;
             decoding goes back to an earlier position; or the record is read before the whole prompt has run.
 
@@ -99,6 +100,8 @@ def record_attention(
         raise ValueError(f"targets are empty: name at least one of {', '.join(target_tokens.groups)}")
     for group in groups:
         target_tokens.index(group)
+        if words is not None and group in tokens.groups:
+            _check_holds_no_word(group, tokens, words)
     selected_statistics = _select_statistics(statistics, backend)
     selected_heads = _select_heads(decoder.config.num_attention_heads, heads)
     if not (selected_layers := select_attention_layers(decoder, layers)):
@@ -116,6 +119,19 @@ def record_attention(
     window = TokenWindow(decoder, tokens)
     with AttentionRecorder(decoder, tokens, record, window, all_heads=heads is None), window:
         yield record
+
+
+def _check_holds_no_word(group: str, tokens: TokenMap, words: Words) -> None:
+    """Check that a target has no position of a word, which is a target of its own.
+
+    Raises:
+        ValueError: It has one.
+    """
+    mask = tokens.mask(group)[0]
+    if held := [word.text for word in words.words if mask[list(word.positions)].any()]:
+        raise ValueError(
+            f"targets: {group!r} holds the word {held[0]!r}, which is a target of its own: record the group without words"
+        )
 
 
 def _select_heads(count: int, heads: Iterable[int] | None) -> tuple[int, ...]:

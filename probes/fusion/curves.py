@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from probes.attention.recording import record_attention
-from probes.hooks.decoder import decoder_layers, find_decoder, select_attention_layers
+from probes.hooks.decoder import as_indices, decoder_layers, find_decoder, select_attention_layers
 from probes.hooks.image_features import reuse_image_features
 from probes.hooks.layer_io import input_states
 from probes.hooks.partial_call import can_run_subset
@@ -103,13 +103,16 @@ def attention_curve(
         Mass in 0 to 1, `[layers, samples]`; NaN for a sample whose `target` cannot attend to any visual token.
 
     Raises:
-        ValueError: `target` is not a group of the map, or the map does not fit the inputs.
+        ValueError: `target` is not a group of the map, the map does not fit the inputs, or a layer has no softmax
+            attention, as in hybrid models.
 
     Example:
         >>> attention_curve(model, tokens, inputs).shape
         (6, 1)
     """
     model = require_model(model)
+    decoder = find_decoder(model, tokens.stack)
+    select_attention_layers(decoder, range(len(decoder_layers(decoder))))
     with record_attention(model, tokens, targets=[target]) as record:
         model(**inputs)
     return record.mass[:, :, :, 0, tokens.index("vision")].mean(2).numpy()
@@ -162,13 +165,13 @@ def removal_scores(
         tokens: Map of `inputs`.
         inputs: Arguments of the model's forward call.
         score: Returns one score for each sample from the logits.
-        spans: Ranges of layers, from 0. An empty range removes nothing.
+        spans: Ranges of layers, from 0, of step 1. An empty range removes nothing.
 
     Returns:
         Scores `[spans, samples]`.
 
     Raises:
-        ValueError: A layer is outside the model, or the score reads padding.
+        ValueError: A layer is outside the model, a range has another step, or the score reads padding.
 
     Example:
         >>> score = answer_logprob(tokens, torch.tensor([5]))  # token 5 is the answer
@@ -176,11 +179,15 @@ def removal_scores(
         (2, 1)
     """
     decoder = find_decoder(model)
+    if stepped := [span for span in spans if span.step != 1]:
+        raise ValueError(f"spans {stepped} skip layers: removal needs ranges of step 1")
     select_attention_layers(decoder, {layer for span in spans for layer in span})
     how: Literal["drop", "mask"] = "drop" if can_run_subset(decoder, tokens.labels.shape[1]) else "mask"
     # Padding has no effect on the scores. If it stayed, one heavily padded row without an image would set the length
     # of all rows after the drop.
-    removed = tokens.mask("vision") | tokens.mask("pad")
+    removed = tokens.mask("vision")
+    if "pad" in tokens.groups:
+        removed = removed | tokens.mask("pad")
     scores: dict[range, Float[Tensor, " samples"]] = {}
 
     def run() -> Float[Tensor, " samples"]:
@@ -191,12 +198,10 @@ def removal_scores(
         for start in sorted({span.start for span in spans}, reverse=True):
             longest, *shorter = sorted({span for span in spans if span.start == start}, key=len, reverse=True)
             with replay(model, [span.stop for span in shorter]) as resume_after:
-                for span in (longest, *shorter) if how == "mask" else (longest,):
-                    with resume_from(start), intervene(model, tokens, RemoveTokens(removed, span, how=how)):
-                        scores[span] = run()
-                # Inside a shorter span, the run of the longest one is the same. A mask's states are not: `replay` stores
-                # a layer's output before the states of masked tokens are restored.
-                for span in shorter if how == "drop" else ():
+                with resume_from(start), intervene(model, tokens, RemoveTokens(removed, longest, how=how)):
+                    scores[longest] = run()
+                # Inside a shorter span, the run of the longest one is the same.
+                for span in shorter:
                     with resume_after(span.stop):
                         scores[span] = run()
     return _stack_points([scores[span] for span in spans])
@@ -305,6 +310,7 @@ def points_of_curve(model: PreTrainedModel, name: str, points: Sequence[int] | N
         points: Numbers of layers; None for 0, 1, ..., all layers.
 
     Raises:
+        TypeError: The points are no list of integers.
         ValueError: A point is outside the model.
 
     Example:
@@ -312,7 +318,7 @@ def points_of_curve(model: PreTrainedModel, name: str, points: Sequence[int] | N
         (6, range(0, 7))
     """
     layers = len(decoder_layers(find_decoder(model)))
-    points = range(layers + 1) if points is None else points
+    points = range(layers + 1) if points is None else as_indices(name, points)
     if outside := [point for point in points if not 0 <= point <= layers]:
         raise ValueError(
             f"{name} {outside} are outside the model: it has {layers} layers, so {name} go from 0 to {layers}"
@@ -336,9 +342,11 @@ def _score_without_padding(
     """Return the scores of one call, after a check that they do not read padding.
 
     Raises:
-        ValueError: If a score changes when other logits are put at padding.
+        ValueError: If a score changes when other logits, or the row's logits before its answer, are put at padding.
     """
     scores = score(logits).clone()
+    if "pad" not in tokens.groups:
+        return scores
     pad = tokens.mask("pad").to(logits.device)
     if pad.shape != logits.shape[:2] or not pad.any():
         return scores
@@ -346,7 +354,11 @@ def _score_without_padding(
     own = logits[pad]
     # The roll changes which token is most likely; the slope changes values even where neighbouring tokens are equal.
     logits[pad] = own.roll(1, dims=-1) + torch.linspace(0, 1, own.shape[-1], dtype=own.dtype, device=own.device)
-    changed = (score(logits) != scores) & ~scores.isnan()
+    changed = score(logits) != scores
+    # A score of right or wrong may be wrong for both. So padding also gets the logits that predict the row's answer.
+    rows, at = pad.nonzero()[:, 0], answer_positions(tokens).to(logits.device)
+    logits[pad] = torch.where(at[rows, None] < 0, own, logits[rows, at[rows]])
+    changed = (changed | (score(logits) != scores)) & ~scores.isnan()
     logits[pad] = own
     if changed.any():
         raise ValueError(

@@ -279,7 +279,10 @@ def _drop_samples_without_mass(mass: Float[np.ndarray, "layers samples"]) -> Flo
     missing = np.isnan(mass)
     partly_missing = np.flatnonzero(missing.any(axis=0) & ~missing.all(axis=0))
     if partly_missing.size:
-        raise ValueError(f"sample {partly_missing[0]} has NaN mass in some layers only: was vision removed there?")
+        raise ValueError(
+            f"sample {partly_missing[0]} has NaN mass in layers {np.flatnonzero(missing[:, partly_missing[0]]).tolist()} "
+            "only: was vision removed there, or is it outside the sliding window of these layers?"
+        )
     mass = mass[:, ~missing.any(axis=0)]
     if (mass < 0).any() or not np.isfinite(mass).all():
         raise ValueError("values hold a negative or infinite mass: attention mass is a share of 1")

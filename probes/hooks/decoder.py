@@ -119,10 +119,10 @@ def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
 
 
 def as_indices(name: str, given: Iterable[int]) -> list[int]:
-    """Return the numbers of layers or heads as a list.
+    """Return indices, such as those of layers, as a list.
 
     Args:
-        name: "layers" or "heads", for the message.
+        name: The parameter's name, for the error.
         given: What a user gave.
 
     Raises:
@@ -133,10 +133,10 @@ def as_indices(name: str, given: Iterable[int]) -> list[int]:
         [0, 1]
     """
     if not isinstance(given, Iterable):
-        raise TypeError(f"{name}: {given!r} is no list of {name}; write [{given!r}]")
+        raise TypeError(f"{name}: {given!r} is no list of integers; write [{given!r}]")
     numbers: list[Any] = [given] if isinstance(given, str) else list(given)
     if strangers := [number for number in numbers if not hasattr(number, "__index__")]:
-        raise TypeError(f"{name}: {strangers[0]!r} is no number of a {name[:-1]}; write integers, such as [0, 1]")
+        raise TypeError(f"{name}: {strangers[0]!r} is no integer; write integers, such as [0, 1]")
     return numbers
 
 

@@ -21,7 +21,8 @@ class Effect:
 
     Attributes:
         name: The intervention and its tokens, such as `BlockAttention(vision -> instruction)`.
-        calls: Number of forward calls of each layer in which the intervention changed something.
+        calls: Number of forward calls of each layer in which the intervention changed something, or in which the
+            callable of a removal chose no token.
         tokens: Number of tokens that it changed there, over all samples and calls.
         mass: The most attention, over heads, queries and calls, that a changed query still has on its blocked keys. It
             is measured on the kernel's own arguments. Empty if nothing is blocked.

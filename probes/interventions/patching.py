@@ -87,7 +87,7 @@ class PatchActivations:
             The effect, which fills up as the model runs.
 
         Raises:
-            ValueError: An unknown layer, group, component or `when`, or values that do not fit.
+            ValueError: An unknown layer, group, component or `when`, or values that do not fit or are not finite.
             TypeError: Values of another type.
         """
         layers = select_layers(decoder, self.layers)
@@ -125,6 +125,11 @@ class PatchActivations:
                 raise ValueError(
                     f"values of layer {layer} have shape {list(shape)}: to patch {count} positions of width {width}, "
                     f"they must have shape [{count}, {width}] or [{width}]"
+                )
+            if not (finite := self.values[layer].isfinite().all(-1).reshape(-1)).all():
+                raise ValueError(
+                    f"values of layer {layer}: row {int(finite.int().argmin())} is not finite; "
+                    "leave out tokens that were dropped"
                 )
 
 

@@ -51,7 +51,7 @@ class RemoveTokens:
     Args:
         group: A group of the token map, a mask of its positions, or a callable. The callable is called when the first
             of the layers is reached, in a prompt that runs in one call. It returns the mask
-            `[rows of the call, positions]`.
+            `[rows of the call, positions]`. It may choose no token; the receipt then counts the call with 0 tokens.
         layers: Decoder layers, from 0; an empty collection changes nothing.
         when: Calls in which to act: the prompt's ("prefill"), those of cached steps after it ("decode"), or "both".
         how: "mask" or "drop".
@@ -142,10 +142,14 @@ class _LayerMasking:
     def install(self, stack: ExitStack) -> None:
         """Register the hooks until `stack` closes.
 
-        They come first of the layer's hooks, since a hook that drops tokens has to run after them.
+        They come first of the layer's hooks, so that patches and recorders get the layer's final states. But a hook that
+        drops tokens has to run after them on the input, and before them on the output.
         """
         stack.callback(self.layer.register_forward_pre_hook(self.before_layer, prepend=True, with_kwargs=True).remove)
-        stack.callback(self.layer.register_forward_hook(self.after_layer).remove)
+        stack.callback(self.layer.register_forward_hook(self.after_layer, prepend=True).remove)
+        dropping: LayerDropping | None = getattr(self.layer, "_probes_drop", None)
+        if dropping is not None:
+            dropping.come_first()
         if self.cut_mlp:
             mlp = component_module(self.layer, "mlp")
             stack.callback(mlp.register_forward_pre_hook(self.before_mlp).remove)
@@ -172,6 +176,7 @@ class _LayerMasking:
 
         mask = shared.once_per_call(("hide", keys), block, kwargs["attention_mask"])
         if mask is None:
+            shared.count_empty_choice(self.number)
             return None
         self.layer_input, self.removed = hidden, shared.selection.queries.to(hidden.device)
         shared.effect.add(self.number, int(self.removed.sum()))

@@ -55,3 +55,8 @@ class RemovalState:
         """Choose the tokens at the first layer of a call; later layers of the call find them chosen."""
         self.once_per_call("begin", self.selection.begin)
         self.effect.chosen = self.selection.chosen
+
+    def count_empty_choice(self, layer: int) -> None:
+        """Count the call of a layer if a callable chose no token for it: that is an outcome, not a mistake."""
+        if self.selection.is_deferred and self.is_active and not self.selection.chosen.any():
+            self.effect.add(layer, 0)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any, Literal, TypeVar
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
 from probes.hooks.token_window import TokenWindow
+from probes.tokens.position_mask import checked_mask
 
 When = Literal["prefill", "decode", "both"]
 # A group of the token map, or a mask of its positions (then no generated token is selected).
@@ -82,7 +82,7 @@ class TokenSelection:
         if isinstance(at, str):
             self._chosen = tokens.mask(at)
         elif isinstance(at, Tensor):
-            self._chosen = self._checked(at, tokens.labels.shape[0])
+            self._chosen = checked_mask(at, list(tokens.labels.shape))
         else:
             self._make_mask = at
 
@@ -105,7 +105,12 @@ class TokenSelection:
                 f"a callable group needs the whole prompt in one call, which has {positions} of "
                 f"{window.tokens.labels.shape[1]} positions: do not run it in chunks"
             )
-        self._chosen = self._checked(self._make_mask(), rows)
+        self._chosen = checked_mask(self._make_mask(), [rows, window.tokens.labels.shape[1]])
+
+    @property
+    def is_deferred(self) -> bool:
+        """Return whether a callable chooses the tokens."""
+        return self._make_mask is not None
 
     @property
     def chosen(self) -> Bool[Tensor, "batch positions"]:
@@ -140,15 +145,6 @@ class TokenSelection:
         first = self._window.first_key(length)
         keys = self.so_far[:, first : first + length]
         return nn.functional.pad(keys, (0, length - keys.shape[1]), value=False)
-
-    def _checked(self, mask: Tensor, rows: int) -> Tensor:
-        shape = [rows, self._window.tokens.labels.shape[1]]
-        if mask.dtype != torch.bool or list(mask.shape) != shape:
-            raise ValueError(
-                f"the mask of tokens is {mask.dtype} of shape {list(mask.shape)}: "
-                f"it must be torch.bool of shape {shape}"
-            )
-        return mask
 
 
 class PerCallCache:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import DynamicLayer
 
 from probes.hooks.decoder import cache_name
@@ -67,6 +68,7 @@ class LayerDropping:
         self.cached_subset: CallSubset | None = None
         self.has_dropped = False
         self.layer_input: Tensor | None = None
+        self.handle: RemovableHandle | None = None
 
     def install(self, stack: ExitStack) -> None:
         """Register the hooks until `stack` closes.
@@ -82,7 +84,18 @@ class LayerDropping:
         stack.callback(self.layer.__dict__.pop, "_probes_drop")
         stack.callback(set_current_subset, self.layer, None)
         stack.callback(self.layer.register_forward_pre_hook(self.before_layer, with_kwargs=True).remove)
-        stack.callback(self.layer.register_forward_hook(self.after_layer, prepend=True, with_kwargs=True).remove)
+        self.come_first()
+        stack.callback(self.remove_hook)
+
+    def come_first(self) -> None:
+        """Put the hook on the layer's output before those that others have put first since."""
+        self.remove_hook()
+        self.handle = self.layer.register_forward_hook(self.after_layer, prepend=True, with_kwargs=True)
+
+    def remove_hook(self) -> None:
+        """Remove the hook on the layer's output, if there is one."""
+        if self.handle is not None:
+            self.handle.remove()
 
     def before_layer(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -105,6 +118,7 @@ class LayerDropping:
         )
         self.cached_subset, self.has_dropped = subset, self.has_dropped or bool(removed.any())
         if not self.has_dropped:
+            shared.count_empty_choice(self.number)
             return None
         if kwargs.get("position_embeddings") is None:
             raise ValueError(f"{type(layer).__name__} takes no position_embeddings: use how='mask'")

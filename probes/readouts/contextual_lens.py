@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel
 
-from probes.hooks.decoder import decoder_layers, find_decoder
+from probes.hooks.decoder import as_indices, decoder_layers, find_decoder
 from probes.optional_packages import require_package
 from probes.readouts.hidden_states import record_states
 from probes.tokens.token_map import GROUPS, TokenMap
@@ -150,7 +150,7 @@ class ContextualLens:
             raise ValueError(
                 f"states: row {int(finite.int().argmin())} is not finite; leave out tokens that were dropped"
             )
-        selected = self.depths if depths is None else tuple(depths)
+        selected = self.depths if depths is None else tuple(as_indices("depths", depths))
         if outside := [depth for depth in selected if depth not in self.depths]:
             raise ValueError(f"depths: {outside[0]} is not in the lens, which has {', '.join(map(str, self.depths))}")
         if not 1 <= top <= len(selected) * len(self.words):
@@ -268,11 +268,13 @@ def contextual_lens(
     """
     model = require_model(model)
     layers = len(decoder_layers(find_decoder(model)))
-    selected = tuple(sorted(set(range(1, layers + 1) if depths is None else depths)))
+    selected = tuple(sorted(set(range(1, layers + 1) if depths is None else as_indices("depths", depths))))
     if not selected or not 1 <= selected[0] <= selected[-1] <= layers:
         raise ValueError(f"depths: {list(selected)} must be 1 to {layers}, the number of the model's layers")
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokenizer: {type(tokenizer).__name__} does not report offsets; use a fast tokenizer")
+    if isinstance(corpus, str):
+        raise TypeError("corpus: found a str; pass a list of texts")
     texts = list(shipped_captions() if corpus is None else corpus)
     encoded = [_find_last_tokens(tokenizer, text) for text in texts]
     _drop_repeated_prefixes(encoded)

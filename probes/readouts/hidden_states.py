@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from probes.hooks.decoder import decoder_layers, find_decoder, select_layers
 from probes.hooks.layer_io import component_module, output_states
 from probes.hooks.partial_call import current_subset
 from probes.hooks.token_window import TokenWindow
+from probes.tokens.position_mask import select_positions
 from probes.tokens.token_map import TokenMap
 
 
@@ -87,8 +89,8 @@ def record_states(
 ) -> Iterator[States]:
     """Record hidden states of one prompt, which may run in one call or in several that share a cache.
 
-    Generated tokens are not recorded. Attention and MLP have no output for tokens that an intervention drops from their
-    layer; the states there are NaN.
+    Generated tokens are not recorded. Interventions act before recording, in whichever order the blocks are nested.
+    Attention and MLP have no output for tokens that an intervention drops from their layer; the states there are NaN.
 
     Args:
         model: A transformers model with a decoder.
@@ -102,7 +104,9 @@ def record_states(
         The states. They can be read once the model has run the whole prompt.
 
     Raises:
-        ValueError: An unknown layer, group or component, or a call that does not fit `tokens`.
+        ValueError: An unknown layer, group or component, a mask that is not bool or not of the map's shape, or a call that
+            does not fit `tokens`.
+        TypeError: Layers are no list of integers.
 
     Example:
         >>> from probes import record_states
@@ -112,17 +116,26 @@ def record_states(
         torch.Size([6, 6, 128])
     """
     decoder = find_decoder(model, tokens.stack)
-    positions = tokens.mask(at) if isinstance(at, str) else at
-    states = States(select_layers(decoder, layers), component, positions)
+    states = States(select_layers(decoder, layers), component, select_positions(tokens, at))
     window = TokenWindow(decoder, tokens)
-    with ExitStack() as stack:
-        stack.enter_context(window)
+    handles: dict[int, RemovableHandle] = {}
+
+    def come_last(*_: Any) -> None:
+        """Register the hooks after those of interventions that have been opened since."""
         for layer in states.layers:
 
             def record(module: nn.Module, args: Any, output: Any, layer: int = layer) -> None:
                 subset, hidden = current_subset(decoder_layers(decoder)[layer]), output_states(output)
                 states._add(layer, window, hidden if subset is None else subset.scatter_to_call(hidden))
 
+            if layer in handles:
+                handles[layer].remove()
             module = component_module(decoder_layers(decoder)[layer], component)
-            stack.callback(module.register_forward_hook(record).remove)
+            handles[layer] = module.register_forward_hook(record)
+
+    with ExitStack() as stack:
+        stack.callback(lambda: [handle.remove() for handle in handles.values()])
+        come_last()
+        stack.enter_context(window)
+        stack.callback(decoder.register_forward_pre_hook(come_last).remove)
         yield states

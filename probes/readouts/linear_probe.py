@@ -58,8 +58,8 @@ def linear_readout(
 
     The classifier is ridge regression in closed form. Features are standardised on the training samples. Each label is
     one target: 1 for its samples, 0 for others. All labels have the same weight, whatever their number of samples, and
-    the largest output wins. So states without information score 1 / number of labels, not the share of the most
-    frequent label.
+    the largest output wins. So states without information score 1 / number of labels if all labels have equally many
+    samples. Otherwise they score more, up to the share of the most frequent label: the control gives the chance level.
 
     The penalty is the one of `RIDGE_PENALTIES` with the least squared error when each training sample is left out in
     turn. This needs no second training, and the test samples play no part in it. Folds are assigned label by label, so

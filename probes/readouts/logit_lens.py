@@ -11,11 +11,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from probes.hooks.decoder import MASK_FORMATS, decoder_layers, find_decoder
+from probes.hooks.decoder import MASK_FORMATS, as_indices, decoder_layers, find_decoder
 from probes.hooks.layer_io import input_states
 from probes.hooks.token_window import TokenWindow
 from probes.hooks.unembedding import Unembedding
 from probes.optional_packages import require_package
+from probes.tokens.position_mask import select_positions
 from probes.tokens.token_map import TokenMap
 from probes.unwrapping import require_model
 
@@ -249,7 +250,8 @@ def logit_lens(
         The lens. It can be read once the model has run the whole prompt.
 
     Raises:
-        ValueError: An unknown group or depth; a model whose residual stream cannot be read in this way; or a call that
+        TypeError: Depths or tracked ids are no list of integers.
+        ValueError: An unknown group or depth; a mask that is not bool or not of the map's shape; a model whose residual stream cannot be read in this way; or a call that
             does not fit `tokens`.
         RuntimeError: A second prompt runs inside the block, or the lens is read before a forward pass.
 
@@ -263,23 +265,19 @@ def logit_lens(
     model = require_model(model)
     unembed, decoder = Unembedding(model, tokens), find_decoder(model, "decoder", MASK_FORMATS.values())
     layers = decoder_layers(decoder)
-    selected_depths = tuple(sorted(set(range(len(layers) + 1) if depths is None else depths)))
+    selected_depths = tuple(sorted(set(range(len(layers) + 1) if depths is None else as_indices("depths", depths))))
     outside = [depth for depth in selected_depths if not 0 <= depth <= len(layers)]
     if outside:
         raise ValueError(f"depths {outside} are outside the model: 0 (embeddings) to {len(layers)} (all its layers)")
-    words = unembed.head.out_features
-    if not 1 <= top <= words or any(not 0 <= token < words for token in track):
-        raise ValueError(f"top {top} or tracked ids {list(track)} do not fit a vocabulary of {words} tokens")
+    words, tracked = unembed.head.out_features, tuple(as_indices("track", track))
+    if not 1 <= top <= words or any(not 0 <= token < words for token in tracked):
+        raise ValueError(f"top {top} or tracked ids {list(tracked)} do not fit a vocabulary of {words} tokens")
     if at is None:
         at = tokens.labels != (tokens.index("pad") if "pad" in tokens.groups else -1)
-    positions = tokens.mask(at) if isinstance(at, str) else at
-    if positions.shape != tokens.labels.shape:
-        raise ValueError(
-            f"the mask of positions has shape {list(positions.shape)}, the token map {list(tokens.labels.shape)}"
-        )
+    positions = select_positions(tokens, at)
     if not positions.any():
         raise ValueError(f"no position to read: the map has none of {at if isinstance(at, str) else 'the mask'!r}")
-    lens = LogitLens(tokens, positions, selected_depths, top, tuple(track))
+    lens = LogitLens(tokens, positions, selected_depths, top, tracked)
     window = TokenWindow(decoder, tokens)
     last_states: list[Tensor] = []
 

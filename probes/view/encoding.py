@@ -67,7 +67,13 @@ def encode_floats(values: np.ndarray) -> str:
 
 
 def encode_indices(values: np.ndarray) -> str:
-    """Return whole numbers below 65,536 as little-endian uint16, compressed, in base64."""
+    """Return whole numbers below 65,536 as little-endian uint16, compressed, in base64.
+
+    Raises:
+        ValueError: If a number is negative or larger.
+    """
+    if (outside := values[(values < 0) | (values > 65_535)]).size:
+        raise ValueError(f"values: {outside[0]} does not fit; indices must be 0 to 65535")
     return _compress(np.ascontiguousarray(values, dtype="<u2").tobytes())
 
 

@@ -56,15 +56,18 @@ class AttentionView:
         if not runs:
             raise ValueError("runs: a page needs at least one run, found 0")
         self.runs = tuple(runs)
+        self._given_title = title
         self.title = title or "Attention of " + " and ".join(dict.fromkeys(run.name for run in runs))
 
     def compare(self, other: AttentionView) -> AttentionView:
         """Return a page with the runs of both, to show beside each other, or their difference.
 
+        It has the title that was given to this page, or else the one given to the other.
+
         Args:
             other: Another model, image or question, or the same model under an intervention.
         """
-        return AttentionView([*self.runs, *other.runs])
+        return AttentionView([*self.runs, *other.runs], self._given_title or other._given_title)
 
     def html(self) -> str:
         """Return the page as HTML. It needs no network."""

@@ -86,7 +86,8 @@ class ViewRun:
         mass: Attention of each word on the image; NaN where undefined.
         uniform: The same for attention spread evenly over the keys that a word can attend to.
         maps: What can be shown on the patches; the first is shown first.
-        images: The images in reading order. A video is a list of its frames.
+        images: The images in reading order: PIL images, or arrays with values in 0 to 255, or floats in 0 to 1. A video is
+            a list of its frames.
         sinks: Which positions are visual sinks in each layer, and the rule that found them.
         removal: Score of the answer without the image from each layer on.
     """
@@ -197,6 +198,8 @@ def _patches(tokens: TokenMap, positions: Tensor) -> tuple[dict[str, Any], list[
 
 
 def _image_data(image: Any, label: str) -> dict[str, Any]:
+    if getattr(image, "ndim", 0) == 4:  # an array of frames
+        image = list(image)
     frames = [_as_pil(frame) for frame in image] if isinstance(image, (list, tuple)) else [_as_pil(image)]
     width, height = frames[0].size
     return {"label": label, "width": width, "height": height, "frames": [_data_uri(frame) for frame in frames]}
@@ -214,7 +217,22 @@ def _as_pil(image: Any) -> Image.Image:
     if isinstance(image, Image.Image):
         return rgb_on_white(image)
     array = np.asarray(image)
-    return Image.fromarray(array.astype(np.uint8)).convert("RGB")
+    if array.ndim == 3 and array.shape[2] not in (1, 3, 4):  # channels first, as in `TokenMap.from_inputs`
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.ndim != 2 and array.shape[2:] not in ((3,), (4,)):
+        raise ValueError(
+            f"images: an array of shape {list(np.shape(image))} is no image; pass [height, width, 1, 3 or 4 channels]"
+        )
+    if np.issubdtype(array.dtype, np.floating) and ((array >= 0) & (array <= 1)).all():
+        array = (array * 255).round()
+    if not ((array >= 0) & (array <= 255)).all():
+        raise ValueError(
+            f"images: an array has values from {array.min():g} to {array.max():g}; pass values in 0 to 255, or floats in "
+            "0 to 1"
+        )
+    return rgb_on_white(Image.fromarray(array.astype(np.uint8)))
 
 
 def _data_uri(image: Image.Image) -> str:

@@ -115,7 +115,8 @@ def find_words(
         tokenizer: The tokenizer, which decodes them.
         words: The words to choose, as they stand in the text; each occurrence is chosen. By default the words of the
             question and the answer, and the last position before the answer, which predicts its first token.
-            Special tokens are not chosen. Of more than `MOST_WORDS` words, the last ones are chosen.
+            Special tokens are not chosen. Of more than `MOST_WORDS` words the last ones are chosen, and up to half of the
+            places are kept for the question with that position.
         question: The text of the question, which limits the default to it. By default all of the instruction.
 
     Raises:
@@ -140,7 +141,7 @@ def find_words(
             if word.group == "response"
             or (word.group == "instruction" and (span is None or span & set(word.positions)))
         ]
-        candidates = _with_prediction(candidates, tokens)[-MOST_WORDS:]
+        candidates = _within_limit(_with_prediction(candidates, tokens))
     if not candidates:
         raise ValueError("words: the prompt has no word of an instruction or a response")
     return Words(tuple(candidates), _text_parts(groups, ids, tokenizer, runs, candidates))
@@ -250,6 +251,15 @@ def _with_prediction(words: list[Word], tokens: TokenMap) -> list[Word]:
     group = tokens.groups[int(tokens.labels[0, position])]
     index = sum(word.positions[-1] < position for word in words)
     return [*words[:index], Word(NEXT, group, (position,)), *words[index:]]
+
+
+def _within_limit(words: list[Word]) -> list[Word]:
+    """Return at most `MOST_WORDS` words, the last ones of the answer and of the rest, which has up to half of the places."""
+    answer = [word for word in words if word.group == "response"]
+    asked = [word for word in words if word.group != "response"]
+    asked = asked[-max(MOST_WORDS // 2, MOST_WORDS - len(answer)) :]
+    kept = {*asked, *answer[len(answer) - min(len(answer), MOST_WORDS - len(asked)) :]}
+    return [word for word in words if word in kept]
 
 
 def _text_parts(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from probes import RemoveTokens, TokenMap, intervene
@@ -71,6 +72,23 @@ def test_encode_prompt_without_a_chat_template_needs_the_image_token_in_the_ques
         encode_prompt(model, processor, "how many rings are there?", [image])
     inputs = encode_prompt(model, processor, "<image> how many rings are there?", [image])
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 36  # 6 x 6 patches
+
+
+def test_encode_prompt_has_one_start_token_if_template_and_tokenizer_both_write_it(shipped):
+    """The tokenizers of Gemma 3, Llama 4 and Mistral 3 add a start token, and so do their templates."""
+    model, _, image = shipped
+    processor = AutoProcessor.from_pretrained(TINY)
+    tokenizer = processor.tokenizer
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    assert tokenizer("red")["input_ids"][0] == tokenizer.bos_token_id
+    question = "how many rings are there?"
+    message = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}
+    expected = processor.apply_chat_template(
+        [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert torch.equal(encode_prompt(model, processor, question, [image])["input_ids"], expected["input_ids"])
 
 
 def test_removal_curve_is_the_probability_of_every_word_of_the_answer(shipped):

@@ -132,6 +132,15 @@ def test_relevancy_of_hand_set_layer_finds_relevant_patch(make_rows, patch):
     assert result.layers[1, 0].argmax() == 2 + patch
 
 
+def test_relevancy_of_lists_equals_relevancy_of_tensors(make_llava, make_inputs):
+    model, inputs = make_llava(), make_inputs("left")
+    tokens = TokenMap.from_inputs(model, inputs)
+    given = relevancy(model, tokens, inputs, answers=[1, 2, 3], at=[12, 11, 12])
+    expected = relevancy(model, tokens, inputs, answers=torch.tensor([1, 2, 3]), at=torch.tensor([12, 11, 12]))
+    assert torch.equal(given.rollout, expected.rollout)
+    assert given.at.tolist() == [12, 11, 12]
+
+
 def test_relevancy_with_invalid_arguments_raises(make_llava, make_inputs):
     model, inputs = make_llava(), make_inputs("left")
     tokens = TokenMap.from_inputs(model, inputs)
@@ -139,6 +148,7 @@ def test_relevancy_with_invalid_arguments_raises(make_llava, make_inputs):
         ({"answers": torch.tensor([1])}, r"answers have shape \[1\].*3"),
         ({"answers": torch.tensor([1, 2, 9999])}, r"answers are \[1, 2, 9999\]"),
         ({"at": torch.tensor([0, 0])}, r"at is \[0, 0\].*0 to 12.*3 samples"),
+        ({"at": [0, 0]}, r"at is \[0, 0\].*0 to 12.*3 samples"),
         ({"at": torch.tensor([0, 0, 13])}, r"at is \[0, 0, 13\].*0 to 12"),
     ):
         with pytest.raises(ValueError, match=message):

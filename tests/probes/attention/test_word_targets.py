@@ -79,16 +79,26 @@ def test_record_attention_words_in_calls_that_share_a_cache_equal_one_call(
     torch.testing.assert_close(parts.received[..., :length], whole.received, rtol=0, atol=1e-5, equal_nan=True)
 
 
-def test_record_attention_words_with_other_targets_records_what_the_words_leave(
+def test_record_attention_words_with_other_targets_records_these_alone(
     make_llava: Callable[..., LlavaForConditionalGeneration], make_rows: Callable[..., dict[str, torch.Tensor]]
 ) -> None:
     model = make_llava()
     inputs, tokens = prompt(make_rows, model)
-    targets = ("instruction", *WORDS.groups[:1])
+    targets = ("vision", *WORDS.groups[1:2])
     with torch.no_grad(), record_attention(model, tokens, words=WORDS, targets=targets) as attention:
         model(**inputs)
     assert attention.targets == targets
-    # Position 7 alone is of the instruction and of no word.
-    assert attention.queries[0, 0, 0, tokens.index("vision")].item() == 1
+    assert attention.queries[0, 0, :, tokens.index("vision")].tolist() == [PATCHES, 2]
     with pytest.raises(ValueError, match="word 9"), record_attention(model, tokens, words=WORDS, targets=["word 9: x"]):
+        pass
+
+
+def test_record_attention_group_that_holds_words_as_target_raises(
+    make_llava: Callable[..., LlavaForConditionalGeneration], make_rows: Callable[..., dict[str, torch.Tensor]]
+) -> None:
+    """Each position is of one target, so the group would be recorded without its words."""
+    model = make_llava()
+    _, tokens = prompt(make_rows, model)
+    raises = pytest.raises(ValueError, match=r"targets: .*'instruction'.*'middle'")
+    with raises, record_attention(model, tokens, targets=["instruction"], words=WORDS):
         pass

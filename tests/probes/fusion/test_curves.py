@@ -285,10 +285,45 @@ def test_curves_after_exception_leave_model_unchanged(batch: Any) -> None:
     assert torch.equal(model(**inputs).logits, before)
 
 
+def test_curves_of_right_answers_read_at_padding_raise_value_error(make_llava: Make, make_rows: Make) -> None:
+    """Padding gives every answer as wrong, whatever other logits it has; only the right answer put there shows it."""
+    model, inputs = make_llava(), make_rows([(2, 4, 9), (2, 4, 6), (0, 4, 3)], "right")
+    tokens, rows = TokenMap.from_inputs(model, inputs), torch.arange(3)
+    last = inputs["attention_mask"].sum(1) - 1
+    with torch.no_grad():
+        answers = model(**inputs).logits[rows, last].argmax(-1)  # all are right
+
+    def read_last_column(logits: torch.Tensor) -> torch.Tensor:
+        return (logits[:, -1].argmax(-1) == answers).float()
+
+    def read_answers(logits: torch.Tensor) -> torch.Tensor:
+        return (logits[rows, last].argmax(-1) == answers).float()
+
+    for measure in (removal_curve, knockout_curve):
+        with pytest.raises(ValueError, match=r"rows \[1, 2\] .* padding"):
+            measure(model, tokens, inputs, read_last_column)
+        curve = measure(model, tokens, inputs, read_answers)
+        assert curve.min() == 0, "some points are wrong, so that right and wrong have both been checked"
+        assert curve.max() == 1
+
+
+def test_curves_of_map_without_pad_group_equal_those_with_one(make_llava: Make, make_rows: Make) -> None:
+    model, inputs = make_llava(), make_rows([(2, 4, 6)], "left")
+    tokens = TokenMap.from_inputs(model, inputs)
+    two_groups = TokenMap(tokens.mask("vision").long(), groups=("text", "vision"), generated="text")
+    for measure in (removal_curve, knockout_curve):
+        expected = measure(model, tokens, inputs, last_token_score)
+        assert measure(model, two_groups, inputs, last_token_score) == pytest.approx(expected, abs=1e-6)
+
+
 def test_curves_with_invalid_arguments_raise_value_error(batch: Any) -> None:
     model, tokens, inputs = batch
     with pytest.raises(ValueError, match=r"starts \[-1, 4\].*3 layers"):
         removal_curve(model, tokens, inputs, last_token_score, starts=[-1, 0, 4])
+    with pytest.raises(TypeError, match=r"^starts: 2 "):
+        removal_curve(model, tokens, inputs, last_token_score, starts=2)
+    with pytest.raises(ValueError, match=r"spans .*range\(0, 3, 2\)"):
+        removal_scores(model, tokens, inputs, last_token_score, [range(3), range(0, 3, 2)])
     with pytest.raises(ValueError, match="width is 0"):
         knockout_curve(model, tokens, inputs, last_token_score, 0)
     with pytest.raises(ValueError, match="group 'question'"):

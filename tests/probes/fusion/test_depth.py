@@ -283,7 +283,7 @@ def test_agreement_of_incomparable_estimates_raises_value_error() -> None:
         (np.zeros((3, 0)), "attention", {}, r"attention needs \[layers, samples\]"),
         (np.array([[0.0, np.nan], [1.0, np.nan]]), "attention", {}, "single sample"),
         (np.array([[0.0], [np.nan]]), "removal", {}, "score that is not finite"),
-        (np.array([[0.5], [np.nan]]), "attention", {}, "sample 0 has NaN mass"),
+        (np.array([[0.5], [np.nan]]), "attention", {}, r"sample 0 has NaN mass in layers \[1\] .*sliding"),
         (np.array([[0.5], [-0.1]]), "attention", {}, "negative or infinite mass"),
         (np.zeros((3, 2)), "removal", {"threshold": 0.0}, "threshold is 0.0"),
         (np.zeros((3, 2)), "removal", {"threshold": 1.5}, "threshold is 1.5"),

@@ -194,6 +194,33 @@ def test_patch_activations_under_drop_patches_selected_tokens(
     close(logits[0][unpadded], logits[1][unpadded])
 
 
+@pytest.mark.parametrize("options", [{}, {"how": "drop"}, {"how": "drop", "keep_cache": True}])
+def test_patch_activations_of_removed_tokens_acts_in_either_order(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], options: dict[str, Any]
+) -> None:
+    """Layer 2 reads the patched states, not those that removal passes through layer 1."""
+    inputs, model = make_inputs(), make_llava()
+    tokens = TokenMap.from_inputs(model, inputs)
+    pair = RemoveTokens("vision", [1], **options), PatchActivations("vision", [1], "residual", "zero")
+    with torch.no_grad(), intervene(model, tokens, pair[0]):
+        passed = model(**inputs).logits
+    logits = []
+    for order in (pair, pair[::-1]):
+        with (
+            torch.no_grad(),
+            record_states(model, tokens, "vision", [1]) as patched,
+            intervene(model, tokens, *order) as receipt,
+        ):
+            logits.append(model(**inputs).logits)
+        assert not patched[1].any()
+        assert {effect.name: effect.tokens[1] for effect in receipt} == {
+            "RemoveTokens(vision)": 8,
+            "PatchActivations(vision, residual)": 8,
+        }
+    close(*logits)
+    assert not torch.allclose(logits[0], passed, atol=1e-3)
+
+
 def test_patch_activations_dropped_tokens_raise(
     make_llama: Callable[..., Any], make_rows: Callable[..., Inputs]
 ) -> None:
@@ -246,6 +273,11 @@ def test_patch_activations_beam_search_patches_each_beam(
             r"values of layer 1 have shape \[7, 32\]: .*8 positions of width 32.*\[8, 32\] or \[32\]",
         ),
         (("vision", [1], "mlp", {1: torch.zeros(8, 16)}), r"have shape \[8, 16\]"),
+        (
+            ("vision", [1], "mlp", {1: torch.eye(8, 32).log().where(torch.arange(8)[:, None] == 5, 0)}),
+            r"layer 1.*row 5",
+        ),
+        (("vision", [1], "mlp", {1: torch.full((32,), torch.nan)}), r"values of layer 1: .*not finite"),
     ],
 )
 def test_patch_activations_invalid_argument_raises(

@@ -243,6 +243,20 @@ def test_record_states_dropped_tokens_are_nan(
     assert states[0].isfinite().all()
 
 
+@pytest.mark.parametrize("masked_first", [True, False])
+def test_remove_tokens_drop_and_mask_in_one_layer_equal_one_removal(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], masked_first: bool
+) -> None:
+    inputs, model = make_inputs(), make_llava()
+    tokens = TokenMap.from_inputs(model, inputs)
+    pair = RemoveTokens("system", [1]), RemoveTokens("vision", [1], how="drop")
+    both, unpadded = tokens.mask("system") | tokens.mask("vision"), inputs["attention_mask"].bool()
+    with torch.no_grad(), intervene(model, tokens, RemoveTokens(both, [1])):
+        expected = model(**inputs).logits
+    with torch.no_grad(), intervene(model, tokens, *(pair if masked_first else pair[::-1])):
+        close(model(**inputs).logits[unpadded], expected[unpadded])
+
+
 @pytest.mark.parametrize("nested", [True, False])
 def test_block_attention_under_drop_equals_under_mask(
     make_llama: Callable[..., Any], make_rows: Callable[..., Inputs], nested: bool

@@ -160,6 +160,19 @@ def test_recycle_tokens_equals_loops(count: int) -> None:
     assert not centres[2].any()
 
 
+@pytest.mark.parametrize("how", ["mask", "drop"])
+def test_sparsevlm_of_full_rank_drops_nothing(make_llava: Callable[..., Any], make_rows: Any, how: Any) -> None:
+    """With 20 words for 4 patches, the rank of their attention is 4. Nothing is dropped, and the receipt says so."""
+    model, inputs = make_llava(), make_rows([(2, 4, 20)], "left")
+    tokens = TokenMap.from_inputs(model, inputs)
+    with torch.no_grad():
+        with sparsevlm(model, tokens, [1], "rank", how=how) as receipt:
+            logits = model(**inputs).logits
+        torch.testing.assert_close(logits, model(**inputs).logits)
+    assert not receipt[0].chosen.any()
+    assert (receipt[0].calls, receipt[0].tokens) == ({1: 1, 2: 1}, {1: 0, 2: 0})
+
+
 def test_recycle_tokens_of_equal_tokens_keeps_their_sum() -> None:
     """Two groups of equal tokens become two tokens, each the sum of its group."""
     states = torch.cat([torch.ones(1, 4, 3), -torch.ones(1, 6, 3)], dim=1)

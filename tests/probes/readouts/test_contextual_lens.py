@@ -156,6 +156,10 @@ def test_contextual_lens_with_bad_arguments_names_them() -> None:
     for depths in ([0], [4], []):
         with pytest.raises(ValueError, match=r"depths: .* must be 1 to 3"):
             contextual_lens(model, word_tokenizer(), CORPUS, depths=depths)
+    with pytest.raises(TypeError, match=r"^depths: 1 "):
+        contextual_lens(model, word_tokenizer(), CORPUS, depths=1)
+    with pytest.raises(TypeError, match=r"^corpus: .* str"):
+        contextual_lens(model, word_tokenizer(), "the red ring")
     with pytest.raises(ValueError, match="corpus: 2 texts hold no word"):
         contextual_lens(model, word_tokenizer(), ["a", "two"])
     with pytest.raises(ValueError, match=r"tokenizer: object"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, LlavaForConditionalGeneration
 
-from probes import TokenMap
+from probes import BlockAttention, PatchActivations, RemoveTokens, TokenMap, intervene
 from probes.readouts.hidden_states import record_states
 
 Inputs = dict[str, Tensor]
@@ -50,6 +50,39 @@ def test_record_states_attention_and_mlp_sum_to_residual(
     torch.testing.assert_close(before + attention + mlp, after)
 
 
+@pytest.mark.parametrize("component", ["residual", "attention", "mlp"])
+@pytest.mark.parametrize("name", ["mask", "drop", "keep_cache", "block", "patch"])
+@torch.no_grad()
+def test_record_states_around_interventions_equals_record_states_inside(
+    make_llava: Callable[..., LlavaForConditionalGeneration],
+    make_inputs: Callable[..., Inputs],
+    name: str,
+    component: Any,
+) -> None:
+    """Row 1 begins with its image: without edges inside the image, its visual tokens have no key."""
+    model, inputs = make_llava(), make_inputs()
+    tokens = TokenMap.from_inputs(model, inputs)
+    intervention: Any = {
+        "mask": RemoveTokens("vision", [1]),
+        "drop": RemoveTokens("vision", [1], how="drop"),
+        "keep_cache": RemoveTokens("vision", [1], how="drop", keep_cache=True),
+        "block": BlockAttention("vision", "vision", [1]),
+        "patch": PatchActivations("vision", [1], component, "zero"),
+    }[name]
+    with record_states(model, tokens, "vision", component=component) as around, intervene(model, tokens, intervention):
+        model(**inputs)
+    with intervene(model, tokens, intervention), record_states(model, tokens, "vision", component=component) as inside:
+        model(**inputs)
+    for layer in range(3):
+        assert torch.equal(around[layer].nan_to_num(9), inside[layer].nan_to_num(9))
+    if component == "residual" and name not in ("block", "patch"):
+        assert torch.equal(around[1], around[0]), "removed tokens pass through"
+    if name == "patch":
+        assert not around[1].any()
+    if (name, component) == ("block", "attention"):
+        assert not around[1][around.index[:, 0] == 1].any(), "no key, so no output"
+
+
 @torch.no_grad()
 def test_record_states_chunked_prompt_equals_one_pass(
     make_llama: Callable[..., LlamaForCausalLM], make_inputs: Callable[..., Inputs]
@@ -87,6 +120,11 @@ def test_record_states_chunked_prompt_equals_one_pass(
         ({"component": "resid"}, "unknown component 'resid'.*residual, attention, mlp"),
         ({"at": "image"}, "unknown group 'image'"),
         ({"layers": [3]}, r"layers \[3\] are outside the model"),
+        ({"at": torch.ones(3, 13, dtype=torch.long)}, r"mask .* torch.int64 .*\[3, 13\]"),
+        ({"at": torch.ones(1, 13, dtype=torch.bool)}, r"mask .*\[1, 13\].*\[3, 13\]"),
+        ({"at": torch.ones(4, 13, dtype=torch.bool)}, r"mask .*\[4, 13\].*\[3, 13\]"),
+        ({"at": torch.ones(3, 5, dtype=torch.bool)}, r"mask .*\[3, 5\].*\[3, 13\]"),
+        ({"at": [[True] * 13] * 3}, r"mask .* list"),
     ],
 )
 def test_record_states_invalid_argument_raises(

@@ -244,11 +244,20 @@ def test_logit_lens_invalid_use_raises(make_llava, make_inputs):
         ({"depths": [0, 4]}, r"depths \[4\] are outside the model.* 0 \(embeddings\) to 3"),
         ({"at": "question"}, "unknown group 'question'"),
         ({"at": "response"}, "no position to read: the map has none of 'response'"),
-        ({"at": torch.ones(1, 2, dtype=torch.bool)}, r"shape \[1, 2\], the token map \[3, 13\]"),
+        ({"at": torch.ones(1, 2, dtype=torch.bool)}, r"shape \[1, 2\].*\[3, 13\]"),
+        ({"at": torch.ones(3, 13, dtype=torch.long)}, r"torch.int64 of shape \[3, 13\]"),
         ({"top": 65}, "do not fit a vocabulary of 64 tokens"),
         ({"track": [64]}, "do not fit a vocabulary of 64 tokens"),
     ):
         with pytest.raises(ValueError, match=message), logit_lens(model, tokens, **arguments):
+            pass
+    for arguments, message in (
+        ({"depths": 1}, "^depths: 1 "),
+        ({"depths": [1.5]}, r"^depths: 1\.5 "),
+        ({"track": 5}, "^track: 5 "),
+        ({"track": ["red"]}, "^track: 'red' "),
+    ):
+        with pytest.raises(TypeError, match=message), logit_lens(model, tokens, **arguments):
             pass
     with pytest.raises(ValueError, match=r"map.*prefusion"):
         logit_lens(model, replace(tokens, stack="prefusion")).__enter__()

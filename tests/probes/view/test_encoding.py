@@ -40,3 +40,9 @@ def test_encode_rows_bytes_are_levels_in_reading_order():
 def test_encode_floats_and_indices_are_little_endian():
     assert base64.b64decode(encode_floats(np.array([1.0]))) == b"\x00\x00\x80?"
     assert gzip.decompress(base64.b64decode(encode_indices(np.array([1, 256])))) == b"\x01\x00\x00\x01"
+
+
+@pytest.mark.parametrize("value", [65536, -1])
+def test_encode_indices_that_do_not_fit_are_refused(value):
+    with pytest.raises(ValueError, match=f"^values: {value} "):
+        encode_indices(np.array([0, value]))

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import io
 import re
 
 import numpy as np
@@ -114,6 +115,15 @@ def test_compare_has_the_runs_of_both_pages(shipped):
     assert [run["name"] for run in page_data(page)["runs"]] == ["first", "second", "first"]
 
 
+def test_compare_keeps_the_title_that_was_given(shipped):
+    model, inputs, tokens, words, image = shipped
+    run = record_words(model, inputs, tokens, words).view_run([image], "first")
+    titled, plain = AttentionView([run], "Rings"), AttentionView([run])
+    assert titled.compare(plain).title == "Rings"
+    assert plain.compare(titled).compare(plain).title == "Rings"
+    assert plain.compare(plain).title == "Attention of first"
+
+
 def test_jupyter_frame_holds_the_page(shipped):
     model, inputs, tokens, words, image = shipped
     view = record_words(model, inputs, tokens, words).view(images=[image])
@@ -163,6 +173,53 @@ def test_page_of_every_family_has_boxes_that_hold_their_pixels(family):
         ]
         centre = [(left + right) / 2 / 40 * 255, (top + bottom) / 2 / 24 * 255]
         np.testing.assert_allclose(inside.mean((0, 1))[:2], centre, atol=8)
+
+
+@pytest.fixture(scope="module")
+def recorded(shipped):
+    return record_words(*shipped[:4])
+
+
+def shown_pixels(record, image):
+    """Return the pixels of the page's image."""
+    uri = page_data(record.view(images=[image]).html())["runs"][0]["images"][0]["frames"][0]
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))))
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (PIXELS, PIXELS),
+        ((PIXELS / 255).astype(np.float32), PIXELS),
+        (PIXELS.astype(np.float64), PIXELS),
+        (PIXELS.astype(np.uint16), PIXELS),
+        (PIXELS.transpose(2, 0, 1), PIXELS),
+        (torch.tensor(PIXELS).permute(2, 0, 1) / 255, PIXELS),
+        (PIXELS[..., :1], PIXELS[..., [0, 0, 0]]),
+        (PIXELS[None, ..., 0], PIXELS[..., [0, 0, 0]]),
+        (PIXELS[..., 0], PIXELS[..., [0, 0, 0]]),
+        (PIXELS[None], PIXELS),  # a video of one frame
+    ],
+)
+def test_page_shows_arrays_as_they_are(recorded, image, expected):
+    assert np.array_equal(shown_pixels(recorded, image), expected)
+
+
+@pytest.mark.parametrize(
+    ("image", "found"),
+    [
+        (PIXELS.astype(np.uint16) * 256, str(int(PIXELS.max()) * 256)),
+        (PIXELS / 255 - 0.5, "-0.5"),
+        (np.zeros((5, 7, 5)), r"\[5, 7, 5\]"),
+        ((5, 7), r"shape \[\]"),
+    ],
+)
+def test_page_of_arrays_that_are_no_images_is_refused(recorded, image, found):
+    with pytest.raises(ValueError, match=rf"^images: .*{found}"):
+        shown_pixels(recorded, image)
 
 
 def test_attention_view_of_no_run_is_refused():

@@ -81,6 +81,18 @@ def test_find_words_more_than_the_limit_keeps_the_last_ones():
     assert texts(words)[-1] == str(MOST_WORDS + 29)
 
 
+def test_find_words_of_a_long_answer_keeps_places_for_the_question_and_the_position_before_the_answer():
+    asked, answer = [f"q{number}" for number in range(5)], [f"a{number}" for number in range(100)]
+    ids, tokens = prompt((VISION, 2), (INSTRUCTION, " ".join(asked) + " "), (RESPONSE, " ".join(answer)))
+    assert texts(find_words(tokens, ids, TOKENIZER)) == [*asked, NEXT, *answer[-(MOST_WORDS - 6) :]]
+    asked *= 20
+    ids, tokens = prompt((VISION, 2), (INSTRUCTION, " ".join(asked) + " "), (RESPONSE, " ".join(answer)))
+    half = MOST_WORDS // 2
+    assert texts(find_words(tokens, ids, TOKENIZER)) == [*asked[-half + 1 :], NEXT, *answer[-half:]]
+    ids, tokens = prompt((VISION, 2), (INSTRUCTION, " ".join(asked) + " "), (RESPONSE, "yes"))
+    assert texts(find_words(tokens, ids, TOKENIZER)) == [*asked[-MOST_WORDS + 2 :], NEXT, "yes"]
+
+
 def test_find_words_text_parts_hold_the_whole_text_without_padding():
     ids, tokens = prompt((PAD, 3), (SYSTEM, "You are. "), (VISION, 4), (INSTRUCTION, "is it red?"))
     words = find_words(tokens, ids, TOKENIZER)

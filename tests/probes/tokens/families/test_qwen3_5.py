@@ -9,7 +9,7 @@ import torch
 
 from probes import RemoveTokens, TokenMap, intervene, logit_lens, record_attention, record_states
 from probes.attribution import relevancy
-from probes.fusion.curves import knockout_curve, removal_curve
+from probes.fusion.curves import attention_curve, knockout_curve, removal_curve
 from probes.hooks.decoder import decoder_layers, find_decoder
 from probes.interventions import BlockAttention
 from probes.replay import replay
@@ -121,6 +121,8 @@ def test_probes_of_layers_with_linear_attention_raise_value_error() -> None:
     for curve in (removal_curve, knockout_curve):
         with pytest.raises(ValueError, match=REFUSED):
             curve(model, tokens, inputs, score)
+    with pytest.raises(ValueError, match=REFUSED):
+        attention_curve(model, tokens, inputs)
     with pytest.raises(ValueError, match=r"Qwen3_5DecoderLayer has no self_attn"):
         record_states(model, tokens, "vision", component="attention").__enter__()
     with pytest.raises(ValueError, match=r"layers \[0\] of Qwen3_5TextModel have no attention weights"):
