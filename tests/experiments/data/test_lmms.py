@@ -125,7 +125,9 @@ def test_model_file_versions_of_a_shipped_adapter_are_those_of_its_folder():
     hub = {"name": "m", "path": "llava-hf/llava-1.5-7b-hf"}
     by_name, by_folder = (
         model_file_versions(
-            from_plain(migrate({"model": hub, "data": {"name": "shapes"}, "train": {"lora_init": adapter}}))
+            from_plain(
+                migrate({"model": hub, "data": {"name": "shapes"}, "train": {"lora_init": adapter, "lora_rank": 2}})
+            )
         )
         for adapter in ("asset:smol_grids", str(ASSETS / "smol_grids"))
     )
