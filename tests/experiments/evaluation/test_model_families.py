@@ -18,7 +18,14 @@ from tests.experiments.model_families import chat_family, image_questions, noise
 from tests.probes.tokens.families.build import MODEL_FAMILIES, TinyFamily, tiny
 
 CPU = torch.device("cpu")
-WITHOUT_BOUND = ("paligemma", "gemma3", "gemma3n", "gemma4", "llama4", "aya_vision")  # a two-way prefix, or short windows
+WITHOUT_BOUND = (
+    "paligemma",
+    "gemma3",
+    "gemma3n",
+    "gemma4",
+    "llama4",
+    "aya_vision",
+)  # a two-way prefix, or short windows
 ALL_PROBES = ProbeConfig(attention=True, random_control=True, removal=True, knockout=True, readout=True, lens=True)
 
 
