@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -13,6 +13,20 @@ from experiments.config.data_schema import DATA
 from experiments.config.schema import MODELS, Config
 
 _NOT_RECORDED = ("rows", "row", "retry_failed")
+
+
+def flatten_config(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings of a nested configuration with their dotted names.
+
+    Example:
+        >>> dict(flatten_config({"train": {"max_steps": 60}, "seed": 0}))
+        {'train.max_steps': 60, 'seed': 0}
+    """
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from flatten_config(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def to_plain(config: Config | DictConfig) -> dict[str, Any]:

@@ -8,11 +8,13 @@ the baseline. `row=2` runs the third row, and `-m` all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import OmegaConf
+
+from experiments.config.plain import flatten_config
 
 PAPER_GRID = 24
 """Patches per side of the paper's CLIP vision tower at 336 pixels."""
@@ -65,20 +67,11 @@ def read_rows(experiment: str, rows: Any) -> list[TableRow]:
 def _dotted_settings(experiment: str, row: Mapping[Any, Any]) -> dict[str, Any]:
     """Return the settings of a row by dotted keys: no setting has a mapping as its value."""
     dotted: dict[str, Any] = {}
-    for key, value in _leaves({key: row[key] for key in row if key not in ("label", "paper")}):
+    for key, value in flatten_config({key: row[key] for key in row if key not in ("label", "paper")}):
         if key in dotted:
             raise ValueError(f"experiment {experiment}: row '{row['label']}' sets {key} twice: {dotted[key]}, {value}")
         dotted[key] = value
     return dotted
-
-
-def _leaves(settings: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of nested mappings with their dotted keys."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def scaled_size(grid: int | None, size: int, resolution: int = 1) -> int:

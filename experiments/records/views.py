@@ -7,7 +7,7 @@ A record is the JSON object that `experiments.run` writes for one cell, as neste
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -80,20 +80,6 @@ def window_middles(windows: Sequence[Mapping[str, Any]]) -> list[float]:
         [1.0, 1.5]
     """
     return [(min(run["layers"]) + max(run["layers"])) / 2 + 1 for run in windows]
-
-
-def flatten_config(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the settings of a nested configuration with their dotted names.
-
-    Example:
-        >>> dict(flatten_config({"train": {"max_steps": 60}, "seed": 0}))
-        {'train.max_steps': 60, 'seed': 0}
-    """
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from flatten_config(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def configuration_key(config: Mapping[str, Any], *without: str) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from experiments.config.identity import IGNORED_SETTINGS
+from experiments.config.plain import flatten_config
 from experiments.records.files import Records
-from experiments.records.views import Record, analyses_one_model, flatten_config, record_label
+from experiments.records.views import Record, analyses_one_model, record_label
 from experiments.report.file_versions import data_versions, version_settings
 from experiments.report.formatting import setting_text
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.config.identity import IGNORED_SETTINGS
+from experiments.config.plain import flatten_config
 from experiments.records.benchmarks import is_benchmark_record
-from experiments.records.views import Record, configuration_key, flatten_config, record_seed, start_time
+from experiments.records.views import Record, configuration_key, record_seed, start_time
 
 _REDUCING = ("compressor", "prefusion", "reduction", "budget", "tiles")
 """Settings in which a reduced model differs from the uncut one."""

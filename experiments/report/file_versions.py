@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 
-from experiments.records.views import Record, flatten_config, model_files
+from experiments.config.plain import flatten_config
+from experiments.records.views import Record, model_files
 
 NOT_RECORDED = "unknown"
 """The version of records that name no hash."""

@@ -11,9 +11,9 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.config.plain import flatten_config
 from experiments.config.renamed_keys import current_name
 from experiments.records.files import Records, select_records
-from experiments.records.views import flatten_config
 from experiments.report.experiment_specs import ExperimentSpec
 
 _RESULTS = "results="

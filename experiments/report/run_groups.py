@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from experiments.config.identity import IGNORED_SETTINGS
+from experiments.config.plain import flatten_config
 from experiments.records.benchmarks import is_benchmark_record
 from experiments.records.files import Records
 from experiments.records.views import (
@@ -21,7 +22,6 @@ from experiments.records.views import (
     analyses_one_model,
     configuration_key,
     failure_reason,
-    flatten_config,
     is_attention_experiment,
     model_files,
     parse_outcomes,
