@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from transformers import PreTrainedTokenizerBase
+
 # Renders one message. Its content is a string or a list of parts; images and videos become `<image>` and `<video>`.
 _CONTENT = (
     "{%- macro show(content) -%}{%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}"
@@ -34,4 +36,30 @@ VICUNA_TEMPLATE = (
 )
 
 
-__all__ = ["LLAMA_3_TEMPLATE", "VICUNA_TEMPLATE"]
+def starts_with_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Return whether a rendered chat starts with the start token.
+
+    Some templates write that token and some leave it to the tokenizer. Pass `add_special_tokens=False` where this is
+    true, so that a prompt does not get two.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`):
+            The tokenizer that will encode the text. It may have no start token.
+        text (`str`):
+            The chat as its template writes it.
+
+    Returns:
+        `bool`: Whether the template wrote the start token.
+
+    Example:
+
+        ```python
+        >>> from llava_mini.chat_templates import starts_with_bos
+        >>> starts_with_bos(processor.tokenizer, "what is this")
+        False
+        ```
+    """
+    return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+
+
+__all__ = ["LLAMA_3_TEMPLATE", "VICUNA_TEMPLATE", "starts_with_bos"]

@@ -14,6 +14,7 @@ from transformers.processing_utils import MultiModalData
 
 from .answer_spans import CharacterSpans, find_answer_spans, shift_spans, tokens_within
 from .chat_messages import check_message_texts, check_text, load_part_image, message_parts, part_source
+from .chat_templates import starts_with_bos
 from .checkpoint_files import PROCESSOR_FILES, name_damaged_file
 from .configuration import LlavaMiniConfig
 from .images import pad_to_square, to_rgb
@@ -277,7 +278,6 @@ class LlavaMiniProcessor(LlavaProcessor):
         spans = None
         if not self.fuse_answers and any(message["role"] == "assistant" for chat in chats for message in chat):
             spans = [find_answer_spans(chat, text, render, kwargs) for chat, text in zip(chats, texts, strict=True)]
-        bos = self.tokenizer.bos_token
         images = options.pop("images", None)
         if images is None:
             images = [load_part_image(part, self.ignore_orientation) for part in message_parts(chats, "image")]
@@ -286,8 +286,10 @@ class LlavaMiniProcessor(LlavaProcessor):
             images=images,
             videos=[part_source(part) for part in message_parts(chats, "video")],
             answer_spans=spans,
-            # If the template writes the start token itself, the tokenizer must not add a second one.
-            **{"add_special_tokens": not (bos and texts[0].startswith(bos)), "return_tensors": return_tensors}
+            **{
+                "add_special_tokens": not starts_with_bos(self.tokenizer, texts[0]),
+                "return_tensors": return_tensors,
+            }
             | options,
         )
         return data if return_dict else data["input_ids"]

@@ -187,7 +187,9 @@ def _record_layer_calls(
         stack.enter_context(TokenWindow(decoder, tokens))
         for module in (*decoder_layers(decoder), unembed.norm):
             stack.callback(module.register_forward_pre_hook(record_call, with_kwargs=True).remove)
-        logits = model(**{**inputs, "use_cache": False}).logits[torch.arange(len(at)), at]
+        # The answer's logit may be any position's, so `inputs` cannot restrict which ones are computed.
+        arguments = {name: value for name, value in inputs.items() if name != "logits_to_keep"}
+        logits = model(**{**arguments, "use_cache": False, "return_dict": True}).logits[torch.arange(len(at)), at]
     args, kwargs = calls.pop()
     return calls, input_states(args, kwargs), logits
 

@@ -21,6 +21,7 @@ from experiments.data.media_files import with_orientation_of
 from experiments.data.rendered_chats import RenderedChats
 from experiments.data.samples import IMAGE_PLACEHOLDER, PLACEHOLDER, VIDEO_PLACEHOLDER, Sample
 from llava_mini import LlavaMiniProcessor
+from llava_mini.chat_templates import starts_with_bos
 
 IGNORE_INDEX = -100
 EncodedSample = dict[str, Any]
@@ -131,8 +132,7 @@ class SampleEncoder:
 
     def _encode_whole(self, sample: Sample) -> EncodedSample:
         text, answers = self._render(sample)
-        bos = self.tokenizer.bos_token
-        add_special_tokens = not (bos and text.startswith(bos))
+        add_special_tokens = not starts_with_bos(self.tokenizer, text)
         encode = self._encode_for_llava_mini if isinstance(self.processor, LlavaMiniProcessor) else self._encode
         ids, is_answer, visual_inputs = encode(sample, text, answers, add_special_tokens)
         labels = [i if in_answer else IGNORE_INDEX for i, in_answer in zip(ids, is_answer, strict=True)]

@@ -12,6 +12,7 @@ from experiments.data.encoding import chat_messages
 from experiments.data.media_files import with_orientation_of
 from experiments.data.samples import Sample
 from llava_mini import LlavaMiniProcessor
+from llava_mini.chat_templates import starts_with_bos
 
 
 def prompt_inputs(processor: ProcessorMixin, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -38,13 +39,11 @@ def prompt_inputs(processor: ProcessorMixin, samples: Sequence[Sample]) -> dict[
     if isinstance(processor, LlavaMiniProcessor):
         videos = [[v for v in visual_inputs if not isinstance(v, Image.Image)] for visual_inputs in loaded]
         visual |= {"videos": videos, "stream": True}
-    bos = processor.tokenizer.bos_token
     return dict(
         processor(
             text=texts,
             **visual,
-            # A template that writes the start token itself must not get a second one.
-            add_special_tokens=not (bos and texts[0].startswith(bos)),
+            add_special_tokens=not starts_with_bos(processor.tokenizer, texts[0]),
             padding=True,
             padding_side="left",
             return_tensors="pt",

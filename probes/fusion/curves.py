@@ -33,7 +33,8 @@ ScoreFunction = Callable[[Float[Tensor, "batch positions vocabulary"]], Float[Te
 
 
 def answer_logprob(
-    tokens: TokenMap | Int[Tensor, "batch positions"] | Bool[Tensor, "batch positions"], answers: Int[Tensor, " batch"]
+    tokens: TokenMap | Int[Tensor, "batch positions"] | Bool[Tensor, "batch positions"],
+    answers: Int[Tensor, " batch"] | Sequence[int],
 ) -> ScoreFunction:
     """Return a score function: the log-probability (nats) of each sample's answer token.
 
@@ -43,7 +44,7 @@ def answer_logprob(
 
     Args:
         tokens: Map of the inputs, or their attention mask.
-        answers: Token id of each sample's answer.
+        answers: Token id of each sample's answer, `[batch]`, or a list of them.
 
     Returns:
         The score function of `removal_curve`, `removal_scores` and `knockout_curve`.
@@ -63,6 +64,7 @@ def answer_logprob(
     if tokens.stack != "decoder":
         raise ValueError(f"the token map is of stack {tokens.stack!r}: logits need a map of stack 'decoder'")
     shape, at = list(tokens.labels.shape), answer_positions(tokens)
+    answers = torch.as_tensor(answers)
     if list(answers.shape) != shape[:1] or answers.is_floating_point() or (answers < 0).any():
         raise ValueError(
             f"answers are {answers.dtype} of shape {list(answers.shape)}: they must be one token id for each of "
@@ -232,15 +234,15 @@ def knockout_curve(
         Scores `[layers + width, samples]`, those of the intact model first.
 
     Raises:
-        ValueError: `width` is below 1, or the score reads padding.
+        ValueError: `width` is not a whole number of at least 1, or the score reads padding.
 
     Example:
         >>> score = answer_logprob(tokens, torch.tensor([5]))  # token 5 is the answer
         >>> knockout_curve(model, tokens, inputs, score, width=2).shape
         (8, 1)
     """
-    if width < 1:
-        raise ValueError(f"width is {width}: windows hold at least 1 layer")
+    if not isinstance(width, int | np.integer) or width < 1:
+        raise ValueError(f"width is {width!r}: windows hold a whole number of layers, at least 1")
     layers = len(decoder_layers(find_decoder(model)))
     select_attention_layers(find_decoder(model), range(layers))
     text_map = tokens.merge({"text": [group for group in tokens.groups if group not in ("pad", "vision")]})
@@ -333,7 +335,7 @@ def _logits_without_cache(
 
     Nothing is generated, so no cache is needed; and a cache for sliding windows fails when tokens are missing.
     """
-    return require_model(model)(**{**inputs, "use_cache": False}).logits  # type: ignore[no-any-return]
+    return require_model(model)(**{**inputs, "use_cache": False, "return_dict": True}).logits  # type: ignore[no-any-return]
 
 
 def _score_without_padding(

@@ -197,7 +197,7 @@ def _read_answers(
     Returns:
         The logit of the other answer minus that of the own answer, and the most likely token.
     """
-    logits = model(**{**inputs, "use_cache": False}).logits
+    logits = model(**{**inputs, "use_cache": False, "return_dict": True}).logits
     from_end = answer_positions(tokens) - tokens.labels.shape[1]
     if -int(from_end.min()) > logits.shape[1]:
         raise ValueError(

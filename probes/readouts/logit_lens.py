@@ -282,6 +282,8 @@ def logit_lens(
     last_states: list[Tensor] = []
 
     def check(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, tuple):
+            raise ValueError("return_dict is False: the lens finds the model's logits by name; leave it True")
         if last_states:
             unembed.check(last_states.pop(), output.logits[:, -1])
 

@@ -141,6 +141,14 @@ def test_relevancy_of_lists_equals_relevancy_of_tensors(make_llava, make_inputs)
     assert given.at.tolist() == [12, 11, 12]
 
 
+def test_relevancy_with_arguments_that_shape_the_output_is_unchanged(make_llava, make_inputs):
+    model, inputs = make_llava(), make_inputs("left")
+    tokens = TokenMap.from_inputs(model, inputs)
+    given = relevancy(model, tokens, {**inputs, "logits_to_keep": 1, "return_dict": False}, at=[12, 11, 12])
+    expected = relevancy(model, tokens, inputs, at=[12, 11, 12])
+    assert torch.equal(given.rollout, expected.rollout)
+
+
 def test_relevancy_with_invalid_arguments_raises(make_llava, make_inputs):
     model, inputs = make_llava(), make_inputs("left")
     tokens = TokenMap.from_inputs(model, inputs)

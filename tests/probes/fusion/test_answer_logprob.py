@@ -55,6 +55,8 @@ def test_answer_logprob_with_response_reads_position_before_it(make_llava: Make,
     score = answer_logprob(TokenMap.from_inputs(model, {**inputs, "labels": labels}), answers)
     expected = [logits[row, position - 1].log_softmax(-1)[answers[row]] for row, position in enumerate(first)]
     torch.testing.assert_close(score(logits), torch.stack(expected))
+    from_list = answer_logprob(TokenMap.from_inputs(model, {**inputs, "labels": labels}), answers.tolist())
+    torch.testing.assert_close(from_list(logits), torch.stack(expected))
 
 
 @pytest.mark.parametrize("measure", CURVES)

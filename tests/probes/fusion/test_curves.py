@@ -324,8 +324,9 @@ def test_curves_with_invalid_arguments_raise_value_error(batch: Any) -> None:
         removal_curve(model, tokens, inputs, last_token_score, starts=2)
     with pytest.raises(ValueError, match=r"spans .*range\(0, 3, 2\)"):
         removal_scores(model, tokens, inputs, last_token_score, [range(3), range(0, 3, 2)])
-    with pytest.raises(ValueError, match="width is 0"):
-        knockout_curve(model, tokens, inputs, last_token_score, 0)
+    for width in (0, 1.5):
+        with pytest.raises(ValueError, match=f"width is {width}"):
+            knockout_curve(model, tokens, inputs, last_token_score, width)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="group 'question'"):
         attention_curve(model, tokens, inputs, "question")
     with pytest.raises(ValueError, match="group 'question'"):

@@ -259,6 +259,8 @@ def test_logit_lens_invalid_use_raises(make_llava, make_inputs):
     ):
         with pytest.raises(TypeError, match=message), logit_lens(model, tokens, **arguments):
             pass
+    with torch.no_grad(), pytest.raises(ValueError, match="return_dict is False"), logit_lens(model, tokens):
+        model(**inputs, return_dict=False)
     with pytest.raises(ValueError, match=r"map.*prefusion"):
         logit_lens(model, replace(tokens, stack="prefusion")).__enter__()
     with pytest.raises(ValueError, match="has no head"), logit_lens(model.model, tokens):
