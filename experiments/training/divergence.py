@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from experiments.config.schema import TrainConfig
@@ -27,6 +28,8 @@ def require_finite(name: str, value: float, step: int, config: TrainConfig) -> N
 class DivergenceStop(TrainerCallback):
     """Ends training with an error at the first logged loss or gradient norm that is not finite.
 
+    Losses are logged every few steps, so the weights themselves are checked before each checkpoint and at the last step.
+
     Args:
         config: Training settings.
     """
@@ -46,3 +49,18 @@ class DivergenceStop(TrainerCallback):
         for key, name in _LOGGED.items():
             if logs and key in logs:
                 require_finite(name, logs[key], state.global_step, self.config)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Check the trained weights where a checkpoint is due; Trainer calls this after each step."""
+        if model is None or not (control.should_save or state.global_step >= state.max_steps):
+            return
+        for weight in model.parameters():
+            if weight.requires_grad and not (finite := weight.detach().isfinite()).all():
+                require_finite("a weight", weight[~finite][0].item(), state.global_step, self.config)

@@ -23,6 +23,13 @@ def test_train_llava_that_diverges_stops_at_the_next_logged_step(
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+def test_train_llava_that_diverges_at_its_last_step_stops(mini, mini_processor, shapes_split, tmp_path):
+    config = dataclasses.replace(DIVERGING, max_steps=1, learning_rate=1e39)  # above the range of float32
+    with pytest.raises(ValueError, match=r"a weight is -?(nan|inf) at step 1; .*train\.learning_rate \(1e\+39\)"):
+        train_llava(mini, mini_processor, shapes_split.samples, config, tmp_path, 0, CPU)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 def test_train_llava_whose_validation_loss_is_not_finite_stops(mini, mini_processor, shapes_split, tmp_path):
     config = dataclasses.replace(DIVERGING, learning_rate=1e-5, eval_steps=3)
     with pytest.raises(ValueError, match=r"validation loss is nan at step 3; .*train\.learning_rate \(1e-05\)"):
