@@ -40,11 +40,11 @@ class DataConfig:
 class ShapesRounds:
     """Questions of each type per training image."""
 
-    place: int = setting(1, "questions about the colour at a row and column")
+    place: int = setting(1, "questions about the colour or shape at a row and column")
     existence: int = setting(1, "questions whether there is a shape of a colour")
     count: int = setting(1, "questions how many there are")
     relation: int = setting(1, "questions about the neighbour of a shape")
-    comparison: int = setting(1, "questions whether one colour is more frequent than another")
+    comparison: int = setting(1, "questions whether one colour or shape is more frequent than another")
     reading: int = setting(1, "questions about the order from left to right, top to bottom")
 
     def __post_init__(self) -> None:

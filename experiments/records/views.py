@@ -62,6 +62,12 @@ def record_label(record: Record) -> str:
     return record["name"] if record_seed(record) is None or suffix in record["name"] else f"{record['name']}, {suffix}"
 
 
+def visual_tokens(record: Record) -> float:
+    """Return how many visual tokens the language model reads, as a mean over its layers."""
+    count: float = record["model"].get("visual_tokens_mean", record["model"]["visual_tokens"])
+    return count
+
+
 def failure_reason(record: Record) -> str:
     """Return in one line why a failed record failed."""
     return "failed: " + " ".join((record.get("error") or "no reason recorded").split())

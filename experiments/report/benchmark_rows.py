@@ -12,6 +12,7 @@ from experiments.config.identity import IGNORED_SETTINGS
 from experiments.config.plain import flatten_config
 from experiments.records.benchmarks import is_benchmark_record
 from experiments.records.views import Record, configuration_key, record_seed, start_time
+from experiments.report.file_versions import data_versions
 
 _REDUCING = ("compressor", "prefusion", "reduction", "budget", "tiles")
 """Settings in which a reduced model differs from the uncut one."""
@@ -45,13 +46,13 @@ class BenchmarkRow:
         return model["compressor"] == "none" and model["prefusion_layers"] == 0
 
     @property
-    def tasks(self) -> dict[str, list[Mapping[str, Any]]]:
-        """The parts of each task, one for each seed that answered it. Of several records of a seed the newest counts."""
+    def tasks(self) -> dict[str, dict[Any, Mapping[str, Any]]]:
+        """The parts of each task by the seed that answered it. Of several records of a seed the newest counts."""
         parts: dict[str, dict[Any, Mapping[str, Any]]] = defaultdict(dict)
         for record in sorted(self.records, key=start_time):
             for name, part in record["benchmarks"]["tasks"].items():
                 parts[name][record_seed(record)] = part
-        return {name: [by_seed[seed] for seed in sorted(by_seed, key=str)] for name, by_seed in parts.items()}
+        return {name: {seed: by_seed[seed] for seed in sorted(by_seed, key=str)} for name, by_seed in parts.items()}
 
     @property
     def weights(self) -> frozenset[str]:
@@ -115,7 +116,7 @@ def _newest_weights(records: Sequence[Record]) -> tuple[tuple[Record, ...], tupl
 
 
 def _distinct_labels(rows: Sequence[BenchmarkRow]) -> list[str]:
-    """Return the rows' labels. Rows with the same label get the settings in which these differ."""
+    """Return the rows' labels. Rows with the same label get the settings, or the data, in which these differ."""
     labels = []
     for row in rows:
         alike = [other for other in rows if other.label == row.label]
@@ -129,4 +130,5 @@ def _distinct_labels(rows: Sequence[BenchmarkRow]) -> list[str]:
         ]
         settings = ", ".join(f"{key}={own[key]}" for key in differing)
         labels.append(f"{row.label}, {settings}" if settings else row.label)
-    return labels
+    data = data_versions(labels, [row.records[0] for row in rows])
+    return [", ".join(filter(None, texts)) for texts in zip(labels, data, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from experiments.records.files import Records
-from experiments.records.views import Record, is_attention_experiment, parse_outcomes, record_seed
+from experiments.records.views import Record, is_attention_experiment, parse_outcomes, percent_right, record_seed
 from experiments.report.statistics import CONFIDENCE_LEVEL, paired_test
 
 _ALWAYS_REPORTED = {"removal": True, "knockout": False, "readout": False, "attention": True}
@@ -52,7 +52,24 @@ def depth_text(record: Record, curve: str) -> str:
     reads = [layer for layer in depth.get("reads") or () if layer != depth["depth"]]
     layers = f", read at layer{'s' * (len(depth['reads']) > 1)} {', '.join(map(str, depth['reads']))}" if reads else ""
     interval = f"95% CI {depth['low']:g} to {depth['high']:g}, n = {depth['samples']}"
-    return f"{depth['depth']} of {depth['layers']} layers ({interval}{layers})"
+    loss = "; the image makes answers worse there" if depth_is_of_a_loss(record, curve) else ""
+    return f"{depth['depth']} of {depth['layers']} layers ({interval}{layers}{loss})"
+
+
+def depth_is_of_a_loss(record: Record, curve: str) -> bool:
+    """Return whether the image makes answers worse, so that a depth is that of a loss and not of a gain.
+
+    Args:
+        record: A finished record.
+        curve: "removal" or "knockout"; the other curves have no sign.
+    """
+    if curve == "removal" and record.get("removal"):
+        right = percent_right(record["removal"]["onward"]).mean(axis=1)
+        return bool(right[-1] < right[0])
+    if curve == "knockout" and record.get("knockout"):
+        right = percent_right(record["knockout"]["windows"]).mean(axis=1)
+        return bool(right[1:].mean() > right[0])
+    return False
 
 
 def _is_plain_llava(record: Record) -> bool:
@@ -69,4 +86,4 @@ def _why_no_depth(record: Record, curve: str) -> str:
         image = parse_outcomes(record["accuracy"]["image"])[None]
         if paired_test(image, parse_outcomes(blank)[None]) < 1 - CONFIDENCE_LEVEL:
             return "the language model's layers need no visual tokens (the image reaches the text before them)"
-    return "this model's answers do not depend on the image"
+    return "it is not shown that the answers depend on the image"

@@ -27,6 +27,7 @@ from experiments.records.views import (
     parse_outcomes,
     record_seed,
     start_time,
+    visual_tokens,
 )
 from experiments.report.file_versions import data_versions, version_settings
 from experiments.report.formatting import setting_text
@@ -39,7 +40,7 @@ class RunGroup:
 
     Args:
         label: "LLaVA" or "LLaVA-Mini".
-        visual_tokens: Visual tokens that the language model reads; None if no record reports them.
+        visual_tokens: Visual tokens that the language model reads, mean over its layers; None if no record reports them.
         prefusion_layers: Number of pre-fusion layers.
         compressor: Name of the compressor, "none" without one.
         settings: Settings in which the groups of a report differ and which have no column of their own.
@@ -52,7 +53,7 @@ class RunGroup:
     """
 
     label: str
-    visual_tokens: int | None
+    visual_tokens: float | None
     prefusion_layers: int
     compressor: str
     settings: str
@@ -90,8 +91,9 @@ class RunGroup:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the model is plain LLaVA: no compression and no pre-fusion."""
-        return self.compressor == "none" and self.prefusion_layers == 0
+        """Whether the model is plain LLaVA: no compression, no pre-fusion, and no token dropped inside the language model."""
+        dropping = self.config.get("reduction.name", "none")
+        return self.compressor == "none" and self.prefusion_layers == 0 and dropping == "none"
 
     @property
     def is_attention_experiment(self) -> bool:
@@ -226,8 +228,8 @@ def name_differing_settings(groups: Sequence[RunGroup]) -> tuple[RunGroup, ...]:
 def compare_with_baselines(groups: Iterable[RunGroup]) -> tuple[RunGroup, ...]:
     """Compare each ablation group with its baseline and drop groups that only analyse one model.
 
-    The baseline is the LLaVA whose configuration differs only in the compressor and pre-fusion. P-values are corrected
-    (Holm) for the number of groups compared.
+    The baseline is the LLaVA whose configuration differs only in the reduction of tokens and in pre-fusion, as
+    `baselines` chooses it. P-values are corrected (Holm) for the number of groups compared.
 
     Args:
         groups: Groups of the same results folder.
@@ -238,6 +240,23 @@ def compare_with_baselines(groups: Iterable[RunGroup]) -> tuple[RunGroup, ...]:
     return tuple(_with_comparisons(name_differing_settings([g for g in groups if not g.only_analyses])))
 
 
+def baselines(groups: Iterable[RunGroup]) -> dict[str, RunGroup]:
+    """Return the plain LLaVA of each family that the other groups are compared with.
+
+    Runs that differ in settings without effect may give a family several. The one with the most seeds counts, and of
+    these the newest.
+
+    Args:
+        groups: Groups of the same results folder.
+
+    Returns:
+        The baselines by family; a family without a finished one is missing.
+    """
+    plain = [group for group in groups if group.is_baseline and group.finished]
+    plain.sort(key=lambda group: (len(group.finished), max(map(start_time, group.finished))))
+    return {group.family: group for group in plain}
+
+
 def _make_group(finished: list[Record], failed: list[Record], fingerprint: str, files: str) -> RunGroup:
     finished, failed = (sorted(part, key=lambda record: str(record_seed(record))) for part in (finished, failed))
     config = (*finished, *failed)[0]["config"]
@@ -246,8 +265,9 @@ def _make_group(finished: list[Record], failed: list[Record], fingerprint: str, 
     if shared := [item for item in json.loads(files or "{}").items() if not item[0].startswith("prefusion.")]:
         family += f" {shared}"
     if finished:
-        model = finished[0]["model"]
-        label, tokens, layers = model["label"], model["visual_tokens"], model["prefusion_layers"]
+        model, mean = finished[0]["model"], float(np.mean([visual_tokens(record) for record in finished]))
+        tokens: float | None = int(mean) if mean.is_integer() else mean
+        label, layers = model["label"], model["prefusion_layers"]
         compressor = model["compressor"]
     else:
         compressor = config.get("compressor", {}).get("name", "unknown")
@@ -265,9 +285,9 @@ def _cached_accuracy_interval(texts: tuple[str, ...]) -> Interval:
 
 
 def _with_comparisons(groups: Sequence[RunGroup]) -> Iterable[RunGroup]:
-    baselines = {group.family: group for group in groups if group.is_baseline and group.finished}
-    compared = [group for group in groups if group.finished and not group.is_baseline and group.family in baselines]
-    pairs = [(_image_outcomes(group), _image_outcomes(baselines[group.family])) for group in compared]
+    of_family = baselines(groups)
+    compared = [g for g in groups if g.finished and of_family.get(g.family, g) is not g]
+    pairs = [(_image_outcomes(group), _image_outcomes(of_family[group.family])) for group in compared]
     p_values = holm([paired_test(*pair) for pair in pairs])
     results = {
         id(group): (difference_interval(*pair), p) for group, pair, p in zip(compared, pairs, p_values, strict=True)
@@ -288,7 +308,7 @@ def _image_outcomes(group: RunGroup) -> np.ndarray:
 
 
 def _family_configuration(config: Mapping[str, Any]) -> str:
-    return configuration_key(config, "seed", "compressor", "prefusion")
+    return configuration_key(config, "seed", "compressor", "prefusion", "reduction", "budget")
 
 
 def _differing_settings(groups: Sequence[RunGroup]) -> list[str]:

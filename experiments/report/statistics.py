@@ -55,17 +55,27 @@ def mean_interval(
 def accuracy_interval(outcomes: Integer[np.ndarray, "seeds examples"]) -> Interval:
     """Return the mean of 0/1 outcomes with a 95% interval over examples and seeds (crossed bootstrap).
 
-    Examples and seeds are both resampled. Resampling a handful of seeds understates how much seeds differ, by a factor
-    sqrt((s - 1) / s) in the standard error. With one seed the interval covers only the choice of examples.
+    Examples and seeds are both resampled. With two or three seeds that differ much the interval is too narrow
+    (docs/statistics.md has how often it covers). With one seed it covers only the choice of examples.
+
+    Where all outcomes are equal, every draw is too. The far bound is then the exact one of Clopper and Pearson (1934) for
+    that many examples.
 
     Args:
         outcomes: 0/1 outcomes, one row for each seed.
 
     Returns:
         Mean accuracy with its bounds, from 0 to 1.
+
+    Example:
+        >>> accuracy_interval(np.ones((1, 334), dtype=int)).low.__round__(3)
+        0.989
     """
+    mean, reach = float(outcomes.mean()), TAILS[0] ** (1 / outcomes.shape[1])
+    if mean in (0.0, 1.0):
+        return Interval(mean, reach, 1.0) if mean else Interval(mean, 0.0, 1 - reach)
     draws = _resample_seeds(_resampled_means(outcomes), np.random.default_rng(0))
-    return Interval(float(outcomes.mean()), *map(float, np.quantile(draws, TAILS)))
+    return Interval(mean, *_bounds(draws))
 
 
 def difference_interval(
@@ -108,7 +118,7 @@ def contrast_interval(terms: Sequence[tuple[int, Float[np.ndarray, "seeds exampl
     parts = np.split(means, ends[:-1], axis=1)
     draws = sum(sign * _resample_seeds(part, rng) for (sign, _), part in zip(terms, parts, strict=True))
     mean = float(sum(sign * values.mean() for sign, values in terms))
-    return Interval(mean, *map(float, np.quantile(draws, TAILS)))
+    return Interval(mean, *_bounds(draws))
 
 
 def crossed_draws(values: Float[np.ndarray, "quantities seeds examples"]) -> Float[np.ndarray, "quantities draws"]:
@@ -206,6 +216,15 @@ def _sample_generator(samples: int) -> np.random.Generator:
     It differs from the one that draws seeds, whose numbers would otherwise repeat these.
     """
     return np.random.default_rng((1, samples))
+
+
+def _bounds(draws: Float[np.ndarray, " draws"]) -> tuple[float, float]:
+    """Return the quantiles that bound an interval, without the rounding errors of draws in float32.
+
+    Otherwise an interval that ends at zero may seem to exclude it.
+    """
+    low, high = np.quantile(draws, TAILS).round(6)
+    return float(low), float(high)
 
 
 def _resample_seeds(means: Float[np.ndarray, "draws seeds"], rng: np.random.Generator) -> Float[np.ndarray, " draws"]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from experiments.records.views import Record
 from experiments.report.run_groups import RunGroup
 
+TRAINING_COLUMN = "Trained until"
 STILL_IMPROVING = "still improving"
 
 
@@ -20,6 +21,21 @@ def trains_until_plateau(record: Record) -> bool:
 def is_still_improving(record: Record) -> bool:
     """Return whether training was to end at a plateau, and reached its greatest length before."""
     return trains_until_plateau(record) and (record.get("train") or {}).get("stopped") == "max_steps"
+
+
+def training_notes(records: Sequence[Record], consequence: str) -> list[str]:
+    """Return the note of a table on how training ended; none if no training was to end at a plateau.
+
+    Args:
+        records: Finished records of the table.
+        consequence: What the table does with a row that was still improving.
+    """
+    if not any(map(trains_until_plateau, records)):
+        return []
+    return [
+        f"{describe_training(records)} A row that was {STILL_IMPROVING} would be better after a longer training, so "
+        f"{consequence}."
+    ]
 
 
 def training_end(runs: RunGroup) -> str:

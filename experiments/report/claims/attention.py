@@ -19,7 +19,7 @@ LINE = 0.525
 CONTRIBUTION_LINE = 0.6
 """Line of contributions: half as much again as the last third. Models with random weights reach 58.5%."""
 _FLOOR = 0.001
-"""Mass below which text does not attend to vision, as for the fusion depth."""
+"""Mean of both thirds at or below which there is nothing to share: as the mass that a fusion depth needs."""
 
 
 def _cases(part: str, quantity: str, line: float, groups: Sequence[RunGroup]) -> Iterator[Case]:

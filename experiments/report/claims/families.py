@@ -83,7 +83,8 @@ def find_families(groups: Iterable[RunGroup]) -> list[Family]:
     """Return the families of runs, one for each combination of other settings.
 
     A cell without pre-fusion belongs to every family whose other settings it shares, whatever the settings of pre-fusion
-    are there: they have no effect on it. The same holds for a cell without a compressor.
+    are there: they have no effect on it. The same holds for a cell without a compressor. Of several cells that differ in
+    such settings alone, a family has the one with the most seeds, and among these the newest.
 
     Args:
         groups: All runs of a results folder.
@@ -95,7 +96,7 @@ def find_families(groups: Iterable[RunGroup]) -> list[Family]:
         for cell in cells:
             if cell.rest.items() <= settings.items():
                 axes = (cell.compressor, cell.size, cell.layers, cell.location)
-                if axes not in members or _started(cell) > _started(members[axes]):
+                if axes not in members or _evidence(cell) > _evidence(members[axes]):
                     members[axes] = cell
         families.append(Family(tuple(members.values())))
     return families
@@ -147,5 +148,6 @@ def _most_specific(settings: Sequence[Mapping[str, Any]]) -> list[Mapping[str, A
     return [one for one in distinct if not any(one.items() < other.items() for other in distinct)]
 
 
-def _started(cell: Cell) -> str:
-    return max(map(start_time, cell.group.finished))
+def _evidence(cell: Cell) -> tuple[int, str]:
+    """Return a sort key by which one of several runs of a cell is chosen: the most seeds, then the newest."""
+    return len(cell.group.finished), max(map(start_time, cell.group.finished))

@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 
 from experiments.records.views import Record, parse_outcomes
-from experiments.report.claims.answers import HOLDS, Estimate, undefined
+from experiments.report.claims.answers import FEWEST_QUESTIONS, HOLDS, TOO_FEW, Estimate, undefined
 from experiments.report.claims.claim import Statistic
 from experiments.report.claims.steps import Step, Steps
 
-NOT_NEEDED = "the answers do not need the image"
+NOT_NEEDED = "it is not shown that the answers need the image"
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,14 @@ class IfImageIsNeeded:
         return self.statistic.questions
 
     def estimate(self, selected: Bool[np.ndarray, " questions"]) -> Estimate:
-        """Return the estimate over some questions; undefined if their answers do not need the image.
+        """Return the estimate over some questions; undefined if it is not shown that their answers need the image.
 
         Args:
             selected: The questions to use.
         """
         needed = self.needs.estimate(selected)
+        if needed.questions < FEWEST_QUESTIONS:
+            return undefined(needed.questions, needed.seeds, TOO_FEW)
         if needed.answer != HOLDS:
             return undefined(needed.questions, needed.seeds, NOT_NEEDED)
         return self.statistic.estimate(selected)

@@ -9,15 +9,15 @@ from jaxtyping import Bool, Float
 
 from experiments.report.claims.answers import (
     DOES_NOT_HOLD,
+    FEWEST_QUESTIONS,
     HOLDS,
     POWER_FACTOR,
+    TOO_FEW,
     UNDECIDED,
     Estimate,
     undefined,
 )
 from experiments.report.statistics import TAILS, crossed_draws
-
-_FEWEST_QUESTIONS = 6
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Share:
         chosen = selected & ~np.isnan(self.part + self.whole).any(0)
         part, whole = self.part[:, chosen], self.whole[:, chosen]
         seeds, questions = part.shape
-        if questions < _FEWEST_QUESTIONS:
-            return undefined(questions, seeds, "too few questions")
+        if questions < FEWEST_QUESTIONS:
+            return undefined(questions, seeds, TOO_FEW)
         part_draws, whole_draws = crossed_draws(np.stack([part, whole]))
         above_floor = np.quantile(whole_draws, TAILS[0]) > self.floor and mean_is_positive(
             whole.mean(0) - self.floor, self.least
@@ -71,7 +71,9 @@ class Share:
         elif high < self.line and mean_is_positive(-excess, self.least):
             answer = DOES_NOT_HOLD
         value = float(part.mean() / whole.mean())
-        return Estimate(value, low, high, questions, seeds, POWER_FACTOR * (high - low), answer)
+        # Equal outcomes give an interval without width. Up to 3 in n questions may still differ (the rule of three).
+        effect = max(POWER_FACTOR * (high - low), 3 * self.least / questions)
+        return Estimate(value, low, high, questions, seeds, effect, answer)
 
 
 def mean_is_positive(values: Float[np.ndarray, " questions"], least: float) -> bool:

@@ -72,7 +72,10 @@ class Steps:
         return self.steps[0].higher[0].shape[1]
 
     def estimate(self, selected: Bool[np.ndarray, " questions"]) -> Estimate:
-        """Return the least favourable step over some questions, with the answer over all steps.
+        """Return the step that decides over some questions, with the answer over all steps.
+
+        That is the step with the strongest evidence against the claim if the claim does not hold, and otherwise the one with the
+        weakest evidence for it.
 
         Args:
             selected: The questions to use.
@@ -90,6 +93,18 @@ class Steps:
             answer = HOLDS
         elif any(interval.high < 0 and below * len(steps) < ALPHA for interval, (_, below) in pairs):
             answer = DOES_NOT_HOLD
-        least = min(intervals, key=lambda interval: interval.mean)
+        least, _ = min(pairs, key=_opposes) if answer == DOES_NOT_HOLD else max(pairs, key=_lacks_support)
         effect = max(POWER_FACTOR * (least.high - least.low), _FEWEST_DISCORDANT / (questions * seeds))
         return Estimate(*least, questions, seeds, effect, answer)
+
+
+def _opposes(step: tuple[Interval, tuple[float, float]]) -> tuple[bool, float, float]:
+    """Return a sort key of a step's interval and p-values: smallest for the strongest evidence against the claim."""
+    interval, (_, below) = step
+    return interval.high >= 0, below, interval.mean
+
+
+def _lacks_support(step: tuple[Interval, tuple[float, float]]) -> tuple[bool, float, float]:
+    """Return a sort key of a step's interval and p-values: largest for the weakest evidence for the claim."""
+    interval, (above, _) = step
+    return interval.low <= 0, above, -interval.mean

@@ -54,7 +54,7 @@ def ablation_figure(groups: Sequence[RunGroup]) -> Figure:
         axis.set_title(
             "No compression" if compressor == "none" else f"{compressor.capitalize()} compressor", loc="left"
         )
-        axis.set_xticks(range(len(tokens)), [str(count) for count in tokens])
+        axis.set_xticks(range(len(tokens)), [f"{count:.4g}" for count in tokens])
         axis.set_xlim(-0.5, len(tokens) - 0.5)
         axis.set_xlabel("Visual tokens per image")
     legend(figure, axes, columns=3)
@@ -84,7 +84,7 @@ def draw_references(axis: Axes, groups: Sequence[RunGroup]) -> None:
         suffix = f", {baseline.settings}" if baseline.settings else ""
         blank, guess = baseline.outcomes("blank"), baseline.finished[0]["data"].get("guess")
         values = {
-            f"LLaVA, {baseline.visual_tokens} tokens{suffix}": baseline.accuracy.mean,
+            f"LLaVA, {baseline.visual_tokens:.4g} tokens{suffix}": baseline.accuracy.mean,
             f"LLaVA, blank image{suffix}": None if blank is None else blank.mean(),
             f"text-only guess{suffix}": None if guess is None else parse_outcomes(guess).mean(),
         }
@@ -93,7 +93,9 @@ def draw_references(axis: Axes, groups: Sequence[RunGroup]) -> None:
                 axis.axhline(100 * value, **style, linewidth=1.1, zorder=1.5, label=label)
 
 
-def _draw_line(axis: Axes, groups: Sequence[RunGroup], tokens: list[int], offset: float, style: dict[str, Any]) -> None:
+def _draw_line(
+    axis: Axes, groups: Sequence[RunGroup], tokens: list[float], offset: float, style: dict[str, Any]
+) -> None:
     # A failed group without compressor has no token count and therefore no position on the axis.
     points = [(tokens.index(g.visual_tokens) + offset, g.accuracy) for g in groups if g.visual_tokens is not None]
     finished = sorted((x, accuracy) for x, accuracy in points if accuracy is not None)

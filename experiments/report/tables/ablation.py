@@ -18,7 +18,7 @@ from experiments.report.formatting import (
     format_p_value,
     format_quantity,
 )
-from experiments.report.run_groups import RunGroup
+from experiments.report.run_groups import RunGroup, baselines
 from experiments.report.statistics import accuracy_interval
 from experiments.report.tables.generated_scores import with_score_columns
 from experiments.report.tables.table import (
@@ -28,6 +28,13 @@ from experiments.report.tables.table import (
     group_name,
     interval_columns,
     shorten_reason,
+)
+from experiments.report.training_ends import (
+    TRAINING_COLUMN,
+    is_still_improving,
+    training_end,
+    training_notes,
+    trains_until_plateau,
 )
 
 _AFTER_ACCURACY = ("n", "Seeds", "Difference", "p", "FLOPs", LATENCY_COLUMN, "Parameters")
@@ -45,6 +52,8 @@ def ablation_table(groups: Sequence[RunGroup]) -> Table:
         groups: Run groups compared with their baselines.
     """
     data, text = [], []
+    records = [record for group in groups for record in group.finished]
+    until_plateau = any(map(trains_until_plateau, records))
     for group in groups:
         row: dict[str, Any] = {
             "model": group.label,
@@ -55,7 +64,7 @@ def ablation_table(groups: Sequence[RunGroup]) -> Table:
         }
         cells = {
             "Model": group.label,
-            "Tokens": "unknown" if group.visual_tokens is None else str(group.visual_tokens),
+            "Tokens": "unknown" if group.visual_tokens is None else f"{group.visual_tokens:.4g}",
             "Pre-fusion": str(group.prefusion_layers),
             "Compressor": group.compressor,
             "Settings": group.settings or NONE,
@@ -63,7 +72,14 @@ def ablation_table(groups: Sequence[RunGroup]) -> Table:
         if group.accuracy is None:
             reason = group.failure_reasons
             data.append({**row, "status": reason})
-            text.append({**cells, "Accuracy (%)": shorten_reason(reason), **dict.fromkeys(_AFTER_ACCURACY, "failed")})
+            text.append(
+                {
+                    **cells,
+                    "Accuracy (%)": shorten_reason(reason),
+                    **dict.fromkeys(_AFTER_ACCURACY, "failed"),
+                    **({TRAINING_COLUMN: "failed"} if until_plateau else {}),
+                }
+            )
             continue
         parameters = float(np.mean([record["model"]["parameters"] for record in group.finished]))
         data.append(
@@ -78,6 +94,7 @@ def ablation_table(groups: Sequence[RunGroup]) -> Table:
                 "cache_bytes": group.cache_bytes,
                 "latency_seconds": group.latency,
                 "parameters": parameters,
+                **({"still_improving": any(map(is_still_improving, group.finished))} if until_plateau else {}),
                 "status": group.failure_reasons or "finished",
             }
         )
@@ -92,11 +109,12 @@ def ablation_table(groups: Sequence[RunGroup]) -> Table:
                 "FLOPs": format_quantity(group.flops),
                 LATENCY_COLUMN: format_milliseconds(group.latency),
                 "Parameters": format_quantity(parameters),
+                **({TRAINING_COLUMN: training_end(group)} if until_plateau else {}),
             }
         )
     for numbers, cells in _control_rows(groups):
         data.append({**numbers, "status": "control"})
-        text.append(cells)
+        text.append({**cells, **({TRAINING_COLUMN: NONE} if until_plateau else {})})
     numbers_frame, text_frame = data_frame(data, _COLUMNS), pd.DataFrame(text)
     if len(text_frame) and (text_frame["Settings"] == NONE).all():
         text_frame = text_frame.drop(columns="Settings")
@@ -110,8 +128,8 @@ def ablation_table(groups: Sequence[RunGroup]) -> Table:
         {r["cost"].get("convention") or "unstated" for g in groups for r in g.finished if r.get("cost")}
     )
     notes = (
-        f"{ACCURACY_DEFINITION} Mean over n examples and the seeds, with its 95% bootstrap interval over both. With few "
-        "seeds the interval understates how much seeds differ.",
+        f"{ACCURACY_DEFINITION} Mean over n examples and the seeds, with its 95% bootstrap interval over both. With two or "
+        "three seeds the interval is too narrow where these differ much.",
         "Difference: percentage points from the LLaVA trained alike (no compressor, no pre-fusion) on the same "
         "examples, with its 95% interval. p: exact paired randomisation test over examples, Holm-corrected over the "
         "rows compared. The test is about these trained models, not about other seeds.",
@@ -119,14 +137,15 @@ def ablation_table(groups: Sequence[RunGroup]) -> Table:
         *(f"FLOPs of one prompt: {convention}." for convention in conventions),
         *(f"Latency: {note}." for note in sorted({group.finished[0]["cost"]["latency_note"] for group in timed})),
         *_guess_notes(groups),
+        *training_notes(records, "its difference is no finding"),
         *(f"{group_name(group)}: {group.failure_reasons}." for group in groups if group.failed),
     )
     numeric = ("Tokens", "Pre-fusion", "Accuracy (%)", *_AFTER_ACCURACY)
     caption = f"Ablation: accuracy ({EXACT_MATCH}) and cost of every configuration."
     table = Table("ablation", caption, numbers_frame, text_frame, numeric, notes)
     controls = [None] * (len(text) - len(groups))
-    baselines = {group.family: group for group in groups if group.is_baseline and group.finished}
-    compared_with = [None if group.is_baseline else baselines.get(group.family) for group in groups]
+    of_family = baselines(groups)
+    compared_with = [None if of_family.get(g.family) is g else of_family.get(g.family) for g in groups]
     return with_score_columns(table, [*groups, *controls], [*compared_with, *controls])
 
 

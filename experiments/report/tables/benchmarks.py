@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,10 +39,9 @@ def benchmarks_table(records: Iterable[Record]) -> Table | None:
         return None
     columns = _name_columns(rows)
     data, text = [], []
-    uncut = {row.label: uncut_row(row, rows) for row in rows}
-    for row in rows:
+    uncut = [uncut_row(row, rows) for row in rows]
+    for row, base in zip(rows, uncut, strict=True):
         scores = _scores(row, columns)
-        base = uncut[row.label]
         relative, compared, possible = relative_score(row, base, columns) if base else (None, 0, 0)
         tokens = row.records[0]["cost"]["visual_tokens_mean"]
         data.append(
@@ -62,7 +61,7 @@ def benchmarks_table(records: Iterable[Record]) -> Table | None:
                 "Model": row.label,
                 "Tokens": f"{tokens:.4g}",
                 "Seeds": str(len(row.seeds)),
-                **{title: _format(scores.get(key), key[1]) for key, title in columns.items()},
+                **{title: _format(scores.get(key), key[1], len(row.seeds)) for key, title in columns.items()},
                 _RELATIVE: NONE if relative is None else f"{100 * relative:.1f}{partly}",
             }
         )
@@ -73,7 +72,7 @@ def benchmarks_table(records: Iterable[Record]) -> Table | None:
             text.append(_published_row(f"{model}, as published", shown, columns))
             data.append({"model": f"{model}, as published", **shown})
     text_frame = pd.DataFrame(text)
-    if all(base is None for base in uncut.values()):
+    if all(base is None for base in uncut):
         text_frame = text_frame.drop(columns=_RELATIVE)
     return Table(
         "benchmarks",
@@ -90,8 +89,8 @@ def relative_score(
 ) -> tuple[float | None, int, int]:
     """Return the mean over benchmarks of a row's score as a share of the uncut model's.
 
-    The main score of each benchmark counts. Left out are scores that are better when lower, those of which the uncut
-    model's is 0, and those of other documents than the uncut model's.
+    The main score of each benchmark counts, over the seeds that both rows have of it. Left out are scores that are better
+    when lower, those of which the uncut model's is 0, and those of other documents or seeds than the uncut model's.
 
     Args:
         row: The row.
@@ -102,15 +101,19 @@ def relative_score(
         The mean, None if no benchmark can be compared; on how many benchmarks it is; and how many the uncut model has.
     """
     main = {key: "" for key in columns if key[1] is benchmark_columns(key[0])[0] or key[1].metric is None}
-    own, others = _scores(row, main), _scores(uncut, main)
-    usable = {k: s for k, s in others.items() if s["value"] != 0 and s["higher_is_better"] is not False}
-    same = {key for key in own if _documents(row, key[0]) == _documents(uncut, key[0])}
-    ratios = [own[key]["value"] / score["value"] for key, score in usable.items() if key in same]
+    others = _scores(uncut, main)
+    usable = [key for key, score in others.items() if score["value"] != 0 and score["higher_is_better"] is not False]
+    ratios = []
+    for key in usable:
+        shared = uncut.tasks[key[0]].keys() & row.tasks.get(key[0], {}).keys()
+        own, other = (_scores(one, [key], shared).get(key) for one in (row, uncut))
+        if own and other and other["value"] and _documents(row, key[0]) == _documents(uncut, key[0]):
+            ratios.append(own["value"] / other["value"])
     return (float(np.mean(ratios)) if ratios else None), len(ratios), len(usable)
 
 
 def _documents(row: BenchmarkRow, task: str) -> set[str]:
-    return {part["documents_hash"] for part in row.tasks.get(task, ())}
+    return {part["documents_hash"] for part in row.tasks.get(task, {}).values()}
 
 
 def _name_columns(rows: Sequence[BenchmarkRow]) -> Columns:
@@ -120,7 +123,7 @@ def _name_columns(rows: Sequence[BenchmarkRow]) -> Columns:
         (task, column)
         for task in tasks
         for column in benchmark_columns(task)
-        if any(column_score(part, task, column) for row in rows for part in row.tasks.get(task, ()))
+        if any(column_score(part, task, column) for row in rows for part in row.tasks.get(task, {}).values())
     ]
     titles = [column.title for _, column in keys]
     return {
@@ -130,21 +133,28 @@ def _name_columns(rows: Sequence[BenchmarkRow]) -> Columns:
 
 
 def _scores(
-    row: BenchmarkRow, columns: Iterable[tuple[str, BenchmarkColumn]]
+    row: BenchmarkRow, columns: Iterable[tuple[str, BenchmarkColumn]], seeds: Collection[Any] | None = None
 ) -> dict[tuple[str, BenchmarkColumn], dict[str, Any]]:
     """Return the scores of a row: the mean over its seeds, and the root mean square of their standard errors.
 
     All seeds answer the same documents, so more seeds do not make the error over documents smaller.
+
+    Args:
+        row: The row.
+        columns: Task and column of each score.
+        seeds: The seeds to use; None for all.
     """
     scores = {}
     tasks = row.tasks
     for task, column in columns:
-        of_seeds = [score for part in tasks.get(task, ()) if (score := column_score(part, task, column))]
+        parts = [part for seed, part in tasks.get(task, {}).items() if seeds is None or seed in seeds]
+        of_seeds = [score for part in parts if (score := column_score(part, task, column))]
         if of_seeds:
             errors = [score["standard_error"] for score in of_seeds]
             known = [error for error in errors if error is not None]
             scores[task, column] = {
                 **of_seeds[0],
+                "seeds": len(of_seeds),
                 "value": float(np.mean([score["value"] for score in of_seeds])),
                 "standard_error": math.sqrt(np.mean(np.square(known))) if known and len(known) == len(errors) else None,
             }
@@ -160,16 +170,17 @@ def _data_columns(
         score, parts = scores.get(key), row.tasks.get(key[0])
         data[title] = score and score["value"]
         data[f"{title} standard error"] = score and score["standard_error"]
-        data[f"{title} documents"] = parts and parts[0]["documents"]
+        data[f"{title} documents"] = parts and next(iter(parts.values()))["documents"]
     return data
 
 
-def _format(score: Mapping[str, Any] | None, column: BenchmarkColumn) -> str:
+def _format(score: Mapping[str, Any] | None, column: BenchmarkColumn, seeds: int) -> str:
     if score is None:
         return NONE
     error = score["standard_error"]
     value = f"{score['value']:.{column.digits}f}"
-    return value if error is None else f"{value} \u00b1 {error:.{column.digits}f}"
+    value = value if error is None else f"{value} \u00b1 {error:.{column.digits}f}"
+    return value if score["seeds"] == seeds else f"{value} ({score['seeds']} of {seeds} seeds)"
 
 
 def _may_show_published(key: tuple[str, BenchmarkColumn], rows: Sequence[BenchmarkRow]) -> bool:
@@ -187,11 +198,11 @@ def _published_row(label: str, shown: Mapping[str, float], columns: Columns) -> 
 
 
 def _notes(
-    rows: Sequence[BenchmarkRow], uncut: Mapping[str, BenchmarkRow | None], columns: Columns, published: bool
+    rows: Sequence[BenchmarkRow], uncut: Sequence[BenchmarkRow | None], columns: Columns, published: bool
 ) -> Iterator[str]:
     entries = []
     for (task, column), title in columns.items():
-        parts = [part for row in rows for part in row.tasks.get(task, ())]
+        parts = [part for row in rows for part in row.tasks.get(task, {}).values()]
         score = next(filter(None, (column_score(part, task, column) for part in parts)))
         documents = " or ".join(str(n) for n in sorted({part["documents"] for part in parts}))
         entries.append(f"{title}: {task}, {score['metric']}, {documents} documents")
@@ -200,10 +211,10 @@ def _notes(
         "After \u00b1: the standard error over documents, where a score is their mean. Of several seeds: the mean of the scores, "
         "and the root mean square of the standard errors. Tokens: visual tokens of the first prompt, mean over layers."
     )
-    families = {base.label: base for base in uncut.values() if base}
+    families = {base.label: base for base in uncut if base}
     if families:
         yield (
-            "Relative: mean over benchmarks of the score as a share of the uncut model's, which is the row "
+            "Relative: mean over benchmarks of the score as a share of the uncut model's on the same seeds, which is the row "
             f"{' or '.join(repr(label) for label in families)}. Scores that are better when lower are left out, and "
             "benchmarks on which the uncut model scores 0."
         )

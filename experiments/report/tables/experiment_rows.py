@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from experiments.records.views import Record, failure_reason, record_seed
+from experiments.records.views import Record, failure_reason, record_seed, visual_tokens
 from experiments.report.experiment_results import (
     DIFFERENCE_RULE,
     OTHER_DATA,
@@ -30,11 +30,16 @@ from experiments.report.formatting import (
 from experiments.report.question_pairing import PAIRING_NOTE
 from experiments.report.run_groups import RunGroup
 from experiments.report.tables.table import LATENCY_COLUMN, Table, interval_columns
-from experiments.report.training_ends import STILL_IMPROVING, describe_training, training_end, trains_until_plateau
+from experiments.report.training_ends import (
+    STILL_IMPROVING,
+    TRAINING_COLUMN,
+    training_end,
+    training_notes,
+    trains_until_plateau,
+)
 
 BENCHMARKS = {"vqav2": "VQAv2", "gqa": "GQA", "mmb": "MMB"}
 """Benchmarks that the paper's ablations print, by the names that an experiment's rows use."""
-_TRAINING_COLUMN = "Trained until"
 _MEASURED_COLUMNS = ("Tokens", "FLOPs", LATENCY_COLUMN, "Accuracy (%)", "Difference", "p", "n")
 
 
@@ -76,7 +81,7 @@ def experiment_table(results: ExperimentResults) -> Table:
         cells = {"Row": row.label} | {column_heading(key): _cell_text(row.settings.values[key]) for key in varied}
         if row.runs is None or row.runs.accuracy is None:
             columns = [column for column in _MEASURED_COLUMNS if timed or column != LATENCY_COLUMN]
-            columns += [_TRAINING_COLUMN] if until_plateau else []
+            columns += [TRAINING_COLUMN] if until_plateau else []
             text.append({**cells, **dict.fromkeys(columns, row.status), "Seeds": f"0 of {len(results.seeds)}"})
         else:
             reason = "baseline" if row is baseline else "other questions" if baseline.finished else "no baseline"
@@ -90,7 +95,7 @@ def experiment_table(results: ExperimentResults) -> Table:
                     "Difference": format_interval(difference, sign=True) if difference else reason,
                     "p": format_p_value(p_value) if p_value is not None else reason,
                     "n": str(row.runs.examples),
-                    **({_TRAINING_COLUMN: training_end(row.runs)} if until_plateau else {}),
+                    **({TRAINING_COLUMN: training_end(row.runs)} if until_plateau else {}),
                     "Seeds": _seed_count(row, results),
                 }
             )
@@ -99,7 +104,7 @@ def experiment_table(results: ExperimentResults) -> Table:
     text_columns = {
         column_heading(key) for key in varied if not all(_is_number(r.settings.values[key]) for r in results.rows)
     }
-    numeric = tuple(column for column in text[0] if column not in {"Row", _TRAINING_COLUMN, *text_columns})
+    numeric = tuple(column for column in text[0] if column not in {"Row", TRAINING_COLUMN, *text_columns})
     notes = tuple(_notes(results))
     return Table(results.name, _caption(results), pd.DataFrame(data), pd.DataFrame(text), numeric, notes, bold)
 
@@ -153,8 +158,9 @@ def _notes(results: ExperimentResults) -> list[str]:
     latency_notes = sorted({r["cost"]["latency_note"] for r in records if "latency_note" in (r.get("cost") or {})})
     excluded = results.excluded_families
     notes = [
-        f"{ACCURACY_DEFINITION} Mean over n questions and the seeds, with its 95% bootstrap interval over both. With few seeds "
-        "the interval understates how much seeds differ." + (f" Blind controls: {blind}." if blind else ""),
+        f"{ACCURACY_DEFINITION} Mean over n questions and the seeds, with its 95% bootstrap interval over both. With two or "
+        "three seeds the interval is too narrow where these differ much."
+        + (f" Blind controls: {blind}." if blind else ""),
         f"Bold: the highest accuracy, if the row differs from every other row by {DIFFERENCE_RULE}.{_why_no_bold(results)}",
         "Difference: percentage points from the first row, with its 95% interval (same questions; the seeds of each row "
         "are resampled separately). p: exact paired test over examples, Holm-corrected for the rows compared. The test is "
@@ -163,7 +169,7 @@ def _notes(results: ExperimentResults) -> list[str]:
         "way.",
         *(f"FLOPs of one prompt: {convention}." for convention in conventions),
         *(f"Latency: {note}." for note in latency_notes),
-        *_training_notes(records),
+        *training_notes(records, "it is neither bold nor ordered"),
         *(note for row in results.rows for note in _missing_run_notes(row)),
     ]
     if len(fingerprints) > 1:
@@ -183,15 +189,6 @@ def _notes(results: ExperimentResults) -> list[str]:
             + (f" To select one, add its setting after experiment={results.name}." if by_setting else "")
         )
     return notes
-
-
-def _training_notes(records: Sequence[Record]) -> list[str]:
-    if not any(map(trains_until_plateau, records)):
-        return []
-    return [
-        f"{describe_training(records)} A row that was {STILL_IMPROVING} would be better after a longer training, so it is "
-        "neither bold nor ordered."
-    ]
 
 
 def _why_no_bold(results: ExperimentResults) -> str:
@@ -235,11 +232,7 @@ def _seed_count(row: ResultRow, results: ExperimentResults) -> str:
 
 
 def _mean_tokens(runs: RunGroup) -> float:
-    return float(np.mean([_record_tokens(record) for record in runs.finished]))
-
-
-def _record_tokens(record: Record) -> float:
-    return record["model"].get("visual_tokens_mean", record["model"]["visual_tokens"])
+    return float(np.mean([visual_tokens(record) for record in runs.finished]))
 
 
 def _varied_keys(results: ExperimentResults) -> list[str]:

@@ -8,7 +8,7 @@ import pandas as pd
 
 from experiments.records.views import Record, failure_reason, record_label, record_seed
 from experiments.report.formatting import NONE
-from experiments.report.fusion_depths import depth_text, reported_curves
+from experiments.report.fusion_depths import depth_is_of_a_loss, depth_text, reported_curves
 from experiments.report.tables.table import Table, data_frame, format_optional, shorten_reason
 
 _LABELS = ("model", "seed", "kind")
@@ -27,7 +27,7 @@ def fusion_depth_table(probed: Sequence[Record], failed: Sequence[Record]) -> Ta
         for curve in reported_curves(record):
             depth = (record.get("fusion") or {}).get(curve)
             has_depth = depth is not None and depth["depth"] is not None
-            if not has_depth:
+            if not has_depth or depth_is_of_a_loss(record, curve):
                 reasons.append(f"{record_label(record)}, {curve}: {depth_text(record, curve)}.")
             depth = depth or {}
             row = {"model": record["name"], "seed": record_seed(record), "kind": curve}

@@ -53,7 +53,7 @@ def onset_table(probed: Sequence[Record]) -> Table:
         "Onset: the first layer that needs the image, counted from 1; the image may arrive after the layers before it. It "
         "is the smallest k for which hiding the visual tokens in the first k layers, or in more, costs at least 10% of "
         "what they are worth. Depth by removal: the number of first layers that must attend to them. Onset and depth "
-        "bound the layers that read the image. None: hiding the image costs nothing beyond chance. Intervals: 95% "
+        "bound the layers that read the image. None: no cost of hiding the image beyond chance is shown. Intervals: 95% "
         "bootstrap over examples.",
     )
     caption = "Fusion onset beside fusion depth, by question type."

@@ -9,7 +9,7 @@ import pandas as pd
 
 from experiments.records.views import Record, parse_outcomes, record_label
 from experiments.report.formatting import NONE, format_interval
-from experiments.report.statistics import Interval, accuracy_interval
+from experiments.report.statistics import Interval, accuracy_interval, contrast_interval
 from experiments.report.tables.table import Table, data_frame, interval_columns
 
 PLACE = "place"
@@ -34,7 +34,7 @@ def photo_readout_tables(records: Sequence[Record]) -> tuple[Table, ...]:
             cells = grid["grid_size"] ** 2
             # Photographs of one image are no independent samples, so the interval is over images.
             right = parse_outcomes(grid["correct"]).reshape(-1, cells).sum(1)
-            readout = Interval(*(value / cells for value in accuracy_interval(right[None])))
+            readout = Interval(*(value / cells for value in contrast_interval([(1, right[None])])))
             row = {
                 "model": record["name"],
                 "grid_size": grid["grid_size"],
@@ -45,7 +45,7 @@ def photo_readout_tables(records: Sequence[Record]) -> tuple[Table, ...]:
             shown = {
                 "Model": record_label(record),
                 "Grid": f"{grid['grid_size']} x {grid['grid_size']}",
-                "Photographs": f"{grid['photographs']:,}",
+                "Cells": f"{grid['photographs']:,}",
                 "Linear read-out (%)": format_interval(readout),
                 "Shuffled classes (%)": f"{100 * row['control']:.1f}",
             }
@@ -65,10 +65,11 @@ def photo_readout_tables(records: Sequence[Record]) -> tuple[Table, ...]:
         return ()
     notes = (
         "Linear read-out: the share of photographs in grids that a linear classifier names right from the mean of their patches "
-        "in the features that the projector reads, tested on photographs that it saw in no image of its training. Model's answers: to "
+        "in the features that the projector reads, tested on photographs that it saw in no image of its training. Cells: photographs "
+        "that were named; one may stand in several images. Model's answers: to "
         '"What is at row 1 column 2?" and its like. 95% bootstrap intervals over images.',
     )
-    order = ["Model", "Grid", "Photographs", "Linear read-out (%)", "Shuffled classes (%)", "Model's answers (%)"]
+    order = ["Model", "Grid", "Cells", "Linear read-out (%)", "Shuffled classes (%)", "Model's answers (%)"]
     text_frame = pd.DataFrame(text)[[*order, "Share of the read-out (%)"]]
     caption = "Photographs in grids: what the vision features tell, and what the model answers."
     return (

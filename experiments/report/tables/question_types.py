@@ -135,7 +135,7 @@ def removal_by_question_type_table(probed: Sequence[Record]) -> Table:
     notes = (
         "Accuracy (%) with 95% bootstrap intervals over examples. The visual tokens are visible in all layers of the "
         "language model, hidden in the first block of layers, or hidden in all layers. Fusion depth: by removal, as in "
-        "the table of fusion depths; none if the answers do not depend on the image beyond chance.",
+        "the table of fusion depths; none if it is not shown that the answers depend on the image.",
     )
     numeric = ("n", *_REMOVAL_COLUMNS.values(), "Fusion depth")
     text_frame = pd.DataFrame(text, columns=columns)

@@ -142,7 +142,30 @@ def test_records_with_other_task_lists_and_seeds_share_a_row(write, tmp_path):
     row = row_of(table, "tiny")
     assert row["Seeds"] == "2"
     assert row["GQA"] == "60.0 ± 3.5"  # sqrt((9 + 16) / 2) = 3.54
-    assert row["POPE"] == "80.0"
+    assert row["POPE"] == "80.0 (1 of 2 seeds)"
+
+
+def test_relative_score_compares_the_same_seeds_and_scores_of_fewer_seeds_say_so(write, tmp_path):
+    for seed, value in enumerate((0.5, 0.6, 0.7)):
+        write("tiny", {"gqa": {"exact_match": score(value)}}, seed=seed)
+    average = {"compressor__name": "average"}
+    write("tiny, average", {"gqa": {"exact_match": score(0.5)}}, **average)
+    write("tiny, average", {"pope": {"pope_f1_score": score(0.8)}}, seed=1, **average)
+    row = row_of(table_of(tmp_path), "tiny, average")
+    assert row["GQA"] == "50.0 (1 of 2 seeds)"
+    assert row["Relative (%)"] == "100.0"
+
+
+def test_rows_of_other_data_have_labels_and_uncut_models_of_their_own(write, tmp_path):
+    for version, value in (("f0", 0.5), ("f1", 0.25)):
+        for name, share, settings in (("tiny", 1.0, {}), ("tiny, average", 0.8, {"compressor__name": "average"})):
+            made = write(name, {"gqa": {"exact_match": score(share * value)}}, weights=version, **settings)
+            made["data"]["fingerprint"] = version
+            (tmp_path / "records" / f"{made['id']}.json").write_text(json.dumps(made))
+    rows = table_of(tmp_path).text
+    assert rows["Model"].is_unique
+    measured = rows["Relative (%)"][rows["Seeds"] != NONE]
+    assert sorted(measured) == ["100.0", "100.0", "80.0", "80.0"]
 
 
 def test_older_weights_of_the_same_settings_are_left_out_and_named(write, tmp_path):

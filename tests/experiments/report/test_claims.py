@@ -122,7 +122,7 @@ def test_claims_on_interventions_with_answers_as_good_without_the_own_image_cann
     made["accuracy"]["shuffled"] = made["accuracy"]["image"][::-1]  # as many right answers, to other questions
     estimates = [judge([made])[key].estimate for key in NEED_IMAGE]
     assert {(estimate.answer, estimate.reason) for estimate in estimates} == {
-        (UNDECIDED, "the answers do not need the image")
+        (UNDECIDED, "it is not shown that the answers need the image")
     }
 
 
@@ -131,7 +131,7 @@ def test_first_block_of_a_model_that_answers_as_well_without_the_image_cannot_be
     made = probed([6], EVEN, EVEN)
     made["removal"]["onward"][0]["correct"] = made["accuracy"]["image"]
     estimate = judge([made])["first_block"].estimate
-    assert (estimate.answer, estimate.reason) == (UNDECIDED, "the answers do not need the image")
+    assert (estimate.answer, estimate.reason) == (UNDECIDED, "it is not shown that the answers need the image")
 
 
 @pytest.mark.parametrize(("curve", "answer"), [(EARLY, HOLDS), (LATE, DOES_NOT_HOLD), (EVEN, DOES_NOT_HOLD)])
@@ -159,7 +159,7 @@ def test_claims_by_question_type_use_the_questions_of_the_type() -> None:
     assert by_type["first_block", "early"].answer == HOLDS
     assert by_type["first_block", "early"].questions == QUESTIONS // 2
     assert by_type["first_block", "late"].answer == UNDECIDED
-    assert by_type["image_may_leave", "late"].reason == "the answers do not need the image"
+    assert by_type["image_may_leave", "late"].reason == "it is not shown that the answers need the image"
 
 
 def rows(accuracies: dict[tuple[str, int, int, str], float], **more: Any) -> list[Record]:
@@ -203,10 +203,41 @@ def test_row_claims_of_equal_rows_cannot_be_told() -> None:
 
 def test_row_claims_each_layer_needs_every_step() -> None:
     flat = {**PAPER, ("query", 1, 1, "outside"): 0.70}
-    assert answers(rows(flat))["each_layer_helps"] == UNDECIDED
+    undecided = judge(rows(flat))["each_layer_helps"].estimate
+    assert (undecided.answer, undecided.value) == (UNDECIDED, pytest.approx(0.0))
     worse = {**PAPER, ("query", 1, 1, "outside"): 0.85}
     found = answers(rows(worse))
     assert (found["each_layer_helps"], found["prefusion_rescues"]) == (DOES_NOT_HOLD, HOLDS)
+
+
+def test_claim_that_does_not_hold_shows_the_step_that_decides() -> None:
+    # The second step is the most negative, but its questions disagree so much that it decides nothing.
+    rng = np.random.default_rng(0)
+    better = np.ones((1, 400), int)
+    slightly = better.copy()
+    slightly[0, :20] = 0
+    noisy = [(rng.random((1, 400)) < right).astype(int) for right in (0.45, 0.52)]
+    steps = Steps([Step((slightly,), (better,)), Step((noisy[0],), (noisy[1],))])
+    estimate = steps.estimate(np.ones(400, bool))
+    assert estimate.answer == DOES_NOT_HOLD
+    assert estimate.value == pytest.approx(-0.05)
+    assert estimate.high < 0
+
+
+def test_family_with_two_runs_of_a_cell_uses_the_one_with_more_seeds() -> None:
+    newer = record(9000, "query", 1, 0, 0.70)
+    newer["config"]["prefusion"]["init"] = "identity"  # without effect: it has no pre-fusion layers
+    newer["provenance"]["started"] = "2030-01-01T00:00:00"
+    found = judge([*rows(PAPER), newer])["prefusion_rescues"].estimate
+    assert (found.value, found.seeds) == (pytest.approx(0.4), 2)
+
+
+def test_claims_about_very_few_questions_of_a_type_say_so() -> None:
+    made = probed([1], EVEN, EVEN)
+    made["data"]["kinds"] = ["rare"] * 5 + ["common"] * (QUESTIONS - 5)
+    findings = judge_claims(group_runs(Records((made,), (), (), ())))
+    by_type = {(f.claim.key, f.question_type): f.estimate for f in judge_by_question_type(findings)}
+    assert by_type["first_block", "rare"].reason == "too few questions"
 
 
 def test_row_claims_do_not_compare_rows_trained_differently() -> None:

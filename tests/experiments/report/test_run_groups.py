@@ -76,6 +76,31 @@ def test_compare_with_baselines_other_data_have_no_baseline(records: list[dict[s
     assert group.comparison == "no baseline"
 
 
+def test_compare_with_baselines_of_two_plain_models_uses_the_one_with_more_seeds(records: list[dict[str, Any]]) -> None:
+    newer = copy.deepcopy(records[0])
+    newer["config"]["compressor"]["size"] = 4  # without effect: it has no compressor
+    newer["id"], newer["provenance"]["started"] = "f" * 16, "2030-01-01T00:00:00"
+    groups = ablation_groups([*records, newer])
+    plain = [group for group in groups if group.is_baseline and group.difference is None]
+    assert [len(group.finished) for group in plain] == [2]
+    compared = next(group for group in groups if group.finished == (newer,))
+    assert compared.difference is not None
+
+
+def test_compare_with_baselines_compares_a_model_that_drops_tokens(records: list[dict[str, Any]]) -> None:
+    dropping = copy.deepcopy(records[0])
+    dropping["config"]["reduction"] = {"name": "fastv", "layers": [2]}
+    dropping["model"]["visual_tokens_mean"] = dropping["model"]["visual_tokens"] / 2
+    dropping["id"] = "f" * 16
+    group = next(group for group in ablation_groups([*records, dropping]) if group.finished == (dropping,))
+    assert not group.is_baseline
+    assert group.difference is not None
+    assert group.difference.mean == pytest.approx(
+        parse_outcomes(dropping["accuracy"]["image"]).mean() - ablation_groups(records)[0].accuracy.mean
+    )
+    assert group.visual_tokens == dropping["model"]["visual_tokens"] / 2
+
+
 def test_name_differing_settings_unused_settings_are_ignored(records: list[dict[str, Any]]) -> None:
     for record in records[:2]:
         record["config"]["prefusion"]["init"] = "fresh"

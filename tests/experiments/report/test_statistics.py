@@ -49,6 +49,20 @@ def test_accuracy_interval_differing_seeds_widen_it() -> None:
     assert width[1] > 2 * width[0]
 
 
+@pytest.mark.parametrize("right", [0, 1])
+def test_accuracy_interval_of_equal_outcomes_is_the_exact_one(right: int) -> None:
+    expected = stats.binomtest(40 * right, 40).proportion_ci(method="exact")
+    mean, low, high = accuracy_interval(np.full((2, 40), right))
+    assert (mean, low, high) == pytest.approx((right, expected.low, expected.high))
+
+
+def test_interval_that_ends_at_zero_does_not_exclude_it() -> None:
+    rng = np.random.default_rng(0)
+    low = np.array([difference_interval(*(rng.random((2, 2, 12)) < 0.3).astype(int)).low for _ in range(300)])
+    assert ((np.abs(low) < 1e-7) == (low == 0)).all()
+    assert (low == 0).any()
+
+
 def test_difference_interval_equal_outcomes_give_zero() -> None:
     outcomes = bits(np.random.default_rng(2), 1, 50)
     assert difference_interval(outcomes, outcomes) == (0.0, 0.0, 0.0)
