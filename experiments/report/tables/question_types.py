@@ -36,10 +36,13 @@ def question_type_table(groups: Sequence[RunGroup], probed: Sequence[Record]) ->
         probed: Finished records with a probe.
     """
     rows: list[tuple[str, str, int, Sequence[str], np.ndarray]] = []
+    shown = set()
     for group in name_differing_settings(groups):
         matrix = group.outcomes()
-        if matrix is not None:
-            rows.append((group_name(group), "image", len(matrix), group.finished[0]["data"]["kinds"], matrix))
+        if matrix is None or (same := (group_name(group), matrix.tobytes())) in shown:
+            continue  # groups that differ in settings without effect alone have one name and one result
+        shown.add(same)
+        rows.append((group_name(group), "image", len(matrix), group.finished[0]["data"]["kinds"], matrix))
     for record in probed:
         types = record["data"]["kinds"]
         views = {**record["accuracy"], "text-only guess": record["data"].get("guess")}

@@ -43,3 +43,10 @@ def test_question_types_have_columns_of_their_own(types: tuple[str, ...], headin
         share = 100 * expected[name].count("1") / len(expected[name])
         assert text[heading].startswith(f"{share:.1f}")
         assert heading in table.numeric
+
+
+def test_two_runs_of_a_model_that_differ_in_a_setting_without_effect_have_one_row() -> None:
+    first, second = table_record("none", 1, 0, 0), table_record("none", 1, 0, 0)
+    second["id"], second["config"]["compressor"]["size"] = "f" * 16, 4
+    table = question_type_table(group_runs(Records((first, second), (), (), ())), ())
+    assert len(table.text) == 1
