@@ -18,6 +18,9 @@ from experiments.evaluation.questions import EncodedQuestions, ModelInputs, inst
 from probes import FusionDepth, TokenMap, fusion_depth
 from probes.fusion.curves import ScoreFunction, knockout_curve, removal_scores
 
+FEWEST_QUESTIONS = 6
+"""Fewest questions of a type that get an estimate: with fewer, no exact test rejects at 2.5%."""
+
 
 def measure_removal(model: PreTrainedModel, questions: EncodedQuestions, block: int) -> dict[str, Any]:
     """Measure the `removal` part of a record.
@@ -80,7 +83,7 @@ def removal_depth_by_question_type(
 
     Args:
         onward: Outcomes without visual tokens from each block onward.
-        question_types: Type of each question. A type with a single question is left out: it has no interval.
+        question_types: Type of each question. Types with fewer than `FEWEST_QUESTIONS` are left out.
         block: Layers of a block.
         depth: Layers of the language model.
     """
@@ -96,14 +99,14 @@ def estimate_by_question_type(
 
     Args:
         outcomes: Outcomes at each point of a curve.
-        question_types: Type of each question. A type with a single question is left out: it has no interval.
+        question_types: Type of each question. Types with fewer than `FEWEST_QUESTIONS` are left out.
         estimate: Makes the estimate from the outcomes of one type.
     """
     type_of_question = np.array(question_types)
     return {
         question_type: estimate(outcomes[:, type_of_question == question_type])
         for question_type in sorted(set(question_types))
-        if (type_of_question == question_type).sum() > 1
+        if (type_of_question == question_type).sum() >= FEWEST_QUESTIONS
     }
 
 

@@ -50,7 +50,7 @@ def onset_by_question_type(
 
     Args:
         upto: Outcomes without visual tokens in the first 0, 1, ... all blocks.
-        question_types: Type of each question. A type with a single question is left out: it has no interval.
+        question_types: Type of each question. Types with fewer than `FEWEST_QUESTIONS` are left out.
         block: Layers of a block.
         depth: Layers of the language model.
     """

@@ -96,7 +96,9 @@ class RemovalPart(Part):
     inside: list[Intervention] = Field(min_length=1, description="removed inside one block of layers")
     onward: list[Intervention] = Field(min_length=1, description="removed from a layer to the last")
     random_inside: list[Intervention] | None = Field(None, description="as many text tokens removed instead")
-    by_kind: dict[str, Depth] | None = Field(None, description="fusion depth by type of question")
+    by_kind: dict[str, Depth] | None = Field(
+        None, description="fusion depth by type of question, of those with at least 6"
+    )
 
 
 class Onset(Part):
@@ -114,7 +116,9 @@ class OnsetPart(Part):
     block: int | None = Field(None, description="layers of a block")
     upto: list[Intervention] = Field(min_length=2, description="removed in no layer, in the first layers, in all")
     estimate: Onset | None = None
-    by_kind: dict[str, Onset] | None = Field(None, description="fusion onset by type of question")
+    by_kind: dict[str, Onset] | None = Field(
+        None, description="fusion onset by type of question, of those with at least 6"
+    )
 
 
 class KnockoutPart(Part):

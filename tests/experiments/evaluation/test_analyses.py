@@ -67,10 +67,12 @@ def test_run_probes_computes_logits_of_answers_alone(deep_llava, processor, samp
 
 
 def test_measure_removal_by_kind_is_the_fusion_depth_of_removal_onward(deep_llava, processor, samples):
-    part = layerwise_ablation.measure_removal(deep_llava, EncodedQuestions(samples, processor, 4, CPU), block=1)
+    samples = samples * 4  # six questions of most types
+    part = layerwise_ablation.measure_removal(deep_llava, EncodedQuestions(samples, processor, 16, CPU), block=1)
     onward = np.array([list(run["correct"]) for run in part["onward"]], dtype=float)  # one digit a question
     question_types = np.array([sample.question_types[0] for sample in samples])
-    assert sorted(part["by_kind"]) == sorted({name for name in question_types if (question_types == name).sum() > 1})
+    assert part["by_kind"]
+    assert sorted(part["by_kind"]) == sorted({name for name in question_types if (question_types == name).sum() >= 6})
     for name, depth in part["by_kind"].items():
         assert depth == dataclasses.asdict(fusion_depth(onward[:, question_types == name], "removal"))
 
@@ -91,8 +93,7 @@ def test_removal_depth_by_question_type_uses_the_questions_of_the_type_alone():
     assert depths["easy"]["high"] < depths["hard"]["low"]
 
 
-def test_removal_depth_by_question_type_of_a_single_question_is_left_out():
-    onward = np.tile([0.0, 1.0] * 5 + [1.0], (3, 1))
-    assert list(
-        layerwise_ablation.removal_depth_by_question_type(onward, ["often"] * 10 + ["once"], block=1, depth=2)
-    ) == ["often"]
+def test_removal_depth_by_question_type_of_five_questions_is_left_out():
+    onward = np.tile([0.0, 1.0] * 3 + [1.0] * 5, (3, 1))
+    kinds = ["often"] * 6 + ["rare"] * 5
+    assert list(layerwise_ablation.removal_depth_by_question_type(onward, kinds, block=1, depth=2)) == ["often"]

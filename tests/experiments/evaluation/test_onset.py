@@ -64,7 +64,8 @@ def test_onset_by_question_type_uses_the_questions_of_the_type_alone():
     onsets = onset_by_question_type(upto, ["early", "late"] * 40, block=2, depth=8)
     assert {name: onset["onset"] for name, onset in onsets.items()} == {"early": 1, "late": 5}
     assert dataclasses.asdict(fusion_onset(step(3)))["curve"] == onsets["late"]["curve"]
-    assert list(onset_by_question_type(upto[:, :3], ["often", "often", "once"], block=2, depth=8)) == ["often"]
+    kinds = ["often"] * 6 + ["rare"] * 5
+    assert list(onset_by_question_type(upto[:, :11], kinds, block=2, depth=8)) == ["often"]
 
 
 @pytest.mark.parametrize(("onset", "expected"), [(None, None), (1, 1), (2, 5), (4, 13)])
