@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,43 +212,20 @@ def match_results(
     Returns:
         The results, or None if no family counts.
     """
-    families: dict[frozenset[tuple[str, str]], list[RunGroup]] = defaultdict(list)
-    for group in groups:
-        if all(key in group.config for key in spec.setting_keys):
-            rest = {(key, repr(value)) for key, value in group.config.items() if not spec.may_vary(key)}
-            families[frozenset(rest)].append(group)
-    candidates = []
-    for family in families.values():
-        try:
-            settings = spec.resolve_rows(family[0].config)
-        except ValueError:  # a size scales with a grid that this configuration lacks: it belongs to no row
-            continue
-        for same_data in _split_by_data(family, spec):
-            matching = [[group for group in same_data if _has_settings(group, s.values)] for s in settings]
-            runs = [_choose_group(groups, matching) for groups in matching]
-            if any(runs):
-                candidates.append((settings, runs, matching))
-    counted = [entry for entry in candidates if requested or _belongs_to_experiment(spec, entry[1])]
-    if not counted:
+    families = [
+        family for family in _find_families(spec, groups) if requested or _belongs_to_experiment(spec, family.runs)
+    ]
+    if not families:
         return None
-    counted.sort(key=lambda entry: _completeness(entry[1]), reverse=True)
-    settings, runs, matching = counted[0]
-    seeds = sorted({record_seed(record) for group in runs if group for record in group.records}, key=str)
-    rows = tuple(
-        ResultRow(
-            number, row, group, tuple(s for s in seeds if group is None or s not in map(record_seed, group.records))
-        )
-        for number, (row, group) in enumerate(zip(settings, runs, strict=True))
-    )
-    excluded = [_describe_difference(spec, runs, other) for _, other, _ in counted[1:]]
-    unchosen = (
-        OTHER_DATA if group.model_files == chosen.model_files else OTHER_FILES
-        for groups, chosen in zip(matching, runs, strict=True)
-        for group in groups
-        if chosen is not None and group.finished and group is not chosen
-    )
-    excluded += dict.fromkeys(unchosen)
-    return ExperimentResults(spec, rows, tuple(excluded))
+    shown, *others = sorted(families, key=lambda family: _completeness(family.runs), reverse=True)
+    seeds = {record_seed(record) for group in shown.runs if group for record in group.records}
+    rows = [
+        ResultRow(number, settings, group, _missing_seeds(group, seeds))
+        for number, (settings, group) in enumerate(zip(shown.settings, shown.runs, strict=True))
+    ]
+    excluded = [_describe_difference(spec, shown.runs, other.runs) for other in others]
+    excluded += dict.fromkeys(shown.left_out)
+    return ExperimentResults(spec, tuple(rows), tuple(excluded))
 
 
 def blind_accuracies(results: ExperimentResults) -> dict[str, float]:
@@ -265,6 +242,54 @@ def blind_accuracies(results: ExperimentResults) -> dict[str, float]:
         if blank is not None and not any("blank" in name for name in accuracies):
             accuracies[f"{row.label}, blank image"] = float(blank.mean())
     return accuracies
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Runs on the same data that differ only in what an experiment's rows name.
+
+    Attributes:
+        settings: The rows, with sizes scaled to the model of these runs.
+        matching: All groups with the settings of each row. Several differ in their data or in the files of their models.
+        runs: The group that fills each row, None if there is none.
+    """
+
+    settings: Sequence[RowSettings]
+    matching: Sequence[Sequence[RunGroup]]
+    runs: Sequence[RunGroup | None]
+
+    @property
+    def left_out(self) -> Iterator[str]:
+        """What sets the finished groups apart that have a row's settings and do not fill it."""
+        for groups, chosen in zip(self.matching, self.runs, strict=True):
+            for group in groups:
+                if chosen is not None and group.finished and group is not chosen:
+                    yield OTHER_DATA if group.model_files == chosen.model_files else OTHER_FILES
+
+
+def _find_families(spec: ExperimentSpec, groups: Iterable[RunGroup]) -> Iterator[_Family]:
+    """Yield the families of runs of which at least one fills a row."""
+    alike: dict[frozenset[tuple[str, str]], list[RunGroup]] = defaultdict(list)
+    for group in groups:
+        if all(key in group.config for key in spec.setting_keys):
+            rest = {(key, repr(value)) for key, value in group.config.items() if not spec.may_vary(key)}
+            alike[frozenset(rest)].append(group)
+    for members in alike.values():
+        try:
+            settings = spec.resolve_rows(members[0].config)
+        except ValueError:  # a size scales with a grid that this configuration lacks: it belongs to no row
+            continue
+        for same_data in _split_by_data(members, spec):
+            matching = [[group for group in same_data if _has_settings(group, row.values)] for row in settings]
+            runs = [_choose_group(groups, matching) for groups in matching]
+            if any(runs):
+                yield _Family(settings, matching, runs)
+
+
+def _missing_seeds(group: RunGroup | None, seeds: Collection[int | None]) -> tuple[int | None, ...]:
+    """Return the seeds of an experiment that a row has no record of."""
+    present = set(map(record_seed, group.records)) if group else set()
+    return tuple(sorted(set(seeds) - present, key=str))
 
 
 def _split_by_data(family: Sequence[RunGroup], spec: ExperimentSpec) -> list[list[RunGroup]]:

@@ -261,8 +261,11 @@ def _layer_contributions(
         return first_layers, first_layers[:, -1], means
     if kind == "knockout":
         damage = means[:, :1] - means[:, 1:]
-        # The first `width` windows all begin in layer 0.
+        # For example 3 layers and width 2 give 4 windows: layer 0; 0 and 1; 1 and 2; layer 2. Windows 0 and 1 begin in layer
+        # 0, window 2 in layer 1, window 3 in layer 2. So the first `width` windows count for layer 0, and then one a layer.
         first_layers = np.pad(damage.cumsum(axis=1)[:, width - 1 :], ((0, 0), (1, 0)))
+        # inside[w, l]: whether window w holds layer l. A layer's own damage is at most that of each window that holds it, and
+        # at most what a least-squares fit of the windows by sums over their layers gives it.
         window, layer = np.ogrid[: damage.shape[1], : damage.shape[1] - width + 1]
         inside = (window - width < layer) & (layer <= window)
         least_damage = np.where(inside, damage[:, :, None], np.inf).min(axis=1)

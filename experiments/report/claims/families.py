@@ -82,6 +82,9 @@ class Family:
 def find_families(groups: Iterable[RunGroup]) -> list[Family]:
     """Return the families of runs, one for each combination of other settings.
 
+    For example three cells: no pre-fusion; 4 layers that start as copies; 4 layers that start fresh. The last two differ in
+    `prefusion.init`, which makes two families. The first cell belongs to both.
+
     A cell without pre-fusion belongs to every family whose other settings it shares, whatever the settings of pre-fusion
     are there: they have no effect on it. The same holds for a cell without a compressor. Of several cells that differ in
     such settings alone, a family has the one with the most seeds, and among these the newest.
