@@ -26,7 +26,7 @@ from experiments.data.media_files import check_decodable
 from experiments.data.minimal_pairs import check_minimal_pairs, draw_minimal_pairs
 from experiments.data.samples import Sample, single_questions
 from experiments.data.shapes import require_shape_samples
-from experiments.devices import select_device
+from experiments.devices import select_device, warn_if_bfloat16_is_slow
 from experiments.evaluation.accuracy import (
     accuracy_by_question_type,
     answer_questions,
@@ -93,6 +93,8 @@ def run_cell(cell: Cell, work: Path, write_record: Callable[[dict[str, Any]], ob
         check_benchmarks(config)
     torch.set_num_threads(config.threads)
     device = select_device(config.device)
+    if config.model.dtype == "bfloat16" or (config.train.trains and config.train.bf16):
+        warn_if_bfloat16_is_slow(device)
     model, processor = _build(config, data, device)
     training_log, train_seconds = _train(model, processor, config, data, work, device)
     if config.train.trains and not PartialState().is_main_process:
