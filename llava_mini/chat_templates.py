@@ -52,12 +52,9 @@ def starts_with_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
         `bool`: Whether the template wrote the start token.
 
     Example:
-
-        ```python
         >>> from llava_mini.chat_templates import starts_with_bos
         >>> starts_with_bos(processor.tokenizer, "what is this")
         False
-        ```
     """
     return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
 

@@ -116,7 +116,7 @@ def contrast_interval(terms: Sequence[tuple[int, Float[np.ndarray, "seeds exampl
     means = _resampled_means(np.concatenate([values for _, values in terms]))
     ends = np.cumsum([len(values) for _, values in terms])
     parts = np.split(means, ends[:-1], axis=1)
-    draws = sum(sign * _resample_seeds(part, rng) for (sign, _), part in zip(terms, parts, strict=True))
+    draws = np.sum([sign * _resample_seeds(part, rng) for (sign, _), part in zip(terms, parts, strict=True)], axis=0)
     mean = float(sum(sign * values.mean() for sign, values in terms))
     return Interval(mean, *_bounds(draws))
 

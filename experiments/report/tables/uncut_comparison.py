@@ -81,6 +81,8 @@ def same_answers(row: ResultRow, uncut: ResultRow) -> Interval | None:
     Returns:
         The share with its bounds; None if the rows have different questions.
     """
+    if row is uncut:  # equal by definition, so no other questions could show anything else
+        return Interval(1.0, 1.0, 1.0)
     alike = [_equal(record["answers"], other["answers"]) for record, other in _pairs(row, uncut)]
     return accuracy_interval(np.stack(alike)) if alike else None
 
