@@ -170,8 +170,10 @@ def _notes(results: ExperimentResults) -> list[str]:
         *(f"FLOPs of one prompt: {convention}." for convention in conventions),
         *(f"Latency: {note}." for note in latency_notes),
         *training_notes(records, "it is neither bold nor ordered"),
-        *(note for row in results.rows for note in _missing_run_notes(row)),
+        *(note for row in results.rows if row.runs for note in _missing_run_notes(row, row.runs)),
     ]
+    if not_run := [row.label for row in results.rows if row.runs is None]:
+        notes.append(f"Not run: {'; '.join(not_run)}.")
     if len(fingerprints) > 1:
         notes.append(PAIRING_NOTE)
     if len(code_versions) > 1:
@@ -207,12 +209,10 @@ def _why_no_bold(results: ExperimentResults) -> str:
     )
 
 
-def _missing_run_notes(row: ResultRow) -> list[str]:
-    if row.runs is None:
-        return [f"{row.label}: not run."]
+def _missing_run_notes(row: ResultRow, runs: RunGroup) -> list[str]:
     seeds: dict[str, list[Any]] = {}
-    for record in row.runs.failed:
-        newer = "" if record in row.runs.lost else "a newer run "
+    for record in runs.failed:
+        newer = "" if record in runs.lost else "a newer run "
         seeds.setdefault(newer + failure_reason(record), []).append(record_seed(record))
     if row.missing_seeds:
         seeds["not run"] = list(row.missing_seeds)

@@ -118,7 +118,7 @@ def test_experiment_table_incomplete_rows_state_status_and_seeds(
     assert "2 layers, seed 2: not run." in table.notes
     failed = "failed: RuntimeError: out of memory at step 12_000."
     assert f"2 layers, 50% | average, seeds 0, 1, 2: {failed}" in table.notes
-    assert "64 tokens: not run." in table.notes
+    assert "Not run: 64 tokens." in table.notes
 
 
 def test_experiment_table_caption_explains_scaled_sizes(spec: ExperimentSpec, table_records: RecordList) -> None:
