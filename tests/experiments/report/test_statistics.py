@@ -58,7 +58,8 @@ def test_accuracy_interval_of_equal_outcomes_is_the_exact_one(right: int) -> Non
 
 def test_interval_that_ends_at_zero_does_not_exclude_it() -> None:
     rng = np.random.default_rng(0)
-    low = np.array([difference_interval(*(rng.random((2, 2, 12)) < 0.3).astype(int)).low for _ in range(300)])
+    pairs = [(bits(rng, 3, 12, rate=0.6), bits(rng, 2, 12, rate=0.45)) for _ in range(300)]
+    low = np.array([difference_interval(*pair).low for pair in pairs])
     assert ((np.abs(low) < 1e-7) == (low == 0)).all()
     assert (low == 0).any()
 
