@@ -15,11 +15,9 @@ from experiments.data.encoding import restrict_to_answers
 from experiments.devices import inference_mode
 from experiments.evaluation.accuracy import greedy_matches, outcome_digits
 from experiments.evaluation.questions import EncodedQuestions, ModelInputs, instruction_token_map
+from experiments.report.claims.answers import FEWEST_QUESTIONS
 from probes import FusionDepth, TokenMap, fusion_depth
 from probes.fusion.curves import ScoreFunction, knockout_curve, removal_scores
-
-FEWEST_QUESTIONS = 6
-"""Fewest questions of a type that get an estimate: with fewer, no exact test rejects at 2.5%."""
 
 
 def measure_removal(model: PreTrainedModel, questions: EncodedQuestions, block: int) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from experiments.report.tables.table import (
     group_name,
     interval_columns,
     shorten_reason,
+    token_count,
 )
 from experiments.report.training_ends import (
     TRAINING_COLUMN,
@@ -64,7 +65,7 @@ def ablation_table(groups: Sequence[RunGroup]) -> Table:
         }
         cells = {
             "Model": group.label,
-            "Tokens": "unknown" if group.visual_tokens is None else f"{group.visual_tokens:.4g}",
+            "Tokens": token_count(group),
             "Pre-fusion": str(group.prefusion_layers),
             "Compressor": group.compressor,
             "Settings": group.settings or NONE,

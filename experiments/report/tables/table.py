@@ -101,14 +101,15 @@ def format_optional(value: float | None) -> str:
 def group_name(group: RunGroup) -> str:
     """Return a run group's model, compressor, tokens, pre-fusion layers and differing settings as one line."""
     if group.is_baseline:
-        name = f"{group.label}, {_tokens(group)} tokens"
+        name = f"{group.label}, {token_count(group)} tokens"
     else:
         tokens = "token" if group.visual_tokens == 1 else "tokens"
-        name = f"{group.label}, {group.compressor}, {_tokens(group)} {tokens}, {group.prefusion_layers} pre-fusion"
+        name = f"{group.label}, {group.compressor}, {token_count(group)} {tokens}, {group.prefusion_layers} pre-fusion"
     return f"{name}, {group.settings}" if group.settings else name
 
 
-def _tokens(group: RunGroup) -> str:
+def token_count(group: RunGroup) -> str:
+    """Return the visual tokens of a run group as a text: a mean over layers where some are dropped on the way."""
     return "unknown" if group.visual_tokens is None else f"{group.visual_tokens:.4g}"
 
 
