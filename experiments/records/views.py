@@ -62,10 +62,10 @@ def record_label(record: Record) -> str:
     return record["name"] if record_seed(record) is None or suffix in record["name"] else f"{record['name']}, {suffix}"
 
 
-def visual_tokens(record: Record) -> float:
-    """Return how many visual tokens the language model reads, as a mean over its layers."""
-    count: float = record["model"].get("visual_tokens_mean", record["model"]["visual_tokens"])
-    return count
+def mean_visual_tokens(records: Sequence[Record]) -> float:
+    """Return how many visual tokens the language model reads, as a mean over its layers and over records."""
+    models = [record["model"] for record in records]
+    return float(np.mean([model.get("visual_tokens_mean", model["visual_tokens"]) for model in models]))
 
 
 def failure_reason(record: Record) -> str:

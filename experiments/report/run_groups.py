@@ -23,11 +23,11 @@ from experiments.records.views import (
     configuration_key,
     failure_reason,
     is_attention_experiment,
+    mean_visual_tokens,
     model_files,
     parse_outcomes,
     record_seed,
     start_time,
-    visual_tokens,
 )
 from experiments.report.file_versions import data_versions, version_settings
 from experiments.report.formatting import setting_text
@@ -265,7 +265,7 @@ def _make_group(finished: list[Record], failed: list[Record], fingerprint: str, 
     if shared := [item for item in json.loads(files or "{}").items() if not item[0].startswith("prefusion.")]:
         family += f" {shared}"
     if finished:
-        model, mean = finished[0]["model"], float(np.mean([visual_tokens(record) for record in finished]))
+        model, mean = finished[0]["model"], mean_visual_tokens(finished)
         tokens: float | None = int(mean) if mean.is_integer() else mean
         label, layers = model["label"], model["prefusion_layers"]
         compressor = model["compressor"]

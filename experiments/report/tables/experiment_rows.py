@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from experiments.records.views import Record, failure_reason, record_seed, visual_tokens
+from experiments.records.views import Record, failure_reason, mean_visual_tokens, record_seed
 from experiments.report.experiment_results import (
     DIFFERENCE_RULE,
     OTHER_DATA,
@@ -64,7 +63,7 @@ def experiment_table(results: ExperimentResults) -> Table:
             {
                 "row": row.label,
                 **{key: _csv_value(row.settings.values[key]) for key in results.spec.setting_keys},
-                "visual_tokens": _mean_tokens(row.runs) if row.finished and row.runs else None,
+                "visual_tokens": mean_visual_tokens(row.runs.finished) if row.finished and row.runs else None,
                 **interval_columns("accuracy", row.runs.accuracy if row.runs else None),
                 "best": row is results.best_row,
                 "examples": row.runs.examples if row.finished and row.runs else None,
@@ -88,7 +87,7 @@ def experiment_table(results: ExperimentResults) -> Table:
             text.append(
                 {
                     **cells,
-                    "Tokens": f"{_mean_tokens(row.runs):.3g}",
+                    "Tokens": f"{mean_visual_tokens(row.runs.finished):.3g}",
                     "FLOPs": format_quantity(row.runs.flops),
                     **({LATENCY_COLUMN: format_milliseconds(row.runs.latency)} if timed else {}),
                     "Accuracy (%)": format_interval(row.runs.accuracy),
@@ -229,10 +228,6 @@ def _comma_list(values: Iterable[Any]) -> str:
 def _seed_count(row: ResultRow, results: ExperimentResults) -> str:
     finished, total = len(row.runs.finished) if row.runs else 0, len(results.seeds)
     return str(finished) if finished == total else f"{finished} of {total}"
-
-
-def _mean_tokens(runs: RunGroup) -> float:
-    return float(np.mean([visual_tokens(record) for record in runs.finished]))
 
 
 def _varied_keys(results: ExperimentResults) -> list[str]:
