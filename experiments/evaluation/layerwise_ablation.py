@@ -12,10 +12,10 @@ from jaxtyping import Float
 from transformers import PreTrainedModel
 
 from experiments.data.encoding import restrict_to_answers
+from experiments.data.question_types import FEWEST_QUESTIONS
 from experiments.devices import inference_mode
 from experiments.evaluation.accuracy import greedy_matches, outcome_digits
 from experiments.evaluation.questions import EncodedQuestions, ModelInputs, instruction_token_map
-from experiments.report.claims.answers import FEWEST_QUESTIONS
 from probes import FusionDepth, TokenMap, fusion_depth
 from probes.fusion.curves import ScoreFunction, knockout_curve, removal_scores
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 HOLDS, DOES_NOT_HOLD, UNDECIDED = "holds", "does not hold", "cannot be told"
 ALPHA = 0.025
 """One-sided level of the tests: that of a 95% interval on each side."""
-FEWEST_QUESTIONS = 6
-"""With fewer, no exact test rejects at the level `ALPHA`: 0.5 ** 5 is above it."""
 TOO_FEW = "too few questions"
 POWER_FACTOR = (1.959964 + 0.841621) / (2 * 1.959964)
 """Smallest effect that is found with 80% power, over the width of a 95% interval."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from experiments.data.question_types import FEWEST_QUESTIONS
 from experiments.records.views import Record, parse_outcomes
-from experiments.report.claims.answers import FEWEST_QUESTIONS, HOLDS, TOO_FEW, Estimate, undefined
+from experiments.report.claims.answers import HOLDS, TOO_FEW, Estimate, undefined
 from experiments.report.claims.claim import Statistic
 from experiments.report.claims.steps import Step, Steps
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
+from experiments.data.question_types import FEWEST_QUESTIONS
 from experiments.report.claims.answers import (
     DOES_NOT_HOLD,
-    FEWEST_QUESTIONS,
     HOLDS,
     POWER_FACTOR,
     TOO_FEW,
