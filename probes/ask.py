@@ -23,7 +23,7 @@ from probes.hooks.decoder import decoder_layers, find_decoder
 from probes.interventions import intervene
 from probes.readouts.logit_lens import LogitLens, decode_one_by_one, logit_lens
 from probes.tokens.token_map import TokenMap, visual_token_ids
-from probes.unwrapping import require_model
+from probes.unwrapping import require_eval_mode
 from probes.view.page import AttentionView
 from probes.view.run_data import LayerCurve, PatchMap, PatchTexts
 from probes.view.words import find_words
@@ -145,7 +145,7 @@ def ask(
         >>> answered = ask(model, processor, "how many rings are there?", [image], max_new_tokens=3)
         >>> page = answered.view().save(folder / "page.html")
     """
-    model = require_model(model)
+    model = require_eval_mode(model)
     if not isinstance(images, Sequence):
         raise TypeError(f"images: found a {type(images).__name__}; pass a list of images")
     if not images and not videos:

@@ -19,7 +19,7 @@ from probes.hooks.token_window import TokenWindow
 from probes.hooks.unembedding import Unembedding
 from probes.tokens.answer_positions import answer_positions
 from probes.tokens.token_map import TokenMap
-from probes.unwrapping import require_model
+from probes.unwrapping import require_eval_mode
 
 # Attention matrices of one layer that are in memory at once: scores, weights, their gradients and the product.
 # Measured: 4.6.
@@ -92,7 +92,7 @@ def relevancy(
         >>> answer.rollout[tokens.mask("vision")].shape
         torch.Size([36])
     """
-    model = require_model(model)
+    model = require_eval_mode(model)
     unembed, decoder = Unembedding(model, tokens), find_decoder(model, mask_formats=MASK_FORMATS.values())
     layers = decoder_layers(decoder)
     if hybrid := [number for number, layer in enumerate(layers) if not hasattr(layer, "self_attn")]:
@@ -101,8 +101,6 @@ def relevancy(
         )
     if any(getattr(layer.self_attn, "is_kv_shared_layer", False) for layer in layers):
         raise ValueError(f"layers of {type(decoder).__name__} share keys: gradients cannot be taken layer by layer")
-    if model.training:
-        raise ValueError("the model is in training mode, where dropout hides attention: call model.eval() first")
     if _has_open_probe(decoder):
         raise RuntimeError("another probe is open on this model: leave its block first, as relevancy runs layers twice")
     batch, length = tokens.labels.shape

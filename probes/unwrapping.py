@@ -71,6 +71,18 @@ def require_model(model: Any) -> PreTrainedModel:
     return inner
 
 
+def require_eval_mode(model: Any) -> PreTrainedModel:
+    """Return `unwrap_model(model)`.
+
+    Raises:
+        ValueError: If it is no transformers model, or is in training mode, where dropout makes each pass another one.
+    """
+    inner = require_model(model)
+    if inner.training:
+        raise ValueError("the model is in training mode, where dropout changes each pass: call model.eval() first")
+    return inner
+
+
 def _unwrap(module: Any, names: tuple[str, ...]) -> Any:
     """Return the innermost module of a chain in which each module has one child, of one of these names."""
     while isinstance(module, nn.Module) and not isinstance(module, PreTrainedModel):

@@ -11,6 +11,21 @@ from jaxtyping import Float, Int
 DRAW_COUNTS_PER_CHUNK = 2**22
 
 
+def require_bootstrap(level: float, resamples: int) -> None:
+    """Check the level and the number of resamples of a bootstrap interval.
+
+    Raises:
+        ValueError: The level is not between 0 and 1, or the resamples are no whole number of at least 1.
+
+    Example:
+        >>> require_bootstrap(level=0.95, resamples=2000)
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}: it must be above 0 and below 1, as 0.95")
+    if not isinstance(resamples, int | np.integer) or resamples < 1:
+        raise ValueError(f"resamples is {resamples!r}: it must be a whole number of at least 1")
+
+
 def resampled_means(
     values: Float[np.ndarray, "points samples"], resamples: int, seed: int
 ) -> tuple[Float[np.ndarray, "resamples points"], Float[np.ndarray, "resamples points"]]:

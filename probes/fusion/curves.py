@@ -6,7 +6,7 @@ without an image carries no information here: its attention is NaN, and its scor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from probes.attention.recording import record_attention
+from probes.fusion.scored_run import ScoreFunction, require_whole_image, run_and_score
 from probes.hooks.decoder import as_indices, decoder_layers, find_decoder, select_attention_layers
 from probes.hooks.image_features import reuse_image_features
 from probes.hooks.layer_io import input_states
@@ -26,10 +27,7 @@ from probes.replay import replay
 from probes.tokens.answer_positions import answer_positions
 from probes.tokens.text_after_image import text_after_image
 from probes.tokens.token_map import TokenMap
-from probes.unwrapping import require_model
-
-# Returns one score for each sample, such as right or wrong, or a log-probability, from the logits of a forward pass.
-ScoreFunction = Callable[[Float[Tensor, "batch positions vocabulary"]], Float[Tensor, " batch"]]
+from probes.unwrapping import require_eval_mode
 
 
 def answer_logprob(
@@ -112,7 +110,7 @@ def attention_curve(
         >>> attention_curve(model, tokens, inputs).shape
         (6, 1)
     """
-    model = require_model(model)
+    model = require_eval_mode(model)
     decoder = find_decoder(model, tokens.stack)
     select_attention_layers(decoder, range(len(decoder_layers(decoder))))
     with record_attention(model, tokens, targets=[target]) as record:
@@ -180,7 +178,9 @@ def removal_scores(
         >>> removal_scores(model, tokens, inputs, score, [range(2, 4), range(0)]).shape
         (2, 1)
     """
+    model = require_eval_mode(model)
     decoder = find_decoder(model)
+    require_whole_image(model, tokens, inputs)
     if stepped := [span for span in spans if span.step != 1]:
         raise ValueError(f"spans {stepped} skip layers: removal needs ranges of step 1")
     select_attention_layers(decoder, {layer for span in spans for layer in span})
@@ -193,7 +193,7 @@ def removal_scores(
     scores: dict[range, Float[Tensor, " samples"]] = {}
 
     def run() -> Float[Tensor, " samples"]:
-        return _score_without_padding(score, _logits_without_cache(model, inputs), tokens)
+        return run_and_score(model, tokens, inputs, score)
 
     with reuse_image_features(model), replay(model, [span.start for span in spans]) as resume_from:
         # Latest start first: the first run is then intact before the start of every other span, as `replay` requires.
@@ -243,18 +243,20 @@ def knockout_curve(
     """
     if not isinstance(width, int | np.integer) or width < 1:
         raise ValueError(f"width is {width!r}: windows hold a whole number of layers, at least 1")
+    model = require_eval_mode(model)
     layers = len(decoder_layers(find_decoder(model)))
     select_attention_layers(find_decoder(model), range(layers))
+    require_whole_image(model, tokens, inputs)
     text_map = tokens.merge({"text": [group for group in tokens.groups if group not in ("pad", "vision")]})
     # Blocking changes no other position: visual tokens do not attend to the text after them. `replay` raises if they do.
     rows = text_after_image(tokens) if can_run_subset(find_decoder(model), tokens.labels.shape[1]) else None
     with reuse_image_features(model), replay(model, range(layers), rows) as resume_from:
-        scores = [_score_without_padding(score, _logits_without_cache(model, inputs), tokens)]
+        scores = [run_and_score(model, tokens, inputs, score)]
         for last in range(layers + width - 1):
             window = range(max(last - width + 1, 0), min(last + 1, layers))
             block = BlockAttention(source="vision", target="text", layers=window)
             with resume_from(window.start), intervene(model, text_map, block):
-                scores.append(_score_without_padding(score, _logits_without_cache(model, inputs), tokens))
+                scores.append(run_and_score(model, tokens, inputs, score))
     return _stack_points(scores)
 
 
@@ -295,7 +297,7 @@ def text_states(
     handle = first_layer.register_forward_pre_hook(record_embeddings, with_kwargs=True)
     try:
         with record_states(model, tokens, positions) as states:
-            require_model(model)(**inputs)
+            require_eval_mode(model)(**inputs)
     finally:
         handle.remove()
     return torch.stack(
@@ -326,48 +328,6 @@ def points_of_curve(model: PreTrainedModel, name: str, points: Sequence[int] | N
             f"{name} {outside} are outside the model: it has {layers} layers, so {name} go from 0 to {layers}"
         )
     return layers, points
-
-
-def _logits_without_cache(
-    model: PreTrainedModel, inputs: Mapping[str, Any]
-) -> Float[Tensor, "batch positions vocabulary"]:
-    """Return the logits of one forward pass without a cache.
-
-    Nothing is generated, so no cache is needed; and a cache for sliding windows fails when tokens are missing.
-    """
-    return require_model(model)(**{**inputs, "use_cache": False, "return_dict": True}).logits  # type: ignore[no-any-return]
-
-
-def _score_without_padding(
-    score: ScoreFunction, logits: Float[Tensor, "batch positions vocabulary"], tokens: TokenMap
-) -> Float[Tensor, " batch"]:
-    """Return the scores of one call, after a check that they do not read padding.
-
-    Raises:
-        ValueError: If a score changes when other logits, or the row's logits before its answer, are put at padding.
-    """
-    scores = score(logits).clone()
-    if "pad" not in tokens.groups:
-        return scores
-    pad = tokens.mask("pad").to(logits.device)
-    if pad.shape != logits.shape[:2] or not pad.any():
-        return scores
-    # In place, since a second tensor of logits may not fit into memory.
-    own = logits[pad]
-    # The roll changes which token is most likely; the slope changes values even where neighbouring tokens are equal.
-    logits[pad] = own.roll(1, dims=-1) + torch.linspace(0, 1, own.shape[-1], dtype=own.dtype, device=own.device)
-    changed = score(logits) != scores
-    # A score of right or wrong may be wrong for both. So padding also gets the logits that predict the row's answer.
-    rows, at = pad.nonzero()[:, 0], answer_positions(tokens).to(logits.device)
-    logits[pad] = torch.where(at[rows, None] < 0, own, logits[rows, at[rows]])
-    changed = (changed | (score(logits) != scores)) & ~scores.isnan()
-    logits[pad] = own
-    if changed.any():
-        raise ValueError(
-            f"the score of rows {changed.nonzero()[:, 0].tolist()} depends on the logits of padding: score the "
-            "position that predicts the answer, as answer_logprob(tokens, answers) of probes.fusion.curves does"
-        )
-    return scores
 
 
 def _mean_per_sample(

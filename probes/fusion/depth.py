@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Float
 
-from probes.fusion.bootstrap import resampled_means
+from probes.fusion.bootstrap import require_bootstrap, resampled_means
 
 CurveKind = Literal["attention", "removal", "knockout", "readout"]
 
@@ -68,7 +68,7 @@ def fusion_depth(
     values: Float[np.ndarray, "points samples"],
     kind: CurveKind,
     *,
-    width: int = 1,
+    width: int | None = None,
     threshold: float = 0.9,
     level: float = 0.95,
     resamples: int = 2000,
@@ -111,7 +111,7 @@ def fusion_depth(
         values: `[layers, samples]` for attention, `[layers + 1, samples]` for removal and readout,
             `[layers + width, samples]` for knockout.
         kind: Curve that `values` hold: "attention", "removal", "knockout" or "readout".
-        width: Layers in a knock-out window.
+        width: Layers in a knock-out window, as `knockout_curve` was given; needed for knockout, and for it alone.
         threshold: Share to reach, above 0 and up to 1.
         level: Confidence level.
         resamples: Number of bootstrap resamples.
@@ -121,7 +121,7 @@ def fusion_depth(
         The depth with its interval.
 
     Raises:
-        ValueError: The shape, the kind or the threshold does not fit, there is one sample only, a score is NaN or
+        ValueError: The shape or an argument does not fit, there is one sample only, a score is NaN or
             infinite, a mass is negative, or a sample has a mass in some layers only.
 
     Example:
@@ -134,10 +134,13 @@ def fusion_depth(
         raise ValueError(f"kind is {kind!r}: it must be one of {', '.join(map(repr, get_args(CurveKind)))}")
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is {threshold}: it must be above 0 and at most 1")
-    if width < 1:
-        raise ValueError(f"width is {width}: windows hold at least 1 layer")
-    if width > 1 and kind != "knockout":
-        raise ValueError(f"width is {width}: only knockout has windows, so {kind} needs width=1")
+    require_bootstrap(level, resamples)
+    if kind != "knockout":
+        if width is not None:
+            raise ValueError(f"width is {width}: only knockout has windows; leave it out for {kind}")
+        width = 1
+    elif not isinstance(width, int | np.integer) or width < 1:
+        raise ValueError(f"width is {width!r}: give the layers in a window of the knock-out curve, at least 1")
     values = np.asarray(values, dtype=np.float64)
     extra = {"attention": 0, "removal": 1, "knockout": width, "readout": 1}[kind]
     if values.ndim != 2 or values.shape[0] <= extra or values.shape[1] < 1:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from transformers import PreTrainedModel
 
-from probes.fusion.bootstrap import resampled_means
+from probes.fusion.bootstrap import require_bootstrap, resampled_means
 from probes.fusion.curves import ScoreFunction, points_of_curve, removal_scores
 from probes.fusion.depth import READING_SHARE, ROUNDING_SLACK
 from probes.tokens.token_map import TokenMap
@@ -117,7 +117,7 @@ def fusion_onset(
         The onset with its interval.
 
     Raises:
-        ValueError: The shape or the threshold does not fit, there is one sample only, or a score is not finite.
+        ValueError: The shape, the threshold, the level or the resamples do not fit, there is one sample only, or a score is not finite.
 
     Example:
         >>> import numpy as np
@@ -127,6 +127,7 @@ def fusion_onset(
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is {threshold}: it must be above 0 and at most 1")
+    require_bootstrap(level, resamples)
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 2 or values.shape[0] < 2 or values.shape[1] < 2:
         raise ValueError(

@@ -13,7 +13,7 @@ from math import factorial
 import numpy as np
 from jaxtyping import Int
 
-from probes.fusion.bootstrap import resampled_means
+from probes.fusion.bootstrap import require_bootstrap, resampled_means
 from probes.fusion.depth import READING_SHARE, ROUNDING_SLACK
 from probes.interventions.swapping import Swaps
 
@@ -95,6 +95,9 @@ def reading_layer(swaps: Swaps, *, level: float = 0.95, resamples: int = 2000, s
     Returns:
         The layer with its interval.
 
+    Raises:
+        ValueError: The level is not between 0 and 1, or there is no resample.
+
     Example:
         >>> from probes import planted, swap_images
         >>> model = planted(layer=(2, 4), layers=5)  # reads red in layer 2 and blue in layer 4
@@ -103,6 +106,7 @@ def reading_layer(swaps: Swaps, *, level: float = 0.95, resamples: int = 2000, s
         layer 2 of 5 (95% CI 2 to 2, 12 of 12 pairs right, swaps)
         layer 4 of 5 (95% CI 4 to 4, 12 of 12 pairs right, swaps)
     """
+    require_bootstrap(level, resamples)
     layers, right = len(swaps.difference) - 1, int(swaps.right.sum())
     chance = share_of_assignments(swaps, seed)
     if right < MIN_PAIRS or chance > SIGNIFICANCE:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 from transformers import AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import (
@@ -126,17 +129,21 @@ def as_indices(name: str, given: Iterable[int]) -> list[int]:
         given: What a user gave.
 
     Raises:
-        TypeError: If it is not a list of integers.
+        TypeError: If it is not a list of integers. Booleans are none: as a mask of layers they would mean something else.
 
     Example:
-        >>> as_indices("heads", range(2))
-        [0, 1]
+        >>> as_indices("heads", torch.tensor([1, 0]))
+        [1, 0]
     """
     if not isinstance(given, Iterable):
         raise TypeError(f"{name}: {given!r} is no list of integers; write [{given!r}]")
-    numbers: list[Any] = [given] if isinstance(given, str) else list(given)
-    if strangers := [number for number in numbers if not hasattr(number, "__index__")]:
-        raise TypeError(f"{name}: {strangers[0]!r} is no integer; write integers, such as [0, 1]")
+    numbers = []
+    for number in [given] if isinstance(given, str) else given:
+        is_bool = isinstance(number, bool | np.bool_) or getattr(number, "dtype", None) == torch.bool
+        try:
+            numbers.append(operator.index(None if is_bool else number))
+        except TypeError:
+            raise TypeError(f"{name}: {number!r} is no integer; write integers, such as [0, 1]") from None
     return numbers
 
 

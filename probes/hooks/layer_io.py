@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from probes.hooks.decoder import cache_name
+from probes.hooks.decoder import cache_name, decoder_layers
 from probes.hooks.partial_call import CallSubset
 
 # Outputs of a decoder layer: of the whole layer (its residual stream), of its attention, and of its MLP.
@@ -41,6 +41,16 @@ def component_module(layer: nn.Module, component: str) -> nn.Module:
         return layer.get_submodule(names[component])
     except AttributeError:
         raise ValueError(f"{type(layer).__name__} has no {names[component]}, so its {component} is unknown") from None
+
+
+def layer_after_added_features(decoder: nn.Module, number: int) -> nn.Module | None:
+    """Return the layer after `number` if the decoder adds image features to the states between the two, else None.
+
+    DeepStack (Meng et al. 2024, arXiv 2406.04334; Qwen3-VL) adds features to the visual tokens after the first layers.
+    The residual stream is then the input of the next layer, not the output of this one.
+    """
+    layers = decoder_layers(decoder)
+    return layers[number + 1] if hasattr(decoder, "_deepstack_process") and number + 1 < len(layers) else None
 
 
 def input_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

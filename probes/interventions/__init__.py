@@ -77,5 +77,6 @@ def intervene(model: PreTrainedModel, tokens: TokenMap, *interventions: Interven
         if effect.unfired:
             raise RuntimeError(
                 f"{effect.name} did nothing in layers {effect.unfired}: "
-                "the model did not run inside the block, or it has no such token there"
+                "the model did not run inside the block, it has no such token there, or another intervention had already "
+                "cut these edges"
             )

@@ -23,6 +23,7 @@ from probes.interventions.selection import (
     TokenSelector,
     When,
     acts_in_current_call,
+    check_selector,
     check_when,
     selection_name,
 )
@@ -69,8 +70,11 @@ class BlockAttention:
 
         Raises:
             ValueError: An unknown layer, group or `when`, or a mask that does not fit the map.
+            TypeError: Source or target is neither a group nor a mask.
         """
         check_when(self.when)
+        check_selector("source", self.source)
+        check_selector("target", self.target)
         layers = select_attention_layers(decoder, self.layers)
         effect = Effect.before_calls(
             f"BlockAttention({selection_name(self.source)} -> {selection_name(self.target)})", layers

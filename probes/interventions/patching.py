@@ -23,6 +23,7 @@ from probes.interventions.selection import (
     When,
     acts_in_current_call,
     check_choice,
+    check_selector,
     check_when,
     selection_name,
 )
@@ -52,7 +53,8 @@ class PatchActivations:
     Args:
         at: Group of tokens, or a mask of positions `[batch, positions]`.
         layers: Decoder layers, from 0; an empty collection changes nothing.
-        component: "residual" (the layer's output), "attention" or "mlp" (what that part adds to the residual).
+        component: "residual" (the layer's output), "attention" or "mlp" (what that part adds to the residual). The residual
+            of visual tokens cannot be patched in layers after which the model adds image features (DeepStack in Qwen3-VL).
         values: The activations to put there.
         when: Calls in which to act: the prompt's ("prefill"), those of cached steps after it ("decode"), or "both".
         std: Standard deviation of the noise.
@@ -88,15 +90,18 @@ class PatchActivations:
 
         Raises:
             ValueError: An unknown layer, group, component or `when`, or values that do not fit or are not finite.
-            TypeError: Values of another type.
+            TypeError: Values of another type, or `at` is neither a group nor a mask.
         """
+        check_selector("at", self.at)
         layers = select_layers(decoder, self.layers)
         selection = TokenSelection(window, self.at)
         self._check(layers, selection, decoder.config.hidden_size)
         effect = Effect.before_calls(f"PatchActivations({selection_name(self.at)}, {self.component})", layers)
+        added = _AddedFeatures()
+        stack.callback(decoder.register_forward_pre_hook(added.before_call, with_kwargs=True).remove)
         for number in layers:
             layer = decoder_layers(decoder)[number]
-            patch = _LayerPatch(number, layer, window, selection, self, effect)
+            patch = _LayerPatch(number, layer, window, selection, self, effect, added)
             stack.callback(component_module(layer, self.component).register_forward_hook(patch).remove)
         return effect
 
@@ -133,6 +138,29 @@ class PatchActivations:
                 )
 
 
+class _AddedFeatures:
+    """The image features that the current call adds to visual tokens after its first layers (DeepStack).
+
+    They are those of the call's own image, so patched states would not be the given ones.
+    """
+
+    def __init__(self) -> None:
+        self.layers = 0
+        self.visual: Bool[Tensor, "batch queries"] | None = None
+
+    def before_call(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read the features off the arguments of a decoder call."""
+        self.layers, self.visual = len(kwargs.get("deepstack_visual_embeds") or ()), kwargs.get("visual_pos_masks")
+
+    def refuse(self, layer: int, patched: Bool[Tensor, "batch queries"]) -> None:
+        """Raise a ValueError if features are added to patched states after this layer."""
+        if layer < self.layers and self.visual is not None and (patched & self.visual.to(patched.device)).any():
+            raise ValueError(
+                f"layers: the model adds image features to visual tokens after layer {layer} (DeepStack), so a patch there "
+                f"would not replace them; patch layers from {self.layers} on, or use swap_images"
+            )
+
+
 class _LayerPatch:
     """The forward hook of `PatchActivations` on one layer or a part of it."""
 
@@ -144,9 +172,10 @@ class _LayerPatch:
         selection: TokenSelection,
         spec: PatchActivations,
         effect: Effect,
+        added: _AddedFeatures,
     ) -> None:
         self.number, self.layer, self.window, self.selection = number, layer, window, selection
-        self.spec, self.effect = spec, effect
+        self.spec, self.effect, self.added = spec, effect, added
         self.values = None if isinstance(spec.values, str) else spec.values[number]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -166,6 +195,8 @@ class _LayerPatch:
         chosen, ordinal = chosen.to(hidden.device), ordinal.clamp(min=0).to(hidden.device)
         if not chosen.any():
             return None
+        if self.spec.component == "residual":
+            self.added.refuse(self.number, chosen)
         self.effect.add(self.number, int(chosen.sum()))
         values = self._new_values(hidden, chosen, ordinal)
         return replace_output_states(output, torch.where(chosen[..., None], values.to(hidden.dtype), hidden))

@@ -25,7 +25,14 @@ from probes.hooks.partial_call import can_run_subset
 from probes.hooks.token_window import TokenWindow
 from probes.interventions.effects import Effect
 from probes.interventions.removal_state import RemovalState
-from probes.interventions.selection import DeferredTokenSelector, When, check_choice, check_when, selection_name
+from probes.interventions.selection import (
+    DeferredTokenSelector,
+    When,
+    check_choice,
+    check_selector,
+    check_when,
+    selection_name,
+)
 from probes.interventions.token_dropping import LayerDropping
 
 
@@ -88,6 +95,7 @@ class RemoveTokens:
             The effect, which fills up as the model runs.
 
         Raises:
+            TypeError: The group is neither a group nor a mask nor a callable.
             ValueError: An unknown layer, group or option; options that exclude each other; or a decoder whose positions
                 cannot be renumbered.
         """
@@ -110,6 +118,7 @@ class RemoveTokens:
 
     def _check(self) -> None:
         check_when(self.when)
+        check_selector("group", self.group, deferred=True)
         check_choice("how", self.how, "mask", "drop")
         check_choice("positions", self.positions, "keep", "renumber")
         if self.keep_cache and self.how == "mask":

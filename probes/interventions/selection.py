@@ -62,6 +62,23 @@ def selection_name(at: DeferredTokenSelector) -> str:
     return f"{int(at.sum())} positions" if isinstance(at, Tensor) else getattr(at, "__name__", "chosen on the way")
 
 
+def check_selector(name: str, at: Any, deferred: bool = False) -> None:
+    """Check that a token selector is a group or a mask.
+
+    Args:
+        name: The parameter's name, for the error.
+        at: What a user gave.
+        deferred: Whether a callable will do too.
+
+    Raises:
+        TypeError: It is none of these.
+    """
+    if not isinstance(at, str | Tensor) and not (deferred and callable(at)):
+        raise TypeError(
+            f"{name}: found a {type(at).__name__}; pass one group of the map, or a mask of positions as a tensor of torch.bool"
+        )
+
+
 class TokenSelection:
     """The selected queries and keys of the decoder's current call.
 

@@ -22,7 +22,7 @@ from probes.replay import replay
 from probes.tokens.answer_positions import answer_positions
 from probes.tokens.text_after_image import text_after_image
 from probes.tokens.token_map import TokenMap
-from probes.unwrapping import require_model
+from probes.unwrapping import require_eval_mode
 
 SHARED_KEYS = "shared_kv_states"  # in calls of Gemma 3n and 4: keys and values of earlier layers
 
@@ -117,7 +117,7 @@ def swap_images(
         >>> swap_images(*pairs.arguments).flipped.mean(axis=(1, 2)).tolist()  # the image in layers k + 1, ..., 4
         [1.0, 1.0, 0.0, 0.0, 0.0]
     """
-    model, decoder = require_model(model), find_decoder(model)
+    model, decoder = require_eval_mode(model), find_decoder(model)
     _check_pairs(tokens, inputs, answers)
     layers = decoder_layers(decoder)
     text = text_after_image(tokens)

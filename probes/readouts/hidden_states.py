@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from probes.hooks.decoder import decoder_layers, find_decoder, select_layers
-from probes.hooks.layer_io import component_module, output_states
+from probes.hooks.layer_io import component_module, input_states, layer_after_added_features, output_states
 from probes.hooks.partial_call import current_subset
 from probes.hooks.token_window import TokenWindow
 from probes.tokens.position_mask import select_positions
@@ -97,7 +97,8 @@ def record_states(
         tokens: Map of the inputs that the model will be called with.
         at: A group of the map, or a mask of positions `[batch, positions]`.
         layers: Decoder layers, from 0; all by default. The residual of layer l is `hidden_states[l + 1]` of
-            transformers, before the final norm that transformers applies to the last of these.
+            transformers, before the final norm that transformers applies to the last of these. Where a model adds
+            image features after a layer (DeepStack in Qwen3-VL), the residual has them.
         component: "residual" (the layer's output), "attention" or "mlp" (the output of that part of the layer).
 
     Yields:
@@ -128,8 +129,15 @@ def record_states(
                 subset, hidden = current_subset(decoder_layers(decoder)[layer]), output_states(output)
                 states._add(layer, window, hidden if subset is None else subset.scatter_to_call(hidden))
 
+            def record_input(module: nn.Module, args: Any, kwargs: dict[str, Any], layer: int = layer) -> None:
+                states._add(layer, window, input_states(args, kwargs))
+
             if layer in handles:
                 handles[layer].remove()
+            following = layer_after_added_features(decoder, layer) if component == "residual" else None
+            if following is not None:  # before interventions that cut its input
+                handles[layer] = following.register_forward_pre_hook(record_input, prepend=True, with_kwargs=True)
+                continue
             module = component_module(decoder_layers(decoder)[layer], component)
             handles[layer] = module.register_forward_hook(record)
 

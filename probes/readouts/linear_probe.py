@@ -108,8 +108,10 @@ def linear_readout(
     image_numbers = _number_distinct(range(len(labels)) if pictures is None else pictures)
     if classes.max() < 1:
         raise ValueError("there are fewer than 2 different labels: a classifier needs at least 2")
-    if not 2 <= folds <= image_numbers.max() + 1:
-        raise ValueError(f"folds is {folds}: it must be at least 2 and at most the {image_numbers.max() + 1} pictures")
+    if not isinstance(folds, int | np.integer) or not 2 <= folds <= image_numbers.max() + 1:
+        raise ValueError(
+            f"folds is {folds!r}: it must be a whole number, at least 2 and at most the {image_numbers.max() + 1} pictures"
+        )
 
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(classes)

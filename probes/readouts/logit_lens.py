@@ -281,11 +281,13 @@ def logit_lens(
     window = TokenWindow(decoder, tokens)
     last_states: list[Tensor] = []
 
-    def check(module: nn.Module, args: Any, output: Any) -> None:
+    def check(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if isinstance(output, tuple):
             raise ValueError("return_dict is False: the lens finds the model's logits by name; leave it True")
         if last_states:
-            unembed.check(last_states.pop(), output.logits[:, -1])
+            kept = kwargs.get("logits_to_keep", 0)  # a number of last positions, or a tensor of positions
+            last = int(kept[-1]) if isinstance(kept, Tensor) and kept.ndim else -1
+            unembed.check(last_states.pop()[:, last], output.logits[:, -1])
 
     with ExitStack() as stack:
         stack.enter_context(window)
@@ -294,14 +296,14 @@ def logit_lens(
             def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], depth: int = depth) -> None:
                 hidden = input_states(args, kwargs)
                 if module is unembed.norm:
-                    last_states[:] = [hidden[:, -1].detach()]
+                    last_states[:] = [hidden.detach()]
                 if depth in selected_depths:
                     lens._add(depth, window, hidden, unembed)
 
             if depth in selected_depths or module is unembed.norm:
                 # First of the hooks: an intervention may cut the module's input.
                 stack.callback(module.register_forward_pre_hook(read, prepend=True, with_kwargs=True).remove)
-        stack.callback(model.register_forward_hook(check).remove)
+        stack.callback(model.register_forward_hook(check, with_kwargs=True).remove)
         yield lens
 
 

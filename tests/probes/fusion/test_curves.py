@@ -316,6 +316,43 @@ def test_curves_of_map_without_pad_group_equal_those_with_one(make_llava: Make, 
         assert measure(model, two_groups, inputs, last_token_score) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("curve", [removal_curve, knockout_curve])
+def test_curves_of_map_with_visual_tokens_in_another_group_raise_value_error(batch: Any, curve: Make) -> None:
+    """The curve hides the group `vision` alone, so these tokens would be left in."""
+    model, tokens, inputs = batch
+    some = tokens.mask("vision") & (tokens.mask("vision").cumsum(1) > 1)
+    with pytest.raises(ValueError, match=f"{int(some.sum())} visual tokens are in object"):
+        curve(model, tokens.relabel({"object": some}), inputs, last_token_score)
+
+
+@pytest.mark.parametrize(
+    ("score", "error", "message"),
+    [
+        (lambda logits: logits.mean(), ValueError, r"score: .*shape \[\]"),
+        (lambda logits: logits[:, -1, :2], ValueError, r"score: .*shape \[3, 2\]"),
+        (lambda logits: logits[:, -1, 5].numpy(), TypeError, "score: .*ndarray"),
+    ],
+)
+def test_curves_of_score_without_one_number_a_row_raise(
+    batch: Any, score: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        removal_curve(*batch, score)
+    with pytest.raises(error, match=message):
+        knockout_curve(*batch, score)
+
+
+def test_curves_in_training_mode_raise_value_error(batch: Any) -> None:
+    model, tokens, inputs = batch
+    model.train()
+    for measure in (attention_curve, text_states):
+        with pytest.raises(ValueError, match="training mode"):
+            measure(model, tokens, inputs)
+    for curve in (removal_curve, knockout_curve):
+        with pytest.raises(ValueError, match="training mode"):
+            curve(model, tokens, inputs, last_token_score)
+
+
 def test_curves_with_invalid_arguments_raise_value_error(batch: Any) -> None:
     model, tokens, inputs = batch
     with pytest.raises(ValueError, match=r"starts \[-1, 4\].*3 layers"):

@@ -152,7 +152,9 @@ def test_fusion_depth_of_redundant_layers_is_first_and_names_neither(width: int)
     scores = np.array([0.0, *(-float(x) for x in damaged)])[:, None].repeat(9, axis=1)
     result = fusion_depth(scores, "knockout", width=width)
     assert (result.depth, result.reads) == (3, ())
-    assert fusion_depth(knockout_scores([0.0] * LAYERS, 1), "knockout").depth is None, "windows of 1 layer do no damage"
+    assert fusion_depth(knockout_scores([0.0] * LAYERS, 1), "knockout", width=1).depth is None, (
+        "windows of 1 layer do no damage"
+    )
 
 
 @pytest.mark.parametrize("depth", range(1, LAYERS + 1))
@@ -175,9 +177,10 @@ def test_fusion_depth_of_noise_is_none(kind: str, points: int) -> None:
     """Noise has a best and a worst layer too. At the level of the interval, 1 in 20 of these may have a depth."""
     rng = np.random.default_rng(0)
     false_depths = 0
+    width = 1 if kind == "knockout" else None
     for _ in range(60):
         scores = (rng.random((points, 80)) < 0.25).astype(float)
-        false_depths += fusion_depth(scores, kind, resamples=300).depth is not None
+        false_depths += fusion_depth(scores, kind, width=width, resamples=300).depth is not None
     assert false_depths <= 6  # more with binomial probability 0.03
 
 
@@ -201,7 +204,7 @@ def test_fusion_depth_of_noisy_curve_interval_covers_true_depth(kind: str) -> No
     for seed in range(60):
         noise = np.random.default_rng(seed).gamma(2.0, own[:, None] / 2, size=(6, 100))
         values = noise if kind == "attention" else np.concatenate([np.zeros((1, 100)), -noise])
-        result = fusion_depth(values, kind, resamples=300)
+        result = fusion_depth(values, kind, width=1 if kind == "knockout" else None, resamples=300)
         covered += result.low <= true_depth <= result.high
     assert covered >= 50
 
@@ -236,7 +239,7 @@ def test_fusion_depth_reads_leaves_out_small_and_uncertain_shares() -> None:
 def test_agreement_of_estimates_reports_spread_and_incompatible_pairs() -> None:
     at = {depth: fusion_depth(step_curve(depth), "removal") for depth in (2, 5)}
     attention = fusion_depth(np.diff(step_curve(2), axis=0), "attention")
-    none = fusion_depth(np.zeros((LAYERS + 1, 4)), "knockout")
+    none = fusion_depth(np.zeros((LAYERS + 1, 4)), "knockout", width=1)
 
     same = agreement([at[2], attention])
     assert (same.spread, same.apart) == (0, ())
@@ -276,6 +279,10 @@ def test_agreement_of_incomparable_estimates_raises_value_error() -> None:
         ),
         (np.zeros((3, 2)), "knockout", {"width": 3}, r"knockout needs \[layers \+ 3, samples\]"),
         (np.zeros((3, 2)), "knockout", {"width": 0}, "width is 0"),
+        (np.zeros((3, 2)), "knockout", {"width": 1.0}, "width is 1.0"),
+        (np.zeros((3, 2)), "knockout", {}, "width is None"),
+        (np.zeros((3, 2)), "removal", {"level": 95}, "level is 95"),
+        (np.zeros((3, 2)), "removal", {"resamples": 0}, "resamples is 0"),
         (np.zeros((3, 2)), "removal", {"width": 2}, r"width is 2.*removal"),
         (np.zeros((1, 2)), "readout", {}, r"readout needs \[layers \+ 1, samples\]"),
         (np.zeros(3), "removal", {}, r"shape \[3\].*removal needs \[layers \+ 1, samples\]"),

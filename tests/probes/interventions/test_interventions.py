@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, StaticCache
 
-from probes import PatchActivations, RemoveTokens, TokenMap, intervene, record_attention
+from probes import BlockAttention, PatchActivations, RemoveTokens, TokenMap, intervene, record_attention
 from tests.probes import reference_llama
 
 Model = LlavaForConditionalGeneration
@@ -318,3 +319,19 @@ class TestInterveneErrors:
         model.get_decoder().config._attn_implementation = implementation
         with pytest.raises(ValueError, match=f"'{implementation}' cannot be probed.*'sdpa'"):
             intervene(model, tokens, RemoveTokens("vision", [0])).__enter__()
+
+
+@pytest.mark.parametrize("selector", [["vision"], None, np.ones((3, 8), bool)], ids=["list", "none", "numpy"])
+def test_intervene_with_unknown_kind_of_selector_raises_type_error(
+    make_llava: Callable[..., Model], make_inputs: Callable[..., Inputs], selector: Any
+) -> None:
+    model, inputs = make_llava(), make_inputs("left")
+    tokens, kind = TokenMap.from_inputs(model, inputs), type(selector).__name__
+    for name, intervention in [
+        ("source", BlockAttention(selector, "instruction", [1])),
+        ("target", BlockAttention("vision", selector, [1])),
+        ("group", RemoveTokens(selector, [1])),
+        ("at", PatchActivations(selector, [1], "residual", "zero")),
+    ]:
+        with pytest.raises(TypeError, match=f"{name}: found a {kind}"), intervene(model, tokens, intervention):
+            pass

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
+from probes.hooks.decoder import find_decoder
 from probes.interventions import PatchActivations, RemoveTokens, intervene
 from probes.readouts.hidden_states import record_states
 from probes.tokens.token_map import TokenMap
 from tests.probes import reference_llama
+from tests.probes.tokens.families.build import tiny
 from tests.tiny_models import tiny_llama
 
 Model = LlavaForConditionalGeneration
@@ -305,3 +309,34 @@ def test_patch_activations_states_that_do_not_fit_raise(
     raises = pytest.raises(RuntimeError, match=r"PatchActivations\(vision, mlp\) did nothing in layers \[1\]")
     with raises, torch.no_grad(), intervene(model, tokens, PatchActivations("vision", [1], "mlp", states, "decode")):
         model(**inputs)
+
+
+@torch.no_grad()
+def test_residual_with_deepstack_is_recorded_and_patched_with_the_features() -> None:
+    """Qwen3-VL adds features of the image to the visual tokens after its first layer."""
+    family = tiny("qwen3_vl")
+    model = family.model()
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 255, (24, 40, 3), dtype=np.uint8)) for _ in range(2)]
+    first, second = (dict(family(["see # ? tell"], [[image]], "left")) for image in images)
+    tokens = TokenMap.from_inputs(model, first)
+    decoder = find_decoder(model)
+    inputs_of_second_layer = []
+    hook = decoder.layers[1].register_forward_pre_hook(
+        lambda layer, args, kwargs: inputs_of_second_layer.append(args[0] if args else kwargs["hidden_states"]),
+        with_kwargs=True,
+    )
+    every = ~tokens.mask("pad")
+    with hook, record_states(model, tokens, every, layers=[0, 1]) as states:
+        expected = model(**second).logits
+    close(states[0], inputs_of_second_layer[0][every])
+    with intervene(model, tokens, PatchActivations(every, [1], "residual", states)):
+        close(model(**first).logits[:, -1], expected[:, -1])
+    with (
+        pytest.raises(ValueError, match=r"layer 0 .DeepStack.*layers from 1 on"),
+        intervene(model, tokens, PatchActivations("vision", [0], "residual", {0: states[0].mean(0)})),
+    ):
+        model(**first)
+    with intervene(model, tokens, PatchActivations("instruction", [0], "residual", "zero")) as receipt:
+        model(**first)
+    assert receipt[0].calls == {0: 1}, "features are added to visual tokens alone"

@@ -163,6 +163,7 @@ def test_linear_readout_depends_on_seed_and_not_on_label_names() -> None:
         (torch.zeros(1, 4, 3), [0, 1, 0, 1], {}, "folds is 5.*at most the 4 pictures"),
         (torch.zeros(1, 4, 3), [0, 1, 0, 1], {"pictures": [0, 0, 1, 1], "folds": 3}, "at most the 2 pictures"),
         (torch.zeros(1, 4, 3), [0, 1, 0, 1], {"folds": 1}, "folds is 1"),
+        (torch.zeros(1, 4, 3), [0, 1, 0, 1], {"folds": 2.5}, "folds is 2.5"),
         (torch.tensor([[[0.0], [1.0], [np.nan], [0.0]]]), [0, 1, 0, 1], {}, "sample 2 are not finite"),
     ],
 )

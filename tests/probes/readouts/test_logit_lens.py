@@ -285,3 +285,15 @@ def test_logit_lens_layer_with_fewer_positions_raises(make_llama, make_rows):
             model(inputs["input_ids"])
     finally:
         handle.remove()
+
+
+@torch.no_grad()
+def test_logit_lens_of_call_that_keeps_some_logits_reads_all_positions(make_llava, make_inputs) -> None:
+    model, inputs = make_llava(), make_inputs("left")
+    tokens = TokenMap.from_inputs(model, inputs)
+    with logit_lens(model, tokens) as expected:
+        model(**inputs)
+    for kept in (1, torch.tensor([3, 5])):
+        with logit_lens(model, tokens) as lens:
+            model(**inputs, logits_to_keep=kept)
+        assert torch.equal(lens.ids, expected.ids)
