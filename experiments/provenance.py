@@ -96,11 +96,14 @@ def provenance(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
+    """Return the commit of the project's own repository, None for an installation inside another one."""
+    command = ["git", "rev-parse", "--show-toplevel", "HEAD"]
     try:
-        shown = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+        shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return shown.stdout.strip()
+    folder, commit = shown.stdout.splitlines()
+    return commit if Path(folder).resolve() == ROOT.resolve() else None
 
 
 def _device_name(device: torch.device) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -240,8 +240,9 @@ def _evaluate(
     questions_with_pixels = EncodedQuestions(
         samples[:pixel_questions], processor, config.batch_size, device, limit=limit
     )
+    cost_question = EncodedQuestions([_question_of_one_image(samples)], processor, 1, device, limit=limit)
     return {
-        "cost": forward_cost(model, questions_with_pixels, token_dropper_for_inference(config)),
+        "cost": forward_cost(model, cost_question, token_dropper_for_inference(config)),
         "data": _data_part(config, data, samples),
         **_answer_parts(model, processor, config, questions, device),
         "generated": generated_part(model, processor, samples, config, BLIND_CONTROLS if config.probe.controls else {}),
@@ -250,6 +251,11 @@ def _evaluate(
         "patch_words": _patch_words_part(model, processor, config, data, device) if probes["lens"] else None,
         "swaps": _swaps_part(model, processor, config, device, limit) if config.probe.swaps else None,
     }
+
+
+def _question_of_one_image(samples: Sequence[Sample]) -> Sample:
+    """Return the first question about one image, else the first about several, else the first: its cost is measured."""
+    return min(samples, key=lambda sample: (not sample.placeholders, len(sample.placeholders) != 1))
 
 
 def _benchmark_parts(model: PreTrainedModel, processor: ProcessorMixin, cell: Cell) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 
@@ -40,6 +41,7 @@ def run_job(config: DictConfig) -> float | None:
     """
     register_resolvers()  # launchers call this in processes of their own
     hydra = HydraConfig.get()
+    os.chdir(hydra.runtime.cwd)  # with hydra.job.chdir, relative paths still mean the folder of the command
     sweeping = hydra.mode == RunMode.MULTIRUN
     try:
         if is_benchmark(config):

@@ -86,7 +86,7 @@ def run_sweep(
         configure_logging(sweep)
         after = cell_statuses(jobs)
         for identity, status in after.items():
-            if note := _note(status):
+            if note := _note(status, before[identity]):
                 log.info("%s: %s", cells[identity].name, note)
         if cells:
             earlier = sum(status.state == "finished" for status in before.values())
@@ -183,10 +183,11 @@ def _launch(launcher: Launcher, jobs: Sequence[SweepJob]) -> list[str]:
     return [f"{' '.join(job.overrides or ())}: {one_line(job._return_value)}" for job in failed]
 
 
-def _note(status: CellStatus) -> str:
+def _note(status: CellStatus, before: CellStatus) -> str:
     if status.state == "failed":
         assert status.record
-        return failure_reason(status.record)
+        reason = failure_reason(status.record)
+        return f"failed before, not run again (--retry-failed runs it): {reason}" if status == before else reason
     if status.state == "running":
         return f"run by {status.owner}"
     return "ended without a record" if status.state == "missing" else ""

@@ -2,11 +2,13 @@
 
 import ast
 import shutil
+import subprocess
 
 import pytest
 
+from experiments import provenance as provenance_module
 from experiments.data.lmms import PLUGIN
-from experiments.provenance import RECORD_SOURCES, ROOT, code_version
+from experiments.provenance import RECORD_SOURCES, ROOT, code_version, provenance
 
 # Modules that a cell imports and that cannot change the values in its record. Those of records state what one may hold.
 WITHOUT_EFFECT = {
@@ -82,6 +84,19 @@ def test_code_version_after_an_edited_string_value_differs(sources):
     file = next(file for file in sources.rglob("*.py") if '= "' in file.read_text())
     file.write_text(file.read_text().replace('= "', '= "x', 1))
     assert code_version(sources) != code_version()
+
+
+def test_commit_is_that_of_the_project_and_none_inside_another_repository(monkeypatch, tmp_path):
+    """A package installed in the folder of another project must not name that project's commit."""
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.invalid"]
+    installed = tmp_path / "site-packages"
+    installed.mkdir()
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "unrelated"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    monkeypatch.setattr(provenance_module, "ROOT", installed)
+    assert provenance()["commit"] is None
+    monkeypatch.setattr(provenance_module, "ROOT", tmp_path)
+    assert len(provenance()["commit"]) == 40
 
 
 def imported_files(file):

@@ -27,7 +27,7 @@ def sweep(tmp_path, capsys):
     """
     register_configs()
 
-    def run(*overrides: str, results: Path = tmp_path) -> tuple[int, list[str]]:
+    def run(*overrides: str, results: Path | str = tmp_path) -> tuple[int, list[str]]:
         code = run_sweep([*TINY_CELL, "hydra/launcher=basic", *overrides, f"results={results}"], run_job)
         return code, capsys.readouterr().err.strip().splitlines()
 

@@ -64,10 +64,20 @@ def test_run_sweep_runs_failed_cell_only_with_retry_failed(sweep, cell, tmp_path
     write_minimal_record(failed, "failed", 1)
     code, lines = sweep("seed=0")
     assert (code, lines[-1]) == (1, "1 cell: 1 failed")
+    assert "failed before, not run again (--retry-failed" in lines[-2]
     assert run_if_needed(failed, record_input_errors=False).state == "failed"
     code, lines = sweep("seed=0", "retry_failed=true")
     assert (code, lines[-1]) == (0, "1 cell: 1 finished")
     assert RecordStore(tmp_path).status(failed.id).state == "finished"
+
+
+def test_run_sweep_with_job_folders_as_current_folders_keeps_relative_results(sweep, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = ["hydra.job.chdir=true", "hydra.sweep.dir=jobs", "hydra.sweep.subdir=${hydra.job.num}"]
+    code, lines = sweep("seed=0,1", *folders, results="there")
+    assert (code, lines[-1]) == (0, "2 cells: 2 finished")
+    assert len(list((tmp_path / "there" / "records").iterdir())) == 2
+    assert Path.cwd() == tmp_path
 
 
 def test_run_sweep_leaves_cell_to_the_process_that_runs_it(sweep, cell, tmp_path):
