@@ -11,13 +11,14 @@ import sys
 from collections.abc import Iterable
 from typing import NoReturn
 
+import yaml  # type: ignore[import-untyped]
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from experiments.config.renamed_keys import current_name
 
 FULL_ERROR_VARIABLE = "HYDRA_FULL_ERROR"
-INPUT_ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError, ImportError)
+INPUT_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, ImportError)
 """What wrong input raises. Anything else is a bug, and keeps its traceback."""
 
 
@@ -48,8 +49,12 @@ _HYDRA_MESSAGES = {
     r"Error parsing override '(.+?)'\s+missing EQUAL at '<EOF>'": r"\1: has no '='; write KEY=VALUE, such as experiment=\1",
     r"Ambiguous value for argument '(.+?)'": r"\1: several values for one run; add -m to run each, or write [A,B] for a list",
     r"Error merging override (\S+)\s+(Value .+)": r"\1: \2",
+    r"In '(experiment/[^']+)': ConfigKeyError raised while composing config:\s+Key 'experiment' not in 'Config'": (
+        r"\1: begin the file with `# @package _global_`, so that its settings are those of the whole configuration"
+    ),
+    r"Error in call to target '[^']+':\s+ValueError\('(hydra\..+?)'\)": r"\1",
 }
-"""Messages of Hydra about overrides, and what is printed instead: the override first, and no grammar."""
+"""Messages of Hydra, and what is printed instead: the override, file or setting first, and no grammar."""
 
 # Read at import: `experiments.run` sets the variable afterwards, so that Hydra raises instead of printing.
 full_error_requested = os.environ.get(FULL_ERROR_VARIABLE) == "1"
@@ -94,15 +99,18 @@ def one_line(error: BaseException | str) -> str:
             return f"{cause.full_key}: {str(cause).splitlines()[0]}"
         if isinstance(cause, OverrideParseException) and cause.override not in str(cause):
             return f"{cause.override}: {' '.join(str(cause).split())}"
+        if isinstance(cause, yaml.MarkedYAMLError) and (mark := cause.problem_mark):
+            return f"{mark.name}: line {mark.line + 1}, column {mark.column + 1}: {cause.problem or cause.context}"
     texts = [str(cause) for cause in causes if cause is not None]
-    if key := _unknown_setting("\n".join(texts)):
-        return no_such_setting(key)
-    if line := _unknown_option("\n".join(texts)):
-        return line
+    texts = texts[: 1 if texts[-1] in texts[0] else None]  # Hydra's message may end in that of its cause
     text = " ".join(re.split(r"\n\s*full_key", text)[0] for text in texts)
     for message, ours in _HYDRA_MESSAGES.items():
         if found := re.search(message, text):
             return found.expand(ours)
+    if key := _unknown_setting("\n".join(texts)):
+        return no_such_setting(key)
+    if line := _unknown_option("\n".join(texts)):
+        return line
     return " ".join((text + _plugin_hint(text)).split())
 
 

@@ -6,12 +6,16 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from experiments.config.fields import require_at_least, setting
+from experiments.config.fields import require_at_least, require_entries, setting
 
 
 @dataclass
 class BenchModel:
-    """The shape of a Llama. Only `layers` of its `of_layers` layers are built."""
+    """The shape of a Llama. Only `layers` of its `of_layers` layers are built.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
 
     name: str = setting(MISSING, "name in tables")
     heads: int = setting(MISSING, "attention heads")
@@ -20,10 +24,17 @@ class BenchModel:
     layers: int = setting(MISSING, "layers that are built")
     of_layers: int = setting(MISSING, "layers of the whole model, to which times are scaled")
 
+    def __post_init__(self) -> None:
+        require_at_least("bench.models", self, dict.fromkeys(("heads", "head_width", "mlp", "layers", "of_layers"), 1))
+
 
 @dataclass
 class BenchConfig:
-    """The benchmark of attention recording (experiments/benchmarks/probe_overhead)."""
+    """The benchmark of attention recording (experiments/benchmarks/probe_overhead).
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
 
     modes: list[str] = setting(
         MISSING, "what is compared: plain, text, all, mass, contribution, output_attentions, hooks, nnsight, bridge"
@@ -36,6 +47,12 @@ class BenchConfig:
     repeats: int = setting(5, "rounds; the modes take turns in each")
     threads: int = setting(0, "CPU threads; 0 for torch's own choice")
     limit_gib: float = setting(8.0, "modes whose attention matrices need more GiB than this are left out")
+
+    def __post_init__(self) -> None:
+        bounds = dict.fromkeys(("visual", "text", "vocabulary", "repeats"), 1)
+        require_at_least("bench", self, bounds | {"threads": 0, "limit_gib": 0})
+        require_entries("bench", self, ("visual", "models"))
+        _require_dtype("bench", self.dtype)
 
 
 @dataclass
@@ -60,5 +77,10 @@ class CostConfig:
     def __post_init__(self) -> None:
         bounds = dict.fromkeys(("sizes", "frames", "tiles", "text", "repeats"), 1)
         require_at_least("cost", self, bounds | {"answer": 2, "prefusion": 0, "threads": 0})
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"cost.dtype: unknown '{self.dtype}'; use float32, bfloat16 or float16")
+        require_entries("cost", self, ("frames",))
+        _require_dtype("cost", self.dtype)
+
+
+def _require_dtype(prefix: str, dtype: str) -> None:
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"{prefix}.dtype: unknown '{dtype}'; use float32, bfloat16 or float16")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any
 
@@ -43,3 +43,19 @@ def require_at_least(prefix: str, config: Any, bounds: Mapping[str, float]) -> N
             if number != MISSING and not number >= bound:
                 setting_name = f"{prefix}.{name}" if prefix else name
                 raise ValueError(f"{setting_name}: must be at least {bound}, found {number}")
+
+
+def require_entries(prefix: str, config: Any, names: Sequence[str]) -> None:
+    """Check that lists have entries.
+
+    Args:
+        prefix: The settings' group, for the message.
+        config: The object that holds them.
+        names: The settings.
+
+    Raises:
+        ValueError: If a list is empty.
+    """
+    for name in names:
+        if not getattr(config, name):
+            raise ValueError(f"{prefix}.{name}: must have at least one entry, found {getattr(config, name)}")

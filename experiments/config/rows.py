@@ -51,7 +51,7 @@ def read_rows(experiment: str, rows: Any) -> list[TableRow]:
         TableRow(
             str(row["label"]),
             _dotted_settings(experiment, row),
-            dict(row.get("paper", {})),
+            _paper_values(experiment, row),
         )
         for row in rows
     ]
@@ -62,6 +62,19 @@ def read_rows(experiment: str, rows: Any) -> list[TableRow]:
                 "name the same settings"
             )
     return table
+
+
+def _paper_values(experiment: str, row: Mapping[Any, Any]) -> dict[str, float]:
+    """Return what the paper prints in a row: nothing where `paper` is missing or null."""
+    values = row.get("paper")
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping) or not all(isinstance(value, (int, float)) for value in values.values()):
+        raise ValueError(
+            f"experiment {experiment}: row '{row['label']}' has paper: {values}; it must map benchmarks to numbers, as "
+            "{gqa: 62.0}"
+        )
+    return dict(values)
 
 
 def _dotted_settings(experiment: str, row: Mapping[Any, Any]) -> dict[str, Any]:

@@ -25,6 +25,8 @@ TRAIN_CHOICES = {
 REDUCTIONS = ("none", "fastv", "vtw", "pyramid_drop", "dart", "sparsevlm", "random_drop")
 STAGED_REDUCTIONS = ("pyramid_drop", "sparsevlm")  # drop tokens at several layers
 PREFUSION_LOCATIONS = ("outside", "inside")
+SEED_LIMIT = 2**32  # of numpy's global generator
+INTERVAL_PROBES = ("attention", "removal", "onset", "knockout")  # have an interval over test questions
 
 
 @dataclass
@@ -138,6 +140,10 @@ class TrainConfig:
                 f"train.lr_scheduler_type: until=plateau and {PLATEAU_SCHEDULE} go together, because other schedules end "
                 f"at a known step; found until={self.until} and {self.lr_scheduler_type}"
             )
+        if self.until == "plateau" and not self.trains:
+            raise ValueError(
+                "train.max_steps: until=plateau needs a maximum, and 0 steps train nothing; set it or train.num_train_epochs"
+            )
         if self.trainable == "projector" and (self.lora_rank or self.train_vision):
             raise ValueError("train.trainable: 'projector' trains nothing else; leave out lora_rank and train_vision")
         if self.lora_init is not None and not self.lora_rank:
@@ -183,13 +189,20 @@ class ScratchModel(ModelConfig):
 
 @dataclass
 class CompressorConfig:
-    """LLaVA-Mini's compression module (paper section 4.1). Where paper and released code differ, defaults are the code's."""
+    """LLaVA-Mini's compression module (paper section 4.1). Where paper and released code differ, defaults are the code's.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
 
     name: str = setting("none", "compressor of the visual tokens; none gives all patches to the language model")
     size: int = setting(1, "C: the language model gets C x C visual tokens; 0 for none")
     before_projection: bool = setting(True, "compress the vision tower's features, before the projector")
     attention: str = setting("multi_head", "attention of compressor query: multi_head or bare")
     positions: str = setting("query_grid", "positions of compressor query: query_grid or own_grid")
+
+    def __post_init__(self) -> None:
+        require_at_least("compressor", self, {"size": 0})
 
 
 @dataclass
@@ -213,6 +226,7 @@ class PrefusionConfig:
             raise ValueError(f"prefusion.location: unknown '{self.location}'; use {use}")
         if self.location == "inside" and self.layers < 1:
             raise ValueError(f"prefusion.layers: must be at least 1 inside the language model, found {self.layers}")
+        require_at_least("prefusion", self, {"layers": 0})
 
 
 @dataclass
@@ -300,7 +314,7 @@ class ProbeConfig:
     swap_pairs: int = setting(100, "minimal pairs of each property")
 
     def __post_init__(self) -> None:
-        require_at_least("probe", self, {"swap_pairs": 10, "attention_questions": 1, "view_questions": 0})
+        require_at_least("probe", self, {"swap_pairs": 10, "attention_questions": 2, "view_questions": 0})
         if not self.attention:  # they would be left out without a word
             for name in ("random_control", "contribution", "sinks", "leave_out_sinks"):
                 if getattr(self, name):
@@ -337,7 +351,9 @@ class Config:
     save: str | None = setting(None, "folder for the trained model and its processor")
 
     def __post_init__(self) -> None:
-        require_at_least("", self, {"threads": 1, "tiles": 1, "seed": 0})
+        require_at_least("", self, {"threads": 1, "tiles": 1, "seed": 0, "batch_size": 1})
+        if self.seed >= SEED_LIMIT:
+            raise ValueError(f"seed: must be below {SEED_LIMIT}, found {self.seed}")
         if (
             isinstance(self.model, ModelConfig)
             and self.model.dtype in ("float16", "half")  # two names of one type in torch
@@ -353,6 +369,13 @@ class Config:
                 f"data.validation_samples: train.eval_steps={self.train.eval_steps} measures the validation split, which "
                 "has 0 samples; set how many"
             )
+        if isinstance(self.data, DataConfig) and self.data.test_samples == 1:
+            for name in INTERVAL_PROBES:
+                if getattr(self.probe, name):
+                    raise ValueError(
+                        f"data.test_samples: the interval of probe.{name} needs at least 2 questions, found 1; use 0 for "
+                        "all of them, or 2"
+                    )
         if self.keep_features and self.train.train_vision:
             raise ValueError("keep_features: train.train_vision changes the features; leave out one of the two")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,7 +254,7 @@ def read_photos(folder: str, split: str) -> tuple[LabelledPhotos, str]:
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is unreadable, or its arrays do not go together.
+        ValueError: If a file is unreadable or holds something else, or its arrays do not go together.
     """
     source, names = Path(folder) / f"{split}.npz", Path(folder) / "classes.json"
     for path in (source, names):
@@ -261,9 +263,11 @@ def read_photos(folder: str, split: str) -> tuple[LabelledPhotos, str]:
     try:
         with np.load(source, allow_pickle=False) as arrays:
             photos, labels = arrays["images"], arrays["labels"]
-        classes = json.loads(names.read_text())
-    except (ValueError, KeyError, OSError) as error:
-        raise ValueError(f"data.photos: '{folder}' holds no images, labels and class names: {error}") from error
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"data.photos: '{source}' holds no arrays images and labels: {error}") from error
+    classes = _read_classes(names)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"data.photos: '{source}': expected labels int [n], found {labels.dtype} {labels.shape}")
     if (
         photos.dtype != np.uint8
         or photos.ndim != 4
@@ -272,8 +276,21 @@ def read_photos(folder: str, split: str) -> tuple[LabelledPhotos, str]:
         or not len(labels)
     ):
         raise ValueError(
-            f"'{source}': expected images uint8 [n, height, width, 3] with n labels, found {photos.dtype} {photos.shape}"
+            f"data.photos: '{source}': expected images uint8 [n, height, width, 3] with n labels, found {photos.dtype} "
+            f"{photos.shape}"
         )
     if not 0 <= labels.min() <= labels.max() < len(classes):
-        raise ValueError(f"'{source}': labels run up to {labels.max()}, but '{names}' has {len(classes)} names")
+        raise ValueError(
+            f"data.photos: '{source}': labels run from {labels.min()} to {labels.max()}, but '{names}' has {len(classes)} names"
+        )
     return LabelledPhotos(photos, labels, classes), fingerprint(photos.tobytes(), labels.tobytes(), classes)
+
+
+def _read_classes(path: Path) -> list[str]:
+    try:
+        classes = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"data.photos: '{path}' holds no list of class names: {error}") from error
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"data.photos: '{path}' must hold a list of class names, found {str(classes)[:80]}")
+    return classes

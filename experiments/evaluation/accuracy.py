@@ -192,6 +192,7 @@ def accuracy_by_question_type(record: dict[str, Any]) -> str:
         percent[score_name(generated)] = 100 * np.array(generated["image"]["scores"])
     grouped = percent.groupby(pd.Series(record["data"]["kinds"], name="question type"))
     table = pd.concat([grouped.size().rename("n"), grouped.mean()], axis=1)
-    table.loc["all"] = [len(percent), *percent.mean()]
-    table["n"] = table["n"].astype(int)
+    total = [[len(percent), *percent.mean()]]
+    # a question type may be named "all" too
+    table = pd.concat([table, pd.DataFrame(total, pd.Index(["all"], name=table.index.name), table.columns)])
     return table.round(1).to_string()

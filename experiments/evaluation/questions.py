@@ -20,6 +20,8 @@ from experiments.models.feature_cache import VisionFeatureCache
 from probes import TokenMap
 
 ModelInputs = dict[str, Tensor]
+MOST_KEPT_BYTES = 2 * 2**30
+"""Images of more questions than this would fill the memory: those of VQAv2's validation split take 190 GB."""
 
 
 def instruction_token_map(model: PreTrainedModel, inputs: ModelInputs) -> TokenMap:
@@ -32,16 +34,24 @@ def instruction_token_map(model: PreTrainedModel, inputs: ModelInputs) -> TokenM
 
 
 class _EncodedOnAccess(Sequence[EncodedSample]):
-    """Encodes a sample each time that it is asked for."""
+    """Returns the first samples as they are kept, and encodes any other each time that it is asked for."""
 
-    def __init__(self, samples: Sequence[Sample], encode: Callable[[Sample], EncodedSample]) -> None:
-        self.samples, self.encode = samples, encode
+    def __init__(
+        self, samples: Sequence[Sample], encode: Callable[[Sample], EncodedSample], kept: Sequence[EncodedSample]
+    ) -> None:
+        self.samples, self.encode, self.kept = samples, encode, kept
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> EncodedSample:  # type: ignore[override]
-        return self.encode(self.samples[index])
+        return self.kept[index] if index < len(self.kept) else self.encode(self.samples[index])
+
+
+def _bytes_in_memory(item: EncodedSample) -> int:
+    """Return the bytes of the images and tensors of an encoded sample."""
+    images = sum(image.width * image.height * len(image.getbands()) for image in item.get("images", ()))
+    return images + sum(value.nbytes for value in item.values() if isinstance(value, Tensor))
 
 
 class EncodedQuestions:
@@ -54,7 +64,8 @@ class EncodedQuestions:
         device: Device of the batches.
         features: Feature cache of the samples' split. With it, batches hold features as `pixel_values`.
         limit: The longest question that the model accepts, with its image and answer.
-        keep: Whether encoded questions stay in memory, with their images. If not, each pass encodes them again.
+        keep: Whether encoded questions stay in memory, with their images, up to `MOST_KEPT_BYTES`. Those that do not are
+            encoded again in each pass.
 
     Raises:
         ValueError: If the processor cannot encode a sample, or if one is too long; with keep=False when it is reached.
@@ -74,10 +85,16 @@ class EncodedQuestions:
         if features is not None:
             encode = partial(features.encode_sample, encode)
         self.samples, self.device, self.features = samples, device, features
-        self.encoded: Sequence[EncodedSample] = _EncodedOnAccess(samples, encode)
+        kept: list[EncodedSample] = []
         if keep:
+            size = 0
             with tqdm(samples, desc="encoding", leave=False) as bar:
-                self.encoded = [encode(sample) for sample in bar]
+                for sample in bar:
+                    item = encode(sample)  # a sample that is not kept is checked too
+                    size += _bytes_in_memory(item)
+                    if size <= MOST_KEPT_BYTES:
+                        kept.append(item)
+        self.encoded = _EncodedOnAccess(samples, encode, kept)
         self._collate = Collator(processor, side="left")
         self._loader = DataLoader(self.encoded, batch_size, collate_fn=self._collate)  # type: ignore[arg-type]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 import torch
@@ -73,11 +74,14 @@ def swap_pairs(
     questions = EncodedQuestions(samples, processor, 2 * max(batch_size // 2, 1), device, limit=limit)
     differing = [
         first_difference(first, encode(pair.sample(0, answer=1)))
-        for first, pair in zip(questions.encoded[::2], pairs, strict=True)
+        for first, pair in zip(islice(questions.encoded, 0, None, 2), pairs, strict=True)
     ]
     # From the end, since batches are padded on the left.
     from_end = torch.tensor(
-        [at - len(first["input_ids"]) for first, (at, _) in zip(questions.encoded[::2], differing, strict=True)]
+        [
+            at - len(first["input_ids"])
+            for first, (at, _) in zip(islice(questions.encoded, 0, None, 2), differing, strict=True)
+        ]
     )
     answers = torch.stack([ids for _, ids in differing])
     batches, done = [], 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +58,17 @@ def build_model(config: Config, train: Split | None) -> tuple[PreTrainedModel, P
 
     Raises:
         FileNotFoundError: If a folder does not exist.
+        ImportError: If this machine cannot run the model's attention.
         ValueError: If a checkpoint lacks weights, its vision tower has another grid than the configuration, or a model
             from scratch has no scenes to train on.
     """
     new_fields = _llava_mini_fields(config.compressor, config.prefusion)
     if new_fields is not None:
-        LlavaMiniConfig(**new_fields)  # refuses a wrong value before anything is loaded
+        # refuses a wrong value before anything is loaded; the depth that limits prefusion_layers is not known yet
+        LlavaMiniConfig(**new_fields | {"prefusion_layers": min(new_fields["prefusion_layers"], 1)})
     set_seed(config.seed)
-    model, processor, is_cached = _base_llava(config, train)
+    with _name_attention(config.model.attention):
+        model, processor, is_cached = _base_llava(config, train)
     set_seed(config.seed)  # the next draws are the same whether the LLaVA was read or cached
     patches, grid = getattr(model.config, "image_seq_length", None), config.model.grid
     if grid is not None and patches is not None and patches != grid * grid:
@@ -115,6 +120,11 @@ def load_checkpoint(
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
         raise ValueError(f"model.path: checkpoint '{path}' lacks {len(missing)} weights, the first is {missing[0]}")
+    if getattr(model.config, "keep_patches", False):
+        raise ValueError(
+            f"model.path: '{path}' was trained with prefusion.location=inside, and its files do not say how many layers see "
+            "the patches; run the cell that trained it again, or save a model with prefusion.location=outside"
+        )
     if getattr(model.config.get_text_config(), "is_encoder_decoder", False):
         raise ValueError(
             f"model.path: the language model of '{path}', a {model.config.get_text_config().model_type}, is an "
@@ -213,6 +223,18 @@ def _build_llava_mini(
         )
     mini = LlavaMiniForConditionalGeneration.from_llava(model, **new_fields)
     return mini, LlavaMiniProcessor.from_llava(processor, mini.config, tiles=tiles)
+
+
+@contextlib.contextmanager
+def _name_attention(attention: str) -> Iterator[None]:
+    """Name the setting where transformers refuses flash attention: its package is not installed, or there is no GPU."""
+    try:
+        yield
+    except ImportError as error:
+        if "FlashAttention" not in str(error):
+            raise
+        reason = str(error).rpartition("following error: ")[2]
+        raise ImportError(f"model.attention: '{attention}' cannot run here; use sdpa or eager: {reason}") from error
 
 
 def _resolve_source(path: str, field: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ValidationError
 
 from experiments.cell import Cell
 from experiments.config.identity import cell_identity
@@ -158,6 +159,7 @@ def select_row(config: DictConfig, overrides: Sequence[str] = ()) -> DictConfig:
             existing = f"has rows 0 to {len(rows) - 1}" if rows else "has no rows"
             raise ValueError(f"row: no row {number}; experiment {config.name} {existing}")
         _apply(selected, rows[number].settings, overrides, f"row {number} ('{rows[number].label}') of {config.name}")
+    OmegaConf.resolve(selected)  # settings may name ${row}
     selected.rows, selected.row = [], None
     if selected.budget.method != "none":
         from experiments.sweeps.budget import budget_settings, check_budget_alone  # imports torch, which few rows need
@@ -175,7 +177,16 @@ def _apply(config: DictConfig, settings: Mapping[str, Any], overrides: Sequence[
             if _contradicts(override, config, key, value):
                 raise ValueError(f"{override.input_line}: {source} sets {key}={value}; leave out one of the two")
     for key, value in settings.items():
-        OmegaConf.update(config, key, value)
+        try:
+            OmegaConf.update(config, key, value)
+        except ValidationError as error:
+            if not OmegaConf.is_dict(OmegaConf.select(config, key)):
+                raise
+            method = key in ("compressor", "reduction") and isinstance(value, str)
+            advice = f"{key}.name: {value}" if method else f"{key}.SETTING: VALUE"
+            raise ValueError(
+                f"{key}: {source} sets {key}={value}, and {key} is a group of settings; write `{advice}`"
+            ) from error
 
 
 def _contradicts(override: Override, config: DictConfig, key: str, value: Any) -> bool:

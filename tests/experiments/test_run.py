@@ -95,7 +95,7 @@ def test_option_composes_to_plain_config(compose_config, path):
         (["experiment=table6_prefusio"], "experiment: no option 'table6_prefusio' (did you mean table6_prefusion?)"),
         (["data.images=photos"], "data.images: the chosen data has no such setting; it belongs to llava_json or lmms"),
         (["compressor=tome"], "compressor: no option 'tome', but compressor.name=tome exists"),
-        (["probe.attention_questions=0"], "probe.attention_questions: must be at least 1, found 0"),
+        (["probe.attention_questions=0"], "probe.attention_questions: must be at least 2, found 0"),
         (["data.rounds.place=-1"], "data.rounds.place: must be at least 0, found -1"),
         (["model=checkpoint"], "model.path"),
         (["model=checkpoint", "model.path=./no/such/folder"], "model.path: no folder './no/such/folder'"),
@@ -104,9 +104,18 @@ def test_option_composes_to_plain_config(compose_config, path):
         (["results=/proc/results"], "'/proc/results'"),
         (["model.dtype=int8"], "model.dtype: 'int8'"),
         (["model.attention=spda"], "model.attention: unknown 'spda'"),
+        (["model.attention=flash_attention_2"], "model.attention: 'flash_attention_2' cannot run here"),
         (["model=scratch", "model.dtype=bfloat16"], "model.dtype: a model from scratch is pretrained in float32"),
         (["tiles=0"], "tiles: must be at least 1, found 0"),
         (["seed=-1"], "seed: must be at least 0, found -1"),
+        (["seed=4294967296"], "seed: must be below 4294967296, found 4294967296"),
+        (["batch_size=0"], "batch_size: must be at least 1, found 0"),
+        (["compressor.size=-1"], "compressor.size: must be at least 0, found -1"),
+        (["prefusion.layers=-1"], "prefusion.layers: must be at least 0, found -1"),
+        *(
+            ([f"probe.{name}=true"], f"data.test_samples: the interval of probe.{name} needs at least 2 questions")
+            for name in ("attention", "removal", "onset", "knockout")
+        ),
         (["data.seed=-1"], "data.seed: must be at least 0, found -1"),
         (
             ["model.dtype=float16", "train.bf16=true", "train.max_steps=1"],
@@ -123,6 +132,21 @@ def test_option_composes_to_plain_config(compose_config, path):
 )
 def test_main_with_wrong_setting_ends_with_one_line_and_writes_nothing(assert_refused, arguments, message):
     assert_refused([*arguments, "data.test_samples=1"], message)
+
+
+@pytest.mark.parametrize("flags", [[], ["-m"]], ids=["run", "sweep"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("# @package _global_\ndata: {test_samples: 4\nseed: 3\n", "experiment/mine.yaml: line 3, column 5: "),
+        ("# My table.\nseed: 3\n", "error: experiment/mine: begin the file with `# @package _global_`"),
+    ],
+    ids=["no YAML", "no package"],
+)
+def test_main_with_wrong_experiment_file_ends_with_one_line(assert_refused, tmp_path, flags, content, message):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(content)
+    assert_refused(["--config-dir", str(tmp_path), *flags, "experiment=mine"], message)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +238,21 @@ def test_main_with_wrong_data_file_ends_with_one_line_and_writes_nothing(assert_
     (tmp_path / "broken.png").write_text("no image")
     (tmp_path / "data.json").write_text(json.dumps(entries))
     assert_refused(["data=llava_json", f"data.path={tmp_path / 'data.json'}", f"data.images={tmp_path}"], message)
+
+
+def test_cost_is_that_of_a_question_about_one_image(command, tmp_path):
+    """The first question has none, the second two: neither is what a table's token count means."""
+    shutil.copy(ASSETS / "scene.png", tmp_path)
+    entries = []
+    for count in (0, 2, 1):
+        human = {"from": "human", "value": "<image>\n" * count + "what?"}
+        image = {"image": ["scene.png"] * count} if count else {}
+        entries.append({"id": str(count), **image, "conversations": [human, {"from": "gpt", "value": "this"}]})
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    data = ["data=llava_json", f"data.path={tmp_path / 'data.json'}", f"data.images={tmp_path}", "data.test_samples=0"]
+    assert command(*data, f"results={tmp_path}")[0] == 0
+    (record,) = [json.loads(path.read_text()) for path in (tmp_path / "records").glob("*.json")]
+    assert record["cost"]["visual_tokens"] == 36
 
 
 def test_main_with_checkpoint_that_lacks_weights_ends_with_one_line(assert_refused, tmp_path):

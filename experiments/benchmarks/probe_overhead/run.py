@@ -107,8 +107,8 @@ def _measure_mode_memory(bench: BenchConfig, model: BenchModel, visual: int, dev
 
 @torch.no_grad()
 def _measure_memory_in_this_process(request: dict[str, Any]) -> int:
-    bench, device = BenchConfig(**request["bench"] | {"models": []}), torch.device(request["device"])
-    model, mode = BenchModel(**request["model"]), request["mode"]
+    model, mode, device = BenchModel(**request["model"]), request["mode"], torch.device(request["device"])
+    bench = BenchConfig(**request["bench"] | {"models": [model]})
     if bench.threads:
         torch.set_num_threads(bench.threads)
 

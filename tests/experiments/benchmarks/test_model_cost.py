@@ -245,6 +245,7 @@ def test_estimate_models_marks_models_that_fit(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"frames": []}, r"cost\.frames: .*\[\]"),
         ({"sizes": [0]}, r"cost\.sizes: .*0"),
         ({"tiles": 0}, r"cost\.tiles: .*0"),
         ({"answer": 1}, r"cost\.answer: .*2.*1"),

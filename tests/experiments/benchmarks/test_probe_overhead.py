@@ -43,8 +43,8 @@ def test_command_writes_times_and_memory(tmp_path):
         (["text"], r"bench\.modes: 'plain' is missing"),
     ],
 )
-def test_run_overhead_benchmark_invalid_modes_raises(tmp_path, names, message):
-    config = Config(results=str(tmp_path), device="cpu", bench=BenchConfig(names, [8], []))
+def test_run_overhead_benchmark_invalid_modes_raises(tmp_path, small, names, message):
+    config = Config(results=str(tmp_path), device="cpu", bench=BenchConfig(names, [8], [small]))
     with pytest.raises(ValueError, match=message):
         run_overhead_benchmark(config, {})
     assert not list(tmp_path.rglob("*.json"))
@@ -53,6 +53,29 @@ def test_run_overhead_benchmark_invalid_modes_raises(tmp_path, names, message):
 @pytest.fixture(scope="module")
 def small():
     return BenchModel("small", heads=2, head_width=16, mlp=32, layers=2, of_layers=4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"visual": [8, 0]}, r"bench\.visual: .*1, found 0"),
+        ({"visual": []}, r"bench\.visual: .*\[\]"),
+        ({"models": []}, r"bench\.models: .*\[\]"),
+        ({"text": 0}, r"bench\.text: .*1, found 0"),
+        ({"repeats": 0}, r"bench\.repeats: .*1, found 0"),
+        ({"threads": -1}, r"bench\.threads: .*0, found -1"),
+        ({"limit_gib": -1.0}, r"bench\.limit_gib: .*0, found -1"),
+        ({"dtype": "foo"}, r"bench\.dtype: .*'foo'.*float32, bfloat16 or float16"),
+    ],
+)
+def test_bench_config_invalid_field_raises(small, fields, message):
+    with pytest.raises(ValueError, match=message):
+        BenchConfig(**{"modes": ["plain"], "visual": [8], "models": [small]} | fields)
+
+
+def test_bench_model_without_heads_raises():
+    with pytest.raises(ValueError, match=r"bench\.models\.heads: .*1, found 0"):
+        BenchModel("small", heads=0, head_width=16, mlp=32, layers=2, of_layers=4)
 
 
 @torch.no_grad()

@@ -43,6 +43,11 @@ def test_read_rows_of_nested_settings_equal_those_of_dotted_ones():
     assert (rows[0].settings, rows[0].paper) == (dotted, {"gqa": 62.0})
 
 
+def test_read_rows_with_paper_of_null_has_no_paper_values():
+    (row,) = read_rows("mine", [{"label": "a", "paper": None, "seed": 1}])
+    assert (row.settings, row.paper) == ({"seed": 1}, {})
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -50,8 +55,10 @@ def test_read_rows_of_nested_settings_equal_those_of_dotted_ones():
         ([{"seed": 1}], "experiment mine: .*label"),
         ([{"label": "a", "seed": 1}, {"label": "b"}], "experiment mine: .*'b'.*seed"),
         ([{"label": "a", "compressor.size": 1, "compressor": {"size": 2}}], r"'a' sets compressor\.size twice: 1, 2"),
+        ([{"label": "a", "paper": 62.0}], r"experiment mine: row 'a' has paper: 62\.0"),
+        ([{"label": "a", "paper": {"gqa": "62.0*"}}], r"experiment mine: row 'a' has paper: .*62\.0\*"),
     ],
-    ids=["no list", "no label", "different settings", "twice"],
+    ids=["no list", "no label", "different settings", "twice", "one paper value", "paper value of no number"],
 )
 def test_read_rows_of_no_table_raises(rows, message):
     with pytest.raises(ValueError, match=message):

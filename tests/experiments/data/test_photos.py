@@ -115,8 +115,44 @@ def test_load_photos_with_wrong_settings_or_files_raises(photos):
     with pytest.raises(ValueError, match=r"test\.npz.* 2, .*classes\.json.* 1 names"):
         load(photos, "test", 1)
     (photos / "test.npz").write_bytes(b"garbled")
-    with pytest.raises(ValueError, match=r"data\.photos: '.*photos' holds no images"):
+    with pytest.raises(ValueError, match=r"data\.photos: '.*test\.npz' holds no arrays"):
         load(photos, "test", 1)
     (photos / "train.npz").unlink()
     with pytest.raises(FileNotFoundError, match=r"no file '.*train.npz'"):
         load(photos, "train", 1)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def damage(path):
+    """Change bytes of the images, which the archive's checksums find."""
+    content = bytearray(path.read_bytes())
+    content[1000:1010] = b"\1" * 10
+    path.write_bytes(content)
+
+
+def relabel(labels):
+    return lambda path: np.savez(path, images=np.load(path)["images"], labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("file", "spoil", "message"),
+    [
+        ("test.npz", cut, "holds no arrays images and labels"),
+        ("test.npz", damage, "holds no arrays images and labels"),
+        ("test.npz", relabel(np.zeros((12, 1), int)), r"labels int \[n\], found int64 \(12, 1\)"),
+        ("test.npz", relabel(np.zeros(12)), r"labels int \[n\], found float64 \(12,\)"),
+        ("test.npz", relabel(np.array(3)), r"labels int \[n\], found int64 \(\)"),
+        ("classes.json", lambda path: path.write_text("["), "holds no list of class names"),
+        ("classes.json", lambda path: path.write_text('{"0": "cat"}'), "a list of class names, found {'0': 'cat'}"),
+        ("classes.json", lambda path: path.write_text("[1, 2, 3]"), r"a list of class names, found \[1, 2, 3\]"),
+    ],
+    ids=["cut", "damaged", "column", "float", "scalar", "no JSON", "mapping", "numbers"],
+)
+def test_load_photos_with_a_wrong_file_names_it_in_one_line(photos, file, spoil, message):
+    spoil(photos / file)
+    with pytest.raises(ValueError, match=f"data.photos: '.*{file}'.* {message}") as error:
+        load(photos, "test", 1)
+    assert "\n" not in str(error.value)

@@ -10,6 +10,7 @@ from PIL import Image
 from experiments.config.schema import TrainConfig
 from experiments.data.encoding import IGNORE_INDEX, Collator, SampleEncoder, chat_messages, restrict_to_answers
 from experiments.data.samples import Sample, llava_conversation, single_questions
+from experiments.evaluation import questions as questions_module
 from experiments.evaluation.accuracy import (
     answer_questions,
     blank_images,
@@ -51,6 +52,17 @@ def test_correct_answers_equals_the_outcomes_of_generate(llava, processor, shape
         generated.append(end is not None and processor.tokenizer.decode(ids[:end]) == sample.answers[0])
     assert outcomes.tolist() == generated
     assert 0 < sum(generated) < len(generated)
+
+
+def test_questions_beyond_the_memory_limit_are_encoded_again_and_equal(processor, shapes_split, monkeypatch):
+    samples = list(single_questions(shapes_split.samples))[:6]
+    one_image = samples[0].image.width * samples[0].image.height * 3
+    monkeypatch.setattr(questions_module, "MOST_KEPT_BYTES", 2 * one_image)
+    some, none = (EncodedQuestions(samples, processor, 4, CPU, keep=keep) for keep in (True, False))
+    assert [some.encoded[index] is some.encoded[index] for index in range(6)] == [True, True, *[False] * 4]
+    for first, second in zip(some.batches("some kept"), none.batches("none kept"), strict=True):
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_logits_of_a_question_do_not_depend_on_its_batch(llava, processor, shapes_split):

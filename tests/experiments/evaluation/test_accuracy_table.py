@@ -14,6 +14,12 @@ def test_accuracy_by_question_type_of_known_outcomes():
     assert rows["all"] == ["4", "75.0", "25.0", "0.0"]
 
 
+def test_accuracy_by_question_type_keeps_a_type_that_is_named_all():
+    record = {"accuracy": {"image": "110"}, "data": {"kinds": ["all", "all", "count"]}}
+    rows = [line.split() for line in accuracy_by_question_type(record).splitlines()]
+    assert [row for row in rows if row[0] == "all"] == [["all", "2", "100.0"], ["all", "3", "66.7"]]
+
+
 def test_accuracy_by_question_type_with_generated_answers_has_a_column_of_their_scores():
     record = {
         "accuracy": {"image": "11"},

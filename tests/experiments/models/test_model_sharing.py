@@ -17,7 +17,8 @@ from experiments.config.data_schema import LlavaJsonData, ShapesData
 from experiments.config.schema import CheckpointModel, CompressorConfig, Config, PrefusionConfig
 from experiments.data.load import load_data
 from experiments.data.samples import TextOnlyBaseline
-from experiments.models import build
+from experiments.data.scenes import IMAGE_SIZE
+from experiments.models import build, scratch
 from experiments.sweeps.plan import identify_cell
 from experiments.sweeps.runner import run_if_needed
 
@@ -80,6 +81,17 @@ def test_build_model_from_a_cached_llava_equals_one_from_disk(checkpoint_config,
     differs = [name for name, value in read.state_dict().items() if not torch.equal(other.state_dict()[name], value)]
     assert bool(differs) == (model_kind == "mini")
     assert all("compressor" in name for name in differs)
+
+
+def test_build_model_takes_as_many_prefusion_layers_as_the_language_model_has(checkpoint_config, processor):
+    """The default language model of transformers has 32 layers, which must not matter."""
+    deep = scratch.build_llava(processor.tokenizer, IMAGE_SIZE, patch=16, width=32, layers=33)
+    deep.save_pretrained(checkpoint_config.model.path)
+    config = llava_and_mini(checkpoint_config)["mini"]
+    model, _ = build.build_model(dataclasses.replace(config, prefusion=PrefusionConfig(33)), None)
+    assert model.config.prefusion_layers == 33
+    with pytest.raises(ValueError, match=r"33 layers; .*34"):
+        build.build_model(dataclasses.replace(config, prefusion=PrefusionConfig(34)), None)
 
 
 def test_build_model_reads_a_llava_once_and_again_after_its_folder_changed(checkpoint_config, monkeypatch):

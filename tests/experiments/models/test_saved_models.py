@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from experiments.models.build import load_checkpoint
 from experiments.models.saved_models import MARKER, SaveError, check_save_folder, is_saved, save_model
+from llava_mini import LlavaMiniForConditionalGeneration, LlavaMiniProcessor
 
 
 @pytest.fixture
@@ -99,3 +101,15 @@ def test_save_model_on_a_full_disk_keeps_the_earlier_model(save, monkeypatch):
     assert is_saved(folder, "a" * 16)
     assert json.loads((folder / MARKER).read_text())["files"]
     assert not list(folder.parent.glob(".model*"))
+
+
+def test_model_with_pre_fusion_inside_is_refused_as_a_checkpoint(llava, processor, tmp_path):
+    """Its files hold no number of layers, so it would be evaluated with patches and tokens in all layers."""
+    mini = LlavaMiniForConditionalGeneration.from_llava(
+        llava, compressor="average", compressor_size=2, prefusion_layers=0, keep_patches=True
+    )
+    save_model(
+        mini, LlavaMiniProcessor.from_llava(processor, mini.config), tmp_path / "none", tmp_path / "model", "a" * 16
+    )
+    with pytest.raises(ValueError, match=r"^model.path: .*model.*prefusion.location=inside"):
+        load_checkpoint(str(tmp_path / "model"), torch.float32, "sdpa")

@@ -12,7 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 from hydra.core.utils import JobStatus
+from hydra.errors import HydraException
 
+from experiments.errors import one_line
 from experiments.sweeps import local_launcher
 from experiments.sweeps.hydra_api import Callbacks, compose_sweep, sweep_launcher
 from experiments.sweeps.local_launcher import LocalLauncher
@@ -128,6 +130,12 @@ def test_launch_on_one_core_runs_in_this_process(hydra, tmp_path, monkeypatch):
 def test_local_launcher_with_no_workers_raises():
     with pytest.raises(ValueError, match=r"hydra\.launcher\.workers: .*\b0"):
         LocalLauncher(workers=0)
+
+
+def test_sweep_with_no_workers_names_the_setting_once(launch):
+    with pytest.raises(HydraException) as error:
+        launch([["seed=0"], ["seed=1"]], "hydra.launcher.workers=0")
+    assert one_line(error.value) == "hydra.launcher.workers: must be at least 1, found 0"
 
 
 @pytest.fixture

@@ -50,6 +50,12 @@ def test_select_row_scales_sizes_to_the_tiny_model(select):
     assert [select(TABLE, f"row={row}").compressor.size for row in range(1, 9)] == [1, 2, 3, 4, 1, 1, 1, 1]
 
 
+def test_select_row_fills_in_settings_that_name_the_row(select):
+    config = select(TABLE, "row=5", "save=models/${row}", "data.seed=${row}", "name=size-${compressor.size}")
+    assert (config.save, config.data.seed) == ("models/5", 5)
+    assert config.name == f"size-{config.compressor.size}"
+
+
 def test_select_row_changes_only_the_groups_that_the_row_names(select):
     row, unchanged = to_plain(select(TABLE, "row=5")), to_plain(select(TABLE, "rows=[]"))
     assert {key for key in unchanged if row[key] != unchanged[key]} == {"compressor", "prefusion"}
@@ -78,6 +84,21 @@ def test_select_row_with_wrong_setting_in_row_raises(compose_cached, setting):
     config = compose_cached(TABLE, "row=0")
     config.rows = [{"label": "a"} | setting]
     with pytest.raises((OmegaConfBaseException, HydraException), match=r"sise|many"):
+        select_row(config)
+
+
+@pytest.mark.parametrize(
+    ("setting", "advice"),
+    [
+        ({"compressor": "query"}, r"compressor: row 0 \('a'\) .*compressor=query.*`compressor\.name: query`"),
+        ({"train": "short"}, r"train: row 0 \('a'\) .*train=short.*`train\.SETTING: VALUE`"),
+    ],
+    ids=["method", "others"],
+)
+def test_select_row_with_group_option_in_row_names_row_and_setting(compose_cached, setting, advice):
+    config = compose_cached(TABLE, "row=0")
+    config.rows = [{"label": "a"} | setting]
+    with pytest.raises(ValueError, match=advice):
         select_row(config)
 
 

@@ -218,6 +218,10 @@ def test_train_llava_with_eval_steps_needs_a_measurement(llava, processor, shape
         ({"until": "plateau"}, r"train\.eval_steps: .*found 0"),
         ({"until": "plateau", "eval_steps": 5}, r"train\.lr_scheduler_type: .*reduce_lr_on_plateau.*cosine"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, r"train\.lr_scheduler_type: .*until=steps"),
+        (
+            {"until": "plateau", "eval_steps": 5, "lr_scheduler_type": "reduce_lr_on_plateau"},
+            r"train\.max_steps: until=plateau .* 0 steps",
+        ),
         ({"patience": 0}, r"train\.patience: .*at least 1, found 0"),
         ({"min_improvement": -0.1}, r"train\.min_improvement: .*found -0\.1"),
         ({"min_improvement": 1.0}, r"train\.min_improvement: .*below 1, found 1\.0"),
