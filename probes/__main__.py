@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_files(options)
         _run(options)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"error: {(str(error).strip().splitlines() or [type(error).__name__])[0]}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
 
@@ -52,6 +52,12 @@ def _check_files(options: argparse.Namespace) -> None:
     """
     if not options.question.strip():
         raise ValueError("--question: is empty; write a question about the image")
+    try:
+        options.question.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"--question: {options.question!r} is not text in UTF-8; check the terminal's encoding"
+        ) from None
     if not options.image and not options.video:
         raise ValueError("--image: name at least one image or --video")
     for option in ("image", "video"):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -168,8 +169,12 @@ def ask(
         raise ValueError(f"answer: the model's answer is empty (token ids {ids.tolist()}); pass answer='...'")
     inputs, labels = append_answer(model, prompt, ids)
     tokens = TokenMap.from_inputs(model, {**inputs, "labels": labels}, processor, sizes)
-    words = find_words(tokens, inputs["input_ids"], tokenizer, question=question)
     notes: list[str] = []
+    try:
+        words = find_words(tokens, inputs["input_ids"], tokenizer, question=question)
+    except ValueError:  # the tokenizer changes the text, as with lower case or composed letters
+        words = find_words(tokens, inputs["input_ids"], tokenizer)
+        notes.append("The words are those of the whole prompt: its tokens do not spell the question as it was given.")
     with torch.no_grad(), ExitStack() as stack:
         _intervene(stack, model, tokens, interventions)
         attention = stack.enter_context(record_attention(model, tokens, words=words, statistics=STATISTICS))
@@ -209,8 +214,8 @@ def encode_prompt(
         videos: Videos, each a list of frames.
 
     Raises:
-        ValueError: If a PIL image has more than 8 bits a channel, the processor reads no videos, or the prompt has no
-            visual token.
+        ValueError: If a PIL image has more than 8 bits a channel, the processor reads no videos, its chat template cannot
+            be rendered, or the prompt has no visual token.
     """
     if videos and not (getattr(processor, "video_processor", None) or getattr(processor, "video_token", None)):
         raise ValueError(f"videos: a {type(processor).__name__} reads no videos; pass frames as images")
@@ -220,7 +225,10 @@ def encode_prompt(
     text, template = question, getattr(processor, "chat_template", None)
     if template:
         messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
-        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise ValueError(f"processor: its chat template cannot be rendered: {error}") from error
     arguments: dict[str, Any] = {"images": [list(images)]} if images else {}
     bos = processor.tokenizer.bos_token
     # A template that writes the start token itself must not get a second one.

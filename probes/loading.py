@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -21,13 +20,13 @@ from transformers import (
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 """Names that a model can have on the hub: NAME or OWNER/NAME."""
+_LANGUAGE_LAYER = re.compile(r"language_model\.(?:model\.)?layers\.(\d+)\.")
 
 
 def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load a vision-language model and its processor.
 
-    A model type that transformers does not know is looked for in an installed package of that name, which registers it
-    when it is imported; LLaVA-Mini is one.
+    For a LLaVA-Mini the package `llava_mini` is imported, which registers it with transformers.
 
     Args:
         name: Folder, or name on the hub.
@@ -38,7 +37,7 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Pr
         The model in eval mode, and its processor.
 
     Raises:
-        ValueError: If weights are missing or unreadable, the device or dtype is unknown or absent, or the model is not a
+        ValueError: If weights are missing, unreadable, of another shape or of layers that the config lacks, the device or dtype is unknown or absent, or the model is not a
             vision-language model.
         OSError: If there is no such model, in a folder or on the hub.
 
@@ -53,12 +52,29 @@ def load_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Pr
         raise ValueError(f"dtype: unknown {dtype!r}; use auto, float32, bfloat16 or float16")
     check_model_config(name)
     try:
-        model, report = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            name,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
     except SafetensorError as error:
         raise ValueError(f"model: the weights of {name!r} cannot be read, they may be incomplete: {error}") from error
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"model: {name!r} lacks {len(missing)} weights, such as {missing[0]}; name a complete checkpoint"
+        )
+    if mismatched := sorted(report["mismatched_keys"]):
+        weight, found, expected = mismatched[0]
+        raise ValueError(
+            f"model: {name!r} has {len(mismatched)} weights of another shape than its config.json says, such as {weight}: "
+            f"{list(found)}, not {list(expected)}"
+        )
+    layers = model.config.get_text_config().num_hidden_layers
+    numbers = (_LANGUAGE_LAYER.search(weight) for weight in report["unexpected_keys"])
+    if more := sorted({int(number[1]) for number in numbers if number and int(number[1]) >= layers}):
+        raise ValueError(
+            f"model: {name!r} has weights of layers {more}, and its config.json names {layers} layers (num_hidden_layers)"
         )
     return model.eval().to(target), AutoProcessor.from_pretrained(name)
 
@@ -77,7 +93,7 @@ def check_model_config(name: str) -> None:
         >>> check_model_config(model.name_or_path)
     """
     _check_name(name)
-    _import_package_of_model_type(name)
+    _import_llava_mini(name)
     try:
         config = AutoConfig.from_pretrained(name)
     except OSError as error:
@@ -124,8 +140,8 @@ def _check_name(name: str) -> None:
         raise FileNotFoundError(f"model: no folder {name!r}; name a folder, or a model on the hub as OWNER/NAME")
 
 
-def _import_package_of_model_type(name: str) -> None:
-    """Import the package that registers the model type of a folder, if transformers does not know it."""
+def _import_llava_mini(name: str) -> None:
+    """Import LLaVA-Mini's package if a folder holds one, which registers it. No other name in a config is imported."""
     path = Path(name) / "config.json"
     if not path.is_file():
         return
@@ -133,5 +149,5 @@ def _import_package_of_model_type(name: str) -> None:
         model_type = json.loads(path.read_text()).get("model_type", "")
     except (ValueError, AttributeError):
         raise ValueError(f"model: {path} is not a JSON object; is it a complete checkpoint?") from None
-    if str(model_type).isidentifier() and model_type not in CONFIG_MAPPING and importlib.util.find_spec(model_type):
+    if model_type == "llava_mini" and importlib.util.find_spec(model_type):
         importlib.import_module(model_type)

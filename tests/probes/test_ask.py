@@ -1,8 +1,11 @@
 """Questions to a model of every family: the prompt with its answer is what the model generated from."""
 
+import copy
+
 import pytest
 import torch
 from PIL import Image
+from tokenizers.normalizers import Lowercase
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -123,6 +126,22 @@ def test_ask_one_image_instead_of_a_list_raises_in_one_line(shipped):
     model, processor, image = shipped
     with pytest.raises(TypeError, match=r"^images: found a Image; .* list of images$"):
         ask(model, processor, "what is it?", image)
+
+
+def test_ask_a_tokenizer_that_changes_the_text_shows_all_words(shipped):
+    model, processor, image = shipped
+    processor = copy.deepcopy(processor)
+    processor.tokenizer.backend_tokenizer.normalizer = Lowercase()
+    answered = ask(model, processor, "What Shape is right of the green ring?", [image])
+    assert answered.text == "triangle"
+    assert {"what", "shape", "ring?"} <= {word.text.strip() for word in answered.attention.words.words}
+    assert any(note.startswith("The words are those of the whole prompt") for note in answered.notes)
+
+
+def test_ask_in_training_mode_raises_value_error(shipped):
+    model, processor, image = shipped
+    with pytest.raises(ValueError, match="training mode"):
+        ask(copy.deepcopy(model).train(), processor, "what is it?", [image])
 
 
 def test_answer_repr_is_one_line_with_question_and_text(shipped):

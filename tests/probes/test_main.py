@@ -1,7 +1,9 @@
 """The command line of the probes: its output, and one line for wrong input."""
 
+import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -92,6 +94,7 @@ def test_main_model_that_cannot_be_shown_ends_in_one_line(make, value, tmp_path,
         (["--image", SCENE, "--dtype", "float12"], "dtype", "float12"),
         (["--image", SCENE, "--dtype", "int8"], "dtype", "int8"),
         (["--image", SCENE, "--question", " "], "--question", "empty"),
+        (["--image", SCENE, "--question", "what \udce9 is"], "--question", "udce9"),
     ],
 )
 def test_main_wrong_input_ends_in_one_line(arguments, key, value, capsys, tmp_path):
@@ -100,6 +103,42 @@ def test_main_wrong_input_ends_in_one_line(arguments, key, value, capsys, tmp_pa
     line = one_error_line(capsys)
     assert line.startswith(f"error: {key}")
     assert value in line
+
+
+def edit_config(model, **settings):
+    """Change settings of the language model in a checkpoint's config."""
+    config = json.loads((model / "config.json").read_text())
+    config["text_config"] |= settings
+    (model / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("edit", "values"),
+    [
+        (lambda model: edit_config(model, num_hidden_layers=3), ["layers [3, 4, 5]", "num_hidden_layers"]),
+        (lambda model: edit_config(model, intermediate_size=64), ["another shape", "mlp"]),
+        (lambda model: (model / "chat_template.jinja").write_text("{% for %}"), ["chat template"]),
+    ],
+    ids=["too few layers", "too narrow", "broken template"],
+)
+def test_main_of_checkpoint_that_contradicts_itself_ends_in_one_line(edit, values, tmp_path, capsys):
+    shutil.copytree(TINY, tmp_path / "model")
+    edit(tmp_path / "model")
+    arguments = ["--image", SCENE, *QUESTION, "--device", "cpu", "--out", str(tmp_path / "page.html")]
+    assert main([str(tmp_path / "model"), *arguments]) == 1
+    line = one_error_line(capsys)
+    assert all(value in line for value in values)
+
+
+def test_main_imports_no_module_that_a_config_names(tmp_path, capsys, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "named_by_config"}')
+    (tmp_path / "named_by_config.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    scene = str(Path(SCENE).resolve())
+    monkeypatch.chdir(tmp_path)
+    assert main(["model", "--image", scene, *QUESTION]) == 1
+    assert "named_by_config" in one_error_line(capsys)
 
 
 @pytest.mark.parametrize("model", [f"{TINY}y", "experiments/assets", "owner/misspelt"])

@@ -36,7 +36,7 @@ def fusion_figure(record: Record) -> Figure:
     """Draw one panel for each fusion curve of a record.
 
     Bands are 95% bootstrap intervals over examples. The green line and shade are the curve's fusion depth with its
-    interval.
+    interval. With windows of several layers they stand at the middle of the last window that counts.
 
     Args:
         record: A finished record of an attention experiment.
@@ -53,7 +53,10 @@ def fusion_figure(record: Record) -> Figure:
         axis.set_title(TITLES[curve], loc="left")
         axis.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
         axis.set_xlim(-0.3, record["model"]["layers"] + 0.3)
-        _draw_depth(axis, (record.get("fusion") or {}).get(curve))
+        depth = (record.get("fusion") or {}).get(curve)
+        if curve == "knockout" and depth and depth["depth"] is not None:
+            depth = _at_window_middle(axis, depth, record["knockout"]["width"])
+        _draw_depth(axis, depth)
     axes[0].set_ylim(0, 103)
     legend(figure, axes, columns=3)
     return figure
@@ -79,6 +82,13 @@ def _draw_knockout(axis: Axes, record: Record) -> None:
     axis.axhline(float(percent_right([intact]).mean()), color=BLACK, linestyle="-", linewidth=1.1, label="intact")
     width = record["knockout"]["width"]
     axis.set_xlabel("Layer" if width == 1 else f"Middle of {width} layers")
+
+
+def _at_window_middle(axis: Axes, depth: dict[str, Any], width: int) -> dict[str, Any]:
+    """Return a knock-out depth where the panel draws it: windows count by their first layer and stand at their middle."""
+    if width > 1:
+        axis.set_xlabel(f"Middle of {width} layers; dotted: those from layer {depth['depth']}")
+    return {**depth, **{name: depth[name] + (width - 1) / 2 for name in ("depth", "low", "high")}}
 
 
 def _draw_readout(axis: Axes, record: Record) -> None:

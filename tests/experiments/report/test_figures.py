@@ -151,6 +151,9 @@ def test_fusion_figure_has_one_panel_for_each_curve(probed: dict[str, Any]) -> N
         "Read-out of the answer from the question",
     ]
     knockout, readout = figure.axes[2].lines[0], figure.axes[3].lines[0]
+    depth = probed["fusion"]["knockout"]["depth"]
+    assert list(line_of(figure.axes[2], "fusion depth, 95% interval").get_xdata()) == [depth + 0.5] * 2
+    assert figure.axes[2].get_xlabel().endswith(f"those from layer {depth}")
     # Windows of two layers, the first and the last cut to one.
     assert list(knockout.get_xdata()) == [1, 1.5, 2.5, 3.5, 4.5, 5.5, 6]
     rates = [100 * run["correct"].count("1") / 120 for run in probed["knockout"]["windows"][1:]]
