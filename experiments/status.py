@@ -19,7 +19,7 @@ from experiments.errors import INPUT_ERRORS, exit_with_error
 from experiments.records.files import read_record
 from experiments.records.views import failure_reason, record_label
 from experiments.report.request import split_results
-from experiments.sweeps.hydra_api import open_hydra
+from experiments.sweeps.hydra_api import ConfigSource, open_hydra
 from experiments.sweeps.launch import cell_statuses, count_cells, summarise_states
 from experiments.sweeps.plan import expand_sweep
 from experiments.sweeps.store import CellStatus, RecordStore
@@ -55,11 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m experiments.status", description=__doc__)
     parser.add_argument("overrides", nargs="*", help="as for `python -m experiments.run -m`")
-    overrides = parser.parse_args(argv).overrides
+    parser.add_argument("-m", "--multirun", action="store_true", help="changes nothing: all cells of the sweep are shown")
+    parser.add_argument("-cd", "--config-dir", help="folder of your own configuration files, as for the run")
+    arguments = parser.parse_intermixed_args(argv)
+    overrides, source = arguments.overrides, ConfigSource(config_dir=arguments.config_dir)
     register_configs()
     try:
         results, others = split_results(overrides, None)
-        lines = _sweep_lines(overrides) if others else _all_lines(results)
+        lines = _sweep_lines(overrides, source) if others else _all_lines(results)
     except INPUT_ERRORS as error:
         exit_with_error(error)
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -85,8 +88,8 @@ def summary(lines: Sequence[StatusLine]) -> str:
     )
 
 
-def _sweep_lines(overrides: Sequence[str]) -> list[StatusLine]:
-    with open_hydra() as hydra:
+def _sweep_lines(overrides: Sequence[str], source: ConfigSource) -> list[StatusLine]:
+    with open_hydra(source) as hydra:
         _, jobs = expand_sweep(hydra, overrides)
     names = {job.cell.id: (job.cell.config.name, job.name) for job in jobs if job.cell}
     return [_line(*names[identity], status) for identity, status in cell_statuses(jobs).items()]

@@ -43,6 +43,13 @@ def test_main_for_sweep_shows_each_cell_with_state_time_and_note(tmp_path, capsy
         assert "left" not in everything.splitlines()[-2]
 
 
+def test_main_takes_the_flags_of_the_sweep(tmp_path, capsys):
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "own" / "experiment" / "mine.yaml").write_text("# @package _global_\nname: mine\nseed: 3\n")
+    words = ["-m", "experiment=mine", "--config-dir", str(tmp_path / "own"), f"results={tmp_path}"]
+    assert "1 cell: 1 missing" in shown(capsys, *words)
+
+
 def test_main_with_truncated_record_shows_file_and_reason(tmp_path, capsys):
     broken = tiny_cell(tmp_path)
     write_minimal_record(broken, "finished", 5)
