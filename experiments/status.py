@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m experiments.status", description=__doc__)
     parser.add_argument("overrides", nargs="*", help="as for `python -m experiments.run -m`")
-    parser.add_argument("-m", "--multirun", action="store_true", help="changes nothing: all cells of the sweep are shown")
+    parser.add_argument(
+        "-m", "--multirun", action="store_true", help="changes nothing: all cells of the sweep are shown"
+    )
     parser.add_argument("-cd", "--config-dir", help="folder of your own configuration files, as for the run")
     arguments = parser.parse_intermixed_args(argv)
     overrides, source = arguments.overrides, ConfigSource(config_dir=arguments.config_dir)

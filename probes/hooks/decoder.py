@@ -137,14 +137,21 @@ def as_indices(name: str, given: Iterable[int]) -> list[int]:
     """
     if not isinstance(given, Iterable):
         raise TypeError(f"{name}: {given!r} is no list of integers; write [{given!r}]")
-    numbers = []
-    for number in [given] if isinstance(given, str) else given:
-        is_bool = isinstance(number, bool | np.bool_) or getattr(number, "dtype", None) == torch.bool
-        try:
-            numbers.append(operator.index(None if is_bool else number))
-        except TypeError:
-            raise TypeError(f"{name}: {number!r} is no integer; write integers, such as [0, 1]") from None
-    return numbers
+    numbers: list[Any] = [given] if isinstance(given, str) else list(given)
+    if strangers := [number for number in numbers if not _is_integer(number)]:
+        raise TypeError(f"{name}: {strangers[0]!r} is no integer; write integers, such as [0, 1]")
+    return [operator.index(number) for number in numbers]
+
+
+def _is_integer(number: Any) -> bool:
+    """Return whether a number is an integer, also in a tensor or an array. A boolean is none."""
+    if isinstance(number, bool | np.bool_) or getattr(number, "dtype", None) == torch.bool:
+        return False
+    try:
+        operator.index(number)
+    except TypeError:
+        return False
+    return True
 
 
 def select_layers(decoder: nn.Module, layers: Iterable[int] | None) -> tuple[int, ...]:
