@@ -159,6 +159,7 @@ def select_row(config: DictConfig, overrides: Sequence[str] = ()) -> DictConfig:
             existing = f"has rows 0 to {len(rows) - 1}" if rows else "has no rows"
             raise ValueError(f"row: no row {number}; experiment {config.name} {existing}")
         _apply(selected, rows[number].settings, overrides, f"row {number} ('{rows[number].label}') of {config.name}")
+    OmegaConf.to_container(selected, resolve=True)  # raises for an unknown interpolation, and names its setting
     OmegaConf.resolve(selected)  # settings may name ${row}
     selected.rows, selected.row = [], None
     if selected.budget.method != "none":
