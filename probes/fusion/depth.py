@@ -111,7 +111,7 @@ def fusion_depth(
         values: `[layers, samples]` for attention, `[layers + 1, samples]` for removal and readout,
             `[layers + width, samples]` for knockout.
         kind: Curve that `values` hold: "attention", "removal", "knockout" or "readout".
-        width: Layers in a knock-out window, as `knockout_curve` was given; needed for knockout, and for it alone.
+        width: Layers in a knock-out window, as `knockout_curve` was given; 1 by default. For knockout alone.
         threshold: Share to reach, above 0 and up to 1.
         level: Confidence level.
         resamples: Number of bootstrap resamples.
@@ -135,11 +135,10 @@ def fusion_depth(
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is {threshold}: it must be above 0 and at most 1")
     require_bootstrap(level, resamples)
-    if kind != "knockout":
-        if width is not None:
-            raise ValueError(f"width is {width}: only knockout has windows; leave it out for {kind}")
-        width = 1
-    elif not isinstance(width, int | np.integer) or width < 1:
+    if kind != "knockout" and width is not None:
+        raise ValueError(f"width is {width}: only knockout has windows; leave it out for {kind}")
+    width = 1 if width is None else width
+    if not isinstance(width, int | np.integer) or width < 1:
         raise ValueError(f"width is {width!r}: give the layers in a window of the knock-out curve, at least 1")
     values = np.asarray(values, dtype=np.float64)
     extra = {"attention": 0, "removal": 1, "knockout": width, "readout": 1}[kind]

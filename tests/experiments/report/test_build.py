@@ -347,7 +347,7 @@ def test_report_imports_no_model(write_records: Write, table_records: Records) -
     )
     root = Path(html.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "['config', 'files', 'markdown', 'records', 'report'] []"
+    assert done.stdout.splitlines()[-1] == "['config', 'data', 'files', 'markdown', 'records', 'report'] []"
     drawn = results / "report" / "figures"
     stems = ("claims", "table6_prefusion", "table6_prefusion_cost")
     assert {path.name for path in drawn.iterdir()} == {f"{stem}.{end}" for stem in stems for end in ("png", "pdf")}

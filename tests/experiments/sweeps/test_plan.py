@@ -52,7 +52,7 @@ def test_select_row_scales_sizes_to_the_tiny_model(select):
 
 def test_select_row_fills_in_settings_that_name_the_row(select):
     config = select(TABLE, "row=5", "save=models/${row}", "data.seed=${row}", "name=size-${compressor.size}")
-    assert (config.save, config.data.seed) == ("models/5", 5)
+    assert (config["save"], config.data.seed) == ("models/5", 5)
     assert config.name == f"size-{config.compressor.size}"
 
 

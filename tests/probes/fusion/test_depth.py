@@ -280,7 +280,6 @@ def test_agreement_of_incomparable_estimates_raises_value_error() -> None:
         (np.zeros((3, 2)), "knockout", {"width": 3}, r"knockout needs \[layers \+ 3, samples\]"),
         (np.zeros((3, 2)), "knockout", {"width": 0}, "width is 0"),
         (np.zeros((3, 2)), "knockout", {"width": 1.0}, "width is 1.0"),
-        (np.zeros((3, 2)), "knockout", {}, "width is None"),
         (np.zeros((3, 2)), "removal", {"level": 95}, "level is 95"),
         (np.zeros((3, 2)), "removal", {"resamples": 0}, "resamples is 0"),
         (np.zeros((3, 2)), "removal", {"width": 2}, r"width is 2.*removal"),
