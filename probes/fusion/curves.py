@@ -7,6 +7,7 @@ without an image carries no information here: its attention is NaN, and its scor
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -192,9 +193,7 @@ def removal_scores(
         removed = removed | tokens.mask("pad")
     scores: dict[range, Float[Tensor, " samples"]] = {}
 
-    def run() -> Float[Tensor, " samples"]:
-        return run_and_score(model, tokens, inputs, score)
-
+    run = partial(run_and_score, model, tokens, inputs, score)
     with reuse_image_features(model), replay(model, [span.start for span in spans]) as resume_from:
         # Latest start first: the first run is then intact before the start of every other span, as `replay` requires.
         for start in sorted({span.start for span in spans}, reverse=True):

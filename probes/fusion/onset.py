@@ -117,7 +117,7 @@ def fusion_onset(
         The onset with its interval.
 
     Raises:
-        ValueError: The shape, the threshold, the level or the resamples do not fit, there is one sample only, or a score is not finite.
+        ValueError: The shape or an argument does not fit, there is one sample only, or a score is not finite.
 
     Example:
         >>> import numpy as np

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from probes.tokens.answer_positions import answer_positions
 from probes.tokens.token_map import TokenMap
-from probes.unwrapping import require_model
 
 # Returns one score for each sample, such as right or wrong, or a log-probability, from the logits of a forward pass.
 ScoreFunction = Callable[[Float[Tensor, "batch positions vocabulary"]], Float[Tensor, " batch"]]
@@ -26,7 +25,7 @@ def run_and_score(
     Nothing is generated, so no cache is needed; and a cache for sliding windows fails when tokens are missing.
 
     Args:
-        model: A transformers model with a decoder, in eval mode.
+        model: A transformers model with a decoder, in eval mode and without wrappers.
         tokens: Map of `inputs`.
         inputs: Arguments of the model's forward call.
         score: Returns one score for each sample from the logits.
@@ -41,7 +40,7 @@ def run_and_score(
         >>> run_and_score(model, tokens, inputs, answer_logprob(tokens, [5])).shape
         torch.Size([1])
     """
-    logits = require_model(model)(**{**inputs, "use_cache": False, "return_dict": True}).logits
+    logits = model(**{**inputs, "use_cache": False, "return_dict": True}).logits
     scores = score(logits)
     if not isinstance(scores, Tensor):
         raise TypeError(f"score: it returned a {type(scores).__name__}; return a tensor with one number for each row")
